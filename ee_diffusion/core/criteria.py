@@ -1,0 +1,231 @@
+"""Criteria: when to stop. `decide` is pure: scores and state in, stops and state out; every tensor has leading E elements.
+
+Here: the rules. Not here: measuring (scores.py), which layers may run (schedules.py), who drives (policy.py).
+E elements, K exits of the policy, S steps.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ee_diffusion.core.scores import Observation, score_named
+
+Thresholds = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place of a decision: `step` of `num_steps`, its `time` (timestep or sigma), `depth` executed blocks, `exit` among the policy's."""
+
+    step: int
+    num_steps: int
+    time: float
+    depth: int
+    exit: int
+
+
+class Criterion(ABC):
+    """Says when an element stops. A NaN score never stops anything."""
+
+    @abstractmethod
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Raise ValueError if thresholds do not fit S steps and K exits."""
+
+    @abstractmethod
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        """State of a new step for elements (E,) (their ids); `previous`: the state at the end of the last step, None at the first.
+
+        Raises ValueError if the criterion does not know an element.
+        """
+
+    @abstractmethod
+    def measure(self, observation: Observation) -> Tensor | None:
+        """Scores of the rows still running (R,), or None if this criterion looks at nothing."""
+
+    @abstractmethod
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        """score (E,), NaN where an element has none -> stop (E,) bool and the new state."""
+
+
+@dataclass(frozen=True)
+class Threshold(Criterion):
+    """Stop at the first exit whose score is above the threshold: `score > threshold` (DeeDiff: `1 - mean u > 1 - theta`).
+
+    `threshold`: one number, one per exit (K,), or one per step and exit (S, K).
+    """
+
+    threshold: Thresholds
+    score: str = "certainty"
+
+    def __post_init__(self):
+        _check_range(self.threshold, self.score)
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        _check_lengths(self.threshold, num_steps, num_exits)
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        return {}
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        return score > _at(self.threshold, where), state
+
+
+@dataclass(frozen=True)
+class Patience(Criterion):
+    """Stop at a crossing (score above threshold) once there were `patience` of them, this one included.
+
+    `patience`: one number or one per exit (K,). `consecutive`: a miss starts the count anew (PABEE); otherwise crossings add up
+    (DeeDiff as released: the first crossing among the in-blocks does not exit, the second does).
+    """
+
+    threshold: Thresholds
+    patience: int | tuple[int, ...]
+    score: str = "certainty"
+    consecutive: bool = True
+
+    def __post_init__(self):
+        _check_range(self.threshold, self.score)
+        counts = self.patience if isinstance(self.patience, tuple) else (self.patience,)
+        if not counts or min(counts) < 1:
+            raise ValueError(f"patience={self.patience}, expected 1 or more crossings")
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        _check_lengths(self.threshold, num_steps, num_exits)
+        if isinstance(self.patience, tuple) and len(self.patience) != num_exits:
+            raise ValueError(f"patience has {len(self.patience)} values, expected one or {num_exits} (exits)")
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        return {"crossings": torch.zeros_like(elements)}  # (E,)
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        crossed = score > _at(self.threshold, where)  # (E,)
+        crossings = state["crossings"] + crossed
+        if self.consecutive:
+            crossings = torch.where(crossed, crossings, 0)
+        needed = self.patience[where.exit] if isinstance(self.patience, tuple) else self.patience
+        return crossed & (crossings >= needed), {"crossings": crossings}
+
+
+@dataclass(frozen=True)
+class Cumulative(Criterion):
+    """Q-exit (PALBERT, arXiv 2204.03276): `p_i = lambda_i prod_{j<i}(1 - lambda_j)`; stop at the first i with `sum_{j<=i} p_j > q`."""
+
+    q: float
+    score: str = "certainty"
+
+    def __post_init__(self):
+        if not 0.0 <= self.q <= 1.0:
+            raise ValueError(f"q={self.q}, expected a quantile in [0, 1]")
+        score_named(self.score)
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Any number of steps and exits fits one q."""
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        return {"survival": torch.ones(len(elements), device=elements.device)}  # (E,)
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        survival = state["survival"] * (1 - score)  # (E,): sum_{j<=i} p_j = 1 - prod_{j<=i} (1 - lambda_j)
+        return 1 - survival > self.q, {"survival": survival}
+
+
+@dataclass(frozen=True)
+class Gate(Criterion):
+    """Learned gates (JEI-DNN, arXiv 2310.09163): `P_l = max(0, min(g_l, 1 - sum_{j<l} g_j))`, `a_l = P_l / prod_{j<l}(1 - a_j)`;
+    stop when `a_l >= threshold` (0.5 in the paper)."""
+
+    threshold: float
+    score: str = "certainty"
+
+    def __post_init__(self):
+        _check_range(self.threshold, self.score)
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Any number of steps and exits fits one threshold."""
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        zeros = torch.zeros(len(elements), device=elements.device)
+        return {"sum": zeros, "survival": zeros + 1}  # (E,), (E,)
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        probability = torch.minimum(score, 1 - state["sum"]).clamp(min=0)  # (E,)
+        conditional = (probability / state["survival"].clamp(min=1e-12)).clamp(max=1)
+        state = {"sum": state["sum"] + score, "survival": state["survival"] * (1 - conditional)}
+        return conditional >= self.threshold, state
+
+
+@dataclass(frozen=True)
+class Planned(Criterion):
+    """Stop where a table says: element e at step s stops at the first exit whose depth is at least `depths[s][e]`.
+
+    Measures nothing. For controls (random exits, oracle). `depths`: (S, number of ids); an element's id is its column.
+    """
+
+    depths: tuple[tuple[int, ...], ...]
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        if len(self.depths) != num_steps:
+            raise ValueError(f"the plan has {len(self.depths)} steps, this run has {num_steps}")
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        columns = len(self.depths[0])
+        if len(elements) and int(elements.max()) >= columns:
+            raise ValueError(f"element id {int(elements.max())} has no column in a plan for {columns} elements")
+        row = torch.tensor(self.depths[step], device=elements.device)
+        return {"plan": row[elements]}  # (E,)
+
+    def measure(self, observation: Observation) -> None:
+        return None
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        return state["plan"] <= where.depth, state
+
+
+CRITERIA: dict[str, type[Criterion]] = {kind.__name__: kind for kind in (Threshold, Patience, Cumulative, Gate, Planned)}
+
+
+def _at(thresholds: Thresholds, where: Where) -> float:
+    if isinstance(thresholds, tuple):
+        row = thresholds[where.step] if isinstance(thresholds[0], tuple) else thresholds
+        return row[where.exit]
+    return thresholds
+
+
+def _check_range(thresholds: Thresholds, name: str) -> None:
+    score = score_named(name)
+    rows = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+    values = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
+    if not values:
+        raise ValueError("thresholds are empty, expected one number, one per exit, or one per step and exit")
+    for value in values:
+        if math.isnan(value) or not score.low <= value <= score.high:
+            raise ValueError(f"threshold {value} is outside [{score.low}, {score.high}], the range of score {name!r}")
+
+
+def _check_lengths(thresholds: Thresholds, num_steps: int, num_exits: int) -> None:
+    if not isinstance(thresholds, tuple):
+        return
+    per_step = isinstance(thresholds[0], tuple)
+    if per_step and len(thresholds) != num_steps:
+        raise ValueError(f"thresholds for {len(thresholds)} steps, this run has {num_steps}")
+    for row in thresholds if per_step else (thresholds,):
+        if len(row) != num_exits:
+            raise ValueError(f"{len(row)} thresholds, expected one for each of {num_exits} exits")

@@ -1,0 +1,36 @@
+"""What a driver needs of the exits of one model. The modules themselves belong to the sides.
+
+R rows, N tokens, D width, K exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+Space = Literal["hidden", "output"]
+
+
+class ExitHeads(Protocol):
+    """K exit heads with their uncertainty modules, one component of a pipeline.
+
+    `depths`: the number of executed blocks at each exit, ascending. `space`: `hidden` if an answer still goes through the model's own
+    tail, `output` if it stands in the place of the tail's output. `context` holds tensors with leading R (for diffusion: `timestep`).
+    """
+
+    depths: tuple[int, ...]
+    space: Space
+
+    def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """What the model would say at the end: hidden (R, N, D) -> (R, N, D) or (R, ...), as `space` says."""
+        ...
+
+    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """How safe `answer` is believed to be: hidden (R, N, D) -> (R,); larger is safer."""
+        ...
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raise ValueError if these are heads of another model."""
+        ...

@@ -1,0 +1,140 @@
+"""Policy: what may run, when to stop, which exits. A frozen description that starts sessions and can be saved.
+
+Here: the description. Not here: applying it to a run (session.py). E elements, R rows, L layers, S steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ee_diffusion.core.criteria import CRITERIA, Criterion
+from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule
+from ee_diffusion.core.session import Session
+
+_FORMAT = "ee_diffusion.policy.1"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A schedule (which layers may run), a criterion (when to stop; None: never) and exits (depths; None: all that the heads have).
+
+    `Policy()` is off: the model as it is. `record_all`: measure every exit but stop nobody, for calibration by replay.
+    `guidance`: whether the conditional and the unconditional row of an image leave `together` (the least safe decides) or `apart`.
+
+    Raises:
+        ValueError: exits not ascending; record_all without a criterion; an unknown guidance.
+    """
+
+    criterion: Criterion | None = None
+    schedule: Schedule = field(default_factory=FullDepth)
+    exits: tuple[int, ...] | None = None
+    record_all: bool = False
+    guidance: Literal["together", "apart"] = "together"
+
+    def __post_init__(self):
+        if self.exits is not None and (list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)):
+            raise ValueError(f"exits={self.exits}, expected ascending distinct depths")
+        if self.record_all and self.criterion is None:
+            raise ValueError("record_all needs a criterion that says what to measure")
+        if self.guidance not in ("together", "apart"):
+            raise ValueError(f"guidance={self.guidance!r}, expected 'together' or 'apart'")
+
+    @property
+    def is_off(self) -> bool:
+        """True if a run under this policy is the plain model."""
+        return self.criterion is None and isinstance(self.schedule, FullDepth)
+
+    def start(
+        self,
+        num_layers: int,
+        depths: tuple[int, ...],
+        *,
+        rows: Tensor,
+        num_steps: int,
+        elements: Tensor | None = None,
+        device: torch.device | str = "cpu",
+    ) -> Session:
+        """Begin a run.
+
+        Args:
+            num_layers: L. depths: executed blocks at each exit of the heads.
+            rows: (R,) the element (0..E-1) of each row. num_steps: S.
+            elements: (E,) ids of the elements (for plans); default 0..E-1.
+
+        Raises:
+            ValueError: whatever does not fit together, before any work.
+        """
+        exits = depths if self.exits is None else self.exits
+        if num_steps < 1:
+            raise ValueError(f"num_steps={num_steps}, expected at least 1")
+        if rows.ndim != 1 or len(rows) == 0:
+            raise ValueError(f"rows is {tuple(rows.shape)}, expected (R,) with at least one row: the batch is empty")
+        if depths and depths[-1] >= num_layers:
+            raise ValueError(f"an exit at depth {depths[-1]}, expected below {num_layers}: the model has {num_layers} blocks")
+        missing = [depth for depth in exits if depth not in depths]
+        if missing:
+            raise ValueError(f"the policy exits at depths {missing}, the heads have {depths}")
+        if self.criterion is not None:
+            self.criterion.validate(num_steps, len(exits))
+        return Session(
+            self, num_layers, depths, exits=exits, rows=rows.cpu(), num_steps=num_steps, elements=elements, device=device
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A dictionary of plain values that `from_dict` turns back into this policy."""
+        criterion = None if self.criterion is None else {"kind": type(self.criterion).__name__, **asdict(self.criterion)}
+        schedule = {"kind": type(self.schedule).__name__, **asdict(self.schedule)}
+        values = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
+        # Through JSON, so that a fresh dictionary equals one that was read from a file.
+        return json.loads(json.dumps(values | {"record_all": self.record_all, "guidance": self.guidance}))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Policy:
+        """The policy that `to_dict` described.
+
+        Raises:
+            ValueError: unknown kinds or fields.
+        """
+        try:
+            criterion = values["criterion"] and _built(CRITERIA, values["criterion"])
+            rest = {name: _tuples(value) for name, value in values.items() if name not in ("criterion", "schedule")}
+            return cls(criterion=criterion, schedule=_built(SCHEDULES, values["schedule"]), **rest)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not the description of a policy: {error!r} in {values}") from error
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to a JSON file, beside first, then renamed."""
+        beside = Path(f"{path}.{os.getpid()}.tmp")
+        beside.write_text(json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1) + "\n")
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Policy:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a truncated file, or one that is no policy.
+        """
+        try:
+            values = json.loads(Path(path).read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a readable policy: {error}") from error
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path} is no policy: expected a JSON object with format {_FORMAT!r}")
+        return cls.from_dict(values)
+
+
+def _built(kinds: dict[str, type], values: dict[str, Any]):
+    values = dict(values)
+    return kinds[values.pop("kind")](**{name: _tuples(value) for name, value in values.items()})
+
+
+def _tuples(value):
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

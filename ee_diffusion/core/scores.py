@@ -1,0 +1,103 @@
+"""Scores: from what is seen at an exit to one number per row; larger is safer. A score is found by its name, so that policies can be saved.
+
+R rows, N tokens, D width, C classes. Here: measuring. Not here: deciding (criteria.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ee_diffusion.core.heads import ExitHeads
+
+
+class Observation:
+    """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
+
+    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads.
+    """
+
+    def __init__(self, heads: ExitHeads, exit: int, hidden: Tensor, context: Mapping[str, Tensor]):
+        self.heads, self.exit, self.hidden, self.context = heads, exit, hidden, context
+
+    @cached_property
+    def answer(self) -> Tensor:
+        return self.heads.answer(self.exit, self.hidden, self.context)
+
+    @property
+    def answered(self) -> bool:
+        return "answer" in self.__dict__
+
+
+@dataclass(frozen=True)
+class Score:
+    """`measure(observation) -> (R,)` with values in [low, high]: a threshold outside that range is refused."""
+
+    measure: Callable[[Observation], Tensor]
+    low: float
+    high: float
+
+
+def certainty(observation: Observation) -> Tensor:
+    """The learned certainty of the exit (DeeDiff: 1 - mean u; gates: the gate; PonderNet: lambda). (R,) in [0, 1]."""
+    return observation.heads.certainty(observation.exit, observation.hidden, observation.context)
+
+
+def max_probability(observation: Observation) -> Tensor:
+    """Largest softmax probability of the answer's logits (R, C) -> (R,) in [0, 1]."""
+    return observation.answer.softmax(-1).amax(-1)
+
+
+def margin(observation: Observation) -> Tensor:
+    """Difference of the two largest softmax probabilities (R, C) -> (R,) in [0, 1]."""
+    top = observation.answer.softmax(-1).topk(2, dim=-1).values  # (R, 2)
+    return top[:, 0] - top[:, 1]
+
+
+def low_entropy(observation: Observation) -> Tensor:
+    """`1 - H(p) / log C` of the answer's logits (R, C) -> (R,) in [0, 1] (FastBERT's normalised entropy, turned round)."""
+    logits = observation.answer.log_softmax(-1)
+    entropy = -(logits.exp() * logits).sum(-1)
+    return 1 - entropy / math.log(logits.shape[-1])
+
+
+SCORES: dict[str, Score] = {
+    "certainty": Score(certainty, 0.0, 1.0),
+    "max_probability": Score(max_probability, 0.0, 1.0),
+    "margin": Score(margin, 0.0, 1.0),
+    "low_entropy": Score(low_entropy, 0.0, 1.0),
+}
+
+
+def register_score(name: str, measure: Callable[[Observation], Tensor], *, low: float, high: float) -> None:
+    """Make `measure(observation) -> (R,)` known under a name that criteria (and saved policies) can use.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in SCORES:
+        raise ValueError(f"a score named {name!r} exists already; known: {sorted(SCORES)}")
+    SCORES[name] = Score(measure, low, high)
+
+
+def score_named(name: str) -> Score:
+    """The score of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SCORES:
+        raise ValueError(f"score={name!r}, expected one of {sorted(SCORES)}")
+    return SCORES[name]
+
+
+def per_element(scores: Tensor, elements: Tensor, *, num_elements: int) -> Tensor:
+    """The least safe row of each element: scores (R,), elements (R,) -> (E,), NaN for an element without a row (or with a NaN row)."""
+    full = torch.full((num_elements,), torch.inf, dtype=torch.float32, device=scores.device)
+    full = full.scatter_reduce(0, elements, scores.float(), "amin")  # NaN passes through amin
+    return torch.where(full == torch.inf, torch.nan, full)  # (E,)

@@ -1,0 +1,206 @@
+"""Session and StepSession: the only code in the project that stops anything. Loops, hooks and the replay drive it.
+
+E elements, R rows (R >= E: guidance gives an image two), K exits of the policy, L layers, S steps. Index bookkeeping is on the CPU;
+scores stay on their device, and one host sync per decision (marked) brings the verdict over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ee_diffusion.core.criteria import State, Where
+from ee_diffusion.core.schedules import depth_of
+from ee_diffusion.core.scores import per_element
+from ee_diffusion.core.trace import Trace
+
+if TYPE_CHECKING:
+    from ee_diffusion.core.policy import Policy
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Rows that leave after an exit: `exit` among the heads; `leave` and `keep`: positions among the rows that were running;
+    `rows`: the leaving rows' places in the whole batch."""
+
+    exit: int
+    leave: Tensor
+    keep: Tensor
+    rows: Tensor
+
+
+class Session:
+    """A policy applied to one run. State between steps is here and nowhere else. Made by `Policy.start`."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        num_layers: int,
+        depths: tuple[int, ...],
+        *,
+        exits: tuple[int, ...],
+        rows: Tensor,
+        num_steps: int,
+        elements: Tensor | None,
+        device: torch.device | str,
+    ):
+        self.policy, self.num_layers, self.num_steps, self.device = policy, num_layers, num_steps, torch.device(device)
+        self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
+        self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
+        self.rows = rows  # (R,) element of each row
+        num_elements = int(rows.max()) + 1
+        self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
+        if self.elements.shape != (num_elements,):
+            raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
+        self.state: State | None = None
+        self.finished: list[StepSession] = []
+        self._open: StepSession | None = None
+
+    def step(self, index: int, time: float) -> StepSession:
+        """Begin step `index` at `time` (timestep or sigma). Steps come in order; the one before must be closed.
+
+        Raises:
+            ValueError: a step out of order or beyond the run; a schedule that does not fit.
+        """
+        if index != len(self.finished) or index >= self.num_steps or self._open is not None:
+            raise ValueError(f"step {index} of {self.num_steps}, expected step {len(self.finished)} with the one before closed")
+        self._open = StepSession(self, index, float(time))
+        return self._open
+
+    def closed(self, step: StepSession) -> None:
+        """Called by a step session when it ends."""
+        self.finished.append(step)
+        self._open = None
+
+    def trace(self) -> Trace:
+        """Everything that happened in the closed steps.
+
+        Raises:
+            ValueError: no step was closed.
+        """
+        if not self.finished:
+            raise ValueError("no step has been closed: there is nothing to trace")
+        steps = self.finished
+        return Trace(
+            elements=self.elements,
+            rows=torch.bincount(self.rows, minlength=len(self.elements)),
+            times=torch.tensor([step.time for step in steps], dtype=torch.float64),
+            exits=torch.tensor(list(self.exits), dtype=torch.int64),
+            planned=torch.tensor([step.layers for step in steps]),
+            depths=torch.stack([step.depths for step in steps]),
+            scores=torch.stack([step.scores for step in steps]),
+            ran=torch.stack([step.ran for step in steps]),
+            measured=torch.stack([step.measured for step in steps]),
+            answered=torch.stack([step.answered for step in steps]),
+            policy=self.policy.to_dict(),
+            recorded_all=self.policy.record_all,
+        )
+
+
+class StepSession:
+    """One step of a run: which rows a layer runs on, who leaves after a depth, what was executed."""
+
+    def __init__(self, session: Session, index: int, time: float):
+        policy, num_layers = session.policy, session.num_layers
+        self.session, self.index, self.time = session, index, time
+        self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
+        self.last = depth_of(self.layers)  # the depth at which everyone leaves
+        if self.last is None and policy.criterion is not None:
+            raise ValueError("a schedule with holes takes no criterion: an exit would answer from a state it was not trained on")
+        if self.last is not None and self.last < num_layers and self.last not in session.exits:
+            raise ValueError(f"the schedule stops at depth {self.last}, exits are at {tuple(session.exits)}")
+        num_elements, num_exits = len(session.elements), len(session.exits)
+        self.rows = torch.arange(len(session.rows))  # (r,) rows still running, as places in the whole batch
+        self.alive = torch.ones(num_elements, dtype=torch.bool)
+        self.depths = torch.full((num_elements,), num_layers, dtype=torch.int16)
+        self.ran = torch.zeros(num_elements, num_layers, dtype=torch.int16)
+        self.measured = torch.zeros(num_exits, dtype=torch.int64)
+        self.answered = torch.zeros(num_exits, dtype=torch.int64)
+        self.scores = torch.full((num_exits, num_elements), torch.nan)
+        self._scores_there: dict[int, Tensor] = {}
+        self._elements_there = session.rows.to(session.device)  # (r,) element of each running row, on the device
+        self._counts = torch.bincount(session.rows, minlength=num_elements).to(torch.int16)  # (E,) running rows of each element
+        criterion, ids = policy.criterion, session.elements.to(session.device)
+        self._state = None if criterion is None else criterion.start(ids, step=index, previous=session.state)
+
+    @property
+    def finished(self) -> bool:
+        """True when no row is running any more."""
+        return len(self.rows) == 0
+
+    def runs(self, layer: int) -> bool:
+        """Whether the layer is to be executed, on the rows that are still running."""
+        return self.layers[layer] and len(self.rows) > 0
+
+    def executed(self, layer: int) -> None:
+        """The driver says: the layer ran on the running rows."""
+        self.ran[:, layer] = self._counts
+
+    def offer(self, depth: int, measure: Callable[[int], Tensor | None]) -> Departure | None:
+        """Decide after `depth` executed blocks. `measure(exit)` gives the scores (r,) of the running rows at that exit of the heads
+        (None: the criterion looks at nothing); it is called only where an exit is possible.
+
+        Returns the departure of the rows that leave, or None if all go on.
+        """
+        if depth not in self.session.exits or self.finished:
+            return None
+        if depth == self.last:  # decided before the step began: no score, no sync
+            return self._leave(depth, torch.ones_like(self.alive))
+        criterion = self.session.policy.criterion
+        if criterion is None or depth > (self.last or 0):
+            return None
+        exit = self.session.exits[depth]
+        score = self._score(exit, measure(self.session.heads_exits[depth]))  # (E,)
+        where = Where(self.index, self.session.num_steps, self.time, depth, exit)
+        stop, self._state = criterion.decide(score, where, self._state)
+        if self.session.policy.record_all:
+            return None
+        stopped = stop.cpu()  # the host sync of this exit
+        return self._leave(depth, stopped) if bool((stopped & self.alive).any()) else None
+
+    def close(self) -> None:
+        """End the step: scores come to the host, the state goes to the session.
+
+        Raises:
+            ValueError: a score was NaN (it stopped nobody; the step is recorded).
+        """
+        for exit, score in self._scores_there.items():
+            self.scores[exit] = score.cpu()
+        self.session.state = self._state
+        self.session.closed(self)
+        asked = self.measured > 0
+        if bool(asked.any()):
+            reached = torch.tensor(list(self.session.exits))[:, None] <= self.depths  # (K, E)
+            bad = (self.scores.isnan() & reached & asked[:, None]).any(1)
+            if bool(bad.any()):
+                depths = [depth for depth, exit in self.session.exits.items() if bad[exit]]
+                raise ValueError(f"NaN score at step {self.index} after depths {depths}: the hidden states or the heads are not finite")
+
+    def _score(self, exit: int, rows: Tensor | None) -> Tensor:
+        num_elements = len(self.alive)
+        if rows is None:
+            return torch.full((num_elements,), torch.nan, device=self.session.device)
+        score = per_element(rows, self._elements_there, num_elements=num_elements)
+        self._scores_there[exit] = score
+        self.measured[exit] += len(rows)
+        return score  # (E,)
+
+    def _leave(self, depth: int, stopped: Tensor) -> Departure:
+        elements = self.session.rows[self.rows]  # (r,)
+        leaving = stopped[elements]  # (r,) bool
+        leave, keep = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
+        departure = Departure(self.session.heads_exits[depth], leave, keep, self.rows[leave])
+        self.depths[stopped & self.alive] = depth
+        self.alive &= ~stopped
+        self._counts[stopped] = 0
+        self.rows = self.rows[keep]
+        self._elements_there = elements[keep].to(self.session.device, non_blocking=True)
+        return departure
+
+    def answer_evaluated(self, depth: int, num_rows: int) -> None:
+        """The driver says: the head at that depth was evaluated on so many rows."""
+        self.answered[self.session.exits[depth]] += num_rows

@@ -1,0 +1,152 @@
+"""What happened in a run and what it cost. A Trace holds everything, a Report condenses it.
+
+S steps, E elements, K exits of the policy, L layers. What the policy *needed* (`needed`) is kept apart from what really *ran* (`ran`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_TENSORS = ("elements", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """One run, step by step.
+
+    elements (E,) ids; rows (E,) rows per element; times (S,); exits (K,) depths; planned (S, L) layers that the schedule allowed;
+    depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail); scores (S, K, E), NaN where not measured;
+    ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
+    evaluated on. `policy`: the policy as a dictionary; `recorded_all`: every exit was measured and nobody stopped.
+    """
+
+    elements: Tensor
+    rows: Tensor
+    times: Tensor
+    exits: Tensor
+    planned: Tensor
+    depths: Tensor
+    scores: Tensor
+    ran: Tensor
+    measured: Tensor
+    answered: Tensor
+    policy: dict
+    recorded_all: bool = False
+
+    @property
+    def needed(self) -> Tensor:
+        """(S, E, L): whether the policy needed the layer for the element: allowed by the schedule and below the element's depth."""
+        layers = torch.arange(self.planned.shape[1])
+        return self.planned[:, None, :] & (layers < self.depths[:, :, None])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to one safetensors file, beside first, then renamed."""
+        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        metadata = {"policy": json.dumps(self.policy), "recorded_all": json.dumps(self.recorded_all), "format": "ee_diffusion.trace.1"}
+        beside = Path(f"{path}.{os.getpid()}.tmp")
+        save_file(tensors, beside, metadata=metadata)
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Trace:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a truncated file, or one that is no trace.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != "ee_diffusion.trace.1":
+                    raise ValueError(f"{path} is no trace: format {metadata.get('format')!r}, expected 'ee_diffusion.trace.1'")
+                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable trace: {error}") from error
+        return cls(**tensors, policy=json.loads(metadata["policy"]), recorded_all=json.loads(metadata["recorded_all"]))
+
+    @classmethod
+    def concatenate(cls, traces: list[Trace]) -> Trace:
+        """Join runs of the same policy over different elements (batches, ranks) into one.
+
+        Raises:
+            ValueError: nothing to join, or runs of different policies, steps or exits.
+        """
+        if not traces:
+            raise ValueError("no traces to concatenate, expected at least one")
+        first = traces[0]
+        for other in traces[1:]:
+            if (other.policy, other.times.tolist(), other.exits.tolist()) != (first.policy, first.times.tolist(), first.exits.tolist()):
+                raise ValueError("traces of different policies, steps or exits cannot be joined")
+        joined = {name: torch.cat([getattr(trace, name) for trace in traces], dim=dim) for name, dim in _ELEMENT_DIMS.items()}
+        counts = {name: torch.stack([getattr(trace, name) for trace in traces]).sum(0) for name in ("measured", "answered")}
+        same = {name: getattr(first, name) for name in ("times", "exits", "planned", "policy")}
+        return cls(**joined, **counts, **same, recorded_all=all(trace.recorded_all for trace in traces))
+
+    def report(self) -> Report:
+        """The run in a few numbers."""
+        steps, _, layers = self.ran.shape
+        blocks = self.ran.sum(2) / self.rows.clamp(min=1)  # (S, E)
+        histogram = {int(depth): int((self.depths == depth).sum()) for depth in self.depths.unique()}
+        return Report(
+            num_steps=steps,
+            num_elements=len(self.elements),
+            num_layers=layers,
+            mean_executed=blocks.mean().item(),
+            mean_needed=self.needed.sum(2).float().mean().item(),
+            executed_per_step=tuple(blocks.mean(1).tolist()),
+            spread_per_step=tuple(blocks.std(1, correction=0).tolist()),
+            depth_histogram=histogram,
+            measured_rows=int(self.measured.sum()),
+            answered_rows=int(self.answered.sum()),
+        )
+
+
+_ELEMENT_DIMS = {"elements": 0, "rows": 0, "depths": 1, "scores": 2, "ran": 1}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A trace condensed. `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed;
+    `spread_per_step`: standard deviation over elements of the blocks executed at a step (0: every element alike);
+    `depth_histogram`: depth -> number of (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of
+    scores and of exit heads."""
+
+    num_steps: int
+    num_elements: int
+    num_layers: int
+    mean_executed: float
+    mean_needed: float
+    executed_per_step: tuple[float, ...]
+    spread_per_step: tuple[float, ...]
+    depth_histogram: dict[int, int]
+    measured_rows: int
+    answered_rows: int
+
+    @property
+    def fraction_executed(self) -> float:
+        """Executed blocks over all blocks, in [0, 1]."""
+        return self.mean_executed / self.num_layers
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        lines = [
+            f"{self.num_elements} elements x {self.num_steps} steps, {self.num_layers} blocks",
+            f"executed blocks per element and step: {self.mean_executed:.2f} of {self.num_layers} ({100 * self.fraction_executed:.1f} %)",
+        ]
+        if self.mean_executed >= self.num_layers:
+            lines.append("nothing was skipped")
+        if self.mean_executed - self.mean_needed > 1e-6:
+            lines.append(f"needed by the policy: {self.mean_needed:.2f} (the difference ran without being needed)")
+        total = self.num_steps * self.num_elements
+        shares = ", ".join(f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items()))
+        lines.append(f"answers by depth: {shares}")
+        lines.append(f"rows a score was measured on: {self.measured_rows}; rows an exit head answered: {self.answered_rows}")
+        return "\n".join(lines)

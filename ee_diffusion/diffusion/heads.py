@@ -1,0 +1,134 @@
+"""Exits of a denoiser: an output head and an uncertainty estimation module (UEM) per exit, saved as one component.
+
+Here: the modules of DeeDiff (arXiv 2309.17074), as written and as released. Not here: when to stop (core), their training (objective.py).
+R rows, X prefix tokens, P patches, N = X + P, D width, C channels, p patch size, K exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ee_diffusion.core.heads import Space
+from ee_diffusion.diffusion.families import family_of
+from ee_diffusion.diffusion.uvit import timestep_embedding, unpatchify
+
+
+class OutputHead(nn.Module):
+    """g_i: LayerNorm, Linear(D -> p*p*C), unpatchify, 3x3 convolution; the shape of U-ViT's own tail."""
+
+    def __init__(self, hidden_dim: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.patch_size, self.out_channels = patch_size, out_channels
+        self.norm = nn.LayerNorm(hidden_dim)
+        self.proj = nn.Linear(hidden_dim, patch_size**2 * out_channels)
+        self.conv = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+
+    def forward(self, patches: Tensor, size: int) -> Tensor:
+        values = self.proj(self.norm(patches))  # (R, P, p*p*C)
+        image = unpatchify(values, channels=self.out_channels, patch_size=self.patch_size, height=size, width=size)
+        return self.conv(image)  # (R, C, H, W)
+
+
+class DenoisingExits(ModelMixin, ConfigMixin):
+    """The exits of one denoiser: for each depth an output head g_i and an uncertainty module.
+
+    `variant="paper"` (DeeDiff eq. 4): `u_i = sigmoid(w_i^T [L_i ; timestep embedding] + b_i)` per pixel, own head g_i per exit,
+    `certainty = 1 - mean u_i`. `variant="released"` (the authors' code, which differs): `sigmoid(w_i^T L_i + b_i)` on the *detached*
+    patch tokens, no timestep, is a *certainty*; there is no own head: an exit answers through the model's own tail.
+
+    Args:
+        depths: executed blocks at each exit, ascending, from 0 up to below the model's number of layers.
+        hidden_dim, patch_size, out_channels, sample_size, num_prefix_tokens: those of the denoiser.
+
+    Raises:
+        ValueError: depths not ascending, or an unknown variant.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        depths: tuple[int, ...] = (1,),
+        hidden_dim: int = 512,
+        patch_size: int = 2,
+        out_channels: int = 3,
+        sample_size: int = 32,
+        num_prefix_tokens: int = 1,
+        variant: str = "paper",
+    ):
+        super().__init__()
+        if not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
+            raise ValueError(f"depths={tuple(depths)}, expected ascending distinct numbers of blocks, at least one")
+        if variant not in ("paper", "released"):
+            raise ValueError(f"variant={variant!r}, expected 'paper' or 'released'")
+        self.depths = tuple(depths)
+        self.space: Space = "output" if variant == "paper" else "hidden"
+        width, values = hidden_dim * (2 if variant == "paper" else 1), patch_size**2 * out_channels
+        self.uncertainty_modules = nn.ModuleList(nn.Linear(width, values) for _ in depths)
+        heads = depths if variant == "paper" else ()
+        self.heads = nn.ModuleList(OutputHead(hidden_dim, patch_size, out_channels) for _ in heads)
+
+    @classmethod
+    def for_transformer(cls, transformer: ModelMixin, depths: tuple[int, ...], variant: str = "paper") -> DenoisingExits:
+        """Untrained exits that fit a transformer of the family table.
+
+        Raises:
+            ValueError: an unknown class, or an exit at or beyond the last block.
+        """
+        layers = len(getattr(transformer, family_of(transformer).blocks))
+        if not depths or max(depths) >= layers:
+            raise ValueError(f"exits at depths {tuple(depths)}, expected at least one, below {layers}: depth {layers} is the model itself")
+        return cls(depths=tuple(depths), variant=variant, **_sizes(transformer))
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raises ValueError if these exits were made for another model's sizes."""
+        for name, size in _sizes(model).items():
+            if self.config[name] != size:
+                raise ValueError(f"heads of another model: {name} is {self.config[name]}, the model's is {size}")
+
+    def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """hidden (R, N, D) -> the prediction (R, C, H, W) if `space` is output; else hidden itself, for the model's own tail."""
+        if self.space == "hidden":
+            return hidden
+        return self.heads[exit](self._patches(hidden), self.config.sample_size)
+
+    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """hidden (R, N, D), context `timestep` (R,) -> (R,) in [0, 1]; larger is safer. Mean over C, H, W of `uncertainty_map`."""
+        said = torch.sigmoid(self._uncertainty_logits(exit, hidden, context["timestep"])).flatten(1).mean(1)  # (R,)
+        return 1 - said if self.config.variant == "paper" else said
+
+    def uncertainty_map(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
+        """hidden (R, N, D), timestep (R,) -> (R, C, H, W) in (0, 1): u (paper) or the certainty (released), pixel by pixel."""
+        config = self.config
+        values = torch.sigmoid(self._uncertainty_logits(exit, hidden, timestep))  # (R, P, p*p*C)
+        size = config.sample_size
+        return unpatchify(
+            values, channels=config.out_channels, patch_size=config.patch_size, height=size, width=size
+        )
+
+    def _uncertainty_logits(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
+        linear, patches = self.uncertainty_modules[exit], self._patches(hidden)
+        if self.config.variant == "released":
+            return linear(patches.detach())  # (R, P, p*p*C)
+        # Linear([h ; e]) = Linear_h(h) + Linear_e(e): the same e for all patches of a row is multiplied only once.
+        for_hidden, for_time = linear.weight.chunk(2, dim=1)
+        time = timestep_embedding(timestep, self.config.hidden_dim).to(patches.dtype)  # (R, D)
+        return nn.functional.linear(patches, for_hidden) + nn.functional.linear(time, for_time, linear.bias)[:, None]
+
+    def _patches(self, hidden: Tensor) -> Tensor:
+        return hidden[:, self.config.num_prefix_tokens :]  # (R, P, D)
+
+
+def _sizes(transformer: ModelMixin) -> dict[str, int]:
+    prefix = family_of(transformer).prefix_tokens
+    return {
+        "hidden_dim": transformer.inner_dim,
+        "patch_size": transformer.config.patch_size,
+        "out_channels": transformer.out_channels,
+        "sample_size": transformer.config.sample_size,
+        "num_prefix_tokens": 0 if prefix is None else getattr(transformer, prefix),
+    }

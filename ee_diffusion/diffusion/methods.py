@@ -1,0 +1,49 @@
+"""Published methods as policies: one function each, naming the paper, its equation and every deviation."""
+
+from __future__ import annotations
+
+from ee_diffusion.core.criteria import Patience, Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import PiecewiseDepth
+
+
+def deediff(threshold: float, *, exits: tuple[int, ...] | None = None) -> Policy:
+    """DeeDiff as written (arXiv 2309.17074, sec. 3.4): answer at the first layer whose mean uncertainty `u_i,t < threshold`.
+
+    threshold in [0, 1]; larger is bolder. Deviation: the mean is over the pixels of one image, never over the batch; under guidance the
+    image's two rows leave together, the more uncertain one deciding.
+
+    Raises:
+        ValueError: threshold outside [0, 1].
+    """
+    return Policy(Threshold(1 - threshold), exits=exits)
+
+
+def deediff_released(threshold: float, *, depths: tuple[int, ...], num_layers: int) -> Policy:
+    """DeeDiff as the authors' code runs it: answer where the mean certainty is above `threshold` (0.92 on CIFAR-10).
+
+    For exits with `variant="released"`. Among the in-blocks the first crossing does not exit, the second does; the conditional and
+    the unconditional branch exit on their own. Deviation: the mean is over one image, where the code's is over the batch (of one).
+
+    Raises:
+        ValueError: threshold outside [0, 1].
+    """
+    patience = tuple(2 if depth <= num_layers // 2 else 1 for depth in depths)
+    return Policy(Patience(threshold, patience, consecutive=False), exits=depths, guidance="apart")
+
+
+def ase(depths: tuple[int, ...], *, num_train_timesteps: int = 1000) -> Policy:
+    """ASE (ICML 2024): a fixed depth for each of `len(depths)` equal bins of time, from data to noise.
+
+    Deviation: exits answer through the heads given, not through a jointly fine-tuned shared tail.
+    """
+    width = num_train_timesteps / len(depths)
+    return Policy(schedule=PiecewiseDepth(tuple(width * (i + 1) for i in range(len(depths) - 1)), tuple(depths)))
+
+
+def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
+    """DuoDiff (arXiv 2410.09633): `depth` blocks while the timestep is above `switch`, the full model after.
+
+    Deviation: the shallow network is the model's own first blocks with an exit head, not a second network.
+    """
+    return Policy(schedule=PiecewiseDepth((switch,), (num_layers, depth)))

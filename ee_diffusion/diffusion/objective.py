@@ -1,0 +1,114 @@
+"""What training minimises: the denoising loss of a U-ViT and, with exits, DeeDiff's joint loss.
+
+Here: one forward from a batch to scalars. Not here: data, draws, optimiser, loop (training/). B samples, K exits, C, H, W image.
+"""
+
+from __future__ import annotations
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.training_utils import compute_snr
+from torch import Tensor, nn
+
+from ee_diffusion.core import losses
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+
+MODES = ("backbone", "joint", "frozen")
+
+
+class DiffusionObjective(nn.Module):
+    """`L_all = L_simple + lambda L_u + beta L_UAL` (DeeDiff eq. 8, lambda = beta = 1) on one batch.
+
+    mode `backbone`: L_simple alone, no exits. `joint`: everything trains. `frozen`: the backbone is fixed, exits alone train.
+
+    Args:
+        scheduler: a training scheduler with `add_noise` (DDPM); its `prediction_type` names the target.
+        class_drop: probability that a label is replaced by the null class.
+        snr_gamma: weigh L_simple by min(SNR, gamma) / SNR (Min-SNR, arXiv 2303.09556; for v_prediction / (SNR + 1)); None: as DeeDiff.
+
+    Raises:
+        ValueError: an unknown mode, exits missing or surplus for it, class_drop without a null class.
+    """
+
+    def __init__(
+        self,
+        transformer: UViTTransformer2DModel,
+        exits: DenoisingExits | None,
+        scheduler: SchedulerMixin,
+        *,
+        mode: str,
+        uncertainty_weight: float = 1.0,
+        layerwise_weight: float = 1.0,
+        class_drop: float = 0.1,
+        snr_gamma: float | None = None,
+    ):
+        super().__init__()
+        if mode not in MODES or (exits is None) != (mode == "backbone"):
+            raise ValueError(f"mode={mode!r} with exits={type(exits).__name__}, expected one of {MODES}; all but the first need exits")
+        if class_drop and transformer.config.num_classes is not None and transformer.config.null_class is None:
+            raise ValueError(f"class_drop={class_drop} needs a null_class in the transformer's config")
+        self.transformer, self.exits, self.scheduler, self.mode = transformer, exits, scheduler, mode
+        self.uncertainty_weight, self.layerwise_weight, self.class_drop = uncertainty_weight, layerwise_weight, class_drop
+        self.snr_gamma = snr_gamma
+        transformer.requires_grad_(mode != "frozen")
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """batch: `images` (B, C, H, W) in [-1, 1], `noise` alike, `uniform` (B,) in [0, 1); with classes `class_labels` (B,) and
+        `label_drop` (B,) in [0, 1); with text `encoder_hidden_states`. Returns scalars: `loss` and its terms."""
+        images, noise = batch["images"], batch["noise"]
+        timestep = (batch["uniform"] * self.scheduler.config.num_train_timesteps).long()  # (B,)
+        noisy = self.scheduler.add_noise(images, noise, timestep)
+        with torch.set_grad_enabled(self.mode != "frozen" and torch.is_grad_enabled()):
+            output = self.transformer(
+                noisy,
+                timestep,
+                self._labels(batch),
+                batch.get("encoder_hidden_states"),
+                output_hidden_states=self.exits is not None,
+            )
+        target = self._target(images, noise, timestep)
+        simple = (self._weight(timestep) * (output.sample.float() - target).square().flatten(1).mean(1)).mean()
+        if self.exits is None:
+            return {"loss": simple, "simple": simple.detach()}
+        uncertainty, layerwise = self._exit_terms(output.hidden_states, timestep, target)
+        loss = self.uncertainty_weight * uncertainty + self.layerwise_weight * layerwise
+        loss = loss if self.mode == "frozen" else simple + loss
+        terms = {"simple": simple, "uncertainty": uncertainty, "layerwise": layerwise}
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    def _exit_terms(self, hidden_states: tuple[Tensor, ...], timestep: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        exits, released = self.exits, self.exits.config.variant == "released"
+        states = [hidden_states[depth] for depth in exits.depths]
+        context = {"timestep": timestep}
+        answers = [exits.answer(k, state, context) for k, state in enumerate(states)]
+        answers = [self.transformer.tail(answer) for answer in answers] if exits.space == "hidden" else answers
+        predictions = torch.stack(answers).float()  # (K, B, C, H, W)
+        maps = torch.stack([exits.uncertainty_map(k, state, timestep) for k, state in enumerate(states)]).float()
+        if released:
+            return (
+                losses.released_uncertainty_loss(maps, predictions, target),
+                losses.released_layerwise_loss(maps, predictions, target),
+            )
+        return losses.uncertainty_loss(maps, predictions, target), losses.layerwise_loss(maps, predictions, target)
+
+    def _weight(self, timestep: Tensor) -> Tensor | float:
+        if self.snr_gamma is None:
+            return 1.0
+        snr = compute_snr(self.scheduler, timestep)  # (B,)
+        velocity = self.scheduler.config.prediction_type == "v_prediction"
+        return snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
+
+    def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
+        if self.transformer.config.num_classes is None:
+            return None
+        dropped = batch["label_drop"] < self.class_drop
+        return torch.where(dropped, self.transformer.config.null_class or 0, batch["class_labels"])  # (B,)
+
+    def _target(self, images: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "v_prediction":
+            return self.scheduler.get_velocity(images, noise, timestep)
+        raise ValueError(f"prediction_type={kind!r}, expected 'epsilon' or 'v_prediction'")
