@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.session import StepSession
 from ee_diffusion.core.trace import Trace
 
 
@@ -39,7 +40,7 @@ def replay(trace: Trace, policy: Policy) -> Tensor:
         stored = trace.scores[index]  # (K, E)
         for depth in range(num_layers):
 
-            def measure(exit: int, stored=stored, step=step) -> Tensor | None:
+            def measure(exit: int, stored: Tensor = stored, step: StepSession = step) -> Tensor | None:
                 return stored[exit][step.rows] if needs_scores else None
 
             step.offer(depth, measure)
@@ -55,7 +56,9 @@ class BudgetChoice:
     fraction: float
 
 
-def value_for_budget(trace: Trace, policy_for: Callable[[float], Policy], *, budget: float, low: float, high: float) -> BudgetChoice:
+def value_for_budget(
+    trace: Trace, policy_for: Callable[[float], Policy], *, budget: float, low: float, high: float
+) -> BudgetChoice:
     """The safest number whose replayed mean depth is at most `budget` of the model's blocks, by bisection.
 
     `policy_for(value)`: the policy to judge; a larger value must not cost less (thresholds on scores are so). Search in [low, high].

@@ -21,7 +21,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Where:
-    """The place of a decision: `step` of `num_steps`, its `time` (timestep or sigma), `depth` executed blocks, `exit` among the policy's."""
+    """The place of a decision: `step` of `num_steps`, its `time` (timestep or sigma), `depth` executed blocks, `exit` (policy's index)."""
 
     step: int
     num_steps: int
@@ -30,6 +30,7 @@ class Where:
     exit: int
 
 
+@dataclass(frozen=True)
 class Criterion(ABC):
     """Says when an element stops. A NaN score never stops anything."""
 
@@ -63,7 +64,7 @@ class Threshold(Criterion):
     threshold: Thresholds
     score: str = "certainty"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_range(self.threshold, self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -92,7 +93,7 @@ class Patience(Criterion):
     score: str = "certainty"
     consecutive: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_range(self.threshold, self.score)
         counts = self.patience if isinstance(self.patience, tuple) else (self.patience,)
         if not counts or min(counts) < 1:
@@ -125,7 +126,7 @@ class Cumulative(Criterion):
     q: float
     score: str = "certainty"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0.0 <= self.q <= 1.0:
             raise ValueError(f"q={self.q}, expected a quantile in [0, 1]")
         score_named(self.score)
@@ -152,7 +153,7 @@ class Gate(Criterion):
     threshold: float
     score: str = "certainty"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_range(self.threshold, self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -199,14 +200,16 @@ class Planned(Criterion):
         return state["plan"] <= where.depth, state
 
 
-CRITERIA: dict[str, type[Criterion]] = {kind.__name__: kind for kind in (Threshold, Patience, Cumulative, Gate, Planned)}
+CRITERIA: dict[str, type[Criterion]] = {
+    kind.__name__: kind for kind in (Threshold, Patience, Cumulative, Gate, Planned)
+}
 
 
 def _at(thresholds: Thresholds, where: Where) -> float:
-    if isinstance(thresholds, tuple):
-        row = thresholds[where.step] if isinstance(thresholds[0], tuple) else thresholds
-        return row[where.exit]
-    return thresholds
+    if not isinstance(thresholds, tuple):
+        return thresholds
+    row = thresholds[where.step] if isinstance(thresholds[0], tuple) else thresholds
+    return row[where.exit]
 
 
 def _check_range(thresholds: Thresholds, name: str) -> None:
@@ -223,9 +226,9 @@ def _check_range(thresholds: Thresholds, name: str) -> None:
 def _check_lengths(thresholds: Thresholds, num_steps: int, num_exits: int) -> None:
     if not isinstance(thresholds, tuple):
         return
-    per_step = isinstance(thresholds[0], tuple)
-    if per_step and len(thresholds) != num_steps:
+    rows = [row for row in thresholds if isinstance(row, tuple)]
+    if rows and len(thresholds) != num_steps:
         raise ValueError(f"thresholds for {len(thresholds)} steps, this run has {num_steps}")
-    for row in thresholds if per_step else (thresholds,):
-        if len(row) != num_exits:
-            raise ValueError(f"{len(row)} thresholds, expected one for each of {num_exits} exits")
+    for length in {len(row) for row in rows} or {len(thresholds)}:
+        if length != num_exits:
+            raise ValueError(f"{length} thresholds, expected one for each of {num_exits} exits")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,8 +39,10 @@ class Policy:
     record_all: bool = False
     guidance: Literal["together", "apart"] = "together"
 
-    def __post_init__(self):
-        if self.exits is not None and (list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)):
+    def __post_init__(self) -> None:
+        if self.exits is not None and (
+            list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)
+        ):
             raise ValueError(f"exits={self.exits}, expected ascending distinct depths")
         if self.record_all and self.criterion is None:
             raise ValueError("record_all needs a criterion that says what to measure")
@@ -77,19 +80,30 @@ class Policy:
         if rows.ndim != 1 or len(rows) == 0:
             raise ValueError(f"rows is {tuple(rows.shape)}, expected (R,) with at least one row: the batch is empty")
         if depths and depths[-1] >= num_layers:
-            raise ValueError(f"an exit at depth {depths[-1]}, expected below {num_layers}: the model has {num_layers} blocks")
+            raise ValueError(
+                f"an exit at depth {depths[-1]}, expected below {num_layers}: the model has {num_layers} blocks"
+            )
         missing = [depth for depth in exits if depth not in depths]
         if missing:
             raise ValueError(f"the policy exits at depths {missing}, the heads have {depths}")
         if self.criterion is not None:
             self.criterion.validate(num_steps, len(exits))
         return Session(
-            self, num_layers, depths, exits=exits, rows=rows.cpu(), num_steps=num_steps, elements=elements, device=device
+            self,
+            num_layers,
+            depths,
+            exits=exits,
+            rows=rows.cpu(),
+            num_steps=num_steps,
+            elements=elements,
+            device=device,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_dict` turns back into this policy."""
-        criterion = None if self.criterion is None else {"kind": type(self.criterion).__name__, **asdict(self.criterion)}
+        criterion = (
+            None if self.criterion is None else {"kind": type(self.criterion).__name__, **asdict(self.criterion)}
+        )
         schedule = {"kind": type(self.schedule).__name__, **asdict(self.schedule)}
         values = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
         # Through JSON, so that a fresh dictionary equals one that was read from a file.
@@ -131,10 +145,10 @@ class Policy:
         return cls.from_dict(values)
 
 
-def _built(kinds: dict[str, type], values: dict[str, Any]):
+def _built(kinds: Mapping[str, type], values: dict[str, Any]) -> Any:
     values = dict(values)
     return kinds[values.pop("kind")](**{name: _tuples(value) for name, value in values.items()})
 
 
-def _tuples(value):
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True)
 class Schedule(ABC):
     """Says which of L layers may run at a step."""
 
@@ -58,9 +59,11 @@ class PiecewiseDepth(Schedule):
     edges: tuple[float, ...]
     depths: tuple[int, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.depths) != len(self.edges) + 1 or list(self.edges) != sorted(self.edges):
-            raise ValueError(f"{len(self.depths)} depths for edges {self.edges}, expected ascending edges and one depth more")
+            raise ValueError(
+                f"{len(self.depths)} depths for edges {self.edges}, expected ascending edges and one depth more"
+            )
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return _first(self.depths[bisect_left(self.edges, time)], num_layers)

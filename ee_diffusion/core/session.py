@@ -67,7 +67,9 @@ class Session:
             ValueError: a step out of order or beyond the run; a schedule that does not fit.
         """
         if index != len(self.finished) or index >= self.num_steps or self._open is not None:
-            raise ValueError(f"step {index} of {self.num_steps}, expected step {len(self.finished)} with the one before closed")
+            raise ValueError(
+                f"step {index} of {self.num_steps}, expected step {len(self.finished)} with the one before closed"
+            )
         self._open = StepSession(self, index, float(time))
         return self._open
 
@@ -110,7 +112,9 @@ class StepSession:
         self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
         self.last = depth_of(self.layers)  # the depth at which everyone leaves
         if self.last is None and policy.criterion is not None:
-            raise ValueError("a schedule with holes takes no criterion: an exit would answer from a state it was not trained on")
+            raise ValueError(
+                "a schedule with holes takes no criterion: an exit would answer from a state it was not trained on"
+            )
         if self.last is not None and self.last < num_layers and self.last not in session.exits:
             raise ValueError(f"the schedule stops at depth {self.last}, exits are at {tuple(session.exits)}")
         num_elements, num_exits = len(session.elements), len(session.exits)
@@ -123,9 +127,11 @@ class StepSession:
         self.scores = torch.full((num_exits, num_elements), torch.nan)
         self._scores_there: dict[int, Tensor] = {}
         self._elements_there = session.rows.to(session.device)  # (r,) element of each running row, on the device
-        self._counts = torch.bincount(session.rows, minlength=num_elements).to(torch.int16)  # (E,) running rows of each element
+        self._counts = torch.bincount(session.rows, minlength=num_elements).to(
+            torch.int16
+        )  # (E,) running rows of each element
         criterion, ids = policy.criterion, session.elements.to(session.device)
-        self._state = None if criterion is None else criterion.start(ids, step=index, previous=session.state)
+        self._state: State = {} if criterion is None else criterion.start(ids, step=index, previous=session.state)
 
     @property
     def finished(self) -> bool:
@@ -178,7 +184,9 @@ class StepSession:
             bad = (self.scores.isnan() & reached & asked[:, None]).any(1)
             if bool(bad.any()):
                 depths = [depth for depth, exit in self.session.exits.items() if bad[exit]]
-                raise ValueError(f"NaN score at step {self.index} after depths {depths}: the hidden states or the heads are not finite")
+                raise ValueError(
+                    f"NaN score at step {self.index} after depths {depths}: the hidden states or the heads are not finite"
+                )
 
     def _score(self, exit: int, rows: Tensor | None) -> Tensor:
         num_elements = len(self.alive)

@@ -9,6 +9,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,7 +39,7 @@ class Trace:
     ran: Tensor
     measured: Tensor
     answered: Tensor
-    policy: dict
+    policy: dict[str, Any]
     recorded_all: bool = False
 
     @property
@@ -50,7 +51,11 @@ class Trace:
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, beside first, then renamed."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        metadata = {"policy": json.dumps(self.policy), "recorded_all": json.dumps(self.recorded_all), "format": "ee_diffusion.trace.1"}
+        metadata = {
+            "policy": json.dumps(self.policy),
+            "recorded_all": json.dumps(self.recorded_all),
+            "format": "ee_diffusion.trace.1",
+        }
         beside = Path(f"{path}.{os.getpid()}.tmp")
         save_file(tensors, beside, metadata=metadata)
         os.replace(beside, path)
@@ -66,8 +71,10 @@ class Trace:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != "ee_diffusion.trace.1":
-                    raise ValueError(f"{path} is no trace: format {metadata.get('format')!r}, expected 'ee_diffusion.trace.1'")
-                tensors = {name: file.get_tensor(name) for name in _TENSORS}
+                    raise ValueError(
+                        f"{path} is no trace: format {metadata.get('format')!r}, expected 'ee_diffusion.trace.1'"
+                    )
+                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in _TENSORS}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable trace: {error}") from error
         return cls(**tensors, policy=json.loads(metadata["policy"]), recorded_all=json.loads(metadata["recorded_all"]))
@@ -83,12 +90,21 @@ class Trace:
             raise ValueError("no traces to concatenate, expected at least one")
         first = traces[0]
         for other in traces[1:]:
-            if (other.policy, other.times.tolist(), other.exits.tolist()) != (first.policy, first.times.tolist(), first.exits.tolist()):
+            if (other.policy, other.times.tolist(), other.exits.tolist()) != (
+                first.policy,
+                first.times.tolist(),
+                first.exits.tolist(),
+            ):
                 raise ValueError("traces of different policies, steps or exits cannot be joined")
-        joined = {name: torch.cat([getattr(trace, name) for trace in traces], dim=dim) for name, dim in _ELEMENT_DIMS.items()}
-        counts = {name: torch.stack([getattr(trace, name) for trace in traces]).sum(0) for name in ("measured", "answered")}
+        joined = {
+            name: torch.cat([getattr(trace, name) for trace in traces], dim=dim) for name, dim in _ELEMENT_DIMS.items()
+        }
+        counts = {
+            name: torch.stack([getattr(trace, name) for trace in traces]).sum(0) for name in ("measured", "answered")
+        }
         same = {name: getattr(first, name) for name in ("times", "exits", "planned", "policy")}
-        return cls(**joined, **counts, **same, recorded_all=all(trace.recorded_all for trace in traces))
+        merged: dict[str, Any] = joined | counts | same
+        return cls(**merged, recorded_all=all(trace.recorded_all for trace in traces))
 
     def report(self) -> Report:
         """The run in a few numbers."""
@@ -146,7 +162,11 @@ class Report:
         if self.mean_executed - self.mean_needed > 1e-6:
             lines.append(f"needed by the policy: {self.mean_needed:.2f} (the difference ran without being needed)")
         total = self.num_steps * self.num_elements
-        shares = ", ".join(f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items()))
+        shares = ", ".join(
+            f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items())
+        )
         lines.append(f"answers by depth: {shares}")
-        lines.append(f"rows a score was measured on: {self.measured_rows}; rows an exit head answered: {self.answered_rows}")
+        lines.append(
+            f"rows a score was measured on: {self.measured_rows}; rows an exit head answered: {self.answered_rows}"
+        )
         return "\n".join(lines)

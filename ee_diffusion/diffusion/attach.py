@@ -81,7 +81,9 @@ class Attachment:
         if step is None:
             return original(*args, **kwargs)
         if self._lane is not None:
-            raise ValueError("a second forward under one step session: begin a step for each forward of the transformer")
+            raise ValueError(
+                "a second forward under one step session: begin a step for each forward of the transformer"
+            )
         sample = args[0] if args else kwargs["hidden_states"]
         timestep = args[self._timestep_place] if len(args) > self._timestep_place else kwargs["timestep"]
         expected = len(step.session.rows)
@@ -159,7 +161,9 @@ def attach(transformer: nn.Module, heads: ExitHeads) -> Attachment:
         raise ValueError(f"exits are attached to this {type(transformer).__name__} already; detach first")
     num_layers = len(getattr(transformer, family.blocks))
     if heads.depths[-1] >= num_layers:
-        raise ValueError(f"heads with an exit at depth {heads.depths[-1]}, the model has {num_layers} blocks: heads of another model?")
+        raise ValueError(
+            f"heads with an exit at depth {heads.depths[-1]}, the model has {num_layers} blocks: heads of another model?"
+        )
     heads.check_fits(transformer)
     attachment = Attachment(transformer, heads, family)
     transformer.__dict__["_ee_attachment"] = attachment

@@ -73,7 +73,9 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         self.heads = nn.ModuleList(OutputHead(hidden_dim, patch_size, out_channels) for _ in heads)
 
     @classmethod
-    def for_transformer(cls, transformer: ModelMixin, depths: tuple[int, ...], variant: str = "paper") -> DenoisingExits:
+    def for_transformer(
+        cls, transformer: ModelMixin, depths: tuple[int, ...], variant: str = "paper"
+    ) -> DenoisingExits:
         """Untrained exits that fit a transformer of the family table.
 
         Raises:
@@ -81,7 +83,9 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         """
         layers = len(getattr(transformer, family_of(transformer).blocks))
         if not depths or max(depths) >= layers:
-            raise ValueError(f"exits at depths {tuple(depths)}, expected at least one, below {layers}: depth {layers} is the model itself")
+            raise ValueError(
+                f"exits at depths {tuple(depths)}, expected at least one, below {layers}: depth {layers} is the model itself"
+            )
         return cls(depths=tuple(depths), variant=variant, **_sizes(transformer))
 
     def check_fits(self, model: nn.Module) -> None:
@@ -106,9 +110,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         config = self.config
         values = torch.sigmoid(self._uncertainty_logits(exit, hidden, timestep))  # (R, P, p*p*C)
         size = config.sample_size
-        return unpatchify(
-            values, channels=config.out_channels, patch_size=config.patch_size, height=size, width=size
-        )
+        return unpatchify(values, channels=config.out_channels, patch_size=config.patch_size, height=size, width=size)
 
     def _uncertainty_logits(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
         linear, patches = self.uncertainty_modules[exit], self._patches(hidden)

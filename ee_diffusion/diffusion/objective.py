@@ -45,11 +45,17 @@ class DiffusionObjective(nn.Module):
     ):
         super().__init__()
         if mode not in MODES or (exits is None) != (mode == "backbone"):
-            raise ValueError(f"mode={mode!r} with exits={type(exits).__name__}, expected one of {MODES}; all but the first need exits")
+            raise ValueError(
+                f"mode={mode!r} with exits={type(exits).__name__}, expected one of {MODES}; all but the first need exits"
+            )
         if class_drop and transformer.config.num_classes is not None and transformer.config.null_class is None:
             raise ValueError(f"class_drop={class_drop} needs a null_class in the transformer's config")
         self.transformer, self.exits, self.scheduler, self.mode = transformer, exits, scheduler, mode
-        self.uncertainty_weight, self.layerwise_weight, self.class_drop = uncertainty_weight, layerwise_weight, class_drop
+        self.uncertainty_weight, self.layerwise_weight, self.class_drop = (
+            uncertainty_weight,
+            layerwise_weight,
+            class_drop,
+        )
         self.snr_gamma = snr_gamma
         transformer.requires_grad_(mode != "frozen")
 

@@ -221,7 +221,11 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
         sample = self.tail(tokens)
         states = tuple(states) if output_hidden_states else None
-        return UViTOutput(sample=sample, hidden_states=states) if return_dict else (sample, states)[: 1 + output_hidden_states]
+        return (
+            UViTOutput(sample=sample, hidden_states=states)
+            if return_dict
+            else (sample, states)[: 1 + output_hidden_states]
+        )
 
     def tail(self, tokens: Tensor) -> Tensor:
         """The model's own output head: tokens (B, N, D) -> (B, C, H, W)."""

@@ -1,0 +1,112 @@
+"""Many images from seeds, batch by batch: the same seed gives the same image whatever batch it is in. Samplers by short names, and the
+control policies of a run.
+
+n images, S steps, E elements, C, H, W image.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from ee_diffusion.core.calibrate import shuffled_overall, shuffled_per_step, static_depths
+from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import DepthPerStep
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+
+SAMPLERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "dpm": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+}
+
+
+def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:
+    """Give the pipeline another scheduler with the noise schedule of its present one.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r}, expected one of {sorted(SAMPLERS)}")
+    pipeline.scheduler = SAMPLERS[name].from_config(pipeline.scheduler.config)
+
+
+@dataclass(frozen=True, eq=False)
+class Generated:
+    """`images` (n, C, H, W) in [0, 1]; `trace` of all images, None if exits were off; `seconds` of each batch, wall clock."""
+
+    images: Tensor
+    trace: Trace | None
+    seconds: tuple[float, ...]
+
+
+def generate(
+    pipeline: EarlyExitPipeline,
+    seeds: Sequence[int],
+    class_labels: Sequence[int] | None,
+    *,
+    batch_size: int,
+    first_id: int = 0,
+    **call,
+) -> Generated:
+    """One image per seed, in batches; image i has id `first_id + i` (for policies with a plan). `call` goes to the pipeline.
+
+    Raises:
+        ValueError: no seeds, another number of labels, a batch size below 1.
+    """
+    if not seeds or batch_size < 1 or (class_labels is not None and len(class_labels) != len(seeds)):
+        labels = None if class_labels is None else len(class_labels)
+        raise ValueError(
+            f"{len(seeds)} seeds, {labels} labels, batch_size={batch_size}: expected at least 1 and one label a seed"
+        )
+    apart = call.get("exit_policy") is not None and call["exit_policy"].guidance == "apart"
+    images, traces, seconds = [], [], []
+    for start in range(0, len(seeds), batch_size):
+        chosen = seeds[start : start + batch_size]
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in chosen]
+        labels = None if class_labels is None else list(class_labels[start : start + batch_size])
+        ids = None if apart else torch.arange(first_id + start, first_id + start + len(chosen))
+        size = {"batch_size": len(chosen)} if labels is None else {}
+        begun = time.perf_counter()
+        output = pipeline(labels, generator=generators, image_ids=ids, output_type="pt", **size, **call)
+        seconds.append(time.perf_counter() - begun)
+        images.append(output.images)
+        traces.append(output.trace)
+    trace = None if traces[0] is None else Trace.concatenate(traces)
+    return Generated(torch.cat(images), trace, tuple(seconds))
+
+
+def controls_of(trace: Trace, *, seed: int) -> dict[str, Policy]:
+    """What a learned exit must beat, made of its own trace (ids 0..n-1): `static`, a schedule with the policy's own mean depth per
+    step; `random_per_step`, exits dealt out anew among the images of each step; `random_overall`, among all steps and images."""
+    depths, num_layers = trace.depths.long(), trace.planned.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+
+    def planned(table: Tensor) -> Policy:
+        return Policy(Planned(tuple(tuple(row) for row in table.tolist())))
+
+    exits = tuple(trace.exits.tolist())
+    return {
+        "static": Policy(schedule=DepthPerStep(static_depths(depths, exits, num_layers=num_layers))),
+        "random_per_step": planned(shuffled_per_step(depths, generator)),
+        "random_overall": planned(shuffled_overall(depths, generator)),
+    }

@@ -1,0 +1,270 @@
+"""EarlyExitPipeline: pixel-space generation with a transformer whose blocks stop per image and per step.
+
+Here: the denoising loop as diffusers users know it. Not here: attaching (attach.py), deciding (core).
+B images, R = B rows, or 2B under guidance (conditional rows first), C, H, W image, S scheduler steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.session import Session
+from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.attach import Attachment, attach
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.methods import deediff
+from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+
+OUTPUT_TYPES = ("pil", "np", "pt")
+
+
+@dataclass
+class EarlyExitPipelineOutput(BaseOutput):
+    """`images`: PIL images, a numpy array (B, H, W, C) or a tensor (B, C, H, W) in [0, 1]; `trace`: what ran, None if exits were off."""
+
+    images: list[PIL.Image.Image] | np.ndarray | Tensor
+    trace: Trace | None = None
+
+    @property
+    def report(self) -> Report | None:
+        """The trace in a few numbers; `print(output.report.summary())`."""
+        return None if self.trace is None else self.trace.report()
+
+
+class EarlyExitPipeline(DiffusionPipeline):
+    """Generate images with a U-ViT, every image deciding at every step how many blocks it needs.
+
+    Components: `transformer` (UViTTransformer2DModel), `scheduler` (any that predicts what the transformer was trained on), `exits`
+    (DenoisingExits; None: no early exit).
+    """
+
+    _optional_components = ["exits"]
+    model_cpu_offload_seq = "transformer"
+    _exclude_from_cpu_offload = ["exits"]  # used inside the transformer's forward, wherever that runs
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self, transformer: UViTTransformer2DModel, scheduler: SchedulerMixin, exits: DenoisingExits | None = None
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, exits=exits)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | list[int] | Tensor | None = None,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        *,
+        exit_policy: Policy | None = None,
+        exit_threshold: float | None = None,
+        batch_size: int = 1,
+        num_images_per_prompt: int = 1,
+        timesteps: list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        eta: float = 0.0,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] = ("latents",),
+    ) -> EarlyExitPipelineOutput | tuple:
+        """Generate.
+
+        Args:
+            class_labels: one class per image, for class-conditional models (None for unconditional ones).
+            num_inference_steps, timesteps, generator, latents, eta, num_images_per_prompt, output_type ("pil", "np", "pt"), return_dict,
+                callback_on_step_end: as in diffusers.
+            guidance_scale: classifier-free guidance above 1; needs a transformer with a null class.
+            exit_policy: when to stop; None: off. exit_threshold: short for `deediff(threshold)`: answer where the mean uncertainty of
+                an image is below it. Neither given: the plain model.
+            batch_size: number of images of an unconditional model.
+            image_ids: (B,) ids of the images, for policies that hold a plan per image; default 0..B-1.
+
+        Raises:
+            ValueError: inputs that do not fit, before any work; NaN uncertainty, after the step it occurred in.
+        """
+        labels = self._check_labels(class_labels, batch_size, num_images_per_prompt)  # (B,) or None
+        count = batch_size * num_images_per_prompt if labels is None else len(labels)
+        guided = guidance_scale > 1
+        policy = self._check_call(
+            exit_policy,
+            exit_threshold,
+            guided=guided,
+            steps=num_inference_steps,
+            timesteps=timesteps,
+            output_type=output_type,
+        )
+        self._check_callback(callback_on_step_end_tensor_inputs)
+        device = self._execution_device
+        times = self._timesteps(num_inference_steps, timesteps, device)
+        latents = self._latents(count, generator, latents, device)
+        labels = labels if labels is None else labels.to(device)
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.null_class)])  # (2B,)
+        step_arguments = {"generator": generator, "eta": eta}
+        accepted = inspect.signature(self.scheduler.step).parameters
+        step_arguments = {name: value for name, value in step_arguments.items() if name in accepted}
+
+        with self._exits_on(policy) as attachment:
+            session = self._session(attachment, policy, count, guided=guided, num_steps=len(times), image_ids=image_ids)
+            with self.progress_bar(total=len(times)) as progress:
+                for index, time in enumerate(times):
+                    rows = torch.cat([latents, latents]) if guided else latents  # (R, C, H, W)
+                    rows = self.scheduler.scale_model_input(rows, time).to(self.transformer.dtype)
+                    prediction = self._predict(attachment, session, index, rows=rows, time=time, labels=labels)
+                    if guided:
+                        conditional, unconditional = prediction.chunk(2)
+                        prediction = unconditional + guidance_scale * (conditional - unconditional)  # (B, C, H, W)
+                    latents = self.scheduler.step(prediction, time, latents, **step_arguments).prev_sample
+                    if callback_on_step_end is not None:
+                        shown = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
+                        latents = callback_on_step_end(self, index, time, shown).pop("latents", latents)
+                    progress.update()
+
+        images = self._images(latents, output_type)
+        trace = None if session is None else session.trace()
+        self.maybe_free_model_hooks()
+        return EarlyExitPipelineOutput(images=images, trace=trace) if return_dict else (images, trace)
+
+    def _predict(
+        self,
+        attachment: Attachment | None,
+        session: Session | None,
+        index: int,
+        *,
+        rows: Tensor,
+        time: Tensor,
+        labels: Tensor | None,
+    ) -> Tensor:
+        """One forward of the transformer: rows (R, C, H, W) -> prediction (R, C, H, W)."""
+        timestep = time.to(rows.device).expand(len(rows))  # (R,)
+        if session is None:
+            return self.transformer(rows, timestep, labels).sample
+        with attachment.use(session.step(index, float(time))):
+            return self.transformer(rows, timestep, labels).sample
+
+    @contextmanager
+    def _exits_on(self, policy: Policy) -> Iterator[Attachment | None]:
+        if policy.is_off:
+            yield None
+            return
+        with attach(self.transformer, self.exits) as attachment:
+            yield attachment
+
+    def _session(
+        self,
+        attachment: Attachment | None,
+        policy: Policy,
+        count: int,
+        *,
+        guided: bool,
+        num_steps: int,
+        image_ids: Tensor | None,
+    ) -> Session | None:
+        if attachment is None:
+            return None
+        apart = guided and policy.guidance == "apart"
+        if apart and image_ids is not None:
+            raise ValueError(
+                "image_ids name images; under a policy with guidance='apart' the branches of an image are separate elements"
+            )
+        rows = torch.arange(2 * count) if apart else torch.arange(count).repeat(2 if guided else 1)  # (R,)
+        return attachment.start(policy, rows=rows, num_steps=num_steps, elements=image_ids)
+
+    def _check_labels(self, labels: Any, batch_size: int, per_prompt: int) -> Tensor | None:
+        num_classes = self.transformer.config.num_classes
+        if per_prompt < 1 or batch_size < 1:
+            raise ValueError(
+                f"batch_size={batch_size}, num_images_per_prompt={per_prompt}, expected at least 1: the batch is empty"
+            )
+        if (labels is None) != (num_classes is None):
+            wants = "takes no class_labels" if num_classes is None else f"needs class_labels in 0..{num_classes - 1}"
+            raise ValueError(f"this transformer {wants}, got {labels!r}")
+        if labels is None:
+            return None
+        labels = torch.as_tensor(labels).reshape(-1)
+        if len(labels) == 0:
+            raise ValueError("class_labels is empty, expected at least one class")
+        if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+            raise ValueError(f"class_labels {labels.tolist()}, expected integers in 0..{num_classes - 1}")
+        return labels.long().repeat_interleave(per_prompt)  # (B,)
+
+    def _check_call(
+        self,
+        policy: Policy | None,
+        threshold: float | None,
+        *,
+        guided: bool,
+        steps: int,
+        timesteps: list[int] | None,
+        output_type: str,
+    ) -> Policy:
+        if policy is not None and threshold is not None:
+            raise ValueError("give exit_policy or exit_threshold, not both")
+        if threshold is not None:
+            policy = deediff(threshold)
+        policy = policy or Policy()
+        if not policy.is_off and self.exits is None:
+            raise ValueError(
+                "an exit policy was given, but this pipeline has no exits; load or train some (component `exits`)"
+            )
+        if guided and self.transformer.config.null_class is None:
+            raise ValueError(
+                "guidance_scale > 1 needs a transformer trained with a null class (null_class in its config)"
+            )
+        if timesteps is None and (not isinstance(steps, int) or steps < 1):
+            raise ValueError(f"num_inference_steps={steps}, expected an integer of at least 1")
+        if timesteps is not None and len(timesteps) == 0:
+            raise ValueError("timesteps is empty, expected at least one")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type={output_type!r}, expected one of {OUTPUT_TYPES}")
+        return policy
+
+    def _check_callback(self, names: tuple[str, ...]) -> None:
+        unknown = [name for name in names if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs {unknown}, expected among {self._callback_tensor_inputs}"
+            )
+
+    def _timesteps(self, steps: int, timesteps: list[int] | None, device: torch.device) -> Tensor:
+        if timesteps is None:
+            self.scheduler.set_timesteps(steps, device=device)
+        elif "timesteps" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"{type(self.scheduler).__name__} takes no custom timesteps, only num_inference_steps")
+        else:
+            self.scheduler.set_timesteps(timesteps=timesteps, device=device)
+        return self.scheduler.timesteps
+
+    def _latents(self, count: int, generator: Any, latents: Tensor | None, device: torch.device) -> Tensor:
+        config = self.transformer.config
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators, expected one for each of {count} images")
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif latents.shape != shape:
+            raise ValueError(f"latents is {tuple(latents.shape)}, expected {shape}")
+        return latents.to(device) * self.scheduler.init_noise_sigma
+
+    def _images(self, latents: Tensor, output_type: str) -> Any:
+        images = (latents.float() / 2 + 0.5).clamp(0, 1).cpu()  # (B, C, H, W)
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).numpy()  # (B, H, W, C)
+        return array if output_type == "np" else self.numpy_to_pil(array)

@@ -1,0 +1,35 @@
+"""Which seeds and which held-out images serve what. Fitting, calibrating and testing never share one.
+
+Generation seeds are one number per image; held-out images are positions in a data set's test split.
+"""
+
+from __future__ import annotations
+
+SEEDS: dict[str, range] = {
+    "fit": range(1_000_000),
+    "calibrate": range(1_000_000, 2_000_000),
+    "test": range(2_000_000, 3_000_000),
+    "demo": range(3_000_000, 4_000_000),
+}
+HELD_OUT: dict[str, range] = {"calibrate": range(5_000), "test": range(5_000, 10_000)}
+
+
+def seeds(purpose: str, count: int, *, first: int = 0) -> list[int]:
+    """`count` seeds for a purpose, from its `first` on.
+
+    Raises:
+        ValueError: an unknown purpose, or more than there are.
+    """
+    if purpose not in SEEDS:
+        raise ValueError(f"purpose={purpose!r}, expected one of {sorted(SEEDS)}")
+    chosen = SEEDS[purpose][first : first + count]
+    if count < 1 or first < 0 or len(chosen) < count:
+        raise ValueError(
+            f"{count} seeds from {first} on, expected at least 1 and at most {len(SEEDS[purpose])} for {purpose!r}"
+        )
+    return list(chosen)
+
+
+def balanced_labels(count: int, num_classes: int) -> list[int]:
+    """Class i % num_classes for image i: every class equally often, and the same classes for the same seeds."""
+    return [index % num_classes for index in range(count)]

@@ -1,0 +1,58 @@
+"""Flags that the evaluation scripts share, and how they load a pipeline. Not here: what they measure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+import torch
+from transformers import HfArgumentParser
+
+from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.diffusion.generation import use_sampler
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def flag(help: str, default=None):
+    """A field of a script's options."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """What is sampled, and how."""
+
+    model: str | None = flag("Pipeline folder; none: the checkpoint that comes with the package.")
+    output_dir: str | None = flag("Where results go.")
+    sampler: str = flag("ddim, ddpm, dpm, unipc, euler or heun.", "ddim")
+    num_inference_steps: int = flag("Denoising steps.", 50)
+    guidance_scale: float = flag("Classifier-free guidance.", 1.5)
+    batch_size: int = flag("Images per forward (twice the rows under guidance).", 64)
+    dtype: str = flag("float32, bfloat16 or float16.", "float32")
+    device: str | None = flag("cpu, cuda, ...; none: cuda if there is one.")
+    seed: int = flag("Seed of whatever the script draws itself (not of the images: those have their own).", 0)
+
+
+def parse(*kinds: type, description: str) -> tuple:
+    """Parse flags into frozen dataclasses; with --dry-run print them and exit."""
+    parser = HfArgumentParser(kinds, description=description.splitlines()[0])
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Print the resolved options as JSON and exit."
+    )
+    *options, rest = parser.parse_args_into_dataclasses()
+    if rest.dry_run:
+        print(json.dumps({name: value for option in options for name, value in asdict(option).items()}, indent=2))
+        raise SystemExit(0)
+    return tuple(options)
+
+
+def load(options: SamplingOptions) -> EarlyExitPipeline:
+    """The pipeline that the options name, on its device, in its dtype, with its sampler."""
+    if options.dtype not in DTYPES:
+        raise ValueError(f"dtype={options.dtype!r}, expected one of {sorted(DTYPES)}")
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint(), torch_dtype=DTYPES[options.dtype])
+    pipeline.set_progress_bar_config(disable=True)
+    use_sampler(pipeline, options.sampler)
+    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
