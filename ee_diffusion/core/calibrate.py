@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import StepSession
 from ee_diffusion.core.trace import Trace
@@ -34,7 +35,11 @@ def replay(trace: Trace, policy: Policy) -> Tensor:
         num_steps=len(trace.times),
         elements=trace.elements,
     )
-    needs_scores = policy.criterion is not None and bool(trace.measured.any())
+    needs_scores = policy.criterion is not None and not isinstance(policy.criterion, Planned)
+    if needs_scores and not bool(trace.measured.any()):
+        raise ValueError(
+            "no score was measured in this trace: a criterion that looks at scores cannot be replayed on it"
+        )
     for index, time in enumerate(trace.times.tolist()):
         step = session.step(index, time)
         stored = trace.scores[index]  # (K, E)

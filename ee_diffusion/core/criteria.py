@@ -182,14 +182,21 @@ class Planned(Criterion):
 
     depths: tuple[tuple[int, ...], ...]
 
+    def __post_init__(self) -> None:
+        lengths = {len(row) for row in self.depths}
+        if len(lengths) != 1 or lengths == {0} or min(min(row) for row in self.depths) < 0:
+            raise ValueError(
+                f"a plan with rows of lengths {sorted(lengths)}, expected rows of one length, depths of at least 0"
+            )
+
     def validate(self, num_steps: int, num_exits: int) -> None:
         if len(self.depths) != num_steps:
             raise ValueError(f"the plan has {len(self.depths)} steps, this run has {num_steps}")
 
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         columns = len(self.depths[0])
-        if len(elements) and int(elements.max()) >= columns:
-            raise ValueError(f"element id {int(elements.max())} has no column in a plan for {columns} elements")
+        if int(elements.max()) >= columns or int(elements.min()) < 0:
+            raise ValueError(f"element ids {elements.tolist()} need columns in a plan for {columns} elements")
         row = torch.tensor(self.depths[step], device=elements.device)
         return {"plan": row[elements]}  # (E,)
 
@@ -215,10 +222,16 @@ def _at(thresholds: Thresholds, where: Where) -> float:
 def _check_range(thresholds: Thresholds, name: str) -> None:
     score = score_named(name)
     rows = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+    if len({isinstance(row, tuple) for row in rows}) > 1:
+        raise ValueError(f"thresholds {thresholds} mix numbers and rows of numbers")
     values = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
     if not values:
         raise ValueError("thresholds are empty, expected one number, one per exit, or one per step and exit")
     for value in values:
+        if not isinstance(value, int | float):
+            raise ValueError(
+                f"threshold {value!r} is no number; expected numbers, or tuples of them (to be off, give no criterion)"
+            )
         if math.isnan(value) or not score.low <= value <= score.high:
             raise ValueError(f"threshold {value} is outside [{score.low}, {score.high}], the range of score {name!r}")
 

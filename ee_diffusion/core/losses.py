@@ -26,13 +26,16 @@ def uncertainty_loss(uncertainty: Tensor, predictions: Tensor, target: Tensor) -
     return (uncertainty - uncertainty_target(predictions, target)).square().flatten(1).mean(1).sum()
 
 
-def layerwise_loss(uncertainty: Tensor, predictions: Tensor, target: Tensor) -> Tensor:
+def layerwise_loss(
+    uncertainty: Tensor, predictions: Tensor, target: Tensor, *, weights: Tensor | None = None
+) -> Tensor:
     """`L_UAL = sum_i (1 - u_i) || g_i - eps ||^2`, u without gradient (DeeDiff eq. 7): trains the heads where they are certain.
 
-    Shapes and reductions as in `uncertainty_loss`.
+    Shapes and reductions as in `uncertainty_loss`; `weights` (B,): of the samples, None: one each (as DeeDiff).
     """
     _check(uncertainty, predictions, target)
-    return ((1 - uncertainty.detach()) * (predictions - target).square()).flatten(1).mean(1).sum()
+    errors = ((1 - uncertainty.detach()) * (predictions - target).square()).flatten(2).mean(2)  # (K, B)
+    return (errors if weights is None else errors * weights).mean(1).sum()
 
 
 def released_uncertainty_loss(certainty: Tensor, predictions: Tensor, target: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import CRITERIA, Criterion
-from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule
+from ee_diffusion.core.criteria import CRITERIA, Criterion, Planned
+from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
 
 _FORMAT = "ee_diffusion.policy.1"
@@ -44,7 +44,7 @@ class Policy:
             list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)
         ):
             raise ValueError(f"exits={self.exits}, expected ascending distinct depths")
-        if self.record_all and self.criterion is None:
+        if self.record_all and (self.criterion is None or isinstance(self.criterion, Planned)):
             raise ValueError("record_all needs a criterion that says what to measure")
         if self.guidance not in ("together", "apart"):
             raise ValueError(f"guidance={self.guidance!r}, expected 'together' or 'apart'")
@@ -86,6 +86,9 @@ class Policy:
         missing = [depth for depth in exits if depth not in depths]
         if missing:
             raise ValueError(f"the policy exits at depths {missing}, the heads have {depths}")
+        if rows.is_floating_point() or rows.unique().tolist() != list(range(int(rows.max()) + 1)):
+            raise ValueError("rows must name every element 0..E-1 at least once")
+        self._check_schedule(num_steps, num_layers, exits)
         if self.criterion is not None:
             self.criterion.validate(num_steps, len(exits))
         return Session(
@@ -98,6 +101,16 @@ class Policy:
             elements=elements,
             device=device,
         )
+
+    def _check_schedule(self, num_steps: int, num_layers: int, exits: tuple[int, ...]) -> None:
+        for plan in self.schedule.plans(num_steps=num_steps, num_layers=num_layers):
+            depth = depth_of(plan)
+            if depth is None and self.criterion is not None:
+                raise ValueError(
+                    "a schedule with holes takes no criterion: an exit would answer from a state it was not trained on"
+                )
+            if depth is not None and depth < num_layers and depth not in exits:
+                raise ValueError(f"the schedule stops at depth {depth}, exits are at {exits}")
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of plain values that `from_dict` turns back into this policy."""

@@ -6,7 +6,7 @@ L layers, S steps. A schedule without holes runs the first d layers and answers 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_left
+from bisect import bisect_right
 from dataclasses import dataclass
 
 
@@ -16,7 +16,11 @@ class Schedule(ABC):
 
     @abstractmethod
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
-        """For each of L layers whether it may run. Raises ValueError where the schedule does not fit L or S."""
+        """For each of L layers whether it may run at a step."""
+
+    @abstractmethod
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        """Every answer that `layers` can give in a run. Raises ValueError where the schedule does not fit L or S."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,9 @@ class FullDepth(Schedule):
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return (True,) * num_layers
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        return [(True,) * num_layers]
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,9 @@ class FixedDepth(Schedule):
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return _first(self.depth, num_layers)
 
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        return [_first(self.depth, num_layers)]
+
 
 @dataclass(frozen=True)
 class DepthPerStep(Schedule):
@@ -44,14 +54,17 @@ class DepthPerStep(Schedule):
     depths: tuple[int, ...]
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
+        return _first(self.depths[step], num_layers)
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
         if len(self.depths) != num_steps:
             raise ValueError(f"the schedule has {len(self.depths)} depths, this run has {num_steps} steps")
-        return _first(self.depths[step], num_layers)
+        return [_first(depth, num_layers) for depth in set(self.depths)]
 
 
 @dataclass(frozen=True)
 class PiecewiseDepth(Schedule):
-    """Depth by time: `depths[j]` where `edges[j-1] < time <= edges[j]` (ASE, ICML 2024; DuoDiff, arXiv 2410.09633).
+    """Depth by time: `depths[j]` where `edges[j-1] <= time < edges[j]` (ASE, ICML 2024; DuoDiff, arXiv 2410.09633).
 
     `edges`: ascending, in the scheduler's units of time (timestep or sigma); one depth more than edges.
     """
@@ -66,7 +79,10 @@ class PiecewiseDepth(Schedule):
             )
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
-        return _first(self.depths[bisect_left(self.edges, time)], num_layers)
+        return _first(self.depths[bisect_right(self.edges, time)], num_layers)
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        return [_first(depth, num_layers) for depth in set(self.depths)]
 
 
 @dataclass(frozen=True)
@@ -76,9 +92,12 @@ class FixedLayers(Schedule):
     keep: tuple[int, ...]
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
+        return tuple(layer in self.keep for layer in range(num_layers))
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
         if any(not 0 <= layer < num_layers for layer in self.keep):
             raise ValueError(f"layers {self.keep}, expected within 0..{num_layers - 1}")
-        return tuple(layer in self.keep for layer in range(num_layers))
+        return [tuple(layer in self.keep for layer in range(num_layers))]
 
 
 SCHEDULES: dict[str, type[Schedule]] = {

@@ -64,7 +64,7 @@ class Session:
         """Begin step `index` at `time` (timestep or sigma). Steps come in order; the one before must be closed.
 
         Raises:
-            ValueError: a step out of order or beyond the run; a schedule that does not fit.
+            ValueError: a step out of order or beyond the run; or one begun before the last was closed.
         """
         if index != len(self.finished) or index >= self.num_steps or self._open is not None:
             raise ValueError(
@@ -72,6 +72,11 @@ class Session:
             )
         self._open = StepSession(self, index, float(time))
         return self._open
+
+    def require_open(self, step: StepSession) -> None:
+        """Raise ValueError unless `step` is the one that is going on."""
+        if self._open is not step:
+            raise ValueError(f"step {step.index} is closed: begin a step for each forward")
 
     def closed(self, step: StepSession) -> None:
         """Called by a step session when it ends."""
@@ -111,12 +116,6 @@ class StepSession:
         self.session, self.index, self.time = session, index, time
         self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
         self.last = depth_of(self.layers)  # the depth at which everyone leaves
-        if self.last is None and policy.criterion is not None:
-            raise ValueError(
-                "a schedule with holes takes no criterion: an exit would answer from a state it was not trained on"
-            )
-        if self.last is not None and self.last < num_layers and self.last not in session.exits:
-            raise ValueError(f"the schedule stops at depth {self.last}, exits are at {tuple(session.exits)}")
         num_elements, num_exits = len(session.elements), len(session.exits)
         self.rows = torch.arange(len(session.rows))  # (r,) rows still running, as places in the whole batch
         self.alive = torch.ones(num_elements, dtype=torch.bool)
@@ -172,8 +171,9 @@ class StepSession:
         """End the step: scores come to the host, the state goes to the session.
 
         Raises:
-            ValueError: a score was NaN (it stopped nobody; the step is recorded).
+            ValueError: a score was NaN (it stopped nobody; the step is recorded), or the step is closed already.
         """
+        self.session.require_open(self)
         for exit, score in self._scores_there.items():
             self.scores[exit] = score.cpu()
         self.session.state = self._state

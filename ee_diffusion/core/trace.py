@@ -94,8 +94,8 @@ class Trace:
                 first.policy,
                 first.times.tolist(),
                 first.exits.tolist(),
-            ):
-                raise ValueError("traces of different policies, steps or exits cannot be joined")
+            ) or not torch.equal(other.planned, first.planned):
+                raise ValueError("traces of different policies, steps, exits or layers cannot be joined")
         joined = {
             name: torch.cat([getattr(trace, name) for trace in traces], dim=dim) for name, dim in _ELEMENT_DIMS.items()
         }

@@ -89,7 +89,13 @@ class Attachment:
         expected = len(step.session.rows)
         if len(sample) != expected:
             raise ValueError(f"the transformer got {len(sample)} rows, the session was started for {expected}")
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(expected)  # (R,)
+        if step.session.num_layers != len(self.blocks):
+            raise ValueError(f"a session for {step.session.num_layers} blocks, the transformer has {len(self.blocks)}")
+        step.session.require_open(step)
+        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
+        if len(timestep) not in (1, expected):
+            raise ValueError(f"{len(timestep)} timesteps for {expected} rows, expected one or one a row")
+        timestep = timestep.expand(expected)  # (R,)
         self._lane = Lane(step, self.heads, {"timestep": timestep})
         output = original(*args, **kwargs)
         if self.heads.space == "output":
@@ -140,7 +146,7 @@ class Attachment:
         if not isinstance(value, Tensor):
             return value
         if name in self.family.row_arguments:
-            return self._lane.running(value)
+            return self._lane.running(value) if len(value) == self._lane.num_rows else value  # one for all rows
         source = self.family.earlier[name](layer, len(self.blocks)) if name in self.family.earlier else None
         if source is None:
             return value

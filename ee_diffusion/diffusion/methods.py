@@ -36,13 +36,18 @@ def ase(depths: tuple[int, ...], *, num_train_timesteps: int = 1000) -> Policy:
     """ASE (ICML 2024): a fixed depth for each of `len(depths)` equal bins of time, from data to noise.
 
     Deviation: exits answer through the heads given, not through a jointly fine-tuned shared tail.
+
+    Raises:
+        ValueError: no depths.
     """
+    if not depths:
+        raise ValueError("depths is empty, expected one for each bin of time")
     width = num_train_timesteps / len(depths)
     return Policy(schedule=PiecewiseDepth(tuple(width * (i + 1) for i in range(len(depths) - 1)), tuple(depths)))
 
 
 def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
-    """DuoDiff (arXiv 2410.09633): `depth` blocks while the timestep is above `switch`, the full model after.
+    """DuoDiff (arXiv 2410.09633): `depth` blocks while the timestep is at least `switch`, the full model after.
 
     Deviation: the shallow network is the model's own first blocks with an exit head, not a second network.
     """

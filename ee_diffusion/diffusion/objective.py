@@ -25,7 +25,8 @@ class DiffusionObjective(nn.Module):
     Args:
         scheduler: a training scheduler with `add_noise` (DDPM); its `prediction_type` names the target.
         class_drop: probability that a label is replaced by the null class.
-        snr_gamma: weigh L_simple by min(SNR, gamma) / SNR (Min-SNR, arXiv 2303.09556; for v_prediction / (SNR + 1)); None: as DeeDiff.
+        snr_gamma: weigh L_simple, and L_UAL of the paper variant, by min(SNR, gamma) / SNR (Min-SNR, arXiv 2303.09556; for
+            v_prediction / (SNR + 1)); None: unweighted, as DeeDiff.
 
     Raises:
         ValueError: an unknown mode, exits missing or surplus for it, class_drop without a null class.
@@ -74,16 +75,19 @@ class DiffusionObjective(nn.Module):
                 output_hidden_states=self.exits is not None,
             )
         target = self._target(images, noise, timestep)
-        simple = (self._weight(timestep) * (output.sample.float() - target).square().flatten(1).mean(1)).mean()
+        weights = self._weights(timestep)  # (B,)
+        simple = (weights * (output.sample.float() - target).square().flatten(1).mean(1)).mean()
         if self.exits is None:
             return {"loss": simple, "simple": simple.detach()}
-        uncertainty, layerwise = self._exit_terms(output.hidden_states, timestep, target)
+        uncertainty, layerwise = self._exit_terms(output.hidden_states, timestep, target, weights)
         loss = self.uncertainty_weight * uncertainty + self.layerwise_weight * layerwise
         loss = loss if self.mode == "frozen" else simple + loss
         terms = {"simple": simple, "uncertainty": uncertainty, "layerwise": layerwise}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
-    def _exit_terms(self, hidden_states: tuple[Tensor, ...], timestep: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _exit_terms(
+        self, hidden_states: tuple[Tensor, ...], timestep: Tensor, target: Tensor, weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
         exits, released = self.exits, self.exits.config.variant == "released"
         states = [hidden_states[depth] for depth in exits.depths]
         context = {"timestep": timestep}
@@ -96,11 +100,13 @@ class DiffusionObjective(nn.Module):
                 losses.released_uncertainty_loss(maps, predictions, target),
                 losses.released_layerwise_loss(maps, predictions, target),
             )
-        return losses.uncertainty_loss(maps, predictions, target), losses.layerwise_loss(maps, predictions, target)
+        return losses.uncertainty_loss(maps, predictions, target), losses.layerwise_loss(
+            maps, predictions, target, weights=weights
+        )
 
-    def _weight(self, timestep: Tensor) -> Tensor | float:
+    def _weights(self, timestep: Tensor) -> Tensor:
         if self.snr_gamma is None:
-            return 1.0
+            return torch.ones(len(timestep), device=timestep.device)
         snr = compute_snr(self.scheduler, timestep)  # (B,)
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         return snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)

@@ -197,6 +197,10 @@ class EarlyExitPipeline(DiffusionPipeline):
             raise ValueError(f"this transformer {wants}, got {labels!r}")
         if labels is None:
             return None
+        if batch_size != 1:
+            raise ValueError(
+                f"batch_size={batch_size} is for unconditional models; here there is one image per class label"
+            )
         labels = torch.as_tensor(labels).reshape(-1)
         if len(labels) == 0:
             raise ValueError("class_labels is empty, expected at least one class")
