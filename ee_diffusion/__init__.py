@@ -1,0 +1,64 @@
+"""Early exit for transformers. Public names are imported when first used: `import ee_diffusion` loads no model library."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it.
+_HOMES = {
+    "checkpoint": "checkpoints",
+    "Criterion": "core.criteria",
+    "Cumulative": "core.criteria",
+    "Gate": "core.criteria",
+    "Patience": "core.criteria",
+    "Planned": "core.criteria",
+    "Threshold": "core.criteria",
+    "Policy": "core.policy",
+    "Session": "core.session",
+    "DepthPerStep": "core.schedules",
+    "FixedDepth": "core.schedules",
+    "FixedLayers": "core.schedules",
+    "FullDepth": "core.schedules",
+    "PiecewiseDepth": "core.schedules",
+    "Schedule": "core.schedules",
+    "Report": "core.trace",
+    "Trace": "core.trace",
+    "attach": "diffusion.attach",
+    "detach": "diffusion.attach",
+    "DenoisingExits": "diffusion.heads",
+    "deediff": "diffusion.methods",
+    "deediff_released": "diffusion.methods",
+    "EarlyExitPipeline": "diffusion.pipeline",
+    "UViTTransformer2DModel": "diffusion.uvit",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+if TYPE_CHECKING:  # the same table for type checkers and editors
+    from ee_diffusion.checkpoints import checkpoint
+    from ee_diffusion.core.criteria import Criterion, Cumulative, Gate, Patience, Planned, Threshold
+    from ee_diffusion.core.policy import Policy
+    from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, FullDepth, PiecewiseDepth, Schedule
+    from ee_diffusion.core.session import Session
+    from ee_diffusion.core.trace import Report, Trace
+    from ee_diffusion.diffusion.attach import attach, detach
+    from ee_diffusion.diffusion.heads import DenoisingExits
+    from ee_diffusion.diffusion.methods import deediff, deediff_released
+    from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+    from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
