@@ -1,0 +1,180 @@
+"""Folders that are either whole or absent: written beside, flushed to disk, then renamed. Checkpoints, their rotation and their refusal.
+
+Here: what lies on disk. Not here: what goes into a checkpoint and when (loop.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+PREFIX = "checkpoint-"
+_PARTIAL, _REPLACED = ".partial", ".replaced"
+STATE_FILE, RUN_FILE = "state.pt", "run.json"
+
+
+def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary sibling of `final`, flush it, and rename it to `final`; a folder there is replaced.
+
+    Killed at any moment, `final` is the old folder, the new one, or absent while the old one waits to be put back by `clean`.
+    """
+    partial, replaced = _sibling(final, _PARTIAL), _sibling(final, _REPLACED)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    fill(partial)
+    _flush(partial)
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(final, replaced)
+    os.replace(partial, final)
+    _flush_one(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_entries(directory: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write folders and files into an empty temporary folder, then move each entry into `directory`, whole."""
+    with tempfile.TemporaryDirectory(prefix=".export", suffix=_PARTIAL, dir=directory) as scratch:
+        fill(Path(scratch))
+        for entry in sorted(Path(scratch).iterdir()):
+            if entry.is_dir():
+                write_folder(directory / entry.name, lambda partial, entry=entry: _move_into(entry, partial))
+            else:
+                _flush_one(entry)
+                os.replace(entry, directory / entry.name)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    partial = _sibling(path, _PARTIAL)
+    partial.write_text(text)
+    _flush_one(partial)
+    os.replace(partial, path)
+
+
+def clean(directory: Path) -> list[str]:
+    """Remove what killed runs left half-written in `directory`, put back what they were about to replace; returns the names."""
+    leftovers = []
+    for path in sorted(directory.glob(".*")):
+        name = path.name[1:].removesuffix(_REPLACED)
+        if path.name.endswith(_REPLACED) and not (directory / name).exists():
+            os.replace(path, directory / name)
+        elif path.name.endswith((_PARTIAL, _REPLACED)):
+            _remove(path)
+        else:
+            continue
+        leftovers.append(path.name)
+    return leftovers
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """The checkpoints in `directory`, oldest step first."""
+    found = [
+        path for path in directory.glob(f"{PREFIX}*") if re.fullmatch(rf"{PREFIX}\d+", path.name) and path.is_dir()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def save_checkpoint(directory: Path, step: int, state: dict, *, run: dict, keep: int | None) -> Path:
+    """Write `checkpoint-{step}` (tensors in state.pt, the run's identity in run.json), then prune to `keep`."""
+
+    def fill(partial: Path) -> None:
+        torch.save(state, partial / STATE_FILE)
+        write_json(partial / RUN_FILE, {"step": step} | run)
+
+    path = directory / f"{PREFIX}{step}"
+    write_folder(path, fill)
+    prune(directory, keep, spare=path)
+    return path
+
+
+def prune(directory: Path, keep: int | None, *, spare: Path | None) -> None:
+    """Delete all but the newest `keep` checkpoints, `spare` (which counts) never; None keeps all."""
+    others = [path for path in list_checkpoints(directory) if path != spare]
+    surplus = 0 if keep is None else max(0, len(others) + (spare is not None) - keep)
+    for old in others[:surplus]:
+        doomed = _sibling(old, _PARTIAL)  # renamed first: a half-deleted checkpoint must not look like one
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def find_checkpoint(directory: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint to resume from: None if none was asked for, or `latest` was and none is there.
+
+    Raises:
+        ValueError: a named path that is no checkpoint, or checkpoints in a directory that a fresh run would write into.
+    """
+    there = list_checkpoints(directory)
+    if resume_from is None and there:
+        raise ValueError(
+            f"{directory} holds {there[-1].name} of an earlier run: give --resume_from_checkpoint latest, or another output_dir"
+        )
+    if resume_from is None or resume_from == "latest":
+        return there[-1] if there else None
+    path = Path(resume_from) if Path(resume_from).exists() else directory / resume_from
+    if not (path / RUN_FILE).is_file():
+        raise ValueError(
+            f"resume_from_checkpoint={resume_from!r}: no {RUN_FILE} there, expected latest or a checkpoint folder"
+        )
+    return path
+
+
+def load_checkpoint(path: Path, identity: dict) -> tuple[dict, dict]:
+    """Read a checkpoint: (state on the CPU, run). `identity` is that of the run which wants it.
+
+    Raises:
+        ValueError: the checkpoint is of another run (every difference is named), or not whole.
+    """
+    try:
+        run = json.loads((path / RUN_FILE).read_text())
+        theirs = run["identity"]
+    except (json.JSONDecodeError, KeyError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path / RUN_FILE} is not the record of a checkpoint of this trainer: {error!r}") from error
+    ours = json.loads(json.dumps(identity, default=str))
+    differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    if differ:
+        told = "; ".join(f"{name}: came {ours.get(name)!r}, the checkpoint has {theirs.get(name)!r}" for name in differ)
+        raise ValueError(f"{path} is of another run, resuming would change its maths: {told}")
+    try:
+        return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True), run
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(f"{path / STATE_FILE} is truncated or no checkpoint of this trainer: {error!r}") from error
+
+
+def _sibling(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _move_into(source: Path, target: Path) -> None:
+    for entry in source.iterdir():
+        os.replace(entry, target / entry.name)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flush(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        _flush_one(path)
+    _flush_one(folder)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,151 @@
+"""Images from parquet and folders: pixels exact, bad columns, labels and files refused in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.data import ImageSource, find_data_files, load_image_source
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def pictures(count: int, size: tuple[int, int] = (8, 8)) -> list[Image.Image]:
+    draw = np.random.default_rng(0)
+    return [Image.fromarray(draw.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def parquet(folder: Path, labels: list | None = None, **columns) -> Path:
+    columns = columns or {"image": pictures(6), "label": [0, 1, 2, 0, 1, 2] if labels is None else labels}
+    features = None
+    if "image" in columns and columns["image"] and isinstance(columns["image"][0], Image.Image):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(_kind(columns["label"]))})
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table.to_parquet(folder / "part.parquet")
+    return folder / "part.parquet"
+
+
+def _kind(labels: list) -> str:
+    return {int: "int64", float: "float64", str: "string"}[type(labels[0])]
+
+
+def config(file: Path, **changes) -> ImageDataConfig:
+    return ImageDataConfig(**{"train_data_files": [str(file)], "resolution": 8} | changes)
+
+
+def test_parquet_pixels_and_labels_are_exact(tmp_path: Path):
+    source = load_image_source(config(parquet(tmp_path), random_flip=False), 3)
+    expected = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures(6)])).permute(0, 3, 1, 2)
+    assert torch.equal(source.images, expected)
+    assert source.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    batch = source.batch(torch.tensor([4]), torch.tensor([0]))
+    torch.testing.assert_close(batch["images"][0], expected[4] / 127.5 - 1)
+
+
+def test_unconditional_needs_no_labels(tmp_path: Path):
+    source = load_image_source(config(parquet(tmp_path), label_column="none such"), None)
+    assert source.labels is None
+    assert "class_labels" not in source.batch(torch.tensor([0]), torch.tensor([0]))
+
+
+def test_a_folder_of_images_with_a_folder_per_class(tmp_path: Path):
+    for number, picture in enumerate(pictures(4, (12, 10))):
+        (tmp_path / f"data/class{number % 2}").mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / f"data/class{number % 2}/{number}.png")
+    source = load_image_source(ImageDataConfig(train_data_dir=str(tmp_path / "data"), resolution=8), 2)
+    assert tuple(source.images.shape) == (4, 3, 8, 8)
+    assert sorted(source.labels.tolist()) == [0, 0, 1, 1]
+
+
+def test_transparency_falls_on_white(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "data" / "clear.png")
+    source = load_image_source(ImageDataConfig(train_data_dir=str(tmp_path / "data"), resolution=8), None)
+    assert source.images.min() == 255
+
+
+@pytest.mark.parametrize(
+    "changes, num_classes, told",
+    [
+        ({"image_column": "img"}, None, "no column 'img'.*'image', 'label'"),
+        ({"label_column": "class"}, 3, "no column 'class'"),
+        ({"image_column": "label"}, None, "expected images"),
+        ({}, 2, r"span 0\.\.2, expected 0\.\.1"),
+    ],
+)
+def test_columns_and_labels_that_do_not_fit(tmp_path: Path, changes, num_classes, told):
+    with pytest.raises(ValueError, match=told):
+        load_image_source(config(parquet(tmp_path), **changes), num_classes)
+
+
+def test_labels_that_are_no_integers(tmp_path: Path):
+    with pytest.raises(ValueError, match="expected integers"):
+        load_image_source(config(parquet(tmp_path, labels=["a"] * 6)), 3)
+    with pytest.raises(ValueError, match="expected integers"):
+        load_image_source(config(parquet(tmp_path, labels=[0.5] * 6)), 3)
+
+
+def test_negative_labels(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"span -1\.\.1"):
+        load_image_source(config(parquet(tmp_path, labels=[-1, 0, 1, 0, 0, 0])), 3)
+
+
+def test_no_rows(tmp_path: Path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict({"image": [], "label": []}, features=features).to_parquet(tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="hold no rows"):
+        load_image_source(config(tmp_path / "none.parquet"), 3)
+
+
+def test_exactly_one_origin():
+    with pytest.raises(ValueError, match="nowhere, expected one of"):
+        load_image_source(ImageDataConfig(), None)
+    with pytest.raises(ValueError, match="expected one of"):
+        load_image_source(ImageDataConfig(dataset_name="a", train_data_dir="b"), None)
+    with pytest.raises(ValueError, match="is no folder"):
+        load_image_source(ImageDataConfig(train_data_dir="/no/such"), None)
+
+
+def test_files_are_found_as_given_then_below_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("b.parquet", "a.parquet"):
+        (tmp_path / name).touch()
+    assert find_data_files(str(tmp_path / "*.parquet")) == [str(tmp_path / "a.parquet"), str(tmp_path / "b.parquet")]
+    monkeypatch.setenv("EE_DIFFUSION_DATA", str(tmp_path))
+    assert find_data_files("a.parquet") == [str(tmp_path / "a.parquet")]
+    with pytest.raises(ValueError, match="no data files match"):
+        find_data_files("c-*.parquet")
+
+
+@pytest.mark.parametrize(
+    "images", [torch.zeros(0, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, 3, 4, 4), torch.zeros(3)]
+)
+def test_a_source_of_something_else_is_refused(images):
+    with pytest.raises(ValueError, match=r"expected uint8 \(M, C, H, W\)"):
+        ImageSource(images, None, random_flip=False)
+
+
+def test_fingerprints_name_the_content():
+    images, labels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    plain = ImageSource(images, labels, random_flip=False).fingerprint()
+    assert plain == ImageSource(images.clone(), labels.clone(), random_flip=False).fingerprint()
+    assert plain != ImageSource(images, labels, random_flip=True).fingerprint()
+    assert plain != ImageSource(images + 1, labels, random_flip=False).fingerprint()
+    assert plain != ImageSource(images, labels + 1, random_flip=False).fingerprint()
+
+
+@pytest.mark.data
+def test_cifar10(data_folder: Path):
+    files = [str(data_folder / "cifar10" / "test-*.parquet")]
+    wanted = ImageDataConfig(train_data_files=files, image_column="img", max_train_samples=50)
+    source = load_image_source(wanted, 10)
+    assert tuple(source.images.shape) == (50, 3, 32, 32)
+    assert source.labels.max() <= 9

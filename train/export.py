@@ -1,0 +1,65 @@
+"""Turn a trained pipeline into a checkpoint to ship: half precision, small shards, and policies calibrated to budgets.
+
+python train/export.py --model runs/exits --output_dir ee_diffusion/checkpoints/cifar10-uvit-cpu
+
+The policies (policies/blocks-80.json, ...) are DeeDiff thresholds found by replay on calibration seeds, one for each share of the blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler
+
+from ee_diffusion.core.calibrate import value_for_budget
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.generation import generate
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.splits import balanced_labels, seeds
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Folder of a trained pipeline.")
+    parser.add_argument("--output_dir", required=True, help="Where the checkpoint goes.")
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[0.8, 0.6], help="Shares of the blocks, a policy each."
+    )
+    parser.add_argument("--count", type=int, default=64, help="Calibration images.")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps while calibrating.")
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="Guidance while calibrating.")
+    parser.add_argument("--max_shard_size", default="14MB", help="Largest weight file.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = flags()
+    folder = Path(options.output_dir)
+    pipeline = EarlyExitPipeline.from_pretrained(options.model)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=options.max_shard_size)
+
+    pipeline = EarlyExitPipeline.from_pretrained(folder)  # what users will load decides
+    pipeline.set_progress_bar_config(disable=True)
+    (folder / "policies").mkdir(exist_ok=True)
+    trace = generate(
+        pipeline,
+        seeds("calibrate", options.count),
+        balanced_labels(options.count, pipeline.transformer.config.null_class),
+        batch_size=min(64, options.count),
+        num_inference_steps=options.num_inference_steps,
+        guidance_scale=options.guidance_scale,
+        exit_policy=Policy(Threshold(1.0), record_all=True),
+    ).trace
+    for budget in options.budgets:
+        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
+        Policy(Threshold(choice.value)).save(folder / "policies" / f"blocks-{round(100 * budget)}.json")
+        print(f"budget {budget}: certainty above {choice.value:.5f}; replayed share of blocks {choice.fraction:.3f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""What the U-ViT script looks at while it trains: grids of images at fixed seeds and, with exits and a threshold, the map of its exits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import DDIMScheduler
+from presets import ValidationConfig
+
+from ee_diffusion.diffusion.generation import generate
+from ee_diffusion.diffusion.objective import DiffusionObjective
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
+
+
+def draw(step: int, objective: DiffusionObjective, config: ValidationConfig, *, folder: Path) -> None:
+    """Write `step-N-full.png` and, with a threshold, `step-N-exits.png` and `step-N-exit-map.png` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    scheduler = DDIMScheduler.from_config(objective.scheduler.config)
+    pipeline = EarlyExitPipeline(objective.transformer, scheduler, objective.exits)
+    pipeline.set_progress_bar_config(disable=True)
+    null_class = objective.transformer.config.null_class
+    seeds = range(config.validation_images)
+    labels = None if null_class is None else [seed % null_class for seed in seeds]
+    call = {"num_inference_steps": config.validation_inference_steps, "batch_size": config.validation_images}
+    if null_class is not None:
+        call["guidance_scale"] = config.validation_guidance_scale
+    thresholds = {"full": None} | (
+        {} if config.validation_threshold is None else {"exits": config.validation_threshold}
+    )
+    for name, threshold in thresholds.items():
+        made = generate(pipeline, list(seeds), labels, exit_threshold=threshold, **call)
+        save_figure(image_grid(made.images), folder / f"step-{step:06d}-{name}.png")
+        if made.trace is not None:
+            save_figure(exit_map(made.trace, title=f"step {step}"), folder / f"step-{step:06d}-exit-map.png")
