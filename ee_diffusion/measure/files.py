@@ -1,0 +1,148 @@
+"""Files on disk: written whole or not at all, and image sets read as bytes.
+
+Here: atomic writers, the digest of tensors, `read_images`. Not here: what a report holds (tables.py), cached statistics (references.py).
+M images, C = 3 channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+def write_whole(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write a file beside `path`, flush it to disk and rename it: `path` is the old file or the new one, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    os.close(descriptor)
+    beside = Path(name)
+    try:
+        fill(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~_umask())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    write_whole(path, lambda beside: _write_utf8(beside, text))
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write one safetensors file, whole or not at all."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, lambda beside: save_file(ready, beside, metadata=dict(metadata) if metadata else None))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hexadecimal) of names, dtypes, shapes and bytes, in the order of the names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Float images in [0, 1] -> uint8 (round(255 x)), same shape; uint8 comes back as it is.
+
+    Raises:
+        ValueError: another dtype, NaN, or values outside [0, 1].
+    """
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images are {images.dtype}, expected uint8 or floating point in [0, 1]")
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"images span {images.min():.3g} to {images.max():.3g}, expected [0, 1] without NaN")
+    return (images * 255).round().to(torch.uint8)
+
+
+def read_images(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
+    """A folder of PNGs (in the order of their names), or an .npz or .safetensors with `images` and perhaps `labels`.
+
+    Images may lie as (M, 3, H, W) or (M, H, W, 3), in bytes. Returns (M, 3, H, W) uint8 and (M,) int64 or None.
+
+    Raises:
+        ValueError: nothing there, no images, sizes that differ, another dtype, labels that do not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _read_folder(path), None
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist, expected a folder of PNGs, an .npz or a .safetensors")
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "uif"}
+    elif path.suffix == ".safetensors":
+        found = _load(path)
+    else:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected .npz, .safetensors or a folder of PNGs")
+    if "images" not in found:
+        raise ValueError(f"{path} holds {sorted(found)}, expected 'images' and perhaps 'labels'")
+    images = _channels_first(found["images"], path)
+    labels = found.get("labels")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.is_floating_point()):
+        raise ValueError(
+            f"labels in {path} are {labels.dtype} {tuple(labels.shape)}, expected integers ({len(images)},)"
+        )
+    return images, None if labels is None else labels.long()
+
+
+def _read_folder(folder: Path) -> Tensor:
+    paths = sorted(folder.glob("*.png"))
+    if not paths:
+        raise ValueError(f"no *.png in {folder}")
+    pixels = []
+    for path in paths:
+        with Image.open(path) as image:
+            pixels.append(np.asarray(image.convert("RGB")))
+        if pixels[-1].shape != pixels[0].shape:
+            raise ValueError(f"{path} has shape {pixels[-1].shape}, expected {pixels[0].shape} as {paths[0].name}")
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()  # (M, C, H, W)
+
+
+def _channels_first(images: Tensor, path: Path) -> Tensor:
+    if (
+        images.dtype != torch.uint8
+        or images.ndim != 4
+        or not len(images)
+        or 3 not in (images.shape[1], images.shape[3])
+    ):
+        came = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images in {path} are {came}, expected uint8 (M, 3, H, W) or (M, H, W, 3) with M >= 1")
+    return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2).contiguous()  # (M, C, H, W)
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _write_utf8(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
