@@ -52,7 +52,9 @@ def load(options: SamplingOptions) -> EarlyExitPipeline:
     """The pipeline that the options name, on its device, in its dtype, with its sampler."""
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype={options.dtype!r}, expected one of {sorted(DTYPES)}")
-    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint(), torch_dtype=DTYPES[options.dtype])
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
-    return pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline = pipeline.to(device)
+    return pipeline if options.dtype == "float32" else pipeline.to(DTYPES[options.dtype])

@@ -53,6 +53,7 @@ class Session:
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
         self.rows = rows  # (R,) element of each row
         num_elements = int(rows.max()) + 1
+        self.one_row_each = torch.equal(rows, torch.arange(num_elements))
         self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
@@ -192,7 +193,10 @@ class StepSession:
         num_elements = len(self.alive)
         if rows is None:
             return torch.full((num_elements,), torch.nan, device=self.session.device)
-        score = per_element(rows, self._elements_there, num_elements=num_elements)
+        if self.session.one_row_each and len(rows) == num_elements:
+            score = rows.float()
+        else:
+            score = per_element(rows, self._elements_there, num_elements=num_elements)
         self._scores_there[exit] = score
         self.measured[exit] += len(rows)
         return score  # (E,)

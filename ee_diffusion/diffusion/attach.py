@@ -96,7 +96,7 @@ class Attachment:
         if len(timestep) not in (1, expected):
             raise ValueError(f"{len(timestep)} timesteps for {expected} rows, expected one or one a row")
         timestep = timestep.expand(expected)  # (R,)
-        self._lane = Lane(step, self.heads, {"timestep": timestep})
+        self._lane = Lane(step, self.heads, self.heads.context(timestep))
         output = original(*args, **kwargs)
         if self.heads.space == "output":
             if isinstance(output, tuple):

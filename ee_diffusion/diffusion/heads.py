@@ -94,6 +94,17 @@ class DenoisingExits(ModelMixin, ConfigMixin):
             if self.config[name] != size:
                 raise ValueError(f"heads of another model: {name} is {self.config[name]}, the model's is {size}")
 
+    @torch.no_grad()
+    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+        """What all exits of one forward look at: timestep (R,) -> `timestep`, and for the paper's UEM the time's part of every
+        uncertainty module, `time_part` (R, K, p*p*C), computed once."""
+        if self.config.variant == "released":
+            return {"timestep": timestep}
+        for_time = torch.stack([linear.weight[:, self.config.hidden_dim :] for linear in self.uncertainty_modules])
+        bias = torch.stack([linear.bias for linear in self.uncertainty_modules])  # (K, p*p*C)
+        time = timestep_embedding(timestep, self.config.hidden_dim).to(bias.dtype)  # (R, D)
+        return {"timestep": timestep, "time_part": torch.einsum("rd,kvd->rkv", time, for_time) + bias}
+
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> the prediction (R, C, H, W) if `space` is output; else hidden itself, for the model's own tail."""
         if self.space == "hidden":
@@ -101,25 +112,32 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         return self.heads[exit](self._patches(hidden), self.config.sample_size)
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """hidden (R, N, D), context `timestep` (R,) -> (R,) in [0, 1]; larger is safer. Mean over C, H, W of `uncertainty_map`."""
-        said = torch.sigmoid(self._uncertainty_logits(exit, hidden, context["timestep"])).flatten(1).mean(1)  # (R,)
+        """hidden (R, N, D), context (with `timestep` (R,), best made by `context`) -> (R,) in [0, 1]; larger is safer.
+
+        Mean over C, H, W of `uncertainty_map`.
+        """
+        said = torch.sigmoid(self._uncertainty_logits(exit, hidden, context)).flatten(1).mean(1)  # (R,)
         return 1 - said if self.config.variant == "paper" else said
 
     def uncertainty_map(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
         """hidden (R, N, D), timestep (R,) -> (R, C, H, W) in (0, 1): u (paper) or the certainty (released), pixel by pixel."""
         config = self.config
-        values = torch.sigmoid(self._uncertainty_logits(exit, hidden, timestep))  # (R, P, p*p*C)
+        values = torch.sigmoid(self._uncertainty_logits(exit, hidden, {"timestep": timestep}))  # (R, P, p*p*C)
         size = config.sample_size
         return unpatchify(values, channels=config.out_channels, patch_size=config.patch_size, height=size, width=size)
 
-    def _uncertainty_logits(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
+    def _uncertainty_logits(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         linear, patches = self.uncertainty_modules[exit], self._patches(hidden)
         if self.config.variant == "released":
             return linear(patches.detach())  # (R, P, p*p*C)
         # Linear([h ; e]) = Linear_h(h) + Linear_e(e): the same e for all patches of a row is multiplied only once.
-        for_hidden, for_time = linear.weight.chunk(2, dim=1)
-        time = timestep_embedding(timestep, self.config.hidden_dim).to(patches.dtype)  # (R, D)
-        return nn.functional.linear(patches, for_hidden) + nn.functional.linear(time, for_time, linear.bias)[:, None]
+        dim = self.config.hidden_dim
+        if "time_part" in context:
+            for_time = context["time_part"][:, exit]  # (R, p*p*C)
+        else:
+            time = timestep_embedding(context["timestep"], dim).to(patches.dtype)  # (R, D)
+            for_time = nn.functional.linear(time, linear.weight[:, dim:], linear.bias)
+        return nn.functional.linear(patches, linear.weight[:, :dim]) + for_time[:, None]
 
     def _patches(self, hidden: Tensor) -> Tensor:
         return hidden[:, self.config.num_prefix_tokens :]  # (R, P, D)

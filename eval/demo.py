@@ -1,0 +1,103 @@
+"""The demo: the shipped checkpoint at full depth and at two operating points, same seeds, one table.
+
+python eval/demo.py            (or: make demo)
+
+Writes demo/: full.png, one grid and one exit map per operating point, report.json. Needs no network and no data.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.paired import psnr
+from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
+from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", default="demo", help="Where pictures and report.json go.")
+    parser.add_argument("--count", type=int, default=32, help="Images.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Images per batch.")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    parser.add_argument("--guidance_scale", type=float, default=1.5, help="Classifier-free guidance.")
+    return parser.parse_args()
+
+
+def draw(
+    pipeline: EarlyExitPipeline, policies: dict[str, Policy | None], options: argparse.Namespace
+) -> dict[str, Generated]:
+    """Every policy over the same seeds; policies take turns batch by batch, so that drift of the machine is shared."""
+    count, size = options.count, options.batch_size
+    chosen, labels = seeds("demo", count), balanced_labels(count, pipeline.transformer.config.null_class)
+    call = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    generate(pipeline, chosen[:size], labels[:size], batch_size=size, **call | {"num_inference_steps": 2})  # warm-up
+    parts: dict[str, list[Generated]] = {name: [] for name in policies}
+    for start in range(0, count, size):
+        for name, policy in policies.items():
+            some = slice(start, start + size)
+            parts[name].append(
+                generate(
+                    pipeline, chosen[some], labels[some], batch_size=size, first_id=start, exit_policy=policy, **call
+                )
+            )
+            print(
+                f"  {name}: images {start} to {start + len(chosen[some]) - 1} in {parts[name][-1].seconds[0]:.1f} s",
+                flush=True,
+            )
+    return {name: joined(several) for name, several in parts.items()}
+
+
+def joined(parts: list[Generated]) -> Generated:
+    trace = None if parts[0].trace is None else Trace.concatenate([part.trace for part in parts])
+    return Generated(
+        torch.cat([part.images for part in parts]), trace, tuple(s for part in parts for s in part.seconds)
+    )
+
+
+def main() -> None:
+    options, folder = flags(), checkpoint()
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    pipeline = EarlyExitPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    policies = {path.stem: Policy.load(path) for path in sorted((folder / "policies").glob("*.json"), reverse=True)}
+    print(
+        f"{options.count} images, {options.num_inference_steps} steps, guidance {options.guidance_scale}, {folder.name}"
+    )
+    drawn = draw(pipeline, {"full": None} | policies, options)
+
+    full, num_layers, rows = drawn["full"], len(pipeline.transformer.transformer_blocks), []
+    for name, generated in drawn.items():
+        save_figure(image_grid(generated.images), output / f"{name}.png")
+        row = {"policy": name, "executed blocks": num_layers, "wall-clock ratio": 1.0, "PSNR to full (dB)": None}
+        if generated.trace is not None:
+            save_figure(exit_map(generated.trace), output / f"{name}-exit-map.png")
+            row["executed blocks"] = generated.trace.report().mean_executed
+            row["wall-clock ratio"] = median(a / b for a, b in zip(generated.seconds, full.seconds, strict=True))
+            row["PSNR to full (dB)"] = float(psnr(generated.images, full.images).mean())
+        rows.append(row)
+    reports = {name: asdict(g.trace.report()) for name, g in drawn.items() if g.trace is not None}
+    write_json(
+        output / "report.json",
+        {"options": vars(options), "environment": environment(), "rows": rows, "reports": reports},
+    )
+    print(f"\n{markdown_table(rows, list(rows[0]))}")
+    print(
+        f"wall-clock ratio: time of the policy over time of the full model, this machine, median over batches. Pictures are in {output}/"
+    )
+
+
+if __name__ == "__main__":
+    main()

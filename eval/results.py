@@ -1,0 +1,128 @@
+"""Write RESULTS.md from the reports in results/: every figure with its command, device, dtype, samples and controls.
+
+python eval/results.py
+
+Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, speed*, uncertainty* and demo*.json (eval/).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from ee_diffusion.measure.quality import COLUMNS, flat
+from ee_diffusion.measure.tables import markdown_table, write_text
+
+HEAD = """# Results
+
+Written by `python eval/results.py` from the reports in `results/`; each section names the command that made its report.
+Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds. FD is the Frechet distance on resnet20's 64 pooled
+features, FID the one on Inception features; both depend on the number of samples, which stands beside them.
+"""
+
+
+def environment(report: dict) -> str:
+    facts = report["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    return f"Device: {facts['device']} ({facts['machine']}), {facts['threads']} threads; {versions}.\n"
+
+
+def settings(report: dict) -> str:
+    return (
+        "Settings: "
+        + ", ".join(f"{name} {value}" for name, value in report["settings"].items() if value is not None)
+        + ".\n"
+    )
+
+
+def training(report: dict) -> str:
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in report["losses"].items())
+    facts = {key: report[key] for key in ("steps", "samples", "seconds", "samples_per_second", "trainable_parameters")}
+    return markdown_table([facts]) + f"\nDevice: {report['device']}, torch {report['torch']}. Last losses: {losses}.\n"
+
+
+def metrics(report: dict) -> str:
+    rows = []
+    for name in ("accuracy", "fd", "fid", "kid"):
+        if name in report:
+            facts = report[name]
+            value, against = facts.get("value", facts.get("mean")), facts.get("reference_count")
+            rows.append({"figure": name, "value": value, "images": facts["count"], "reference images": against})
+    return markdown_table(rows) + f"\nReference: {report['reference']}. {environment(report)}"
+
+
+def tradeoff(report: dict) -> str:
+    rows = []
+    for row in report["rows"]:
+        facts = row.get("report", {})
+        spread = facts.get("spread_per_step")
+        row = {key: row.get(key) for key in ("name", "steps", "time")} | flat(row)
+        row |= {"executed": facts.get("mean_executed"), "spread": None if spread is None else sum(spread) / len(spread)}
+        rows.append(row)
+    columns = ["name", "steps", "time", "executed", "spread", *[name for name in COLUMNS if name in rows[0]]]
+    count = report["rows"][0]["psnr"]["count"]
+    said = f"{count} images. `time`: measured over the full model's, median over batches. `spread`: standard deviation over images of the"
+    return (
+        markdown_table(rows, columns)
+        + f"\n{said} blocks executed at a step, mean over steps.\n\n{settings(report)}\n{environment(report)}"
+    )
+
+
+def speed(report: dict) -> str:
+    parts = [
+        markdown_table(report["overhead"]),
+        markdown_table(report["realised"]),
+        settings(report),
+        environment(report),
+    ]
+    return "\n".join(parts)
+
+
+def uncertainty(report: dict) -> str:
+    columns = ["depth", "mean_within", "pooled", "pooled_constant"]
+    tables = [
+        f"Against the error to the {name}:\n\n{markdown_table(rows, columns)}\n"
+        for name, rows in report["rows"].items()
+    ]
+    return "".join(tables) + f"{settings(report)}\n{environment(report)}"
+
+
+def demo(report: dict) -> str:
+    return markdown_table(report["rows"]) + f"\n{environment(report)}"
+
+
+SECTIONS = {
+    "train-": ("Training", "accelerate launch train/train_uvit.py --preset ...", training),
+    "metrics": (
+        "The full-depth generator",
+        "python eval/metrics.py --images ... --metrics fd fid kid accuracy",
+        metrics,
+    ),
+    "tradeoff": ("DeeDiff's trade-off beside its controls", "python eval/tradeoff.py --output_dir ...", tradeoff),
+    "speed": ("The clock of one forward", "python eval/speed.py --output_dir ...", speed),
+    "uncertainty": ("What the uncertainty modules know", "python eval/uncertainty.py --output_dir ...", uncertainty),
+    "demo": ("The demo", "make demo", demo),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reports", default="results", help="Folder of reports.")
+    parser.add_argument("--output", default="RESULTS.md", help="The file to write.")
+    options = parser.parse_args()
+    parts = [HEAD]
+    for start, (title, command, section) in SECTIONS.items():
+        for path in sorted(Path(options.reports).glob(f"{start}*.json")):
+            report = json.loads(path.read_text(encoding="utf-8"))
+            command = report.get("command", command)
+            parts.append(f"## {title}: {path.stem}\n\n`{command}`\n\n{section(report)}")
+    if len(parts) == 1:
+        raise ValueError(
+            f"no reports in {options.reports}, expected some of {[f'{start}*.json' for start in SECTIONS]}"
+        )
+    write_text(options.output, "\n".join(parts))
+
+
+if __name__ == "__main__":
+    main()

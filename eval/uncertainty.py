@@ -1,0 +1,127 @@
+"""What the uncertainty modules know: within a timestep, does u rank the images by their true error?
+
+python eval/uncertainty.py --output_dir runs/uncertainty --data_files cifar10/test-*.parquet
+
+Held-out images are noised to each of several timesteps. Per exit and timestep: the rank correlation (Spearman) over images of u with the
+true error of that exit (mean squared, against the true noise, and against the full model's answer), and how much of the variance of the
+error a sample-independent number per (exit, timestep) leaves. A constant has rank correlation 0 by construction: that is the control.
+Also the rank correlation over everything pooled, which a table of constants would reach nearly as well, beside that table's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from options import SamplingOptions, flag, load, parse
+from torch import Tensor
+from torchmetrics.functional.regression import spearman_corrcoef
+
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.splits import HELD_OUT
+from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.data import load_image_source
+
+
+@dataclass(frozen=True)
+class UncertaintyOptions:
+    """Which images, at which noise."""
+
+    data_files: str = flag("Parquet files of held-out images.", "cifar10/test-*.parquet")
+    image_column: str = flag("Column of the images.", "img")
+    label_column: str = flag("Column of the labels.", "label")
+    count: int = flag("Held-out images.", 512)
+    timesteps: int = flag("Timesteps, evenly spread.", 10)
+
+
+def observe(
+    pipeline: EarlyExitPipeline, images: Tensor, labels: Tensor, time: int, *, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """images (n, C, H, W) in [-1, 1] at one timestep -> u, error to the noise, error to the full model; each (K, n)."""
+    transformer, exits = pipeline.transformer, pipeline.exits
+    generator = torch.Generator().manual_seed(seed + time)
+    noise = torch.randn(images.shape, generator=generator)
+    times = torch.full((len(images),), time)
+    noisy = pipeline.scheduler.add_noise(images, noise, times)
+    with torch.no_grad():
+        output = transformer(noisy.to(transformer.device, transformer.dtype), times, labels, output_hidden_states=True)
+        said, to_noise, to_full = [], [], []
+        for exit, depth in enumerate(exits.depths):
+            hidden, context = output.hidden_states[depth], {"timestep": times}
+            answer = exits.answer(exit, hidden, context)
+            answer = transformer.tail(answer) if exits.space == "hidden" else answer
+            said.append(1 - exits.certainty(exit, hidden, context).float())
+            to_noise.append((answer - noise).float().square().flatten(1).mean(1))
+            to_full.append((answer - output.sample).float().square().flatten(1).mean(1))
+    return torch.stack(said), torch.stack(to_noise), torch.stack(to_full)
+
+
+def held_out(options: UncertaintyOptions, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The first `count` images of the held-out test positions: (n, C, H, W) in [-1, 1] and labels (n,)."""
+    source = load_image_source(
+        ImageDataConfig(
+            train_data_files=[options.data_files],
+            image_column=options.image_column,
+            label_column=options.label_column,
+            random_flip=False,
+        ),
+        num_classes,
+    )
+    positions = torch.tensor(list(HELD_OUT["test"][: options.count]))
+    batch = source.batch(positions, positions)
+    return batch["images"], batch["class_labels"]
+
+
+def table(said: Tensor, error: Tensor, times: list[int], depths: tuple[int, ...]) -> list[dict]:
+    """said and error (T, K, n) -> a row per exit: rank correlation within each timestep."""
+    rows = []
+    for exit, depth in enumerate(depths):
+        within = [float(spearman_corrcoef(said[t, exit], error[t, exit])) for t in range(len(times))]
+        constant = error[:, exit].mean(1, keepdim=True).expand_as(error[:, exit])
+        rows.append(
+            {
+                "depth": depth,
+                "mean_within": sum(within) / len(within),
+                "pooled": float(spearman_corrcoef(said[:, exit].flatten(), error[:, exit].flatten())),
+                "pooled_constant": float(spearman_corrcoef(constant.flatten(), error[:, exit].flatten())),
+                **{f"t={time}": value for time, value in zip(times, within, strict=True)},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    sampling, options = parse(SamplingOptions, UncertaintyOptions, description=__doc__)
+    if sampling.output_dir is None:
+        raise ValueError("--output_dir is missing, expected a folder for the results")
+    pipeline = load(sampling)
+    images, labels = held_out(options, pipeline.transformer.config.num_classes)
+    total = pipeline.scheduler.config.num_train_timesteps
+    times = [round((i + 0.5) * total / options.timesteps) for i in range(options.timesteps)]
+    seen = [observe(pipeline, images, labels, time, seed=sampling.seed) for time in times]
+    said, to_noise, to_full = (torch.stack(part).cpu() for part in zip(*seen, strict=True))  # (T, K, n)
+    rows = {
+        "noise": table(said, to_noise, times, pipeline.exits.depths),
+        "full": table(said, to_full, times, pipeline.exits.depths),
+    }
+    spread = {
+        "u": said.std(2).tolist(),
+        "u_mean": said.mean(2).tolist(),
+        "error_to_noise_mean": to_noise.mean(2).tolist(),
+    }
+    folder = Path(sampling.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"settings": asdict(sampling) | asdict(options), "environment": environment(), "times": times}
+    write_json(folder / "uncertainty.json", facts | {"rows": rows, "spread": spread})
+    text = "".join(
+        f"Rank correlation of u with the error to the {name}\n\n{markdown_table(part, list(part[0]))}\n"
+        for name, part in rows.items()
+    )
+    write_text(folder / "uncertainty.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
