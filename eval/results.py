@@ -17,8 +17,9 @@ from ee_diffusion.measure.tables import markdown_table, write_text
 HEAD = """# Results
 
 Written by `python eval/results.py` from the reports in `results/`; each section names the command that made its report.
-Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds. FD is the Frechet distance on resnet20's 64 pooled
-features, FID the one on Inception features; both depend on the number of samples, which stands beside them.
+Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds.
+FD is the Frechet distance on resnet20's 64 pooled features, FID the one on Inception features; both depend on the number of
+samples, which stands beside them.
 """
 
 
@@ -29,11 +30,9 @@ def environment(report: dict) -> str:
 
 
 def settings(report: dict) -> str:
-    return (
-        "Settings: "
-        + ", ".join(f"{name} {value}" for name, value in report["settings"].items() if value is not None)
-        + ".\n"
-    )
+    places = ("model", "output_dir", "cache_dir", "data", "data_files", "device")
+    shown = {name: value for name, value in report["settings"].items() if name not in places and value is not None}
+    return "Settings: " + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".\n"
 
 
 def training(report: dict) -> str:
@@ -62,21 +61,34 @@ def tradeoff(report: dict) -> str:
         rows.append(row)
     columns = ["name", "steps", "time", "executed", "spread", *[name for name in COLUMNS if name in rows[0]]]
     count = report["rows"][0]["psnr"]["count"]
-    said = f"{count} images. `time`: measured over the full model's, median over batches. `spread`: standard deviation over images of the"
-    return (
-        markdown_table(rows, columns)
-        + f"\n{said} blocks executed at a step, mean over steps.\n\n{settings(report)}\n{environment(report)}"
-    )
-
-
-def speed(report: dict) -> str:
+    shapes = [row for row in report["rows"] if row["kind"] == "deediff"]
+    where = [{"policy": row["name"]} | tenths(row["report"]["executed_per_step"]) for row in shapes]
     parts = [
-        markdown_table(report["overhead"]),
-        markdown_table(report["realised"]),
+        markdown_table(rows, columns),
+        f"{count} images. `time`: measured over the full model's, median over batches. `spread`: standard deviation over images of\n"
+        "the blocks executed at a step, mean over steps.\n",
+        "Where in time: mean blocks executed in each tenth of the run, noise to data.\n",
+        markdown_table(where),
         settings(report),
         environment(report),
     ]
     return "\n".join(parts)
+
+
+def tenths(values: list[float]) -> dict[str, float]:
+    """Means over ten equal parts of a list."""
+    edges = [round(i * len(values) / 10) for i in range(11)]
+    spans = [(edges[i], max(edges[i] + 1, edges[i + 1])) for i in range(10)]
+    return {str(i + 1): sum(values[a:b]) / len(values[a:b]) for i, (a, b) in enumerate(spans) if values[a:b]}
+
+
+def speed(report: dict) -> str:
+    tables = [
+        markdown_table(report["overhead"]),
+        markdown_table(report["realised"]),
+        markdown_table([report["training"]]),
+    ]
+    return "\n".join([*tables, settings(report), environment(report)])
 
 
 def uncertainty(report: dict) -> str:

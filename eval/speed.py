@@ -6,17 +6,20 @@ Overhead: the plain model, the model with exits attached but off, and on with a 
 module and every sync runs) take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at different exits, by
 their own learned scores, at thresholds set so that the mean depth is the one asked for. Ideal = fixed part (embedding, tail) + for every
 executed block its own median time at its number of rows + uncertainty modules and heads at theirs. Inputs are noise: time does not depend
-on content. Writes speed.json and speed.md.
+on content. And the cost of a training step (bfloat16 autocast, AdamW) with all exits over the same backbone without.
+Writes speed.json and speed.md.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
 import torch
+from diffusers import DDPMScheduler
 from options import SamplingOptions, flag, load, parse
 from torch import Tensor
 
@@ -24,6 +27,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import Attachment, attach
+from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.clocks import executed_counts, ideal_seconds, interleaved, time_table
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
@@ -39,6 +43,7 @@ class SpeedOptions:
     mean_depths: list[float] = field(default_factory=lambda: [0.75, 0.4], metadata={"help": "Fractions of the blocks."})
     repeats: int = flag("Counted runs of each candidate.", 15)
     pool: int = flag("Rows from which thresholds are set.", 256)
+    training_batch: int = flag("Samples of a training step.", 64)
 
 
 class Forward:
@@ -178,6 +183,40 @@ def realised(
     }
 
 
+def training_step(pipeline: EarlyExitPipeline, mode: str, batch: dict[str, Tensor]) -> Callable[[], object]:
+    """One optimiser step of a copy of the model, with or without exits."""
+    transformer = copy.deepcopy(pipeline.transformer).float().train()
+    exits = None if mode == "backbone" else copy.deepcopy(pipeline.exits).float().train()
+    class_drop = 0.1 if transformer.config.null_class is not None else 0.0
+    noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+    objective = DiffusionObjective(transformer, exits, noise, mode=mode, class_drop=class_drop)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=True)
+    device = transformer.device.type
+
+    def run() -> object:
+        with torch.autocast(device, torch.bfloat16):
+            loss = objective(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return run
+
+
+def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int) -> dict:
+    """Median of pairwise ratios of a step with exits to one without."""
+    forward, rows = Forward(pipeline, options.training_batch, seed), options.training_batch
+    uniform = torch.linspace(0, 0.999, rows, device=forward.sample.device)
+    images = forward.sample.float()
+    batch = {"images": images, "noise": images.flip(0), "uniform": uniform, "label_drop": uniform.flip(0)}
+    batch |= {} if forward.labels is None else {"class_labels": forward.labels}
+    steps = {mode: training_step(pipeline, mode, batch) for mode in ("backbone", "joint")}
+    timings = interleaved(steps, repeats=options.repeats, warmup=2)
+    found = {"batch": rows, "backbone_ms": 1e3 * timings["backbone"].median, "joint_ms": 1e3 * timings["joint"].median}
+    return found | {"joint_over_backbone": timings["joint"].ratio(timings["backbone"])}
+
+
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
     if sampling.output_dir is None:
@@ -191,9 +230,10 @@ def main() -> None:
         for rows in options.batch_sizes
         for fraction in options.mean_depths
     ]
+    cost = training_cost(pipeline, options, sampling.seed)
     facts = {"settings": asdict(sampling) | asdict(options), "environment": environment()}
-    write_json(folder / "speed.json", facts | {"overhead": overheads, "realised": gains})
-    text = markdown_table(overheads, list(overheads[0])) + "\n" + markdown_table(gains, list(gains[0]))
+    write_json(folder / "speed.json", facts | {"overhead": overheads, "realised": gains, "training": cost})
+    text = "\n".join(markdown_table(part) for part in (overheads, gains, [cost]))
     write_text(folder / "speed.md", text)
     print(text)
 

@@ -53,7 +53,10 @@ class Session:
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
         self.rows = rows  # (R,) element of each row
         num_elements = int(rows.max()) + 1
-        self.one_row_each = torch.equal(rows, torch.arange(num_elements))
+        self.all_rows = torch.arange(len(rows))
+        self.rows_per_element = torch.bincount(rows, minlength=num_elements).to(torch.int16)  # (E,)
+        self.one_row_each = torch.equal(rows, self.all_rows)
+        self.elements_there = rows.to(self.device)  # (R,) as `rows`, on the device
         self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
@@ -95,15 +98,15 @@ class Session:
         steps = self.finished
         return Trace(
             elements=self.elements,
-            rows=torch.bincount(self.rows, minlength=len(self.elements)),
+            rows=self.rows_per_element.long(),
             times=torch.tensor([step.time for step in steps], dtype=torch.float64),
             exits=torch.tensor(list(self.exits), dtype=torch.int64),
             planned=torch.tensor([step.layers for step in steps]),
             depths=torch.stack([step.depths for step in steps]),
             scores=torch.stack([step.scores for step in steps]),
             ran=torch.stack([step.ran for step in steps]),
-            measured=torch.stack([step.measured for step in steps]),
-            answered=torch.stack([step.answered for step in steps]),
+            measured=torch.tensor([step.measured for step in steps]),
+            answered=torch.tensor([step.answered for step in steps]),
             policy=self.policy.to_dict(),
             recorded_all=self.policy.record_all,
         )
@@ -118,20 +121,22 @@ class StepSession:
         self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
         self.last = depth_of(self.layers)  # the depth at which everyone leaves
         num_elements, num_exits = len(session.elements), len(session.exits)
-        self.rows = torch.arange(len(session.rows))  # (r,) rows still running, as places in the whole batch
+        self.rows = session.all_rows  # (r,) rows still running, as places in the whole batch
         self.alive = torch.ones(num_elements, dtype=torch.bool)
         self.depths = torch.full((num_elements,), num_layers, dtype=torch.int16)
-        self.ran = torch.zeros(num_elements, num_layers, dtype=torch.int16)
-        self.measured = torch.zeros(num_exits, dtype=torch.int64)
-        self.answered = torch.zeros(num_exits, dtype=torch.int64)
+        self.measured, self.answered = [0] * num_exits, [0] * num_exits  # rows
         self.scores = torch.full((num_exits, num_elements), torch.nan)
         self._scores_there: dict[int, Tensor] = {}
-        self._elements_there = session.rows.to(session.device)  # (r,) element of each running row, on the device
-        self._counts = torch.bincount(session.rows, minlength=num_elements).to(
-            torch.int16
-        )  # (E,) running rows of each element
+        self._elements_there = session.elements_there  # (r,) element of each running row, on the device
+        self._ran = [torch.zeros(num_elements, dtype=torch.int16)] * num_layers  # for each layer (E,)
+        self._counts = session.rows_per_element  # (E,) running rows of each element
         criterion, ids = policy.criterion, session.elements.to(session.device)
         self._state: State = {} if criterion is None else criterion.start(ids, step=index, previous=session.state)
+
+    @property
+    def ran(self) -> Tensor:
+        """(E, L) rows of each element that each layer was executed on."""
+        return torch.stack(self._ran, dim=1)
 
     @property
     def finished(self) -> bool:
@@ -144,7 +149,7 @@ class StepSession:
 
     def executed(self, layer: int) -> None:
         """The driver says: the layer ran on the running rows."""
-        self.ran[:, layer] = self._counts
+        self._ran[layer] = self._counts
 
     def offer(self, depth: int, measure: Callable[[int], Tensor | None]) -> Departure | None:
         """Decide after `depth` executed blocks. `measure(exit)` gives the scores (r,) of the running rows at that exit of the heads
@@ -175,19 +180,22 @@ class StepSession:
             ValueError: a score was NaN (it stopped nobody; the step is recorded), or the step is closed already.
         """
         self.session.require_open(self)
-        for exit, score in self._scores_there.items():
-            self.scores[exit] = score.cpu()
+        if self._scores_there:
+            self.scores[list(self._scores_there)] = torch.stack(list(self._scores_there.values())).cpu()
         self.session.state = self._state
         self.session.closed(self)
-        asked = self.measured > 0
-        if bool(asked.any()):
-            reached = torch.tensor(list(self.session.exits))[:, None] <= self.depths  # (K, E)
-            bad = (self.scores.isnan() & reached & asked[:, None]).any(1)
-            if bool(bad.any()):
-                depths = [depth for depth, exit in self.session.exits.items() if bad[exit]]
-                raise ValueError(
-                    f"NaN score at step {self.index} after depths {depths}: the hidden states or the heads are not finite"
-                )
+        if bool(self.scores.isnan().any()):
+            self._refuse_nan()
+
+    def _refuse_nan(self) -> None:
+        """Raise if an element that reached a measured exit has no number there; NaN elsewhere says that nothing was measured."""
+        reached = torch.tensor(list(self.session.exits))[:, None] <= self.depths  # (K, E)
+        bad = (self.scores.isnan() & reached & (torch.tensor(self.measured) > 0)[:, None]).any(1)
+        if bool(bad.any()):
+            depths = [depth for depth, exit in self.session.exits.items() if bad[exit]]
+            raise ValueError(
+                f"NaN score at step {self.index} after depths {depths}: the hidden states or the heads are not finite"
+            )
 
     def _score(self, exit: int, rows: Tensor | None) -> Tensor:
         num_elements = len(self.alive)
@@ -208,7 +216,7 @@ class StepSession:
         departure = Departure(self.session.heads_exits[depth], leave, keep, self.rows[leave])
         self.depths[stopped & self.alive] = depth
         self.alive &= ~stopped
-        self._counts[stopped] = 0
+        self._counts = self._counts.masked_fill(stopped, 0)
         self.rows = self.rows[keep]
         self._elements_there = elements[keep].to(self.session.device, non_blocking=True)
         return departure

@@ -73,7 +73,9 @@ def relative_squared_error(values: Tensor, reference: Tensor) -> Tensor:
     values, reference = values.double().flatten(1), reference.double().flatten(1)  # (B, n)
     norms = reference.square().sum(dim=1)  # (B,)
     if not (norms > 0).all():
-        raise ValueError(f"reference {int((norms > 0).logical_not().nonzero()[0])} is zero or NaN, its relative error is not defined")
+        raise ValueError(
+            f"reference {int((norms > 0).logical_not().nonzero()[0])} is zero or NaN, its relative error is not defined"
+        )
     errors = (values - reference).square().sum(dim=1) / norms  # (B,)
     if errors.isnan().any():
         raise ValueError("values hold NaN")
