@@ -97,6 +97,7 @@ def run_blocks(
             f"{len(hidden)} rows through {len(blocks)} blocks, the session was started for "
             f"{len(step.session.rows)} rows and {step.session.num_layers} blocks"
         )
+    step.session.require_open(step)
     lane = Lane(step, heads, context or {})
     for layer, block in enumerate(blocks):
         hidden = lane.offer(layer, hidden)  # (r, N, D)

@@ -98,6 +98,7 @@ def score_named(name: str) -> Score:
 
 def per_element(scores: Tensor, elements: Tensor, *, num_elements: int) -> Tensor:
     """The least safe row of each element: scores (R,), elements (R,) -> (E,), NaN for an element without a row (or with a NaN row)."""
-    full = torch.full((num_elements,), torch.inf, dtype=torch.float32, device=scores.device)
-    full = full.scatter_reduce(0, elements, scores.float(), "amin")  # NaN passes through amin
-    return torch.where(full == torch.inf, torch.nan, full)  # (E,)
+    nothing = torch.full((num_elements,), torch.nan, dtype=torch.float32, device=scores.device)
+    return nothing.scatter_reduce(
+        0, elements, scores.float(), "amin", include_self=False
+    )  # (E,); a NaN row passes through amin

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+_FORMAT = "ee_diffusion.trace.1"
 _TENSORS = ("elements", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
 
 
@@ -54,7 +55,7 @@ class Trace:
         metadata = {
             "policy": json.dumps(self.policy),
             "recorded_all": json.dumps(self.recorded_all),
-            "format": "ee_diffusion.trace.1",
+            "format": _FORMAT,
         }
         beside = Path(f"{path}.{os.getpid()}.tmp")
         save_file(tensors, beside, metadata=metadata)
@@ -70,14 +71,12 @@ class Trace:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != "ee_diffusion.trace.1":
-                    raise ValueError(
-                        f"{path} is no trace: format {metadata.get('format')!r}, expected 'ee_diffusion.trace.1'"
-                    )
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"it is no trace: format {metadata.get('format')!r}, expected {_FORMAT!r}")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in _TENSORS}
-        except SafetensorError as error:
+            return cls(**tensors, **{name: json.loads(metadata[name]) for name in ("policy", "recorded_all")})
+        except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a readable trace: {error}") from error
-        return cls(**tensors, policy=json.loads(metadata["policy"]), recorded_all=json.loads(metadata["recorded_all"]))
 
     @classmethod
     def concatenate(cls, traces: list[Trace]) -> Trace:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space
 from ee_diffusion.diffusion.families import family_of
+from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.uvit import timestep_embedding, unpatchify
 
 
@@ -71,6 +72,11 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         self.uncertainty_modules = nn.ModuleList(nn.Linear(width, values) for _ in depths)
         heads = depths if variant == "paper" else ()
         self.heads = nn.ModuleList(OutputHead(hidden_dim, patch_size, out_channels) for _ in heads)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' `from_pretrained`, but a file of another model is a ValueError, not a warning."""
+        return load_strictly(super().from_pretrained, cls.__name__, pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def for_transformer(

@@ -17,6 +17,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from ee_diffusion.diffusion.loading import load_strictly
+
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
     """Sinusoidal embedding `[cos(t w_k), sin(t w_k)]`, `w_k = 10000^(-k / (dim/2))` (as the official U-ViT orders it).
@@ -156,6 +158,11 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.proj_out = nn.Linear(dim, patch_size**2 * in_channels)
         self.conv_out = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else nn.Identity()
         self._initialise()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' `from_pretrained`, but a file of another model is a ValueError, not a warning."""
+        return load_strictly(super().from_pretrained, cls.__name__, pretrained_model_name_or_path, **kwargs)
 
     def _initialise(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
