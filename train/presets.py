@@ -78,10 +78,11 @@ _CIFAR10 = {
 _CPU = _CIFAR10 | {
     "patch_size": 4,
     "num_layers": 9,
-    "train_batch_size": 128,
-    "lr_warmup_steps": 500,
+    "train_batch_size": 64,
+    "lr_scheduler": "cosine",
+    "snr_gamma": 5.0,
     "ema_decay": 0.999,
-    "checkpointing_steps": 500,
+    "checkpointing_steps": 250,
 }
 _GPU = _CIFAR10 | {
     "patch_size": 2,
@@ -92,8 +93,18 @@ _GPU = _CIFAR10 | {
 }
 
 PRESETS: dict[str, dict] = {
-    "cpu_backbone": _CPU | {"mode": "backbone", "learning_rate": 3e-4, "max_train_steps": 30_000},
-    "cpu_exits": _CPU | {"mode": "joint", "learning_rate": 2e-4, "max_train_steps": 10_000},
+    "cpu_backbone": _CPU | {"mode": "backbone", "learning_rate": 5e-4, "lr_warmup_steps": 200, "max_train_steps": 6000},
+    # The weights of the exits' terms are small on purpose: Adam trains exits and uncertainty modules alike at any weight, and at 1 they
+    # would pull the shared blocks away from the full-depth task, which has had little training by then.
+    "cpu_exits": _CPU
+    | {
+        "mode": "joint",
+        "learning_rate": 4e-4,
+        "lr_warmup_steps": 100,
+        "max_train_steps": 4000,
+        "uncertainty_weight": 0.05,
+        "layerwise_weight": 0.1,
+    },
     "gpu_backbone": _GPU
     | {
         "mode": "backbone",

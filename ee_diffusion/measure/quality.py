@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.measure.classifiers import class_accuracy
 from ee_diffusion.measure.features import extract
+from ee_diffusion.measure.files import to_bytes
 from ee_diffusion.measure.frechet import Statistics, frechet_distance
 from ee_diffusion.measure.paired import psnr, ssim, summary
 from ee_diffusion.measure.perceptual import LPIPS, lpips
@@ -45,10 +46,10 @@ class Judge:
         if self.perceptual is not None:
             found["lpips"] = asdict(summary(lpips(self.perceptual, images, full)))
         if self.features is not None:
-            seen = extract(self.features, images, batch_size=256)
+            seen = extract(self.features, to_bytes(images), batch_size=256)  # as from files: in bytes
             found["fd"] = asdict(frechet_distance(seen, self.reference))
         if self.classifier is not None and labels is not None:
-            found["accuracy"] = asdict(class_accuracy(self.classifier, images, labels))
+            found["accuracy"] = asdict(class_accuracy(self.classifier, to_bytes(images), labels))
         return found
 
 
