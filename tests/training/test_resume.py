@@ -106,6 +106,13 @@ def test_stopping_by_the_clock_leaves_a_checkpoint_to_go_on_from(tmp_path: Path)
     assert run(tmp_path / "chain", dropout=0.3, resume_from_checkpoint="latest").finished  # nothing left to do
 
 
+def test_the_global_generator_differs_from_step_to_step(tmp_path: Path):
+    trainer, seen = tiny_trainer(tmp_path), []
+    trainer.learner.objective.net.register_forward_hook(lambda *_: seen.append(torch.rand(())))
+    trainer.fit()
+    assert len(set(map(float, seen))) == len(seen) == 7
+
+
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path):
     run(tmp_path, checkpoints_total_limit=2)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-7"]

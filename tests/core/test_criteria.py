@@ -1,0 +1,204 @@
+"""Criteria: decisions against slow loops written from the formulas, pure, deaf to NaN; numbers out of range are refused."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from ee_diffusion.core.criteria import Cumulative, Gate, Patience, Planned, Threshold, Where
+
+K, E, NAN = 4, 6, float("nan")
+
+
+def depths(criterion, scores: torch.Tensor, step: int = 0, num_steps: int = 1) -> list[int]:
+    """The exit (index, K: none) at which each element stops first; scores (K, E)."""
+    state = criterion.start(torch.arange(scores.shape[1]), step=step, previous=None)
+    first = [K] * scores.shape[1]
+    for exit, score in enumerate(scores):
+        where = Where(step, num_steps, 0.0, depth=exit + 1, exit=exit)
+        stop, state = criterion.decide(score, where, state)
+        assert stop.dtype == torch.bool
+        for element in stop.nonzero()[:, 0].tolist():
+            first[element] = min(first[element], exit)
+    return first
+
+
+def draws(count: int = 30):
+    for seed in range(count):
+        yield torch.rand(K, E, generator=torch.Generator().manual_seed(seed))
+
+
+def test_threshold_stops_above_and_not_at():
+    assert depths(Threshold(0.5), torch.tensor([[0.5, 0.51], [0.4, 0], [0.6, 0], [0, 0]])) == [2, 0]
+    per_exit = Threshold((0.9, 0.8, 0.1, 0.0))
+    assert depths(per_exit, torch.tensor([[0.85, 0.95], [0.85, 0], [0, 0], [0, 0]])) == [1, 0]
+    per_step = Threshold(((0.9,) * K, (0.1, 0.9, 0.9, 0.9)))
+    scores = torch.tensor([[0.5, 0.5], [0.5, 0.95], [0, 0], [0, 0]])
+    assert depths(per_step, scores, step=0, num_steps=2) == [K, 1]
+    assert depths(per_step, scores, step=1, num_steps=2) == [0, 0]
+
+
+@pytest.mark.parametrize("needed", [1, 2, 3, (2, 1, 3, 1)])
+@pytest.mark.parametrize("consecutive", [True, False])
+def test_patience(needed, consecutive: bool):
+    for scores in draws():
+        expected = []
+        for element in range(E):
+            count, stopped = 0, K
+            for exit in range(K):
+                crossed = float(scores[exit, element]) > 0.4
+                count = count + 1 if crossed else (0 if consecutive else count)
+                wanted = needed[exit] if isinstance(needed, tuple) else needed
+                if crossed and count >= wanted:
+                    stopped = min(stopped, exit)
+            expected.append(stopped)
+        assert depths(Patience(0.4, needed, consecutive=consecutive), scores) == expected
+
+
+def test_cumulative():
+    for scores in draws():
+        for q in (0.2, 0.7, 0.95):
+            expected = []
+            for element in range(E):
+                survival, total, stopped = 1.0, 0.0, K
+                for exit in range(K):
+                    gate = float(scores[exit, element])
+                    total += gate * survival  # p_i = lambda_i prod_{j<i} (1 - lambda_j)
+                    survival *= 1 - gate
+                    if total > q:
+                        stopped = min(stopped, exit)
+                expected.append(stopped)
+            assert depths(Cumulative(q), scores) == expected
+
+
+def test_gate():
+    for scores in draws():
+        scores = scores / 2
+        for threshold in (0.2, 0.5, 0.9):
+            expected = []
+            for element in range(E):
+                total, survival, stopped = 0.0, 1.0, K
+                for exit in range(K):
+                    gate = float(scores[exit, element])
+                    probability = max(0.0, min(gate, 1 - total))
+                    conditional = min(1.0, probability / max(survival, 1e-12))
+                    total, survival = total + gate, survival * (1 - conditional)
+                    if conditional >= threshold:
+                        stopped = min(stopped, exit)
+                expected.append(stopped)
+            assert depths(Gate(threshold), scores) == expected
+
+
+def test_gate_stops_at_its_threshold():
+    assert depths(Gate(0.5), torch.tensor([[0.5, 0.49], [0, 0], [0, 0], [0, 0]])) == [0, K]
+
+
+def test_planned_stops_at_the_first_exit_deep_enough():
+    plan = Planned(((1, 2, 9, 4), (3, 3, 3, 3)))
+    nothing = torch.full((K, 4), NAN)
+    assert depths(plan, nothing, step=0, num_steps=2) == [0, 1, K, 3]
+    assert depths(plan, nothing, step=1, num_steps=2) == [2, 2, 2, 2]
+    assert plan.measure(None) is None
+    state = plan.start(torch.tensor([3, 0]), step=0, previous=None)
+    assert state["plan"].tolist() == [4, 1], "an element's id is its column"
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [Threshold(0.0), Patience(0.0, 1), Patience(0.0, 1, consecutive=False), Cumulative(0.0), Gate(0.0)],
+    ids=repr,
+)
+def test_nan_never_stops(criterion):
+    scores = torch.full((K, 3), NAN)
+    assert depths(criterion, scores) == [K] * 3
+    scores[:, 1] = 0.9
+    assert depths(criterion, scores) == [K, 0, K], "a neighbour's NaN changes nothing"
+
+
+@pytest.mark.parametrize("criterion", [Threshold(0.5), Patience(0.3, 2), Cumulative(0.8), Gate(0.4)], ids=repr)
+def test_decisions_are_pure_and_forget_the_step_before(criterion):
+    (scores,) = draws(1)
+    ids = torch.arange(E)
+    state = criterion.start(ids, step=0, previous=None)
+    before = {name: value.clone() for name, value in state.items()}
+    where = Where(0, 2, 0.0, depth=1, exit=0)
+    stop, after = criterion.decide(scores[0], where, state)
+    again, _ = criterion.decide(scores[0], where, state)
+    assert torch.equal(stop, again)
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+    assert all(len(value) == E for value in after.values()), "state has leading E"
+    fresh = criterion.start(ids, step=1, previous=after)
+    assert all(torch.equal(fresh[name], value) for name, value in before.items())
+
+
+def test_elements_do_not_see_one_another():
+    for criterion in (Threshold(0.5), Patience(0.3, 2), Cumulative(0.8), Gate(0.4)):
+        (scores,) = draws(1)
+        whole = depths(criterion, scores)
+        order = random.Random(0).sample(range(E), E)
+        assert depths(criterion, scores[:, order]) == [whole[element] for element in order]
+        assert [depths(criterion, scores[:, [element]])[0] for element in range(E)] == whole
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Threshold(1.01),
+        lambda: Threshold(-0.01),
+        lambda: Threshold(NAN),
+        lambda: Threshold(None),
+        lambda: Threshold([0.5]),
+        lambda: Threshold("0.5"),
+        lambda: Threshold(()),
+        lambda: Threshold(((),)),
+        lambda: Threshold((0.5, 1.5)),
+        lambda: Threshold(((0.5,), (NAN,))),
+        lambda: Threshold((0.5, (0.5, 0.5))),
+        lambda: Threshold(((0.5, 0.5), 0.5)),
+        lambda: Threshold(0.5, score="sureness"),
+        lambda: Patience(0.5, 0),
+        lambda: Patience(0.5, ()),
+        lambda: Patience(0.5, (1, 0)),
+        lambda: Patience(2.0, 1),
+        lambda: Cumulative(1.1),
+        lambda: Cumulative(NAN),
+        lambda: Cumulative(-0.1),
+        lambda: Cumulative(0.5, score="sureness"),
+        lambda: Gate(1.5),
+        lambda: Gate(NAN),
+        lambda: Planned(()),
+        lambda: Planned(((),)),
+        lambda: Planned(((1, 2), (1,))),
+        lambda: Planned(((1, -2),)),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make):
+    with pytest.raises(ValueError, match=r"expected|outside|mix"):
+        make()
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        Threshold((0.5,) * 3),
+        Threshold((0.5,) * 5),
+        Threshold(((0.5,) * 4,)),
+        Threshold(((0.5,) * 4,) * 3),
+        Threshold(((0.5,) * 4, (0.5,) * 3)),
+        Patience((0.5,) * 3, 1),
+        Patience(0.5, (1, 2, 3)),
+        Planned(((1, 2),)),
+    ],
+    ids=repr,
+)
+def test_wrong_lengths_are_refused(criterion):
+    with pytest.raises(ValueError, match=r"has|have|thresholds|expected"):
+        criterion.validate(2, 4)
+
+
+@pytest.mark.parametrize("ids", [[0, 2], [-1, 0]])
+def test_a_plan_knows_its_elements(ids):
+    with pytest.raises(ValueError, match="column"):
+        Planned(((1, 2),)).start(torch.tensor(ids), step=0, previous=None)

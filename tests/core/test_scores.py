@@ -1,0 +1,83 @@
+"""Scores: values against formulas, answers computed once and only if asked for, the least safe row of each element."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from factories import ToyHeads
+
+from ee_diffusion.core import scores
+from ee_diffusion.core.scores import Observation, per_element, register_score, score_named
+
+
+class CountingHeads(ToyHeads):
+    """Counts the answers."""
+
+    calls = 0
+
+    def answer(self, exit, hidden, context):
+        self.calls += 1
+        return super().answer(exit, hidden, context)
+
+
+@pytest.fixture
+def observation() -> Observation:
+    heads = CountingHeads((1, 2), "output", 6, 4)
+    return Observation(heads, 1, torch.randn(5, 3, 6), {"timestep": torch.zeros(5)})
+
+
+@pytest.mark.parametrize("name", ["max_probability", "margin", "low_entropy"])
+def test_scores_of_logits(name: str, observation: Observation):
+    logits = observation.heads.answer(1, observation.hidden, observation.context).double().detach()
+    found = score_named(name).measure(observation).detach()
+    for row, values in enumerate(logits.tolist()):
+        exps = [math.exp(value) for value in values]
+        p = sorted((value / sum(exps) for value in exps), reverse=True)
+        entropy = -sum(value * math.log(value) for value in p)
+        expected = {"max_probability": p[0], "margin": p[0] - p[1], "low_entropy": 1 - entropy / math.log(4)}[name]
+        assert float(found[row]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_certain_and_undecided_logits():
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
+    heads = CountingHeads((1,), "output", 6, 4)
+    heads.answer = lambda exit, hidden, context: logits
+    for name, low in (("max_probability", 0.25), ("margin", 0.0), ("low_entropy", 0.0)):
+        found = score_named(name).measure(Observation(heads, 0, torch.zeros(2, 3, 6), {}))
+        torch.testing.assert_close(found, torch.tensor([low, 1.0]))
+
+
+def test_the_answer_is_computed_once_and_only_if_asked_for(observation: Observation):
+    score_named("certainty").measure(observation)
+    assert (observation.answered, observation.heads.calls) == (False, 0)
+    score_named("margin").measure(observation)
+    score_named("max_probability").measure(observation)
+    assert (observation.answered, observation.heads.calls) == (True, 1)
+
+
+def test_per_element_is_the_least_safe_row():
+    found = per_element(torch.tensor([0.5, 0.2, 0.9, 0.3]), torch.tensor([2, 0, 2, 0]), num_elements=4)
+    torch.testing.assert_close(found, torch.tensor([0.2, torch.nan, 0.5, torch.nan]), equal_nan=True)
+
+
+@pytest.mark.parametrize("values", [[torch.nan, 0.5], [0.5, torch.nan]])
+def test_a_row_that_is_nan_makes_its_element_nan(values):
+    found = per_element(torch.tensor([*values, 0.7]), torch.tensor([0, 0, 1]), num_elements=2)
+    assert found.isnan().tolist() == [True, False]
+
+
+def test_per_element_keeps_float32_of_half_scores():
+    found = per_element(torch.tensor([0.5], dtype=torch.bfloat16), torch.tensor([0]), num_elements=1)
+    assert found.dtype == torch.float32
+
+
+def test_names(monkeypatch):
+    monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
+    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['certainty'"):
+        score_named("sureness")
+    register_score("sureness", lambda observation: observation.hidden.sum((1, 2)), low=-1.0, high=2.0)
+    assert score_named("sureness").high == 2.0
+    with pytest.raises(ValueError, match="exists already"):
+        register_score("sureness", lambda observation: observation.hidden, low=0, high=1)

@@ -1,0 +1,188 @@
+"""Sessions: steps in order, rows and elements kept apart, NaN raises after the step and keeps the trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ee_diffusion.core.criteria import Patience, Planned, Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.core.session import Session
+
+
+def session_of(policy: Policy, rows=(0, 1, 2), num_steps: int = 2, **more) -> Session:
+    return policy.start(5, (0, 2, 4), rows=torch.tensor(rows), num_steps=num_steps, **more)
+
+
+def never(exit: int) -> None:
+    raise AssertionError("nothing was to be measured here")
+
+
+def test_steps_come_in_order_and_are_closed():
+    session = session_of(Policy())
+    with pytest.raises(ValueError, match="nothing to trace"):
+        session.trace()
+    with pytest.raises(ValueError, match="step 1 of 2, expected step 0"):
+        session.step(1, 0.0)
+    first = session.step(0, 9.0)
+    with pytest.raises(ValueError, match="with the one before closed"):
+        session.step(1, 0.0)
+    first.close()
+    with pytest.raises(ValueError, match="step 0 is closed"):
+        first.close()
+    with pytest.raises(ValueError, match="step 0 of 2, expected step 1"):
+        session.step(0, 0.0)
+    session.step(1, 3.0).close()
+    with pytest.raises(ValueError, match="step 2 of 2"):
+        session.step(2, 0.0)
+    assert session.trace().times.tolist() == [9.0, 3.0]
+
+
+def test_a_decision_by_hand():
+    """Two images of two rows each and one of one; who leaves, who stays, what was counted."""
+    session = session_of(Policy(Threshold(0.5)), rows=(0, 1, 0, 2, 1), num_steps=1)
+    step = session.step(0, 7.0)
+    asked = []
+
+    def measure(scores):
+        def at(exit: int) -> torch.Tensor:
+            asked.append(exit)
+            return torch.tensor(scores)
+
+        return at
+
+    assert step.offer(1, never) is None  # no exit there
+    left = step.offer(0, measure([0.9, 0.9, 0.1, 0.6, 0.7]))  # scores of images: .1, .7, .6
+    assert (left.exit, left.leave.tolist(), left.keep.tolist(), left.rows.tolist()) == (0, [1, 3, 4], [0, 2], [1, 3, 4])
+    assert step.rows.tolist() == [0, 2]
+    assert (step.runs(0), step.finished) == (True, False)
+    for layer in (0, 1):
+        step.executed(layer)
+    assert step.offer(2, measure([0.5, 0.9])) is None  # not above
+    for layer in (2, 3):
+        step.executed(layer)
+    left = step.offer(4, measure([0.9, 0.8]))
+    assert (left.exit, left.leave.tolist(), left.keep.tolist(), left.rows.tolist()) == (2, [0, 1], [], [0, 2])
+    assert step.finished
+    assert not step.runs(4)
+    step.close()
+    trace = session.trace()
+    assert asked == [0, 1, 2]
+    assert trace.depths.tolist() == [[4, 0, 0]]
+    assert trace.ran[0].tolist() == [[2, 2, 2, 2, 0], [0] * 5, [0] * 5]
+    assert trace.measured.tolist() == [[5, 2, 2]]
+    assert trace.rows.tolist() == [2, 2, 1]
+    expected = torch.tensor([[[0.1, 0.7, 0.6], [0.5, torch.nan, torch.nan], [0.8, torch.nan, torch.nan]]])
+    torch.testing.assert_close(trace.scores, expected, equal_nan=True)
+
+
+def test_a_departed_row_never_comes_back_in_another_order():
+    session = session_of(Policy(Threshold(0.5)), rows=(0, 1, 2, 3), num_steps=1)
+    step = session.step(0, 0.0)
+    step.offer(0, lambda exit: torch.tensor([0.0, 0.9, 0.0, 0.0]))
+    left = step.offer(2, lambda exit: torch.tensor([0.0, 0.9, 0.0]))  # the second of rows 0, 2, 3
+    assert (left.leave.tolist(), left.rows.tolist()) == ([1], [2])
+    left = step.offer(4, lambda exit: torch.tensor([0.0, 0.9]))
+    assert (left.leave.tolist(), left.rows.tolist(), step.rows.tolist()) == ([1], [3], [0])
+
+
+def test_a_schedule_stops_everybody_without_a_score():
+    session = session_of(Policy(Threshold(0.5), FixedDepth(2)), num_steps=1)
+    step = session.step(0, 0.0)
+    step.offer(0, lambda exit: torch.tensor([0.9, 0.0, 0.0]))
+    left = step.offer(2, never)
+    assert left.rows.tolist() == [1, 2]
+    assert step.offer(4, never) is None
+    step.close()
+    assert session.trace().depths.tolist() == [[0, 2, 2]]
+    assert session.trace().measured.tolist() == [[3, 0, 0]]
+
+
+def test_nothing_is_measured_where_nobody_can_stop():
+    for policy in (Policy(), Policy(schedule=FixedDepth(4)), Policy(Threshold(0.5), exits=())):
+        step = session_of(policy).step(0, 0.0)
+        for depth in (0, 2):
+            assert step.offer(depth, never) is None
+
+
+def test_a_subset_of_the_exits_names_the_right_heads():
+    session = session_of(Policy(Threshold((0.5,)), exits=(4,)), num_steps=1)
+    step = session.step(0, 0.0)
+    assert step.offer(0, never) is None
+    asked = []
+    left = step.offer(4, lambda exit: asked.append(exit) or torch.ones(3))
+    step.answer_evaluated(4, 3)
+    step.close()
+    assert (asked, left.exit) == ([2], 2)
+    trace = session.trace()
+    assert (trace.exits.tolist(), trace.measured.tolist(), trace.answered.tolist()) == ([4], [[3]], [[3]])
+
+
+def test_state_belongs_to_a_step():
+    session = session_of(Policy(Patience(0.5, 2)), rows=(0,))
+    for index in range(2):
+        step = session.step(index, 0.0)
+        assert step.offer(0, lambda exit: torch.ones(1)) is None, "a crossing of the step before does not count"
+        assert step.offer(2, lambda exit: torch.ones(1)) is not None
+        step.close()
+
+
+@pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1, 2, 0, 1, 2)])
+def test_nan_stops_nobody_and_raises_after_the_step(rows):
+    session = session_of(Policy(Threshold(0.0)), rows=rows)
+    step = session.step(0, 0.0)
+    scores = torch.ones(len(rows))
+    scores[-2] = torch.nan
+    left = step.offer(0, lambda exit: scores)
+    assert 1 not in [rows[row] for row in left.rows.tolist()]
+    step.offer(2, lambda exit: torch.full((len(rows) // 3,), torch.nan))
+    step.offer(4, lambda exit: torch.full((len(rows) // 3,), torch.nan))
+    with pytest.raises(ValueError, match=r"NaN score at step 0 after depths \[0, 2, 4\]"):
+        step.close()
+    trace = session.trace()
+    assert trace.depths.tolist() == [[0, 5, 0]]
+    assert session.step(1, 0.0).index == 1, "the session can go on"
+
+
+def test_nan_of_those_that_left_is_no_complaint():
+    session = session_of(Policy(Threshold(0.5)), num_steps=1)
+    step = session.step(0, 0.0)
+    step.offer(0, lambda exit: torch.tensor([0.9, 0.1, 0.1]))
+    step.offer(2, lambda exit: torch.tensor([0.9, 0.1]))
+    step.close()
+    assert session.trace().scores.isnan().sum() == 4
+
+
+def test_plans_measure_nothing_and_raise_nothing():
+    session = session_of(Policy(Planned(((2, 0, 5),))), num_steps=1)
+    step = session.step(0, 0.0)
+    for depth in (0, 2, 4):
+        step.offer(depth, lambda exit: None)
+    step.close()
+    assert session.trace().depths.tolist() == [[2, 0, 5]]
+    assert session.trace().measured.sum() == 0
+
+
+def test_ids_of_elements_go_to_the_plan():
+    plan = Policy(Planned(((0, 2, 4, 5),)))
+    session = session_of(plan, num_steps=1, elements=torch.tensor([3, 1, 0]))
+    step = session.step(0, 0.0)
+    for depth in (0, 2, 4):
+        step.offer(depth, lambda exit: None)
+    step.close()
+    assert session.trace().depths.tolist() == [[5, 2, 0]]
+    assert session.trace().elements.tolist() == [3, 1, 0]
+    with pytest.raises(ValueError, match="column"):
+        session_of(plan, num_steps=1, elements=torch.tensor([3, 1, 9])).step(0, 0.0)
+
+
+def test_record_all_measures_everything_and_stops_nobody():
+    session = session_of(Policy(Threshold(0.0), record_all=True), num_steps=1)
+    step = session.step(0, 0.0)
+    for depth in (0, 2, 4):
+        assert step.offer(depth, lambda exit: torch.ones(3)) is None
+    step.close()
+    trace = session.trace()
+    assert trace.recorded_all
+    assert (trace.depths.tolist(), trace.scores.sum()) == ([[5, 5, 5]], 9)

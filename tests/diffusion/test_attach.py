@@ -1,0 +1,334 @@
+"""Attaching: exits in both halves of the skip stack, what may be passed how, NaN, half precision, misuse before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from factories import (
+    IMAGES,
+    LAYOUTS,
+    STEPS,
+    AttachedDriver,
+    answer_at,
+    dit,
+    driver_named,
+    exits_for,
+    images_of,
+    run,
+    uvit,
+)
+from laws import counting
+from torch import nn
+
+from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
+from ee_diffusion.diffusion.attach import attach, detach
+from ee_diffusion.diffusion.families import FAMILIES, Family, family_of, register_family
+
+EVERY_DEPTH = tuple(range(7))
+EVERYBODY = list(range(IMAGES))
+SINGLE = LAYOUTS["single"]
+
+
+def plan(*depths: int, steps: int = STEPS) -> Policy:
+    return Policy(Planned((depths,) * steps))
+
+
+@pytest.fixture(scope="module", params=["uvit-paper", "uvit-released", "dit-paper", "dit-released"])
+def driver(request) -> AttachedDriver:
+    """Exits at every depth."""
+    model = uvit() if request.param.startswith("uvit") else dit(num_layers=7)
+    return AttachedDriver(model, EVERY_DEPTH, request.param.split("-")[1])
+
+
+@pytest.mark.parametrize("depth", range(8))
+def test_an_exit_is_a_model_cut_off_there_and_those_that_go_on_do_not_notice(driver: AttachedDriver, depth: int):
+    """Images 0, 2, 5 leave after `depth` blocks; in the first half their place in the long skips goes with them."""
+    depths = [depth, 7, depth, 7, 7, depth, 7]
+    found = run(driver, plan(*depths), SINGLE)
+    for index in range(STEPS):
+        inputs = images_of(EVERYBODY, index, 1)
+        cut, full = answer_at(driver, depth, inputs), answer_at(driver, 7, inputs)
+        for image, chosen in enumerate(depths):
+            torch.testing.assert_close(
+                found.outputs[index][image], (full if chosen == 7 else cut)[image], rtol=1e-4, atol=1e-5
+            )
+
+
+def test_exits_in_both_halves_of_one_batch(driver: AttachedDriver):
+    for depths in ([0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0], [1, 7, 2, 7, 5, 7, 6]):
+        found = run(driver, plan(*depths), SINGLE)
+        inputs = images_of(EVERYBODY, 1, 1)
+        for image, depth in enumerate(depths):
+            expected = answer_at(driver, depth, inputs)[image]
+            torch.testing.assert_close(found.outputs[1][image], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 5, 7])
+def test_a_fixed_depth_is_the_truncated_model(driver: AttachedDriver, depth: int):
+    with counting(driver) as work:
+        found = run(driver, Policy(Threshold(1.0), FixedDepth(depth)), SINGLE, each=lambda step: work.clear())
+    torch.testing.assert_close(found.outputs[1], answer_at(driver, depth, images_of(EVERYBODY, 1, 1)))
+    assert work.current.blocks == [IMAGES * driver.tokens] * depth + [0] * (7 - depth)
+    assert work.current.heads == [IMAGES * (exit == depth) for exit in EVERY_DEPTH]
+    assert work.current.uncertainty == [IMAGES * (exit < depth) for exit in EVERY_DEPTH]
+
+
+def test_depth_by_time(driver: AttachedDriver):
+    found = run(driver, Policy(schedule=PiecewiseDepth((600.0,), (7, 2))), SINGLE)
+    assert found.trace.depths.unique(dim=1).tolist() == [[2], [7]]  # times are 900 and 500
+    torch.testing.assert_close(found.outputs[0], answer_at(driver, 2, images_of(EVERYBODY, 0, 1)))
+    torch.testing.assert_close(found.outputs[1], driver.base(images_of(EVERYBODY, 1, 1)))
+
+
+def test_holes_pass_their_input_on(driver: AttachedDriver):
+    keep = (0, 2, 3, 6)
+    found = run(driver, Policy(schedule=FixedLayers(keep)), SINGLE)
+    for layer in set(range(7)) - set(keep):
+        driver.blocks[layer].__dict__["forward"] = lambda hidden, *args, **kwargs: hidden
+    try:
+        expected = driver.base(images_of(EVERYBODY, 1, 1))
+    finally:
+        for layer in set(range(7)) - set(keep):
+            del driver.blocks[layer].__dict__["forward"]
+    torch.testing.assert_close(found.outputs[1], expected)
+    assert found.trace.ran.sum((0, 1)).tolist() == [14 * (layer in keep) for layer in range(7)]
+
+
+def test_everybody_stopped_early(driver: AttachedDriver):
+    tails = []
+    norm = driver.model.norm_out
+    hook = norm.register_forward_pre_hook(lambda module, args: tails.append(len(args[0])))
+    depths = [0, 1, 3, 3, 2, 0, 4]
+    found = run(driver, plan(*depths), SINGLE)
+    hook.remove()
+    empty = driver.heads.space == "output" and not driver.family.tail_takes_all
+    assert tails == [0 if empty else IMAGES] * STEPS
+    assert found.trace.ran[:, :, 4:].sum() == 0
+    inputs = images_of(EVERYBODY, 1, 1)
+    for image, depth in enumerate(depths):
+        torch.testing.assert_close(
+            found.outputs[1][image], answer_at(driver, depth, inputs)[image], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_rows_that_left_do_not_go_through_the_u_vits_tail():
+    driver, tails = driver_named("uvit-paper"), []
+    hook = driver.model.norm_out.register_forward_pre_hook(lambda module, args: tails.append(len(args[0])))
+    run(driver, plan(0, 7, 2, 5, 7, 7, 3), SINGLE)
+    hook.remove()
+    assert tails == [3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["uvit", "dit"])
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_half_precision(kind: str, variant: str, dtype):
+    driver = AttachedDriver(uvit() if kind == "uvit" else dit(), (0, 1, 3, 4), variant)
+    driver.model.to(dtype)
+    driver.heads.to(dtype)
+    seen = []
+    driver.blocks[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(args[0].dtype), with_kwargs=True
+    )
+    original, driver.base = driver.base, lambda inputs: original(inputs | {"pixels": inputs["pixels"].to(dtype)})
+    scores = run(driver, Policy(Threshold(0.5), record_all=True), SINGLE).trace.scores
+    found = run(driver, Policy(Threshold(float(scores.quantile(0.7)))), SINGLE)
+    assert set(seen) == {dtype}
+    assert found.outputs.dtype == dtype
+    assert found.outputs.isfinite().all()
+    assert found.trace.scores.dtype == torch.float32
+    assert len(found.trace.depths.unique()) >= 3
+
+
+@pytest.mark.parametrize("name", ["uvit-paper", "uvit-released", "dit-paper", "dit-released"])
+def test_nan_in_the_hidden_states(name: str):
+    driver = driver_named(name)
+    inputs = images_of(EVERYBODY, 0, 1)
+    inputs["pixels"][2] = torch.nan
+    before = driver.base(images_of(EVERYBODY, 0, 1))
+    with driver.ready():
+        session = driver.start(Policy(Threshold(0.0)), rows=torch.arange(IMAGES), num_steps=2)
+        with pytest.raises(ValueError, match="NaN score at step 0"):
+            driver.under(session.step(0, 900.0), inputs)
+        first = driver.heads.depths[0]
+        expected = [first, first, driver.num_layers, first, first, first, first]
+        assert session.trace().depths.tolist() == [expected]
+        again = driver.under(session.step(1, 500.0), images_of(EVERYBODY, 0, 1))  # the session can go on
+        assert again.isfinite().all()
+        assert torch.equal(driver.base(images_of(EVERYBODY, 0, 1)), before), "no lane is left behind"
+
+
+def test_the_second_row_of_an_image_that_is_nan_holds_the_image_back():
+    driver = driver_named("uvit-paper")
+    inputs = images_of(EVERYBODY, 0, 2)
+    inputs["pixels"][IMAGES + 2] = torch.nan
+    with driver.ready():
+        session = driver.start(Policy(Threshold(0.0)), rows=LAYOUTS["together"].rows(IMAGES), num_steps=1)
+        with pytest.raises(ValueError, match="NaN"):
+            driver.under(session.step(0, 900.0), inputs)
+    assert session.trace().depths[0].tolist() == [0, 0, 7, 0, 0, 0, 0]
+
+
+def test_keywords_and_tuples_make_no_difference():
+    for name in ("uvit-paper", "uvit-released", "dit-paper"):
+        driver, policy = driver_named(name), plan(0, 1, 3, 7, 5, 2, 7)
+        expected = run(driver, policy, SINGLE).outputs[0]
+        given = images_of(EVERYBODY, 0, 1)
+        calls = [
+            lambda m, g: m(hidden_states=g["pixels"], timestep=g["timestep"], class_labels=g["labels"]).sample,
+            lambda m, g: m(g["pixels"], g["timestep"], g["labels"], return_dict=False)[0],
+            lambda m, g: m(g["pixels"], timestep=g["timestep"], class_labels=g["labels"], return_dict=False)[0],
+        ]
+        for call in calls:
+            with torch.no_grad(), attach(driver.model, driver.heads) as attachment:
+                session = attachment.start(policy, rows=torch.arange(IMAGES), num_steps=STEPS)
+                with attachment.use(session.step(0, 900.0)):
+                    torch.testing.assert_close(call(driver.model, given), expected)
+
+
+@pytest.mark.parametrize("name", ["uvit-paper", "dit-paper"])
+def test_one_timestep_for_all_rows(name: str):
+    driver, policy = driver_named(name), plan(0, 1, 3, 7, 5, 2, 7)
+    given = images_of(EVERYBODY, 0, 1) | {"timestep": torch.full((IMAGES,), 321)}
+    outputs = []
+    for timestep in (given["timestep"], torch.tensor([321])):
+        with torch.no_grad(), driver.ready():
+            session = driver.start(policy, rows=torch.arange(IMAGES), num_steps=STEPS)
+            outputs.append(driver.under(session.step(0, 900.0), given | {"timestep": timestep}))
+    torch.testing.assert_close(outputs[1], outputs[0])
+
+
+def test_hidden_states_of_a_text_model():
+    model = uvit("text")
+    driver = AttachedDriver(model, (0, 2, 5), "paper")
+    text = torch.randn(IMAGES, 3, 6)
+    driver.base = lambda inputs: model(inputs["pixels"], inputs["timestep"], encoder_hidden_states=text).sample
+    depths = [0, 2, 5, 7, 7, 2, 0]
+    found = run(driver, plan(*depths), SINGLE)
+    for image, depth in enumerate(depths):
+        expected = answer_at(driver, depth, images_of(EVERYBODY, 1, 1))[image]
+        torch.testing.assert_close(found.outputs[1][image], expected, rtol=1e-4, atol=1e-5)
+
+
+# --- misuse
+
+
+def refused(driver: AttachedDriver, call, match: str, error=ValueError) -> None:
+    """An error before any block ran, and a model that works as before."""
+    before = driver.base(images_of(EVERYBODY, 0, 1))
+    with counting(driver) as work, driver.ready():
+        with pytest.raises(error, match=match):
+            call(driver)
+        assert sum(work.current.blocks) == 0
+    assert torch.equal(driver.base(images_of(EVERYBODY, 0, 1)), before)
+
+
+@pytest.fixture(params=["uvit-paper", "dit-released"])
+def small(request) -> AttachedDriver:
+    return driver_named(request.param)
+
+
+def test_wrong_inputs_are_refused_before_work(small: AttachedDriver):
+    def forward(change, count=IMAGES):
+        def call(driver):
+            session = driver.start(Policy(Threshold(0.5)), rows=torch.arange(count), num_steps=2)
+            driver.under(session.step(0, 1.0), images_of(EVERYBODY, 0, 1) | change)
+
+        return call
+
+    refused(small, forward({}, count=5), "the transformer got 7 rows, the session was started for 5")
+    refused(small, forward({"timestep": torch.zeros(3)}), "3 timesteps for 7 rows")
+    closed = small.num_layers
+
+    def again(driver):
+        session = driver.start(plan(*[7] * 7, steps=2), rows=torch.arange(IMAGES), num_steps=2)
+        step = session.step(0, 1.0)
+        step.close()
+        driver.under(step, images_of(EVERYBODY, 0, 1))
+
+    refused(small, again, "step 0 is closed")
+
+    def of_another_model(driver):
+        session = Policy().start(closed + 1, driver.heads.depths, rows=torch.arange(IMAGES), num_steps=1)
+        driver.under(session.step(0, 1.0), images_of(EVERYBODY, 0, 1))
+
+    refused(small, of_another_model, "a session for")
+
+
+def test_a_second_forward_needs_a_second_step(small: AttachedDriver):
+    inputs = images_of(EVERYBODY, 0, 1)
+    with small.ready():
+        session = small.start(Policy(), rows=torch.arange(IMAGES), num_steps=2)
+        with small.attachment.use(session.step(0, 1.0)):
+            small.base(inputs)
+            with pytest.raises(ValueError, match="second forward under one step"):
+                small.base(inputs)
+        with small.attachment.use(session.step(1, 0.0)):
+            small.base(inputs)
+        assert len(session.trace().times) == 2
+
+
+def test_a_failing_forward_leaves_nothing_behind(small: AttachedDriver, monkeypatch):
+    inputs = images_of(EVERYBODY, 0, 1)
+    before = small.base(inputs)
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    with small.ready():
+        session = small.start(Policy(Threshold(0.3)), rows=torch.arange(IMAGES), num_steps=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(small.inners[3], "forward", broken)
+            with pytest.raises(RuntimeError, match="broken"):
+                small.under(session.step(0, 1.0), inputs)
+        assert torch.equal(small.base(inputs), before)
+        fresh = small.start(Policy(Threshold(0.3)), rows=torch.arange(IMAGES), num_steps=2)
+        assert small.under(fresh.step(0, 1.0), inputs).isfinite().all()
+    assert torch.equal(small.base(inputs), before)
+
+
+def test_attaching_twice_and_detaching_nothing():
+    driver = driver_named("uvit-paper")
+    with pytest.raises(ValueError, match="no exits are attached"):
+        detach(driver.model)
+    attach(driver.model, driver.heads)
+    with pytest.raises(ValueError, match="attached to this UViTTransformer2DModel already"):
+        attach(driver.model, driver.heads)
+    detach(driver.model)
+    with pytest.raises(ValueError, match="no exits are attached"):
+        detach(driver.model)
+    assert "forward" not in driver.model.__dict__
+
+
+def test_heads_of_another_model_are_refused():
+    model = uvit(num_layers=5)
+    with pytest.raises(ValueError, match="an exit at depth 6, the model has 5 blocks"):
+        attach(model, exits_for(uvit(), (2, 6)))
+    with pytest.raises(ValueError, match="heads of another model: hidden_dim is 8, the model's is 16"):
+        attach(model, exits_for(uvit(attention_head_dim=4), (2,)))
+    with pytest.raises(ValueError, match="no family for Sequential"):
+        attach(nn.Sequential(), exits_for(model, (2,)))
+    assert "forward" not in model.__dict__
+    assert all("forward" not in block.__dict__ for block in model.transformer_blocks)
+
+
+def test_families(monkeypatch):
+    known = dict(FAMILIES)
+    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", known)
+    assert family_of(uvit()).inner == "attn"
+    with pytest.raises(ValueError, match="in the family table already"):
+        register_family(family_of(uvit()))
+
+    class Mine(nn.Module):
+        pass
+
+    with pytest.raises(ValueError, match="no family for Mine"):
+        family_of(Mine())
+    register_family(Family("Mine", "blocks"))
+    assert family_of(Mine()).blocks == "blocks"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        family_of(Mine()).blocks = "layers"

@@ -1,0 +1,80 @@
+"""Many images from seeds: the same whatever the batch, traces joined, controls made of a trace."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import CLASSES, pipeline
+
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.generation import SAMPLERS, controls_of, generate, use_sampler
+
+SEEDS, LABELS = [5, 9, 2, 7, 1], [index % CLASSES for index in range(5)]
+
+
+def run(pipe, policy, batch_size: int, **more):
+    return generate(
+        pipe,
+        SEEDS,
+        LABELS,
+        batch_size=batch_size,
+        num_inference_steps=3,
+        guidance_scale=1.5,
+        exit_policy=policy,
+        **more,
+    )
+
+
+@pytest.mark.parametrize("guidance", ["together", "apart"])
+def test_the_batch_size_makes_no_difference(guidance: str):
+    pipe = pipeline()
+    policy = Policy(Threshold(0.4), guidance=guidance)
+    whole = run(pipe, policy, 5)
+    parts = run(pipe, policy, 2)
+    assert len(parts.seconds) == 3
+    torch.testing.assert_close(parts.images, whole.images, rtol=1e-3, atol=1e-4)
+    assert len(whole.trace.depths.unique()) >= 3
+    if guidance == "together":
+        assert torch.equal(parts.trace.depths, whole.trace.depths)
+        assert parts.trace.elements.tolist() == [0, 1, 2, 3, 4]
+    else:
+        assert sorted(parts.trace.depths.flatten().tolist()) == sorted(whole.trace.depths.flatten().tolist())
+    assert run(pipe, None, 3).trace is None
+
+
+def test_controls_of_a_trace():
+    pipe = pipeline()
+    trace = run(pipe, Policy(Threshold(0.4)), 5).trace
+    controls = controls_of(trace, seed=0)
+    assert list(controls) == ["static", "random_per_step", "random_overall"]
+    found = {name: run(pipe, policy, 2).trace.depths for name, policy in controls.items()}
+    assert all(len(row.unique()) == 1 for row in found["static"])
+    assert abs(float(found["static"].float().mean() - trace.depths.float().mean())) <= 1.0
+    assert torch.equal(found["random_per_step"].sort(1).values, trace.depths.sort(1).values)
+    assert torch.equal(found["random_overall"].flatten().sort().values, trace.depths.flatten().sort().values)
+    assert not torch.equal(found["random_per_step"], trace.depths)
+
+
+def test_ids_begin_where_they_are_told_to():
+    trace = run(pipeline(), Policy(Threshold(0.4)), 2, first_id=10).trace
+    assert trace.elements.tolist() == [10, 11, 12, 13, 14]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_by_name(name: str):
+    """The noise schedule stays, also where the new scheduler's own defaults differ."""
+    pipe = pipeline()
+    before = pipe.scheduler.alphas_cumprod
+    use_sampler(pipe, name)
+    assert type(pipe.scheduler) is SAMPLERS[name]
+    torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before)
+
+
+def test_what_does_not_fit_is_refused():
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="sampler='magic'"):
+        use_sampler(pipe, "magic")
+    for seeds, labels, size in (([], [], 2), ([1, 2], [0], 2), ([1], [0], 0)):
+        with pytest.raises(ValueError, match="expected at least 1 and one label a seed"):
+            generate(pipe, seeds, labels, batch_size=size)
