@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from options import SamplingOptions, flag, load, parse
 from tqdm.auto import tqdm
 
@@ -172,7 +172,8 @@ def judge_of(options: TradeoffOptions) -> Judge:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
     for kind in ("deediff", "fewer_steps", "static", "random_per_step", "random_overall"):
         points = sorted((r["time"], r["psnr"]["mean"]) for r in rows if r["kind"] == kind)
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=kind.replace("_", " "))

@@ -5,11 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -21,9 +16,9 @@ def exit_map(trace: Trace, *, title: str = "") -> Figure:
     """Draw where every image stopped at every step: x = step, y = image, colour = depth at which its answer was taken (0..L)."""
     steps, images = trace.depths.shape
     num_layers = trace.planned.shape[1]
-    figure, axes = plt.subplots(
-        figsize=(max(5.0, 0.13 * steps), max(2.5, min(8.0, 0.16 * images + 1.2))), layout="constrained"
-    )
+    size = (max(5.0, 0.13 * steps), max(2.5, min(8.0, 0.16 * images + 1.2)))
+    figure = Figure(figsize=size, layout="constrained")  # without pyplot: no backend of the user's is touched
+    axes = figure.subplots()
     shown = axes.imshow(
         trace.depths.T.numpy(), aspect="auto", interpolation="nearest", cmap="viridis", vmin=0, vmax=num_layers
     )
@@ -40,11 +35,10 @@ def image_grid(images: Tensor, *, columns: int = 8, scale: int = 2) -> Figure:
     rows = -(-n // columns)
     cells = torch.ones(rows * columns, channels, height + 2, width + 2)
     cells[:n, :, 1:-1, 1:-1] = images.float().cpu()
-    grid = cells.reshape(rows, columns, channels, height + 2, width + 2).permute(
-        0, 3, 1, 4, 2
-    )  # (rows, H, columns, W, C)
+    grid = cells.reshape(rows, columns, channels, height + 2, width + 2)
+    grid = grid.permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     grid = grid.reshape(rows * (height + 2), columns * (width + 2), channels)
-    figure = plt.figure(figsize=(grid.shape[1] * scale / 110, grid.shape[0] * scale / 110))
+    figure = Figure(figsize=(grid.shape[1] * scale / 110, grid.shape[0] * scale / 110))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(grid.squeeze(-1).numpy(), interpolation="nearest", cmap="gray")
     axes.set_axis_off()
@@ -52,8 +46,7 @@ def image_grid(images: Tensor, *, columns: int = 8, scale: int = 2) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a PNG, beside first, then renamed; closes the figure."""
+    """Write a PNG, beside first, then renamed."""
     beside = Path(f"{path}.{os.getpid()}.tmp")
     figure.savefig(beside, format="png", dpi=110)
     os.replace(beside, path)
-    plt.close(figure)
