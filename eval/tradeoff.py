@@ -206,7 +206,7 @@ def main() -> None:
     rows.sort(key=lambda r: (-(r["budget"] or 2), r["kind"]))
     settings = asdict(sampling) | asdict(options)
     write_json(folder / "tradeoff.json", {"settings": settings, "environment": environment(), "rows": rows})
-    columns = ["name", "steps", "time", "executed", *COLUMNS]
+    columns = ["name", "steps", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
     lines = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
     write_text(folder / "tradeoff.md", markdown_table(lines, columns))
     picture(rows, folder / "tradeoff.png")

@@ -1,0 +1,176 @@
+"""The evaluation scripts, end to end on a tiny pipeline: they run, their reports hold what they promise, processes make no difference."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tree import ROOT
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.measure.splits import balanced_labels, seeds
+
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
+
+import demo
+import generate
+import metrics
+import results
+import speed
+import tradeoff
+import uncertainty
+from diffusers import DDIMScheduler
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny pipeline on disk, with policies beside it as a shipped checkpoint has them."""
+    torch.manual_seed(0)
+    transformer = UViTTransformer2DModel(
+        sample_size=16,
+        patch_size=4,
+        num_layers=5,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_classes=4,
+        null_class=3,
+    )
+    exits = DenoisingExits.for_transformer(transformer, (1, 2, 3, 4))
+    for module in exits.uncertainty_modules:
+        torch.nn.init.normal_(module.weight, std=1.0)
+    folder = tmp_path_factory.mktemp("model")
+    EarlyExitPipeline(transformer, DDIMScheduler(), exits).save_pretrained(folder)
+    (folder / "policies").mkdir()
+    tradeoff.Policy(tradeoff.Threshold(0.5)).save(folder / "policies" / "blocks-50.json")
+    return folder
+
+
+def call(monkeypatch, script, *words: object) -> None:
+    monkeypatch.delenv("EE_DIFFUSION_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script", *(str(word) for word in words)])
+    script.main()
+
+
+def generate_with(model: Path, output: Path, *words: str, processes: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    command = [sys.executable, *launcher, str(ROOT / "eval" / "generate.py")]
+    options = [
+        "--model",
+        model,
+        "--output_dir",
+        output,
+        "--num_inference_steps",
+        "4",
+        "--batch_size",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, *map(str, options), *words], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_generation_on_two_processes_is_that_on_one(model, tmp_path):
+    words = ["--count", "5", "--exit_policy", str(model / "policies" / "blocks-50.json")]
+    generate_with(model, tmp_path / "one", *words, processes=1)
+    generate_with(model, tmp_path / "two", *words, processes=2)
+    one, two = (load_file(tmp_path / name / "samples.safetensors") for name in ("one", "two"))
+    assert one["seeds"].tolist() == two["seeds"].tolist() == seeds("test", 5)
+    assert one["labels"].tolist() == balanced_labels(5, 3)
+    assert (one["images"].int() - two["images"].int()).abs().max() <= 1  # bytes; batches differ, float32 sums with them
+    traces = [Trace.load(tmp_path / name / "trace.safetensors") for name in ("one", "two")]
+    assert torch.equal(traces[0].depths, traces[1].depths)
+    assert traces[0].elements.tolist() == traces[1].elements.tolist() == [0, 1, 2, 3, 4]
+    assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
+
+
+def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
+    words = ["--model", model, "--output_dir", tmp_path, "--count", 6, "--calibration_count", 4, "--batch_size", 3]
+    call(monkeypatch, tradeoff, *words, "--num_inference_steps", 5, "--budgets", 0.7, 0.5)
+    report = json.loads((tmp_path / "tradeoff.json").read_text())
+    kinds = [row["kind"] for row in report["rows"]]
+    assert sorted(set(kinds)) == ["deediff", "fewer_steps", "full", "random_overall", "random_per_step", "static"]
+    assert len(kinds) == 1 + 2 * 5
+    by_name = {row["name"]: row for row in report["rows"]}
+    assert by_name["full"]["time"] == 1
+    assert by_name["full"]["psnr"]["mean"] == 100
+    for budget in (0.7, 0.5):
+        mean = by_name[f"deediff {budget}"]["report"]["mean_executed"]
+        assert by_name[f"random_overall {budget}"]["report"]["mean_executed"] == pytest.approx(mean)
+        own, random = (
+            by_name[f"{kind} {budget}"]["report"]["executed_per_step"] for kind in ("deediff", "random_per_step")
+        )
+        assert random == pytest.approx(own)
+        static = by_name[f"static {budget}"]["report"]
+        assert static["mean_executed"] == pytest.approx(mean, abs=0.2)
+        assert set(static["spread_per_step"]) == {0}
+    assert (tmp_path / "tradeoff.png").stat().st_size > 1000
+    call(monkeypatch, results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "random_per_step 0.5" in text
+    assert str(tmp_path) not in text
+
+
+def test_speed(model, tmp_path, monkeypatch, capsys):
+    words = ["--model", model, "--output_dir", tmp_path, "--batch_sizes", 1, 3, "--repeats", 1, "--pool", 16]
+    call(monkeypatch, speed, *words, "--mean_depths", 0.6, "--training_batch", 2)
+    report = json.loads((tmp_path / "speed.json").read_text())
+    assert [row["batch"] for row in report["overhead"]] == [1, 3]
+    assert all(row["off"] > 0 and row["never"] > 0 for row in report["overhead"])
+    assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in report["realised"])
+    assert report["training"]["joint_over_backbone"] > 0
+
+
+def test_thresholds_reach_the_depth_asked_for(model):
+    pipeline = EarlyExitPipeline.from_pretrained(model)
+    with speed.attach(pipeline.transformer, pipeline.exits) as attachment:
+        recorded = speed.Forward(pipeline, 200, 0).under(attachment, Policy(speed.Threshold(1.0), record_all=True))
+        for fraction in (0.75, 0.4):
+            policy = Policy(speed.Threshold(speed.thresholds_for(recorded, fraction)))
+            trace = speed.Forward(pipeline, 200, 0).under(attachment, policy)
+            assert trace.report().fraction_executed == pytest.approx(fraction, abs=0.05)
+            assert len(trace.depths.unique()) > 2
+
+
+def test_demo(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "checkpoint", lambda: model)
+    call(monkeypatch, demo, "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--num_inference_steps", 3)
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["full", "blocks-50"]
+    assert rows[0]["executed blocks"] == 5
+    assert rows[1]["executed blocks"] < 5
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "full.png",
+        "blocks-50.png",
+        "blocks-50-exit-map.png",
+        "report.json",
+    }
+    assert "wall-clock ratio" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [generate, metrics, speed, tradeoff, uncertainty])
+def test_dry_run_prints_the_options(script, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, script, "--dry-run", "--seed", 7)
+    assert stopped.value.code == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["seed"] == 7
+    assert "output_dir" in printed
