@@ -41,7 +41,8 @@ class SpeedOptions:
 
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "Rows per forward."})
     mean_depths: list[float] = field(default_factory=lambda: [0.75, 0.4], metadata={"help": "Fractions of the blocks."})
-    repeats: int = flag("Counted runs of each candidate.", 15)
+    repeats: int = flag("Counted runs of each candidate.", 9)
+    steps: int = flag("Forwards of a run, under one session: what a generation does once is shared among them.", 10)
     pool: int = flag("Rows from which thresholds are set.", 256)
     training_batch: int = flag("Samples of a training step.", 64)
 
@@ -62,29 +63,38 @@ class Forward:
         with torch.no_grad():
             return self.transformer(self.sample, self.times, self.labels).sample
 
-    def under(self, attachment: Attachment, policy: Policy) -> Trace:
-        session = attachment.start(policy, rows=torch.arange(len(self.sample)), num_steps=1)
-        with attachment.use(session.step(0, TIME)):
-            self()
+    def under(self, attachment: Attachment, policy: Policy, steps: int = 1) -> Trace:
+        session = attachment.start(policy, rows=torch.arange(len(self.sample)), num_steps=steps)
+        for index in range(steps):
+            with attachment.use(session.step(index, TIME)):
+                self()
         return session.trace()
+
+    def plain(self, steps: int) -> None:
+        for _ in range(steps):
+            self()
 
 
 def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed: int) -> dict:
-    """Median of pairwise ratios to the plain model: attached but off, on but never exiting."""
-    forward, never = Forward(pipeline, rows, seed), Policy(Threshold(1.0))
+    """Median of pairwise ratios to the plain model: attached but off, on but never exiting; a run of `options.steps` forwards each."""
+    forward, never, steps = Forward(pipeline, rows, seed), Policy(Threshold(1.0)), options.steps
 
     def attached_off() -> None:
         with attach(pipeline.transformer, pipeline.exits):
-            forward()
+            forward.plain(steps)
 
     def never_exits() -> None:
         with attach(pipeline.transformer, pipeline.exits) as attachment:
-            forward.under(attachment, never)
+            forward.under(attachment, never, steps)
 
-    candidates: dict[str, Callable[[], object]] = {"plain": forward, "off": attached_off, "never": never_exits}
-    timings = interleaved(candidates, repeats=options.repeats * (3 if rows < 32 else 1), warmup=3)
+    candidates: dict[str, Callable[[], object]] = {
+        "plain": lambda: forward.plain(steps),
+        "off": attached_off,
+        "never": never_exits,
+    }
+    timings = interleaved(candidates, repeats=options.repeats, warmup=2)
     ratios = {name: timings[name].ratio(timings["plain"]) for name in ("off", "never")}
-    return {"batch": rows, "plain_ms": 1e3 * timings["plain"].median, **ratios}
+    return {"batch": rows, "plain_ms": 1e3 * timings["plain"].median / steps, **ratios}
 
 
 def thresholds_for(trace: Trace, fraction: float) -> tuple[float, ...]:
@@ -156,20 +166,24 @@ def realised(
     pipeline: EarlyExitPipeline, rows: int, fraction: float, options: SpeedOptions, *, ideal: Ideal, seed: int
 ) -> dict:
     """Ideal over measured time at a mean depth, over several batches whose rows leave at different exits."""
+    steps, plain, taken, best, traces = options.steps, [], [], [], []
     with attach(pipeline.transformer, pipeline.exits) as attachment:
         recorded = Forward(pipeline, options.pool, seed + 1).under(attachment, Policy(Threshold(1.0), record_all=True))
-        policy = Policy(Threshold(thresholds_for(recorded, fraction)))
-        forwards = [Forward(pipeline, rows, seed + 2 + i) for i in range(24 if rows == 1 else 3)]
-        traces = [forward.under(attachment, policy) for forward in forwards]
-    plain, taken, best = [], [], []
-    for forward, trace in zip(forwards, traces, strict=True):
+    policy = Policy(Threshold(thresholds_for(recorded, fraction)))
+    for batch in range(16 if rows == 1 else 2):
+        forward = Forward(pipeline, rows, seed + 2 + batch)
+
+        def exiting(forward: Forward = forward) -> None:
+            with attach(pipeline.transformer, pipeline.exits) as attachment:
+                forward.under(attachment, policy, steps)
+
+        candidates = {"plain": lambda forward=forward: forward.plain(steps), "exiting": exiting}
+        timings = interleaved(candidates, repeats=max(3, options.repeats // 3), warmup=1)
         with attach(pipeline.transformer, pipeline.exits) as attachment:
-            measured = interleaved(
-                {"it": lambda f=forward, a=attachment: f.under(a, policy)}, repeats=options.repeats, warmup=1
-            )["it"].median
-        plain.append(interleaved({"it": forward}, repeats=options.repeats, warmup=1)["it"].median)
-        taken.append(measured)
-        best.append(ideal.seconds(trace, forward))
+            traces.append(forward.under(attachment, policy))
+        plain.append(timings["plain"].median / steps)
+        taken.append(timings["exiting"].median / steps)
+        best.append(ideal.seconds(traces[-1], forward))
     depths = torch.cat([trace.depths[0] for trace in traces]).float()
     return {
         "batch": rows,

@@ -111,3 +111,9 @@ def test_tested_versions_are_allowed():
 def test_no_torchvision(name: str):
     """torchvision from the index beside a CPU build of torch breaks `import diffusers`; nothing here needs it."""
     assert "torchvision" not in _pins(name)
+
+
+def test_no_shipped_config_names_the_folder_it_came_from():
+    configs = [path for path in tracked_files() if "checkpoints" in path.parts and path.suffix == ".json"]
+    assert configs
+    assert not [path for path in configs if "_name_or_path" in path.read_text(encoding="utf-8")]

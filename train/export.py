@@ -8,6 +8,7 @@ The policies (policies/blocks-80.json, ...) are DeeDiff thresholds found by repl
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.generation import generate
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import write_json
 
 
 def flags() -> argparse.Namespace:
@@ -30,9 +32,16 @@ def flags() -> argparse.Namespace:
     )
     parser.add_argument("--count", type=int, default=64, help="Calibration images.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps while calibrating.")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="Guidance while calibrating.")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance while calibrating.")
     parser.add_argument("--max_shard_size", default="14MB", help="Largest weight file.")
     return parser.parse_args()
+
+
+def forget_origin(path: Path) -> None:
+    """Drop the folder that the weights were loaded from: it means nothing elsewhere."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if values.pop("_name_or_path", None) is not None:
+        write_json(path, values)
 
 
 def main() -> None:
@@ -42,6 +51,9 @@ def main() -> None:
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=options.max_shard_size)
+
+    for path in folder.glob("**/*.json"):
+        forget_origin(path)
 
     pipeline = EarlyExitPipeline.from_pretrained(folder)  # what users will load decides
     pipeline.set_progress_bar_config(disable=True)

@@ -43,19 +43,19 @@ class Lane:
             return hidden
         leave, keep = departure.leave.to(hidden.device), departure.keep.to(hidden.device)
         if answered:
-            answer = seen[0].answer[leave]
+            answer = seen[0].answer.index_select(0, leave)
         else:  # only where it is taken
-            context = {name: value[leave] for name, value in self.context.items()}
-            answer = self.heads.answer(departure.exit, hidden[leave], context)
+            context = {name: value.index_select(0, leave) for name, value in self.context.items()}
+            answer = self.heads.answer(departure.exit, hidden.index_select(0, leave), context)
             self.step.answer_evaluated(depth, len(leave))
         self.answers.append((departure.rows, answer))
-        self.context = {name: value[keep] for name, value in self.context.items()}
-        return hidden[keep]  # (r, N, D)
+        self.context = {name: value.index_select(0, keep) for name, value in self.context.items()}
+        return hidden.index_select(0, keep)  # (r, N, D); faster than hidden[keep]
 
     def running(self, tensor: Tensor) -> Tensor:
         """Rows of a whole-batch tensor (R, ...) that are still running -> (r, ...)."""
         rows = self.step.rows
-        return tensor if len(rows) == self.num_rows else tensor[rows.to(tensor.device)]
+        return tensor if len(rows) == self.num_rows else tensor.index_select(0, rows.to(tensor.device))
 
     def put_back(self, values: Tensor) -> Tensor:
         """values (r, ...) of the rows that ran to the end -> (R, ...) with every row that left at its place.
@@ -66,7 +66,7 @@ class Lane:
             return values
         whole = values.new_empty((self.num_rows, *values.shape[1:]))
         for rows, answer in [(self.step.rows, values), *self.answers]:
-            whole[rows.to(whole.device)] = answer.to(whole.dtype)
+            whole.index_copy_(0, rows.to(whole.device), answer.to(whole.dtype))
         return whole
 
     def spread(self, values: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ class Lane:
         if not self.answers:
             return values
         whole = values.new_zeros((self.num_rows, *values.shape[1:]))
-        whole[self.step.rows.to(whole.device)] = values
+        whole.index_copy_(0, self.step.rows.to(whole.device), values)
         return whole
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import State, Where
+from ee_diffusion.core.criteria import Planned, State, Where
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.scores import per_element
 from ee_diffusion.core.trace import Trace
@@ -142,6 +142,11 @@ class StepSession:
     def finished(self) -> bool:
         """True when no row is running any more."""
         return len(self.rows) == 0
+
+    @property
+    def measures(self) -> bool:
+        """Whether the criterion, if any, looks at scores."""
+        return not isinstance(self.session.policy.criterion, Planned | None)
 
     def runs(self, layer: int) -> bool:
         """Whether the layer is to be executed, on the rows that are still running."""

@@ -10,6 +10,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,21 @@ from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.diffusion.families import Family, family_of
 
 
+class DenoiserHeads(ExitHeads, Protocol):
+    """What attaching needs of heads: those of the core, and what all exits of a forward share."""
+
+    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+        """timestep (R,) -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
+        ...
+
+
 class Attachment:
     """Exits on a transformer. Outside `use(step)` the transformer computes exactly what it did before.
 
     A context manager: leaving it detaches. Made by `attach`.
     """
 
-    def __init__(self, transformer: nn.Module, heads: ExitHeads, family: Family):
+    def __init__(self, transformer: nn.Module, heads: DenoiserHeads, family: Family):
         self.transformer, self.heads, self.family = transformer, heads, family
         self.blocks = list(getattr(transformer, family.blocks))
         self._lane: Lane | None = None
@@ -96,7 +105,8 @@ class Attachment:
         if len(timestep) not in (1, expected):
             raise ValueError(f"{len(timestep)} timesteps for {expected} rows, expected one or one a row")
         timestep = timestep.expand(expected)  # (R,)
-        self._lane = Lane(step, self.heads, self.heads.context(timestep))
+        context = self.heads.context(timestep) if step.measures else {"timestep": timestep}
+        self._lane = Lane(step, self.heads, context)
         output = original(*args, **kwargs)
         if self.heads.space == "output":
             if isinstance(output, tuple):
@@ -153,10 +163,10 @@ class Attachment:
         then, now = self._rows_after[source], self._lane.step.rows
         if len(then) == len(now):
             return value
-        return value[torch.searchsorted(then, now).to(value.device)]
+        return value.index_select(0, torch.searchsorted(then, now).to(value.device))
 
 
-def attach(transformer: nn.Module, heads: ExitHeads) -> Attachment:
+def attach(transformer: nn.Module, heads: DenoiserHeads) -> Attachment:
     """Attach exits to a diffusers transformer.
 
     Raises:

@@ -91,6 +91,13 @@ def test_gate():
             assert depths(Gate(threshold), scores) == expected
 
 
+def test_patience_and_cumulative_do_not_stop_at_their_numbers():
+    scores = torch.tensor([[0.5, 0.75], [0.5, 0.75], [0, 0], [0, 0]])
+    assert depths(Patience(0.5, 1), scores) == [K, 0]
+    assert depths(Cumulative(0.5), scores) == [1, 0]
+    assert depths(Cumulative(0.75), scores) == [K, 1]
+
+
 def test_gate_stops_at_its_threshold():
     assert depths(Gate(0.5), torch.tensor([[0.5, 0.49], [0, 0], [0, 0], [0, 0]])) == [0, K]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Patience, Planned, Threshold
+from ee_diffusion.core.criteria import Patience, Planned, Threshold, Where
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.session import Session
@@ -175,6 +177,52 @@ def test_ids_of_elements_go_to_the_plan():
     assert session.trace().elements.tolist() == [3, 1, 0]
     with pytest.raises(ValueError, match="column"):
         session_of(plan, num_steps=1, elements=torch.tensor([3, 1, 9])).step(0, 0.0)
+
+
+def test_as_many_rows_left_as_there_are_images():
+    """Half the images of a guided batch have left: the rows that go on are as many as the images, but not one of each."""
+    session = session_of(Policy(Threshold(0.5)), rows=(0, 1, 2, 3, 0, 1, 2, 3), num_steps=1)
+    step = session.step(0, 0.0)
+    step.offer(0, lambda exit: torch.tensor([0.9, 0.1, 0.9, 0.1] * 2))
+    assert step.rows.tolist() == [1, 3, 5, 7]
+    left = step.offer(2, lambda exit: torch.tensor([0.1, 0.8, 0.9, 0.7]))  # images 1, 3, 1, 3
+    assert left.rows.tolist() == [3, 7]
+    expected = torch.tensor([torch.nan, 0.1, torch.nan, 0.7])
+    step.close()
+    torch.testing.assert_close(session.trace().scores[0, 1], expected, equal_nan=True)
+
+
+def test_a_decision_knows_its_place():
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watching(Threshold):
+        def decide(self, score, where, state):
+            seen.append(where)
+            return super().decide(score, where, state)
+
+    session = session_of(Policy(Watching(1.0), exits=(2, 4)))
+    for index, time in enumerate((7.5, 2.5)):
+        step = session.step(index, time)
+        for depth in range(5):
+            step.offer(depth, lambda exit: torch.zeros(3))
+        step.close()
+    assert seen == [
+        Where(0, 2, 7.5, 2, 0),
+        Where(0, 2, 7.5, 4, 1),
+        Where(1, 2, 2.5, 2, 0),
+        Where(1, 2, 2.5, 4, 1),
+    ]
+
+
+def test_thresholds_of_a_step_are_used_at_that_step():
+    session = session_of(Policy(Threshold(((0.9, 0.9, 0.3), (0.9, 0.1, 0.9)))))
+    for index in range(2):
+        step = session.step(index, 0.0)
+        for depth in (0, 2, 4):
+            step.offer(depth, lambda exit: torch.full((3,), 0.5))
+        step.close()
+    assert session.trace().depths.tolist() == [[4] * 3, [2] * 3]
 
 
 def test_record_all_measures_everything_and_stops_nobody():

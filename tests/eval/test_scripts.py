@@ -130,7 +130,21 @@ def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
 
 
 def test_speed(model, tmp_path, monkeypatch, capsys):
-    words = ["--model", model, "--output_dir", tmp_path, "--batch_sizes", 1, 3, "--repeats", 1, "--pool", 16]
+    words = [
+        "--model",
+        model,
+        "--output_dir",
+        tmp_path,
+        "--batch_sizes",
+        1,
+        3,
+        "--repeats",
+        1,
+        "--pool",
+        16,
+        "--steps",
+        2,
+    ]
     call(monkeypatch, speed, *words, "--mean_depths", 0.6, "--training_batch", 2)
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["batch"] for row in report["overhead"]] == [1, 3]

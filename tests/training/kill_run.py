@@ -1,4 +1,4 @@
-"""Runs as a process of its own: kills tiny trainings with SIGKILL at every file operation and at random moments, resumes them.
+"""Runs as a process of its own: kills tiny trainings with SIGKILL at every operation on files and at random moments, resumes them.
 
 Each training is a fork of this process, which does nothing with tensors itself. Prints one JSON line of what it saw.
 usage: kill_run.py FOLDER
@@ -24,6 +24,8 @@ from training.tiny_run import run
 
 from ee_diffusion.training import checkpoints
 
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
 OPTIONS = {"dropout": 0.3, "resume_from_checkpoint": "latest", "checkpoints_total_limit": 2}
 
 
@@ -31,30 +33,36 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def arm(at: int, counted: Path | None = None) -> None:
-    """Replace every operation on files: die just before number `at`. Writing dies half-way, with half of the bytes on disk."""
+def arm(at: int, folder: Path, counted: Path | None = None) -> None:
+    """Die just before operation number `at` on files in `folder`, whoever asks for it: opening to write, renaming, removing, making a
+    folder (Python's audit events), and half-way through writing the tensors of a checkpoint, with half of the bytes on disk."""
     seen = 0
 
-    def before(operation: Callable) -> Callable:
-        def replacement(*arguments, **options):
-            nonlocal seen
-            seen += 1
-            if counted is not None:
-                counted.write_text(str(seen))
-            if seen == at and operation is torch_save:
-                operation(*arguments, **options)
-                half = Path(arguments[1]).read_bytes()
-                Path(arguments[1]).write_bytes(half[: len(half) // 2])
-            if seen == at:
-                die()
-            return operation(*arguments, **options)
+    def happens() -> bool:
+        nonlocal seen
+        seen += 1
+        if counted is not None:
+            counted.write_text(str(seen))
+        return seen == at
 
-        return replacement
+    def hook(event: str, arguments: tuple) -> None:
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
+        below = (
+            event in ("os.remove", "os.rmdir") and arguments[1] != -1
+        )  # shutil.rmtree names files relative to open folders
+        here = (writes or event in OPERATIONS) and str(arguments[0]).startswith(str(folder))
+        if (here or below) and happens():
+            die()
 
-    torch_save = torch.save
-    torch.save = before(torch.save)
-    os.replace, os.fsync = before(os.replace), before(os.fsync)
-    shutil.rmtree = before(shutil.rmtree)
+    def save(state: dict, path: Path) -> None:
+        torch_save(state, path)
+        if happens():
+            whole = path.read_bytes()
+            path.write_bytes(whole[: len(whole) // 2])
+            die()
+
+    torch_save, torch.save = torch.save, save
+    sys.addaudithook(hook)
 
 
 def fork(action: Callable[[], object], kill_after: float | None = None) -> int:
@@ -119,11 +127,11 @@ def main(root: Path) -> None:
         raise SystemExit("the unbroken run failed")
     unbroken = contents(root / "unbroken")
     counted = root / "operations"
-    fork(lambda: (arm(0, counted), run(root / "counting", **OPTIONS)))
+    fork(lambda: (arm(0, root / "counting", counted), run(root / "counting", **OPTIONS)))
     operations, wrong = int(counted.read_text()), []
     for at in range(1, operations + 1):
         folder = root / f"operation-{at}"
-        wrong.append(one(folder, unbroken, lambda at=at, folder=folder: (arm(at), run(folder, **OPTIONS))))
+        wrong.append(one(folder, unbroken, lambda at=at, folder=folder: (arm(at, folder), run(folder, **OPTIONS))))
     begun = time.monotonic()
     fork(lambda: run(root / "timed", **OPTIONS))
     whole, draw = time.monotonic() - begun, random.Random(0)

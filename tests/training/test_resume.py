@@ -39,9 +39,9 @@ def log(folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 def test_kill_9_at_every_file_operation_and_at_random_moments(tmp_path: Path):
-    """~60 real SIGKILLs: before each rename, flush, removal and half-way through each write; then at moments of the clock."""
+    """Real SIGKILLs: before each opening to write, rename, removal, and half-way through each write; then at moments of the clock."""
     seen = json.loads(process(str(HERE / "kill_run.py"), str(tmp_path)).stdout.splitlines()[-1])
-    assert seen["operations"] > 40
+    assert seen["operations"] > 30
     assert not seen["wrong"]
 
 
