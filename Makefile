@@ -13,10 +13,12 @@ PIP_ENVIRONMENT := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 PYTEST_ARGS ?=
 CODE := ee_diffusion pipelines train eval tests
 
-.PHONY: help demo test test-all test-floor test-wheel lint format wheel clean
+.PHONY: help install demo test test-all test-floor test-wheel lint format wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+install: $(VENV)/.stamp-test  ## everything that training, evaluation and the tests need, into .venv
 
 demo: $(VENV)/.stamp-demo  ## generate images with the default checkpoint, into demo/
 	$(BIN)/python eval/demo.py

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 import demo
 import generate
 import metrics
-import results
+import write_results
 import speed
 import tradeoff
 import uncertainty
@@ -123,7 +123,7 @@ def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
         assert static["mean_executed"] == pytest.approx(mean, abs=0.2)
         assert set(static["spread_per_step"]) == {0}
     assert (tmp_path / "tradeoff.png").stat().st_size > 1000
-    call(monkeypatch, results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
+    call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "random_per_step 0.5" in text
     assert str(tmp_path) not in text

@@ -1,6 +1,6 @@
 """Write RESULTS.md from the reports in results/: every figure with its command, device, dtype, samples and controls.
 
-python eval/results.py
+python eval/write_results.py
 
 Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, speed*, uncertainty* and demo*.json (eval/).
 """
@@ -16,7 +16,7 @@ from ee_diffusion.measure.tables import markdown_table, write_text
 
 HEAD = """# Results
 
-Written by `python eval/results.py` from the reports in `results/`; each section names the command that made its report.
+Written by `python eval/write_results.py` from the reports in `results/`; each section names the command that made its report.
 Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds.
 FD is the Frechet distance on resnet20's 64 pooled features, FID the one on Inception features; both depend on the number of
 samples, which stands beside them.
