@@ -26,10 +26,10 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 import demo
 import generate
 import metrics
-import write_results
 import speed
 import tradeoff
 import uncertainty
+import write_results
 from diffusers import DDIMScheduler
 
 
