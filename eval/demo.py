@@ -12,12 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.generation import Generated, generate, joined
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.paired import psnr
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
@@ -57,13 +54,6 @@ def draw(
                 flush=True,
             )
     return {name: joined(several) for name, several in parts.items()}
-
-
-def joined(parts: list[Generated]) -> Generated:
-    trace = None if parts[0].trace is None else Trace.concatenate([part.trace for part in parts])
-    return Generated(
-        torch.cat([part.images for part in parts]), trace, tuple(s for part in parts for s in part.seconds)
-    )
 
 
 def main() -> None:

@@ -24,8 +24,7 @@ from tqdm.auto import tqdm
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, controls_of, generate
+from ee_diffusion.diffusion.generation import Generated, controls_of, generate, joined
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.classifiers import data_folder, load_classifier
 from ee_diffusion.measure.features import resnet20_features
@@ -99,13 +98,6 @@ def in_turns(
                 parts[candidate.name].append(part)
                 progress.update()
     return {name: joined(several) for name, several in parts.items()}
-
-
-def joined(parts: list[Generated]) -> Generated:
-    trace = None if parts[0].trace is None else Trace.concatenate([part.trace for part in parts])
-    return Generated(
-        torch.cat([part.images for part in parts]), trace, tuple(s for part in parts for s in part.seconds)
-    )
 
 
 def row(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: list[int]) -> dict:

@@ -59,6 +59,16 @@ class Generated:
     seconds: tuple[float, ...]
 
 
+def joined(parts: Sequence[Generated]) -> Generated:
+    """Batches of one set as one. Raises ValueError for no parts or traces that do not belong together."""
+    if not parts:
+        raise ValueError("nothing to join, expected at least one part")
+    trace = None if parts[0].trace is None else Trace.concatenate([part.trace for part in parts])
+    return Generated(
+        torch.cat([part.images for part in parts]), trace, tuple(s for part in parts for s in part.seconds)
+    )
+
+
 def generate(
     pipeline: EarlyExitPipeline,
     seeds: Sequence[int],
@@ -79,7 +89,7 @@ def generate(
             f"{len(seeds)} seeds, {labels} labels, batch_size={batch_size}: expected at least 1 and one label a seed"
         )
     apart = call.get("exit_policy") is not None and call["exit_policy"].guidance == "apart"
-    images, traces, seconds = [], [], []
+    parts = []
     for start in range(0, len(seeds), batch_size):
         chosen = seeds[start : start + batch_size]
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in chosen]
@@ -88,11 +98,8 @@ def generate(
         size = {"batch_size": len(chosen)} if labels is None else {}
         begun = time.perf_counter()
         output = pipeline(labels, generator=generators, image_ids=ids, output_type="pt", **size, **call)
-        seconds.append(time.perf_counter() - begun)
-        images.append(output.images)
-        traces.append(output.trace)
-    trace = None if traces[0] is None else Trace.concatenate(traces)
-    return Generated(torch.cat(images), trace, tuple(seconds))
+        parts.append(Generated(output.images, output.trace, (time.perf_counter() - begun,)))
+    return joined(parts)
 
 
 def controls_of(trace: Trace, *, seed: int) -> dict[str, Policy]:
