@@ -59,8 +59,15 @@ def test_a_criterion_stops_within_a_schedule(driver: PlainDriver):
 def test_everybody_stopped_leaves_nothing_for_the_tail(driver: PlainDriver):
     seen = []
     hook = driver.tail.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    calls = []
+    hooks = [
+        block.register_forward_pre_hook(lambda module, args: calls.append(len(args[0]))) for block in driver.blocks
+    ]
     found = run(driver, Policy(Planned(((0, 1, 1, 2, 0, 2, 1),) * STEPS)), SINGLE)
-    hook.remove()
+    for one in (hook, *hooks):
+        one.remove()
+    assert calls == [5, 2] * STEPS, "no block is called for nobody"
+    assert found.trace.answered.tolist() == [[2, 3, 2, 0, 0, 0]] * STEPS
     assert seen == [0 if driver.heads.space == "output" else IMAGES] * STEPS
     assert found.outputs.isfinite().all()
     assert found.trace.ran[:, :, 2:].sum() == 0

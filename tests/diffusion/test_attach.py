@@ -102,9 +102,12 @@ def test_everybody_stopped_early(driver: AttachedDriver):
     tails = []
     norm = driver.model.norm_out
     hook = norm.register_forward_pre_hook(lambda module, args: tails.append(len(args[0])))
-    depths = [0, 1, 3, 3, 2, 0, 4]
+    depths, calls = [0, 1, 3, 3, 2, 0, 4], []
+    hooks = [inner.register_forward_pre_hook(lambda module, args: calls.append(1)) for inner in driver.inners]
     found = run(driver, plan(*depths), SINGLE)
-    hook.remove()
+    for one in (hook, *hooks):
+        one.remove()
+    assert len(calls) == 4 * STEPS, "no block runs for nobody"
     empty = driver.heads.space == "output" and not driver.family.tail_takes_all
     assert tails == [0 if empty else IMAGES] * STEPS
     assert found.trace.ran[:, :, 4:].sum() == 0

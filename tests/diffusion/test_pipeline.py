@@ -159,6 +159,13 @@ def test_guidance_is_its_formula(pipe):
     torch.testing.assert_close(guided.images, (latents / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_apart_without_guidance_is_one_row_an_image(pipe):
+    apart = call(pipe, exit_policy=Policy(Threshold(0.4), guidance="apart"), image_ids=torch.tensor([3, 4, 5]))
+    together = call(pipe, exit_policy=Policy(Threshold(0.4)))
+    assert apart.trace.elements.tolist() == [3, 4, 5]
+    assert torch.equal(apart.images, together.images)
+
+
 def test_exit_threshold_is_deediff(pipe):
     assert torch.equal(call(pipe, exit_threshold=0.6).images, call(pipe, exit_policy=deediff(0.6)).images)
 
