@@ -48,7 +48,9 @@ def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r}, expected one of {sorted(SAMPLERS)}")
     config = dict(pipeline.scheduler.config)
-    config.pop("_use_default_values", None)  # diffusers would put the new class's own defaults (other betas!) in their place
+    config.pop(
+        "_use_default_values", None
+    )  # diffusers would put the new class's own defaults (other betas!) in their place
     pipeline.scheduler = SAMPLERS[name].from_config(config)
 
 
