@@ -126,6 +126,20 @@ def test_rows_that_left_do_not_go_through_the_u_vits_tail():
     assert tails == [3, 3]
 
 
+def test_the_times_part_of_the_scores_is_made_once_and_only_where_a_score_is_measured(monkeypatch):
+    driver, made = driver_named("uvit-paper"), []
+    original = driver.heads.context
+    monkeypatch.setitem(driver.heads.__dict__, "context", lambda timestep: made.append(1) or original(timestep))
+    for policy, calls in (
+        (plan(0, 7, 2, 5, 7, 7, 3), 0),
+        (Policy(schedule=FixedDepth(5)), 0),
+        (Policy(Threshold(0.3)), 1),
+    ):
+        made.clear()
+        run(driver, policy, SINGLE)
+        assert len(made) == calls * STEPS
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["uvit", "dit"])
 @pytest.mark.parametrize("variant", ["paper", "released"])
