@@ -23,6 +23,7 @@ from ee_diffusion.measure.splits import balanced_labels, seeds
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
+import demo
 import generate
 import metrics
 import speed
@@ -30,8 +31,6 @@ import tradeoff
 import uncertainty
 import write_results
 from diffusers import DDIMScheduler
-
-import demo
 
 
 @pytest.fixture(scope="module")
