@@ -167,7 +167,7 @@ class StepSession:
         if depth == self.last:  # decided before the step began: no score, no sync
             return self._leave(depth, torch.ones_like(self.alive))
         criterion = self.session.policy.criterion
-        if criterion is None or depth > (self.last or 0):
+        if criterion is None:
             return None
         exit = self.session.exits[depth]
         score = self._score(exit, measure(self.session.heads_exits[depth]))  # (E,)
