@@ -55,7 +55,7 @@ class Session:
         num_elements = int(rows.max()) + 1
         self.all_rows = torch.arange(len(rows))
         self.rows_per_element = torch.bincount(rows, minlength=num_elements).to(torch.int16)  # (E,)
-        self.one_row_each = torch.equal(rows, self.all_rows)
+        self.repeats = _repeats(rows, num_elements)
         self.elements_there = rows.to(self.device)  # (R,) as `rows`, on the device
         self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
         if self.elements.shape != (num_elements,):
@@ -206,8 +206,9 @@ class StepSession:
         num_elements = len(self.alive)
         if rows is None:
             return torch.full((num_elements,), torch.nan, device=self.session.device)
-        if self.session.one_row_each and len(rows) == num_elements:
-            score = rows.float()
+        repeats = self.session.repeats
+        if repeats and len(rows) == len(self.session.rows):  # the usual case, cheaper than a scatter
+            score = rows.float() if repeats == 1 else rows.float().view(repeats, num_elements).amin(0)
         else:
             score = per_element(rows, self._elements_there, num_elements=num_elements)
         self._scores_there[exit] = score
@@ -229,3 +230,9 @@ class StepSession:
     def answer_evaluated(self, depth: int, num_rows: int) -> None:
         """The driver says: the head at that depth was evaluated on so many rows."""
         self.answered[self.session.exits[depth]] += num_rows
+
+
+def _repeats(rows: Tensor, num_elements: int) -> int:
+    """n if rows (R,) are the elements in order, n times over (one row each, or guidance); else 0."""
+    times, rest = divmod(len(rows), num_elements)
+    return 0 if rest or not torch.equal(rows, torch.arange(num_elements).repeat(times)) else times

@@ -122,7 +122,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
 
         Mean over C, H, W of `uncertainty_map`.
         """
-        said = torch.sigmoid(self._uncertainty_logits(exit, hidden, context)).flatten(1).mean(1)  # (R,)
+        said = self._uncertainty_logits(exit, hidden, context).sigmoid().mean((1, 2))  # (R,)
         return 1 - said if self.config.variant == "paper" else said
 
     def uncertainty_map(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:

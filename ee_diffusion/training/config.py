@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field
 
 PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
+OPTIMIZERS = ("adamw", "muon")
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
 # A run resumed under another value of one of these would not be the run that was begun.
 MATHS = (
     "seed",
+    "optimizer",
     "learning_rate",
     "lr_scheduler",
     "lr_warmup_steps",
@@ -47,6 +49,10 @@ class TrainConfig:
     gradient_accumulation_steps: int = _flag("Micro-steps per optimiser step.", 1)
     max_train_steps: int = _flag("Optimiser steps in all.", 10_000)
     max_train_minutes: float | None = _flag("Stop after so many minutes, with a checkpoint, to be resumed.")
+    optimizer: str = _flag(
+        "adamw, or muon: torch's Muon for the matrices within repeated blocks (steps scaled to AdamW's size), AdamW for the rest.",
+        "adamw",
+    )
     learning_rate: float = _flag("Peak learning rate.", 2e-4)
     lr_scheduler: str = _flag(
         "A name diffusers' get_scheduler knows: constant_with_warmup, cosine, ...", "constant_with_warmup"
@@ -90,6 +96,7 @@ class TrainConfig:
             self._expect(name, "a number in [0, 1)", lambda v: 0 <= v < 1)
         for name in ("adam_weight_decay", "max_grad_norm"):
             self._expect(name, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
+        self._expect("optimizer", f"one of {OPTIMIZERS}", lambda v: v in OPTIMIZERS)
         self._expect("mixed_precision", f"one of {PRECISIONS}", lambda v: v in PRECISIONS)
         self._expect("report_to", f"one of {TRACKERS}", lambda v: v in TRACKERS)
 

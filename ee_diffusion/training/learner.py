@@ -18,35 +18,71 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ee_diffusion.training.config import TrainConfig
 
 
+def block_matrices(objective: nn.Module) -> list[nn.Parameter]:
+    """The trainable weights of the linear layers within repeated blocks (an `nn.ModuleList` at any height)."""
+    lists = [module for module in objective.modules() if isinstance(module, nn.ModuleList)]
+    layers = {layer for blocks in lists for layer in blocks.modules() if isinstance(layer, nn.Linear)}
+    return [m.weight for m in objective.modules() if m in layers and m.weight.requires_grad]
+
+
+def build_optimizers(objective: nn.Module, config: TrainConfig, *, fused: bool) -> list[torch.optim.Optimizer]:
+    """AdamW alone, or with `config.optimizer == "muon"` AdamW and Muon (https://kellerjordan.github.io/posts/muon), whose steps are
+    scaled to the size of AdamW's, so that one learning rate serves both.
+
+    Raises:
+        ValueError: muon on a torch that has none, or without a matrix to train.
+    """
+    matrices: list[nn.Parameter] = []
+    if config.optimizer == "muon":
+        if getattr(torch.optim, "Muon", None) is None:
+            raise ValueError(
+                f"optimizer='muon' with torch {torch.__version__}, expected torch 2.9 or newer, or 'adamw'"
+            )
+        matrices = block_matrices(objective)
+        if not matrices:
+            raise ValueError("optimizer='muon', but no linear layer within repeated blocks trains; expected 'adamw'")
+    chosen = {id(matrix) for matrix in matrices}
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            [p for p in objective.parameters() if p.requires_grad and id(p) not in chosen],
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            eps=config.adam_epsilon,
+            weight_decay=config.adam_weight_decay,
+            fused=fused,
+        )
+    ]
+    if matrices:
+        scaled = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
+        optimizers.append(torch.optim.Muon(matrices, **scaled, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
+
+
 class Learner:
-    """AdamW on the parameters of `objective` that require a gradient. Moves and wraps the objective for `accelerator`."""
+    """The optimisers of the parameters of `objective` that require a gradient. Moves and wraps the objective for `accelerator`."""
 
     def __init__(self, objective: nn.Module, config: TrainConfig, accelerator: Accelerator):
         self.objective, self.config, self.accelerator = objective, config, accelerator
         objective.to(accelerator.device).train()
         self.parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-            weight_decay=config.adam_weight_decay,
-            fused=accelerator.device.type in ("cpu", "cuda"),
-        )
-        self.schedule = get_scheduler(
-            config.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.lr_warmup_steps,
-            num_training_steps=config.max_train_steps,
-        )
+        optimizers = build_optimizers(objective, config, fused=accelerator.device.type in ("cpu", "cuda"))
+        self.schedules = [
+            get_scheduler(
+                config.lr_scheduler,
+                optimizer,
+                num_warmup_steps=config.lr_warmup_steps,
+                num_training_steps=config.max_train_steps,
+            )
+            for optimizer in optimizers
+        ]
         self.average = EMAModel(self.parameters, decay=config.ema_decay, foreach=True) if config.use_ema else None
         if config.compile:  # the plain forward, inside accelerate's autocast; state_dict keys stay as they are
             objective.forward = torch.compile(objective.forward)
-        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.model, *self.optimizers = accelerator.prepare(objective, *optimizers)
 
     @property
     def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        return self.schedules[0].get_last_lr()[0]
 
     def accumulate(self, batch: dict[str, Tensor], *, last: bool) -> dict[str, Tensor]:
         """Add a micro-step's gradient; ranks exchange gradients only in the `last`. Returns the objective's scalars."""
@@ -60,11 +96,13 @@ class Learner:
         """One optimiser step with the accumulated gradient."""
         if self.config.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         if self.accelerator.optimizer_step_was_skipped:  # fp16 skips a step whose gradient overflowed
             return
-        self.schedule.step()
+        for schedule in self.schedules:
+            schedule.step()
         if self.average is not None:
             self.average.step(self.parameters)
 
@@ -94,16 +132,18 @@ class Learner:
         scaler = self.accelerator.scaler
         return {
             "objective": self.objective.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr": self.schedule.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "lr": [schedule.state_dict() for schedule in self.schedules],
             "ema": None if self.average is None else self.average.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
         }
 
     def load_state(self, state: dict) -> None:
         self.objective.load_state_dict(state["objective"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["lr"])
+        for part, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            part.load_state_dict(saved)
+        for schedule, saved in zip(self.schedules, state["lr"], strict=True):
+            schedule.load_state_dict(saved)
         if self.average is not None:
             self.average.load_state_dict(state["ema"])
             self.average.to(self.accelerator.device)

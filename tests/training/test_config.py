@@ -31,6 +31,7 @@ from ee_diffusion.training.loop import Trainer
         {"lr_warmup_steps": -1},
         {"mixed_precision": "fp8"},
         {"report_to": "paper"},
+        {"optimizer": "sgd"},
     ],
 )
 def test_values_out_of_range_are_named(bad):
