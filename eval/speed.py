@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from diffusers import DDPMScheduler
 from options import SamplingOptions, flag, load, parse
 from torch import Tensor
 
@@ -27,6 +26,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import Attachment, attach
+from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.clocks import executed_counts, ideal_seconds, interleaved, time_table
@@ -202,7 +202,7 @@ def training_step(pipeline: EarlyExitPipeline, mode: str, batch: dict[str, Tenso
     transformer = copy.deepcopy(pipeline.transformer).float().train()
     exits = None if mode == "backbone" else copy.deepcopy(pipeline.exits).float().train()
     class_drop = 0.1 if transformer.config.null_class is not None else 0.0
-    noise = DDPMScheduler.from_config(pipeline.scheduler.config)
+    noise = sampler("ddpm", like=pipeline.scheduler)
     objective = DiffusionObjective(transformer, exits, noise, mode=mode, class_drop=class_drop)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=True)
     device = transformer.device.type

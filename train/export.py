@@ -12,12 +12,11 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import generate
+from ee_diffusion.diffusion.generation import generate, use_sampler
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import write_json
@@ -48,7 +47,7 @@ def main() -> None:
     options = flags()
     folder = Path(options.output_dir)
     pipeline = EarlyExitPipeline.from_pretrained(options.model)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    use_sampler(pipeline, "ddim")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=options.max_shard_size)
 

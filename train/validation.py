@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from diffusers import DDIMScheduler
 from presets import ValidationConfig
 
-from ee_diffusion.diffusion.generation import generate
+from ee_diffusion.diffusion.generation import generate, sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
@@ -16,7 +15,7 @@ from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
 def draw(step: int, objective: DiffusionObjective, config: ValidationConfig, *, folder: Path) -> None:
     """Write `step-N-full.png` and, with a threshold, `step-N-exits.png` and `step-N-exit-map.png` into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    scheduler = DDIMScheduler.from_config(objective.scheduler.config)
+    scheduler = sampler("ddim", like=objective.scheduler)
     pipeline = EarlyExitPipeline(objective.transformer, scheduler, objective.exits)
     pipeline.set_progress_bar_config(disable=True)
     null_class = objective.transformer.config.null_class

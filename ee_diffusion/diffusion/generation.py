@@ -39,19 +39,22 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
 }
 
 
-def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:
-    """Give the pipeline another scheduler with the noise schedule of its present one.
+def sampler(name: str, *, like: SchedulerMixin) -> SchedulerMixin:
+    """A scheduler of that name with the noise schedule of another.
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r}, expected one of {sorted(SAMPLERS)}")
-    config = dict(pipeline.scheduler.config)
-    config.pop(
-        "_use_default_values", None
-    )  # diffusers would put the new class's own defaults (other betas!) in their place
-    pipeline.scheduler = SAMPLERS[name].from_config(config)
+    config = dict(like.config)
+    config.pop("_use_default_values", None)  # diffusers would put the new class's own defaults (other betas!) there
+    return SAMPLERS[name].from_config(config)
+
+
+def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:
+    """Give the pipeline another scheduler with the noise schedule of its present one. Raises ValueError as `sampler` does."""
+    pipeline.scheduler = sampler(name, like=pipeline.scheduler)
 
 
 @dataclass(frozen=True, eq=False)
