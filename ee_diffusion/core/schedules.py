@@ -86,6 +86,29 @@ class PiecewiseDepth(Schedule):
 
 
 @dataclass(frozen=True)
+class Periodic(Schedule):
+    """Every layer at the first `warm_up` steps and then at every `period`-th step; the first `depth` layers at the others.
+
+    With exits that remember and depth 0 this is a cache with a fixed period; with `depth` > 0 it is interleaved early exit.
+    """
+
+    period: int
+    warm_up: int
+    depth: int = 0
+
+    def __post_init__(self) -> None:
+        if self.period < 1 or self.warm_up < 0:
+            raise ValueError(f"period={self.period}, warm_up={self.warm_up}, expected at least 1 and at least 0")
+
+    def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
+        full = step < self.warm_up or (step - self.warm_up + 1) % self.period == 0
+        return _first(num_layers if full else self.depth, num_layers)
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        return [_first(num_layers, num_layers), _first(self.depth, num_layers)]
+
+
+@dataclass(frozen=True)
 class FixedLayers(Schedule):
     """A fixed set of layers, holes allowed (Unified Layer Skipping, arXiv 2404.06954). A layer left out passes its input on."""
 
@@ -101,7 +124,7 @@ class FixedLayers(Schedule):
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
-    kind.__name__: kind for kind in (FullDepth, FixedDepth, DepthPerStep, PiecewiseDepth, FixedLayers)
+    kind.__name__: kind for kind in (FullDepth, FixedDepth, DepthPerStep, PiecewiseDepth, Periodic, FixedLayers)
 }
 
 

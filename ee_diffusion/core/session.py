@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Planned, State, Where
+from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.scores import per_element
 from ee_diffusion.core.trace import Trace
@@ -61,6 +62,7 @@ class Session:
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
         self.state: State | None = None
+        self.memory: Memory | None = None  # what the rows' last full steps said, for heads that remember
         self.finished: list[StepSession] = []
         self._open: StepSession | None = None
 
@@ -147,6 +149,11 @@ class StepSession:
     def measures(self) -> bool:
         """Whether the criterion, if any, looks at scores."""
         return not isinstance(self.session.policy.criterion, Planned | None)
+
+    @property
+    def may_exit(self) -> bool:
+        """Whether a row may leave before the last layer."""
+        return self.session.policy.criterion is not None or self.last != self.session.num_layers
 
     def runs(self, layer: int) -> bool:
         """Whether the layer is to be executed, on the rows that are still running."""

@@ -10,7 +10,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.diffusion.families import Family, family_of
@@ -28,6 +29,21 @@ class DenoiserHeads(ExitHeads, Protocol):
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
         """timestep (R,) -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
+        ...
+
+
+@runtime_checkable
+class RememberingHeads(DenoiserHeads, Protocol):
+    """Heads that answer from what earlier steps of the run said."""
+
+    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """The context of a step: the session's memory (None: a run begins), sample (R, ...), timestep (R,) -> tensors with leading R."""
+        ...
+
+    def remember(
+        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
+    ) -> Memory:
+        """The memory after a step in which `rows` (r,) of the batch ran to the end."""
         ...
 
 
@@ -105,16 +121,25 @@ class Attachment:
         if len(timestep) not in (1, expected):
             raise ValueError(f"{len(timestep)} timesteps for {expected} rows, expected one or one a row")
         timestep = timestep.expand(expected)  # (R,)
-        context = self.heads.context(timestep) if step.measures else {"timestep": timestep}
-        self._lane = Lane(step, self.heads, context)
+        self._lane = Lane(step, self.heads, self._context(step, sample, timestep))
         output = original(*args, **kwargs)
         if self.heads.space == "output":
             if isinstance(output, tuple):
                 output = (self._answers(output[0]), *output[1:])
             else:
                 output.sample = self._answers(output.sample)
+        if isinstance(self.heads, RememberingHeads) and not step.finished:
+            said = output[0] if isinstance(output, tuple) else output.sample
+            facts = {"sample": sample, "timestep": timestep, "output": said}
+            step.session.memory = self.heads.remember(step.session.memory, step.rows, **facts)
         step.close()
         return output
+
+    def _context(self, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
+        if isinstance(self.heads, RememberingHeads) and step.may_exit:
+            return self.heads.recall(step.session.memory, sample, timestep)
+        return self.heads.context(timestep) if step.measures else {"timestep": timestep}
 
     def _answers(self, sample: Tensor) -> Tensor:
         """sample (r or R, C, H, W), the tail's output -> (R, C, H, W) with the answers of the rows that left."""

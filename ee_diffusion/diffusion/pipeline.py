@@ -25,6 +25,7 @@ from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.attach import Attachment, attach
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 
@@ -48,7 +49,7 @@ class EarlyExitPipeline(DiffusionPipeline):
     """Generate images with a U-ViT, every image deciding at every step how many blocks it needs.
 
     Components: `transformer` (UViTTransformer2DModel), `scheduler` (any that predicts what the transformer was trained on), `exits`
-    (DenoisingExits; None: no early exit).
+    (DenoisingExits, or MemoryExits; None: no early exit).
     """
 
     _optional_components = ["exits"]
@@ -57,7 +58,10 @@ class EarlyExitPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
-        self, transformer: UViTTransformer2DModel, scheduler: SchedulerMixin, exits: DenoisingExits | None = None
+        self,
+        transformer: UViTTransformer2DModel,
+        scheduler: SchedulerMixin,
+        exits: DenoisingExits | MemoryExits | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, exits=exits)

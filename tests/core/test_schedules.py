@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, FullDepth, PiecewiseDepth, depth_of
+from ee_diffusion.core.schedules import (
+    DepthPerStep,
+    FixedDepth,
+    FixedLayers,
+    FullDepth,
+    Periodic,
+    PiecewiseDepth,
+    depth_of,
+)
 
 
 def depths(schedule, times, num_layers: int = 6) -> list[int | None]:
@@ -27,6 +35,13 @@ def test_piecewise_boundaries():
     assert depths(PiecewiseDepth((), (5,)), [3.0]) == [5]
 
 
+def test_periodic():
+    times = [9.0] * 9
+    assert depths(Periodic(3, 2), times) == [6, 6, 0, 0, 6, 0, 0, 6, 0]
+    assert depths(Periodic(2, 0, depth=4), times) == [4, 6, 4, 6, 4, 6, 4, 6, 4]
+    assert depths(Periodic(1, 1), times) == [6] * 9
+
+
 def test_holes():
     assert FixedLayers((0, 2)).layers(0, 0.0, num_steps=1, num_layers=4) == (True, False, True, False)
     assert depths(FixedLayers((0, 2)), [0.0]) == [None]
@@ -41,6 +56,8 @@ def test_holes():
         FixedDepth(2),
         DepthPerStep((1, 4, 4)),
         PiecewiseDepth((10.0, 20.0), (6, 4, 2)),
+        Periodic(2, 1),
+        Periodic(3, 0, depth=6),
         FixedLayers((0, 3)),
     ],
     ids=repr,
@@ -60,6 +77,7 @@ def test_plans_are_all_that_layers_can_say(schedule):
         DepthPerStep((1, 2)),
         DepthPerStep((1, 2, 7)),
         PiecewiseDepth((1.0,), (7, 1)),
+        Periodic(2, 1, depth=7),
         FixedLayers((0, 6)),
         FixedLayers((-1,)),
     ],
@@ -74,3 +92,9 @@ def test_what_does_not_fit_is_refused(schedule):
 def test_edges_ascend_and_have_one_depth_more(edges, depths):
     with pytest.raises(ValueError, match="one depth more"):
         PiecewiseDepth(edges, depths)
+
+
+@pytest.mark.parametrize("period,warm_up", [(0, 1), (2, -1)])
+def test_a_period_counts_steps(period: int, warm_up: int):
+    with pytest.raises(ValueError, match=f"period={period}, warm_up={warm_up}, expected"):
+        Periodic(period, warm_up)

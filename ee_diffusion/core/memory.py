@@ -1,0 +1,104 @@
+"""Memory: what the last full steps said, row by row, and what follows from it now. Explicit state, passed in and out.
+
+Here: remembering and extrapolating. Not here: in which terms a model's output is remembered (the sides). R rows, M remembered values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Memory:
+    """The last M values of each row with their times; recall is the polynomial through those that are there.
+
+    `values` (R, M, ...), newest first. `times` (R, M): NaN where nothing is remembered yet. `bend` (R,): how far recall was from the
+    newest value when that came (root mean square), over `remainder` at that time; NaN until it could be measured.
+
+    Rows differ: each remembers the steps at which it ran to the end.
+    """
+
+    values: Tensor
+    times: Tensor
+    bend: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, *, length: int) -> Memory:
+        """Nothing remembered yet, for rows of the shape of `like` (R, ...) and `length` = M values of each.
+
+        Raises:
+            ValueError: length below 1.
+        """
+        if length < 1:
+            raise ValueError(f"a memory of length {length}, expected at least 1 value")
+        num_rows, nan = len(like), torch.nan
+        return cls(
+            like.new_zeros(num_rows, length, *like.shape[1:]),
+            torch.full((num_rows, length), nan, dtype=torch.float64, device=like.device),
+            torch.full((num_rows,), nan, dtype=torch.float64, device=like.device),
+        )
+
+    @property
+    def count(self) -> Tensor:
+        """How many values each row remembers, (R,)."""
+        return (~self.times.isnan()).sum(1)
+
+    def recall(self, time: Tensor) -> Tensor:
+        """The polynomial through what each row remembers (Lagrange, degree count - 1) at time (R,) -> (R, ...).
+
+        Rows that remember nothing get zeros.
+        """
+        there = ~self.times.isnan()  # (R, M)
+        length = self.times.shape[1]
+        ahead = time[:, None] - self.times  # (R, M): t - t_m
+        apart = self.times[:, :, None] - self.times[:, None, :]  # (R, M, M): t_j - t_m
+        other = there[:, None, :] & ~torch.eye(length, dtype=torch.bool, device=there.device)  # (R, M, M)
+        factors = torch.where(other, ahead[:, None, :] / torch.where(other, apart, 1.0), 1.0)
+        weights = torch.where(there, factors.prod(2), 0.0)  # (R, M)
+        weights = weights.to(self.values.dtype).reshape(*weights.shape, *[1] * (self.values.ndim - 2))
+        return (weights * self.values).sum(1)  # (R, ...)
+
+    def remainder(self, time: Tensor) -> Tensor:
+        """`prod_m |t - t_m|` over what each row remembers, at time (R,) -> (R,): the error of recall grows like it."""
+        return torch.where(self.times.isnan(), 1.0, (time[:, None] - self.times).abs()).prod(1)
+
+    def expected_error(self, time: Tensor) -> Tensor:
+        """`bend * remainder` at time (R,) -> (R,), root mean square: the error of recall if the course goes on bending as it did.
+
+        NaN for a row whose recall has never been compared with a value, or whose memory is not full: its polynomial changes its degree.
+        """
+        full = self.count == self.times.shape[1]
+        return torch.where(full, self.bend * self.remainder(time), torch.nan)
+
+    def remember(self, rows: Tensor, value: Tensor, time: Tensor) -> Memory:
+        """The memory after rows (r,) said value (r, ...) at time (r,). The others keep what they remember.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        expected = (len(rows), *self.values.shape[2:])
+        if value.shape != expected or time.shape != (len(rows),):
+            raise ValueError(
+                f"value {tuple(value.shape)} and time {tuple(time.shape)}, expected {expected} and one time a row"
+            )
+        past = Memory(*(tensor.index_select(0, rows) for tensor in (self.values, self.times, self.bend)))
+        missed = (past.recall(time) - value).flatten(1).double().square().mean(1).sqrt()  # (r,)
+        again = (
+            past.times[:, 0] == time
+        )  # a solver may ask twice at one time: the later answer takes the place of the first
+        known = (past.count == self.times.shape[1]) & ~again
+        bend = torch.where(known, missed / past.remainder(time), past.bend)
+        return Memory(
+            self.values.index_copy(0, rows, _push(past.values, value, again)),
+            self.times.index_copy(0, rows, _push(past.times, time.double(), again)),
+            self.bend.index_copy(0, rows, bend),
+        )
+
+
+def _push(past: Tensor, newest: Tensor, again: Tensor) -> Tensor:
+    """past (r, M, ...) with `newest` (r, ...) before it, the oldest dropped; where `again` (r,), the newest is replaced instead."""
+    again = again.reshape(-1, *[1] * (past.ndim - 1))
+    return torch.cat([newest[:, None], torch.where(again, past[:, 1:], past[:, :-1])], 1)

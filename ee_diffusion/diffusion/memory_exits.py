@@ -1,0 +1,180 @@
+"""Exits that remember: before the first block, the answer follows from what the last full steps said of the clean image.
+
+Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of remembering (core/memory.py).
+R rows, C, H, W image, M remembered predictions, T training timesteps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ee_diffusion.core.heads import Space
+from ee_diffusion.core.memory import Memory
+from ee_diffusion.diffusion.loading import load_strictly
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
+
+
+class MemoryExits(ModelMixin, ConfigMixin):
+    """One exit at depth 0: the clean image is extrapolated in time from the last `length` full steps of the same row.
+
+    With `x_t = a_t x_0 + s_t eps`, each full step's output is read as a prediction of `x_0`; recalled at t it is turned back into what the
+    model would have put out. `length=1`: the last prediction again; 2: the line through the last two.
+
+    The uncertainty is an expected root mean square error of the recalled `x_0` (data in [-1, 1]; 1 or more is worthless):
+    `u = exp(log e + MLP(log e, log distance, log-SNR))` where `e` is what the interpolation's remainder predicts from the error that this
+    very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `certainty = 1 - min(u, 1)`; 0 while memory is not full.
+
+    Args:
+        alphas_cumprod: (T,) of the noise schedule the model was trained on.
+
+    Raises:
+        ValueError: a length below 1, or an unknown prediction type.
+    """
+
+    space: Space = "output"
+    depths = (0,)
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        in_channels: int = 3,
+        sample_size: int = 32,
+        length: int = 2,
+        hidden_dim: int = 32,
+    ):
+        super().__init__()
+        if length < 1:
+            raise ValueError(f"length={length}, expected at least 1 remembered prediction")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
+        self.gauge = nn.Sequential(nn.Linear(FEATURES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
+        nn.init.zeros_(self.gauge[2].weight)
+        nn.init.zeros_(self.gauge[2].bias)
+        self.register_buffer("alphas_cumprod", torch.ones(num_train_timesteps, dtype=torch.float32))
+
+    @classmethod
+    def for_pipeline(cls, transformer: ModelMixin, scheduler: SchedulerMixin, *, length: int = 2) -> MemoryExits:
+        """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
+
+        Raises:
+            ValueError: a length below 1, or a scheduler that predicts something unknown.
+        """
+        exits = cls(
+            num_train_timesteps=len(scheduler.alphas_cumprod),
+            prediction_type=scheduler.config.prediction_type,
+            in_channels=transformer.config.in_channels,
+            sample_size=transformer.config.sample_size,
+            length=length,
+        )
+        exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
+        return exits.to(transformer.device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' `from_pretrained`, but a file of another model is a ValueError, not a warning."""
+        return load_strictly(super().from_pretrained, cls.__name__, pretrained_model_name_or_path, **kwargs)
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raises ValueError if these exits were made for another model's sizes."""
+        for name in ("in_channels", "sample_size"):
+            if self.config[name] != model.config[name]:
+                raise ValueError(
+                    f"heads of another model: {name} is {self.config[name]}, the model's is {model.config[name]}"
+                )
+
+    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+        """Without a memory there is nothing but the time."""
+        return {"timestep": timestep}
+
+    @torch.no_grad()
+    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, C, H, W), the output that follows
+        from memory, `remembers` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
+        if memory is None:
+            memory = Memory.empty(sample, length=self.config.length)
+        time = timestep.double()
+        clean = memory.recall(time)
+        return {
+            "timestep": timestep,
+            "recalled": self._output(sample, clean, timestep).to(sample.dtype),
+            "remembers": memory.count,
+            "features": self._features(memory, time),
+        }
+
+    @torch.no_grad()
+    def remember(
+        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
+    ) -> Memory:
+        """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, C, H, W)."""
+        if memory is None:
+            memory = Memory.empty(sample, length=self.config.length)
+        rows = rows.to(sample.device)
+        sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
+        return memory.remember(rows, self._clean(sample, output, timestep).to(memory.values.dtype), timestep.double())
+
+    def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """The recalled output (R, C, H, W).
+
+        Raises:
+            ValueError: a row that remembers nothing: its first step must be a full one.
+        """
+        if "recalled" not in context or bool((context["remembers"] == 0).any()):
+            raise ValueError("an answer from memory before the first full step; let the first steps run to the end")
+        return context["recalled"]
+
+    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """`1 - min(u, 1)` (R,); 0 where memory is not full yet or was never put to the test."""
+        error = self.expected_error(context["features"])
+        return torch.where(error.isnan(), 0.0, 1 - error.clamp(max=1.0))
+
+    def expected_error(self, features: Tensor) -> Tensor:
+        """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""
+        known = features.nan_to_num(0.0).to(self.gauge[0].weight.dtype)
+        return torch.exp(features[:, 0] + self.gauge(known)[:, 0])
+
+    def _features(self, memory: Memory, time: Tensor) -> Tensor:
+        snr = self._log_snr(time)  # (R,)
+        expected = memory.expected_error(time).clamp(min=1e-6).log()
+        distance = (time - memory.times[:, 0]).abs().clamp(min=1.0).log()
+        return torch.stack([expected, distance - math.log(20.0), snr / 5, (snr / 5).square()], 1).float()  # (R, F)
+
+    def _log_snr(self, time: Tensor) -> Tensor:
+        """log(a_t / s_t) at time (R,), which need not be whole: linear between the training timesteps."""
+        table = self.alphas_cumprod.double()
+        table = (table / (1 - table)).log() / 2  # (T,)
+        time = time.clamp(0, len(table) - 1)
+        below = time.floor().long()
+        above = (below + 1).clamp(max=len(table) - 1)
+        return torch.lerp(table[below], table[above], time - below)
+
+    def _signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t and s_t (R, 1, 1, 1) of `x_t = a_t x_0 + s_t eps`, a_t^2 + s_t^2 = 1."""
+        twice = 2 * self._log_snr(timestep.double())[:, None, None, None]
+        return twice.sigmoid().sqrt(), (-twice).sigmoid().sqrt()
+
+    def _clean(self, sample: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
+        signal, noise = self._signal_and_noise(timestep)
+        if self.config.prediction_type == "sample":
+            return output
+        if self.config.prediction_type == "epsilon":
+            return (sample - noise * output) / signal
+        return signal * sample - noise * output
+
+    def _output(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
+        signal, noise = self._signal_and_noise(timestep)
+        if self.config.prediction_type == "sample":
+            return clean
+        if self.config.prediction_type == "epsilon":
+            return (sample - signal * clean) / noise
+        return (signal * sample - clean) / noise

@@ -1,0 +1,202 @@
+"""Exits that remember: exact where the clean image is a line in time, under every scheduler; the laws; nothing outlives a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from factories import CLASSES, NULL_CLASS, pipeline, uvit
+from torch import Tensor
+
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth, Periodic
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def pipe() -> EarlyExitPipeline:
+    made = pipeline()
+    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    return made
+
+
+def draw(pipe: EarlyExitPipeline, policy: Policy | None, images: tuple[int, ...] = (0, 1, 2)) -> tuple[Tensor, Trace]:
+    generators = [torch.Generator().manual_seed(image) for image in images]
+    labels = [image % CLASSES for image in images]
+    made = pipe(labels, STEPS, 2.0, exit_policy=policy, generator=generators, output_type="pt")
+    return made.images, made.trace
+
+
+def variety(pipe: EarlyExitPipeline) -> Policy:
+    """A threshold under which images stop at different steps."""
+    certainties = draw(pipe, Policy(Threshold(1.0)))[1].scores  # (S, K, E)
+    return Policy(Threshold(certainties[certainties > 0].median().item()))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, prediction_type: str):
+    """A model whose clean image moves linearly in t, asked as the scheduler asks: recalled outputs equal its own."""
+    like = sampler("ddpm", like=pipeline().scheduler)
+    like.register_to_config(prediction_type=prediction_type)
+    scheduler = sampler(name, like=like)
+    scheduler.set_timesteps(6)
+    exits = MemoryExits.for_pipeline(uvit(), like)
+    start, slope = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    memory, rows, checked = None, torch.tensor([0, 1]), 0
+    sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * scheduler.init_noise_sigma
+    for place, time in enumerate(scheduler.timesteps):
+        asked = scheduler.scale_model_input(sample, time)
+        timestep = time.expand(2)
+        true = exits._output(asked, start + slope * time / 1000, timestep).to(asked.dtype)
+        if place > 2:
+            recalled = exits.recall(memory, asked, timestep)["recalled"]
+            torch.testing.assert_close(recalled, true, rtol=1e-3, atol=1e-3 * true.abs().max().item())
+            checked += 1
+        memory = exits.remember(memory, rows, sample=asked, timestep=timestep, output=true)
+        sample = scheduler.step(true, time, sample).prev_sample
+    assert checked >= 3
+
+
+def test_off_and_never_are_the_plain_model(pipe: EarlyExitPipeline):
+    plain = draw(pipe, None)[0]
+    assert torch.equal(draw(pipe, Policy(Threshold(1.0)))[0], plain)
+    assert torch.equal(draw(pipe, Policy(schedule=Periodic(1, 0)))[0], plain)
+
+
+def test_steps_from_memory_execute_no_block_and_follow_the_line_through_the_last_two(pipe: EarlyExitPipeline):
+    """Counted inside the blocks; the same images come from a loop that spells the extrapolation out."""
+    seen: list[int] = []
+    hooks = [
+        block.attn.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+        for block in pipe.transformer.transformer_blocks
+    ]
+    try:
+        images, trace = draw(pipe, Policy(schedule=Periodic(3, 2)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers, full = len(pipe.transformer.transformer_blocks), [0, 1, 4, 7]
+    assert seen == [6] * layers * len(full)
+    assert [int(step) for step in range(STEPS) if (trace.depths[step] == layers).all()] == full
+    torch.testing.assert_close(images, spelled_out(pipe, full), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def spelled_out(pipe: EarlyExitPipeline, full: list[int]) -> Tensor:
+    scheduler = sampler("ddim", like=pipe.scheduler)
+    scheduler.set_timesteps(STEPS)
+    latents = torch.stack([torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(image)) for image in range(3)])
+    labels = torch.tensor([0, 1, 2, *[NULL_CLASS] * 3])
+    past: list[tuple[float, Tensor]] = []
+    for step, time in enumerate(scheduler.timesteps):
+        alpha = scheduler.alphas_cumprod[time]
+        rows = torch.cat([latents, latents])
+        if step in full:
+            output = pipe.transformer(rows, time.expand(6), labels).sample
+            past.append((float(time), (rows - (1 - alpha).sqrt() * output) / alpha.sqrt()))
+        else:
+            (t_1, x_1), (t_0, x_0) = past[-2:]
+            clean = x_0 + (float(time) - t_0) / (t_1 - t_0) * (x_1 - x_0)
+            output = (rows - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        conditional, unconditional = output.chunk(2)
+        latents = scheduler.step(unconditional + 2.0 * (conditional - unconditional), time, latents).prev_sample
+    return (latents / 2 + 0.5).clamp(0, 1)
+
+
+def test_batch_mates_do_not_matter(pipe: EarlyExitPipeline):
+    policy = variety(pipe)
+    images, trace = draw(pipe, policy)
+    assert len({tuple(column) for column in trace.depths.T.tolist()}) > 1  # the images differ in their exits
+    for image in range(3):
+        alone, own = draw(pipe, policy, (image,))
+        assert torch.equal(own.depths[:, 0], trace.depths[:, image])
+        torch.testing.assert_close(alone[0], images[image], rtol=1e-4, atol=1e-4)
+
+
+def test_memory_ends_with_its_run(pipe: EarlyExitPipeline):
+    """A second generation, also after one that broke off in the middle, is like the first."""
+    policy = variety(pipe)
+    images = draw(pipe, policy)[0]
+
+    def interrupt(pipe, index, time, values):
+        if index == 4:
+            raise RuntimeError("stop")
+        return values
+
+    draw(pipe, policy, (5, 6))
+    with pytest.raises(RuntimeError, match="stop"):
+        pipe([3], STEPS, 2.0, exit_policy=policy, callback_on_step_end=interrupt)
+    assert torch.equal(draw(pipe, policy)[0], images)
+    assert "_ee_attachment" not in pipe.transformer.__dict__
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_draws_from_memory(name: str):
+    pipe = pipeline()
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    use_sampler(pipe, name)
+    images, trace = draw(pipe, Policy(schedule=Periodic(2, 2)))
+    assert images.isfinite().all()
+    assert (trace.depths == 0).any()
+
+
+def test_an_answer_before_the_first_full_step_is_refused(pipe: EarlyExitPipeline):
+    for policy in (Policy(schedule=FixedDepth(0)), Policy(schedule=Periodic(2, 0))):
+        with pytest.raises(ValueError, match="an answer from memory before the first full step"):
+            draw(pipe, policy)
+
+
+def test_certainty_is_zero_until_memory_was_put_to_the_test(pipe: EarlyExitPipeline):
+    scores = draw(pipe, Policy(Threshold(1.0)))[1].scores[:, 0]  # (S, E)
+    assert (scores[:3] == 0).all()
+    assert (scores[3:] > 0).any()
+
+
+def test_save_and_load_keep_decisions(pipe: EarlyExitPipeline, tmp_path: Path):
+    policy = variety(pipe)
+    with torch.no_grad():
+        pipe.exits.gauge[2].bias.fill_(0.1)
+    try:
+        images, trace = draw(pipe, policy)
+        pipe.save_pretrained(tmp_path)
+        policy.save(tmp_path / "policy.json")
+        again = EarlyExitPipeline.from_pretrained(tmp_path)
+        again.set_progress_bar_config(disable=True)
+        assert isinstance(again.exits, MemoryExits)
+        loaded, its_trace = draw(again, Policy.load(tmp_path / "policy.json"))
+    finally:
+        with torch.no_grad():
+            pipe.exits.gauge[2].bias.zero_()
+    assert torch.equal(loaded, images)
+    assert torch.equal(its_trace.depths, trace.depths)
+
+
+def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline):
+    memory = Memory(
+        torch.zeros(2, 2, 3, 8, 8),
+        torch.tensor([[500.0, 520.0], [500.0, 540.0]]).double(),
+        torch.tensor([1e-4, 2e-4]).double(),
+    )
+    time = torch.tensor([480, 480])
+    context = pipe.exits.recall(memory, torch.zeros(2, 3, 8, 8), time)
+    expected = torch.tensor([1e-4 * 20 * 40, 2e-4 * 20 * 60])
+    torch.testing.assert_close(pipe.exits.expected_error(context["features"]), expected)
+    torch.testing.assert_close(pipe.exits.certainty(0, None, context), 1 - expected)
+
+
+def test_bad_input(pipe: EarlyExitPipeline):
+    with pytest.raises(ValueError, match="length=0, expected at least 1"):
+        MemoryExits(length=0)
+    with pytest.raises(ValueError, match="prediction_type='flow', expected one of"):
+        MemoryExits(prediction_type="flow")
+    with pytest.raises(ValueError, match="sample_size is 16, the model's is 8"):
+        MemoryExits(sample_size=16).check_fits(pipe.transformer)
