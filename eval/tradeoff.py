@@ -146,21 +146,17 @@ def controls(candidate: Candidate, drawn: Generated, time: float, *, seed: int) 
     return [*found, Candidate(f"fewer steps {candidate.budget}", "fewer_steps", candidate.budget, None, steps)]
 
 
-def judge_of(options: TradeoffOptions) -> Judge:
+def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge:
     """All figures whose networks and reference images are at hand."""
-    if options.data is None and "EE_DIFFUSION_DATA" not in os.environ:
+    if data is None and "EE_DIFFUSION_DATA" not in os.environ:
         return Judge()
-    network = resnet20_features(options.data)
-    files = (str(data_folder(options.data) / "cifar10" / "train-*.parquet"),)
-    real = load_image_source(ImageDataConfig(train_data_files=files, image_column="img"), None).images[
-        : options.reference_count
-    ]
-    path = reference_path(options.cache_dir, f"cifar10-train-{len(real)}", network)
+    network = resnet20_features(data)
+    files = (str(data_folder(data) / "cifar10" / "train-*.parquet"),)
+    real = load_image_source(ImageDataConfig(train_data_files=files, image_column="img"), None).images[:reference_count]
+    path = reference_path(cache_dir, f"cifar10-train-{len(real)}", network)
     known = reference(path, real, network, keep=0, batch_size=256)
-    classifier = load_classifier("resnet56", folder=options.data)
-    return Judge(
-        perceptual=load_lpips(options.data), features=network, reference=known.statistics, classifier=classifier
-    )
+    classifier = load_classifier("resnet56", folder=data)
+    return Judge(perceptual=load_lpips(data), features=network, reference=known.statistics, classifier=classifier)
 
 
 def picture(rows: list[dict], path: Path) -> None:
@@ -183,7 +179,10 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = load(sampling)
     num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
-    draw, judge = drawer(pipeline, sampling), judge_of(options)
+    draw, judge = (
+        drawer(pipeline, sampling),
+        judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir),
+    )
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     full = Candidate("full", "full", None, None, sampling.num_inference_steps)
 

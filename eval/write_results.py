@@ -2,7 +2,7 @@
 
 python eval/write_results.py
 
-Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, speed*, uncertainty* and demo*.json (eval/).
+Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, speed*, uncertainty* and demo*.json (eval/).
 """
 
 from __future__ import annotations
@@ -82,6 +82,15 @@ def tenths(values: list[float]) -> dict[str, float]:
     return {str(i + 1): sum(values[a:b]) / len(values[a:b]) for i, (a, b) in enumerate(spans) if values[a:b]}
 
 
+def frontier(report: dict) -> str:
+    columns = ["name", "steps", "time", "executed", *[name for name in COLUMNS if name in report["rows"][0]]]
+    rows = [{**row, "executed": row.get("report", {}).get("mean_executed"), **flat(row)} for row in report["rows"]]
+    count = f"{report['rows'][0]['psnr']['count']} images.\n"
+    return "\n".join(
+        [markdown_table(rows, columns), count, report["verdict"] + "\n", settings(report), environment(report)]
+    )
+
+
 def speed(report: dict) -> str:
     tables = [
         markdown_table(report["overhead"]),
@@ -112,6 +121,7 @@ SECTIONS = {
         metrics,
     ),
     "tradeoff": ("DeeDiff's trade-off beside its controls", "python eval/tradeoff.py --output_dir ...", tradeoff),
+    "frontier": ("Answers from memory beside what is simpler", "python eval/frontier.py --output_dir ...", frontier),
     "speed": ("The clock of one forward", "python eval/speed.py --output_dir ...", speed),
     "uncertainty": ("What the uncertainty modules know", "python eval/uncertainty.py --output_dir ...", uncertainty),
     "demo": ("The demo", "make demo", demo),

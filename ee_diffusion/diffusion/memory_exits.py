@@ -107,7 +107,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
         clean = memory.recall(time)
         return {
             "timestep": timestep,
-            "recalled": self._output(sample, clean, timestep).to(sample.dtype),
+            "recalled": self.output_of(sample, clean, timestep).to(sample.dtype),
             "remembers": memory.count,
             "features": self._features(memory, time),
         }
@@ -121,7 +121,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
             memory = Memory.empty(sample, length=self.config.length)
         rows = rows.to(sample.device)
         sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
-        return memory.remember(rows, self._clean(sample, output, timestep).to(memory.values.dtype), timestep.double())
+        return memory.remember(rows, self.clean_of(sample, output, timestep).to(memory.values.dtype), timestep.double())
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """The recalled output (R, C, H, W).
@@ -163,7 +163,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
         twice = 2 * self._log_snr(timestep.double())[:, None, None, None]
         return twice.sigmoid().sqrt(), (-twice).sigmoid().sqrt()
 
-    def _clean(self, sample: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
+    def clean_of(self, sample: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
+        """The x_0 that a model's output means: sample, output (R, C, H, W), timestep (R,) -> (R, C, H, W)."""
         signal, noise = self._signal_and_noise(timestep)
         if self.config.prediction_type == "sample":
             return output
@@ -171,7 +172,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
             return (sample - noise * output) / signal
         return signal * sample - noise * output
 
-    def _output(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
+    def output_of(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
+        """The output with which a model means the x_0 `clean`; the inverse of `clean_of`."""
         signal, noise = self._signal_and_noise(timestep)
         if self.config.prediction_type == "sample":
             return clean

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ee_diffusion.core.criteria import Patience, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.schedules import PiecewiseDepth
+from ee_diffusion.core.schedules import Periodic, PiecewiseDepth
 
 
 def deediff(threshold: float, *, exits: tuple[int, ...] | None = None) -> Policy:
@@ -52,3 +54,34 @@ def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
     Deviation: the shallow network is the model's own first blocks with an exit head, not a second network.
     """
     return Policy(schedule=PiecewiseDepth((switch,), (num_layers, depth)))
+
+
+def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
+    """Answer from memory, per image, where that adds at most `error` to the next sample: `sensitivity_step * u <= error`.
+
+    Ours, for `MemoryExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
+    `solver.step_sensitivity`: what matters is the error of the step, not of the prediction.
+
+    Raises:
+        ValueError: an error that is not positive, or no sensitivities.
+    """
+    if not error > 0 or not sensitivity:
+        raise ValueError(
+            f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step"
+        )
+    return Policy(Threshold(tuple((max(0.0, 1 - error / max(weight, error)),) for weight in sensitivity)), exits=(0,))
+
+
+def periodic_cache(period: int, *, warm_up: int) -> Policy:
+    """Every `period`-th step in full, the others from memory, alike for all images: the fixed-period cache (for `MemoryExits`).
+
+    The control of `remembered`: memory without uncertainty. warm_up: full steps at the beginning, at least 1.
+
+    Raises:
+        ValueError: a period or warm_up below 1.
+    """
+    if warm_up < 1:
+        raise ValueError(
+            f"warm_up={warm_up}, expected at least 1: there is nothing to remember before the first full step"
+        )
+    return Policy(schedule=Periodic(period, warm_up), exits=(0,))

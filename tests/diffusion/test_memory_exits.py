@@ -56,7 +56,7 @@ def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, pred
     for place, time in enumerate(scheduler.timesteps):
         asked = scheduler.scale_model_input(sample, time)
         timestep = time.expand(2)
-        true = exits._output(asked, start + slope * time / 1000, timestep).to(asked.dtype)
+        true = exits.output_of(asked, start + slope * time / 1000, timestep).to(asked.dtype)
         if place > 2:
             recalled = exits.recall(memory, asked, timestep)["recalled"]
             torch.testing.assert_close(recalled, true, rtol=1e-3, atol=1e-3 * true.abs().max().item())

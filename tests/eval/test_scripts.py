@@ -24,6 +24,7 @@ from ee_diffusion.measure.splits import balanced_labels, seeds
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import demo
+import frontier
 import generate
 import metrics
 import speed
@@ -129,6 +130,25 @@ def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in text
 
 
+def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
+    words = ["--model", model, "--output_dir", tmp_path, "--count", 6, "--batch_size", 3, "--num_inference_steps", 8]
+    words += ["--errors", 0.02, "--periods", 2, "--fractions", 0.5, "--thresholds", 0.5]
+    call(monkeypatch, frontier, *words)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
+    ours = rows["remembered 0.02"]["report"]
+    assert 0 < ours["mean_executed"] < 5
+    assert ours["executed_per_step"][:2] == [5, 5]
+    assert rows["random_per_step 0.02"]["report"]["executed_per_step"] == pytest.approx(ours["executed_per_step"])
+    assert rows["random_overall 0.02"]["report"]["mean_executed"] == pytest.approx(ours["mean_executed"])
+    assert rows["static 0.02"]["report"]["mean_executed"] == pytest.approx(ours["mean_executed"], abs=5 / 8)
+    assert rows["periodic cache 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
+    assert rows["4 steps"]["steps"] == 4
+    assert "deediff 0.5" in rows
+    assert "remembered 0.02" in capsys.readouterr().out
+    call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
+    assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()
+
+
 def test_speed(model, tmp_path, monkeypatch, capsys):
     words = [
         "--model",
@@ -180,7 +200,7 @@ def test_demo(model, tmp_path, monkeypatch, capsys):
     assert "wall-clock ratio" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [generate, metrics, speed, tradeoff, uncertainty])
+@pytest.mark.parametrize("script", [frontier, generate, metrics, speed, tradeoff, uncertainty])
 def test_dry_run_prints_the_options(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, script, "--dry-run", "--seed", 7)

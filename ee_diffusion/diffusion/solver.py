@@ -1,0 +1,47 @@
+"""What an error of the prediction does to a solver's step. Here: measuring it on the scheduler itself. Not here: predicting the error."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import torch
+from diffusers import SchedulerMixin
+
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+
+PROBE = 1e-3  # small, so that no clipping of the clean image interferes
+
+
+def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[float, ...]:
+    """How far the next sample moves per unit of error in the clean image, at each step of a run (S numbers, first order).
+
+    Each step of a copy of the scheduler is taken twice, with and without a small error, after steps without one. Of what a multistep
+    solver carries on to later steps nothing is counted. Samples are compared in the scale in which the model sees them.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if num_inference_steps < 1:
+        raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
+    walked = copy.deepcopy(scheduler)
+    walked.set_timesteps(num_inference_steps)
+    zero, found = torch.zeros(1, 1, 1, 1), []
+    for index, time in enumerate(walked.timesteps):
+        erred = copy.deepcopy(walked)
+        wrong = exits.output_of(zero, torch.full_like(zero, PROBE), time.reshape(1)).to(zero.dtype)
+        right = _step(walked, zero, time)
+        moved = _step(erred, wrong, time) - right
+        after = walked.timesteps[index + 1] if index + 1 < len(walked.timesteps) else None
+        if after is not None:
+            moved = walked.scale_model_input(moved, after)
+        found.append(abs(moved.item()) / PROBE)
+    return tuple(found)
+
+
+def _step(scheduler: SchedulerMixin, output: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    scheduler.scale_model_input(torch.zeros_like(output), time)  # some schedulers find their place by this call
+    noise = {"generator": torch.Generator().manual_seed(0)}
+    accepted = inspect.signature(scheduler.step).parameters
+    noise = {name: value for name, value in noise.items() if name in accepted}
+    return scheduler.step(output, time, torch.zeros_like(output), **noise).prev_sample

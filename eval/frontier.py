@@ -1,0 +1,174 @@
+"""The frontier: answers from memory beside everything that is simpler, at the same seeds, in one run, by the clock.
+
+python eval/frontier.py --output_dir runs/frontier --count 128
+
+Candidates: fewer steps; a cache of fixed period (memory without uncertainty); answers from memory per image (memory with uncertainty)
+and, for each of those, a static schedule and random exits made of its own trace; DeeDiff (uncertainty without memory), if the pipeline
+has trained exits. They take turns batch by batch; a time is the median over batches of (candidate / full model).
+Writes frontier.json, frontier.md and frontier.png.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from options import SamplingOptions, flag, load, parse
+from tradeoff import Candidate, Draw, in_turns, judge_of, row
+
+from ee_diffusion.core.calibrate import shuffled_overall, shuffled_per_step, static_depths
+from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import DepthPerStep
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import deediff, periodic_cache, remembered
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.measure.pictures import save_figure
+from ee_diffusion.measure.quality import COLUMNS, flat
+from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+
+WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
+
+
+@dataclass(frozen=True)
+class FrontierOptions:
+    """How many images, and which points of each curve."""
+
+    count: int = flag("Test images.", 128)
+    data: str | None = flag(
+        "Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or go without."
+    )
+    reference_count: int = flag("Real images behind the FD.", 10_000)
+    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
+    errors: list[float] = field(
+        default_factory=lambda: [0.0015, 0.0025, 0.004, 0.007, 0.012],
+        metadata={"help": "Errors allowed per step (rms, data in [-1, 1])."},
+    )
+    periods: list[int] = field(default_factory=lambda: [2, 3, 4, 5], metadata={"help": "Periods of the fixed cache."})
+    fractions: list[float] = field(
+        default_factory=lambda: [0.66, 0.5, 0.4, 0.3, 0.24], metadata={"help": "Fewer steps: fractions of the steps."}
+    )
+    thresholds: list[float] = field(
+        default_factory=list, metadata={"help": "DeeDiff's thresholds on u; none: leave it out."}
+    )
+
+
+def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
+    """Draws with exits that remember, or for DeeDiff with the pipeline's own."""
+    trained, memory = pipeline.exits, MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+
+    def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
+        pipeline.exits = trained if candidate.kind == "deediff" else memory
+        call = {"num_inference_steps": candidate.steps, "guidance_scale": sampling.guidance_scale}
+        policy = {"exit_policy": candidate.policy, "batch_size": sampling.batch_size, "first_id": first}
+        return generate(pipeline, chosen, labels, **policy, **call)
+
+    return draw
+
+
+def candidates_of(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: FrontierOptions) -> list[Candidate]:
+    """The full model and everything that needs no trace."""
+    steps, found = sampling.num_inference_steps, []
+    memory = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
+    for error in options.errors:
+        policy = remembered(error, sensitivity=sensitivity)
+        found.append(Candidate(f"remembered {error}", "remembered", error, policy, steps))
+    for period in options.periods:
+        policy = periodic_cache(period, warm_up=WARM_UP)
+        found.append(Candidate(f"periodic cache {period}", "periodic_cache", None, policy, steps))
+    for fraction in options.fractions:
+        fewer = max(1, round(steps * fraction))
+        found.append(Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer))
+    for threshold in options.thresholds:
+        found.append(Candidate(f"deediff {threshold}", "deediff", None, deediff(threshold), steps))
+    return [Candidate("full", "full", None, None, steps), *found]
+
+
+def controls(candidate: Candidate, trace: Trace, *, seed: int) -> list[Candidate]:
+    """What knowing the image must beat: the same numbers of full steps, dealt out without looking at it."""
+    depths, num_layers = trace.depths.long(), trace.planned.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    first, rest = depths[:WARM_UP], depths[WARM_UP:]
+    static = static_depths(rest, (0,), num_layers=num_layers)
+    policies = {
+        "static": Policy(schedule=DepthPerStep((*[num_layers] * WARM_UP, *static)), exits=(0,)),
+        "random_per_step": _planned(torch.cat([first, shuffled_per_step(rest, generator)])),
+        "random_overall": _planned(torch.cat([first, shuffled_overall(rest, generator)])),
+    }
+    return [
+        Candidate(f"{kind} {candidate.budget}", kind, candidate.budget, policy, candidate.steps)
+        for kind, policy in policies.items()
+    ]
+
+
+def _planned(table: torch.Tensor) -> Policy:
+    return Policy(Planned(tuple(tuple(line) for line in table.tolist())), exits=(0,))
+
+
+def picture(rows: list[dict], path: Path) -> None:
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(r["kind"] for r in rows if r["kind"] != "full"):
+        points = sorted((r["time"], r["psnr"]["mean"]) for r in rows if r["kind"] == kind)
+        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=kind.replace("_", " "))
+    axes.set_xlabel("measured time / full model")
+    axes.set_ylabel("PSNR to the full model (dB)")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def verdict(rows: list[dict]) -> str:
+    """For each point of ours: the best other candidate that takes no longer."""
+    lines = []
+    for ours in (r for r in rows if r["kind"] == "remembered"):
+        others = [r for r in rows if r["kind"] not in ("remembered", "full") and r["time"] <= ours["time"]]
+        best = max(others, key=lambda r: r["psnr"]["mean"], default=None)
+        said = "nothing else is as fast" if best is None else f"{best['name']} {best['psnr']['mean']:.1f} dB"
+        lines.append(
+            f"- {1 / ours['time']:.2f}x: {ours['name']} {ours['psnr']['mean']:.1f} dB; at most that time: {said}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    sampling, options = parse(SamplingOptions, FrontierOptions, description=__doc__)
+    if sampling.output_dir is None:
+        raise ValueError("--output_dir is missing, expected a folder for the results")
+    folder = Path(sampling.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    pipeline = load(sampling)
+    num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
+    judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
+    chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
+
+    first = candidates_of(pipeline, sampling, options)
+    draw = drawer(pipeline, sampling)
+    drawn = in_turns(first, draw, chosen, labels, batch=sampling.batch_size)
+    rows = [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in first]
+    ours = [c for c in first if c.kind == "remembered"]
+    second = [other for c in ours for other in controls(c, drawn[c.name].trace, seed=sampling.seed)]
+    drawn = in_turns([first[0], *second], draw, chosen, labels, batch=sampling.batch_size)
+    rows += [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in second]
+
+    rows.sort(key=lambda r: (r["kind"], -r["time"]))
+    settings = asdict(sampling) | asdict(options)
+    said = verdict(rows)
+    write_json(
+        folder / "frontier.json", {"settings": settings, "environment": environment(), "rows": rows, "verdict": said}
+    )
+    columns = ["name", "steps", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
+    lines = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
+    write_text(folder / "frontier.md", markdown_table(lines, columns) + "\n" + said + "\n")
+    picture(rows, folder / "frontier.png")
+    print((folder / "frontier.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

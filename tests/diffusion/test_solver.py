@@ -1,0 +1,55 @@
+"""What a prediction's error does to a step, measured on the scheduler, equals DDIM's formula; every sampler gives one number a step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import pipeline
+
+from ee_diffusion.diffusion.generation import SAMPLERS, use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import remembered
+from ee_diffusion.diffusion.solver import step_sensitivity
+
+
+def test_ddim_is_what_its_formula_says():
+    """x_s = a_s x_0 + s_s (x_t - a_t x_0) / s_t, differentiated by x_0."""
+    pipe = pipeline()
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    measured = step_sensitivity(exits, pipe.scheduler, 10)
+    pipe.scheduler.set_timesteps(10)
+    alphas = pipe.scheduler.alphas_cumprod.double()
+    for time, found in zip(pipe.scheduler.timesteps.tolist(), measured, strict=True):
+        now, then = alphas[time], alphas[time - 100] if time >= 100 else torch.tensor(1.0)
+        slope = then.sqrt() - (1 - then).sqrt() * now.sqrt() / (1 - now).sqrt()
+        assert found == pytest.approx(slope.item(), rel=2e-3)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_sampler_gives_a_positive_number_for_each_model_call(name: str):
+    pipe = pipeline()
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    use_sampler(pipe, name)
+    before = dict(pipe.scheduler.__dict__)
+    measured = step_sensitivity(exits, pipe.scheduler, 7)
+    assert pipe.scheduler.__dict__.keys() == before.keys()
+    pipe.scheduler.set_timesteps(7)
+    assert len(measured) == len(pipe.scheduler.timesteps)
+    assert all(0 < value < 100 for value in measured)  # Heun corrects with long strides
+
+
+def test_the_policy_asks_more_certainty_where_a_step_is_sensitive():
+    policy = remembered(0.01, sensitivity=(0.001, 0.02, 0.1))
+    assert policy.criterion.threshold == ((0.0,), (0.5,), (pytest.approx(0.9),))
+    assert policy.exits == (0,)
+    for bad in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="expected a positive number"):
+            remembered(bad, sensitivity=(0.1,))
+    with pytest.raises(ValueError, match="for 0 steps"):
+        remembered(0.1, sensitivity=())
+
+
+def test_no_steps_have_no_sensitivity():
+    pipe = pipeline()
+    with pytest.raises(ValueError, match="num_inference_steps=0"):
+        step_sensitivity(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), pipe.scheduler, 0)
