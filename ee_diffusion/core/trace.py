@@ -25,7 +25,8 @@ class Trace:
     """One run, step by step.
 
     elements (E,) ids; rows (E,) rows per element; times (S,); exits (K,) depths; planned (S, L) layers that the schedule allowed;
-    depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail; -1: absent from the step); scores (S, K, E), NaN where not measured;
+    depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail; -1: absent from the step);
+    scores (S, K, E), NaN where not measured;
     ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
     evaluated on. `policy`: the policy as a dictionary; `recorded_all`: every exit was measured and nobody stopped.
     """
@@ -133,10 +134,12 @@ _ELEMENT_DIMS = {"elements": 0, "rows": 0, "depths": 1, "scores": 2, "ran": 1}
 
 @dataclass(frozen=True)
 class Report:
-    """A trace condensed, over the elements that took part in a step. `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed;
-    `spread_per_step`: standard deviation over elements of the blocks executed at a step (0: every element alike);
-    `depth_histogram`: depth -> number of (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of
-    scores and of exit heads."""
+    """A trace condensed, over the elements that took part in a step.
+
+    `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed; `spread_per_step`:
+    standard deviation over elements of the blocks executed at a step (0: every element alike); `depth_histogram`: depth -> number of
+    (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads.
+    """
 
     num_steps: int
     num_elements: int

@@ -17,7 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session
 from ee_diffusion.decoding.cache import Part, RowsOfCache, close_layer, write_position
 from ee_diffusion.decoding.families import family_of, layers_of
 

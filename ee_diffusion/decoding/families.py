@@ -131,7 +131,7 @@ def family_of(model: PreTrainedModel) -> Family:
     """The table's row for a model.
 
     Raises:
-        ValueError: an encoder-decoder; a class that is unknown; a model with sliding windows or other layers that do not keep every position.
+        ValueError: an encoder-decoder; an unknown class; a model with sliding windows or other layers that forget positions.
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:

@@ -1,6 +1,7 @@
 """`model.generate(..., custom_generate=early_exit_generate, exit_policy=policy)`: transformers' own token loop with exits in the model.
 
-Here: the entry point, what it refuses, what it returns. Not here: how layers are left out (attach.py), drafting and verifying (lossless.py).
+Here: the entry point, what it refuses, what it returns. Not here: how layers are left out (attach.py), drafts that are verified
+(lossless.py).
 R sequences, S decode steps, L layers, T tokens, V vocabulary.
 """
 

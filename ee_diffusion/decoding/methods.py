@@ -24,7 +24,11 @@ def skipdecode(*, warm_up: int, least: int, most: int, horizon: int) -> Policy:
 
 
 def early_termination(*, least: int, most: int, horizon: int) -> Policy:
-    """SkipDecode's `n(t)` with the first n(t) layers instead: the ablation "stop early" against "skip". Raises ValueError as `skipdecode`."""
+    """SkipDecode's `n(t)` with the first n(t) layers instead: the ablation "stop early" against "skip".
+
+    Raises:
+        ValueError: as `skipdecode`.
+    """
     return Policy(schedule=LinearDecay(most, least, horizon, bottom=None))
 
 
