@@ -177,11 +177,12 @@ class Gate(Criterion):
 class Planned(Criterion):
     """Stop where a table says: element e at step s stops at the first exit whose depth is at least `depths[s][e]`.
 
-    Measures nothing. For controls (random exits, oracle) and depths chosen by request. `depths`: (S, number of ids), or (1, number of
-    ids): the same at every step; an element's id is its column.
+    Measures nothing. For controls (random exits, oracle) and depths chosen by request. `depths`: (S, number of ids); an element's id is
+    its column. `every_step`: one row that holds at every step.
     """
 
     depths: tuple[tuple[int, ...], ...]
+    every_step: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(row) for row in self.depths}
@@ -191,14 +192,14 @@ class Planned(Criterion):
             )
 
     def validate(self, num_steps: int, num_exits: int) -> None:
-        if len(self.depths) not in (1, num_steps):
+        if len(self.depths) != (1 if self.every_step else num_steps):
             raise ValueError(f"the plan has {len(self.depths)} steps, this run has {num_steps}")
 
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         columns = len(self.depths[0])
         if int(elements.max()) >= columns or int(elements.min()) < 0:
             raise ValueError(f"element ids {elements.tolist()} need columns in a plan for {columns} elements")
-        row = torch.tensor(self.depths[step if len(self.depths) > 1 else 0], device=elements.device)
+        row = torch.tensor(self.depths[0 if self.every_step else step], device=elements.device)
         return {"plan": row[elements]}  # (E,)
 
     def measure(self, observation: Observation) -> None:

@@ -46,9 +46,7 @@ class RowsOfCache:
 
 def write_position(cache: Cache, layer: int, parts: Sequence[Part], *, num_rows: int) -> tuple[Tensor, Tensor]:
     """Add one position to a layer for all rows, from the parts that know some of them -> keys and values (R, H, N, d)."""
-    rows, keys, values = parts[0]
-    if len(parts) == 1 and len(rows) == num_rows:
-        return cache.update(keys, values, layer)
+    _, keys, values = parts[0]
     whole_keys, whole_values = (one.new_zeros((num_rows, *one.shape[1:])) for one in (keys, values))
     for rows, keys, values in parts:
         whole_keys.index_copy_(0, rows, keys)

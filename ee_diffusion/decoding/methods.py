@@ -79,4 +79,4 @@ def depth_per_request(depths: tuple[int, ...], *, exits: tuple[int, ...]) -> Pol
     Raises:
         ValueError: no depths, or negative ones.
     """
-    return Policy(Planned((depths,)), exits=exits)
+    return Policy(Planned((depths,), every_step=True), exits=exits)

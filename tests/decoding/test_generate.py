@@ -35,15 +35,14 @@ from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.attach import running_modules
 from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.generate import early_exit_generate
+from ee_diffusion.decoding.methods import depth_per_request
 
 NEVER = Policy(Threshold(1.0, "max_probability"), exits=EXITS)
-# every policy on one model, one of each kind on every other
+# every policy on one model, a criterion and a schedule on every other
 CASES = [
-    (model, policy)
-    for model in MODELS
-    for policy in POLICIES
-    if model == "llama" or policy in ("softmax", "skipdecode", "up-and-down")
+    (model, policy) for model in MODELS for policy in (POLICIES if model == "llama" else ("softmax", "skipdecode"))
 ]
+ROWS = (1, 3)  # padded ones
 
 
 def same_generation(one, other) -> bool:
@@ -58,7 +57,6 @@ def same_generation(one, other) -> bool:
 def test_off_is_the_model_bit_for_bit(name: str):
     model = model_named(name)
     stock = plain(model)
-    assert len(new_tokens(stock).unique()) > TOKENS, "too few different tokens to compare"
     assert same_generation(generate(model, Policy()), stock)
     never = generate(model, NEVER)
     assert same_generation(never, stock)
@@ -104,12 +102,12 @@ def test_leaving_restores_the_model(policy: str):
 def test_it_is_the_slow_loop(name: str, policy: str):
     """Every sequence alone, every layer run, and above its depth only its keys and values kept."""
     model, live = model_named(name), run(name, policy)
-    for row in range(len(LENGTHS)):
+    for row in ROWS:
         holes = [tuple(layers) for layers in live.trace.planned.tolist()] if policy in SCHEDULED else None
         with discarding(model, live.trace.depths[:, row].tolist(), holes):
             slow = plain(model, alone(row))
-        for step, (found, expected) in enumerate(zip(live.logits, slow.logits, strict=True)):
-            torch.testing.assert_close(found[row], expected[0], rtol=1e-3, atol=1e-3, msg=f"row {row}, token {step}")
+        for found, expected in zip(live.logits, slow.logits, strict=True):
+            torch.testing.assert_close(found[row], expected[0], rtol=1e-5, atol=1e-5)
         assert torch.equal(new_tokens(live)[row], new_tokens(slow)[0])
 
 
@@ -117,12 +115,12 @@ def test_it_is_the_slow_loop(name: str, policy: str):
 def test_batch_mates_do_not_matter(name: str, policy: str):
     together = run(name, policy)
     if policy not in (*SCHEDULED, "up-and-down"):
-        assert len(together.trace.depths.unique()) >= 3, "the policy does not split the batch"
-    for row in range(len(LENGTHS)):
+        assert any(len(depths.unique()) >= 2 for depths in together.trace.depths), "the policy does not split the batch"
+    for row in ROWS:
         by_request = policy_named(policy, name)
         if policy == "requests":
             depths = (by_request.criterion.depths[0][row],)
-            by_request = Policy(type(by_request.criterion)((depths,)), exits=by_request.exits)
+            by_request = depth_per_request(depths, exits=by_request.exits)
         one = generate(model_named(name), by_request, alone(row))
         assert torch.equal(one.trace.depths[:, 0], together.trace.depths[:, row])
         assert torch.equal(new_tokens(one)[0], new_tokens(together)[row])
@@ -141,7 +139,7 @@ def test_replay_and_saved_policies_decide_alike(policy: str, tmp_path: Path):
     assert same_generation(generate(model_named("llama"), loaded), live)
 
 
-@pytest.mark.parametrize("name,policy", CASES)
+@pytest.mark.parametrize("name,policy", [case for case in CASES if case[0] == "llama" or case[1] == "softmax"])
 def test_skipped_work_is_not_executed(name: str, policy: str):
     model, counts = model_named(name), torch.zeros(TOKENS, LAYERS, dtype=torch.int64)
     calls = [0]
@@ -217,7 +215,7 @@ def test_the_callers_criteria_end_it():
         stopping_criteria=StoppingCriteriaList([Enough()]),
     )
     assert out.sequences.shape[1] == 10
-    assert out.trace.depths.shape[0] == 2
+    assert len(out.trace.depths) == 2
     one = generate(model_named("llama"), policy_named("skipdecode", "llama"), max_new_tokens=1)
     assert one.trace is None
     assert torch.equal(new_tokens(one), new_tokens(run("llama", "skipdecode"))[:, :1])
