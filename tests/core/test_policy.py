@@ -9,7 +9,14 @@ import torch
 
 from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
+from ee_diffusion.core.schedules import (
+    DepthPerStep,
+    FixedDepth,
+    FixedLayers,
+    LinearDecay,
+    PiecewiseDepth,
+    PowerDecay,
+)
 
 POLICIES = [
     Policy(),
