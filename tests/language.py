@@ -29,6 +29,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.criteria import DecayingThreshold, Patience, Threshold
 from ee_diffusion.core.policy import Policy
@@ -190,3 +191,16 @@ def discarding(model: PreTrainedModel, depths: list[int], holes: list[tuple[bool
     finally:
         for module in layers_of(model):
             del module.__dict__["forward"]
+
+
+class Listener(BaseStreamer):
+    """Keeps what it gets."""
+
+    def __init__(self):
+        self.heard, self.done = [], 0
+
+    def put(self, value):
+        self.heard.append(value.reshape(-1).tolist())
+
+    def end(self):
+        self.done += 1

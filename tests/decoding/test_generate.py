@@ -15,6 +15,7 @@ from language import (
     SCHEDULED,
     TOKENS,
     VOCABULARY,
+    Listener,
     alone,
     discarding,
     generate,
@@ -26,7 +27,6 @@ from language import (
     run,
 )
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Threshold
@@ -219,19 +219,6 @@ def test_the_callers_criteria_end_it():
     one = generate(model_named("llama"), policy_named("skipdecode", "llama"), max_new_tokens=1)
     assert one.trace is None
     assert torch.equal(new_tokens(one), new_tokens(run("llama", "skipdecode"))[:, :1])
-
-
-class Listener(BaseStreamer):
-    """Keeps what it gets."""
-
-    def __init__(self):
-        self.heard, self.done = [], 0
-
-    def put(self, value):
-        self.heard.append(value.reshape(-1).tolist())
-
-    def end(self):
-        self.done += 1
 
 
 @pytest.mark.parametrize("policy", [Policy(), NEVER], ids=["off", "never"])

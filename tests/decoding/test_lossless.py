@@ -7,8 +7,7 @@ import functools
 
 import pytest
 import torch
-from language import LAYERS, LENGTHS, MODELS, TOKENS, alone, model_named, plain, prompts
-from test_generate import Listener
+from language import LAYERS, LENGTHS, MODELS, TOKENS, Listener, alone, model_named, plain, prompts
 from transformers import DynamicCache, PreTrainedModel
 
 from ee_diffusion.decoding.attach import running_modules
