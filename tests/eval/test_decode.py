@@ -70,8 +70,8 @@ def test_what_is_missing_or_ambiguous_is_refused(folder: Path, monkeypatch):
         call(monkeypatch, folder, "--policies", folder / "skip.json", folder / "skip.json")
     with pytest.raises(ValueError, match="without --exit_depth"):
         call(monkeypatch, folder, "--assistant", "true")
+    (folder / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected mr and ref"):
-        (folder / "other.csv").write_text("a,b\n1,2\n")
         call(monkeypatch, folder, "--text", folder / "other.csv")
 
 
