@@ -92,7 +92,7 @@ class Sections:
 class Sequences:
     """What each sequence has said, by the caller's processors and criteria, and which sequences are still going.
 
-    Processors and criteria are called for one sequence at a time: sequences have different lengths.
+    Processors and criteria judge one sequence at a time: sequences have different lengths.
     """
 
     def __init__(
@@ -126,18 +126,21 @@ class Sequences:
         for place in range(len(drafts)):
             if place and int(self.ids[sequence][-1]) != drafts[place]:
                 return place, False
-            ids = self.ids[sequence][None]  # (1, n)
-            if chosen is None:
-                scores = self.processors(ids, logits[place][None].to(copy=True, dtype=torch.float32))
-                token = scores.argmax(-1)
-            else:
-                token = ids.new_tensor([chosen[place]])
-            self.ids[sequence] = torch.cat([self.ids[sequence], token])
+            ids = self.ids[sequence]  # (n,)
+            token = self._processed(sequence, logits[place]) if chosen is None else ids.new_tensor([chosen[place]])
+            self.ids[sequence] = torch.cat([ids, token])
             if self.streamer is not None:
                 self.streamer.put(token.cpu())
             if bool(self.criteria(self.ids[sequence][None], None)[0]):
                 return place + 1, True
         return len(drafts), False
+
+    def _processed(self, sequence: int, logits: Tensor) -> Tensor:
+        """The best token (1,) after the caller's processors, logits (V,). Some of these hold values for each sequence of the batch: they get
+        as many, all like this one, and only its own place counts."""
+        ids = self.ids[sequence].expand(len(self.ids), -1)  # (R, n)
+        scores = self.processors(ids, logits.float().expand(len(self.ids), -1).clone())  # (R, V)
+        return scores[sequence].argmax(-1, keepdim=True)
 
     def padded(self, pad: int) -> Tensor:
         """(R, n) all sequences, padded on the right."""

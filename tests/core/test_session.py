@@ -238,7 +238,8 @@ def test_record_all_measures_everything_and_stops_nobody():
 
 
 def test_an_element_that_is_absent_takes_no_part():
-    session = session_of(Policy(Threshold(0.5)), rows=(0, 1, 0, 2, 1))
+    policy = Policy(Threshold(0.5), exits=(2,))
+    session = session_of(policy, rows=(0, 1, 0, 2, 1))
     with pytest.raises(ValueError, match=r"absent is \(2,\), expected \(3,\)"):
         session.step(0, 1.0, absent=torch.zeros(2, dtype=torch.bool))
     step = session.step(0, 1.0, absent=torch.tensor([True, False, False]))
@@ -251,9 +252,9 @@ def test_an_element_that_is_absent_takes_no_part():
     trace = session.trace()
     assert trace.depths.tolist() == [[-1, 2, 5], [-1, -1, -1]]
     assert trace.ran[0].tolist() == [[0] * 5, [0] * 5, [0, 0, 0, 1, 0]]
-    assert trace.scores[0, 1].isnan().tolist() == [True, False, False]
+    assert trace.scores[0, 0].isnan().tolist() == [True, False, False]
     assert not trace.needed[:, 0].any()
-    assert torch.equal(replay(trace, Policy(Threshold(0.5))), trace.depths)
+    assert torch.equal(replay(trace, policy), trace.depths)
     report = trace.report()
     assert (report.mean_executed, report.mean_needed, report.executed_per_step) == (0.5, 3.5, (0.5, 0.0))
     assert report.depth_histogram == {2: 1, 5: 1}
