@@ -136,8 +136,8 @@ class Sequences:
         return len(drafts), False
 
     def _processed(self, sequence: int, logits: Tensor) -> Tensor:
-        """The best token (1,) after the caller's processors, logits (V,). Some of these hold values for each sequence of the batch: they get
-        as many, all like this one, and only its own place counts."""
+        """The best token (1,) after the caller's processors, logits (V,). Some of these hold values for each sequence of the batch:
+        they get as many, all like this one, and only its own place counts."""
         ids = self.ids[sequence].expand(len(self.ids), -1)  # (R, n)
         scores = self.processors(ids, logits.float().expand(len(self.ids), -1).clone())  # (R, V)
         return scores[sequence].argmax(-1, keepdim=True)
