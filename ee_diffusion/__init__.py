@@ -12,6 +12,7 @@ _HOMES = {
     "checkpoint": "checkpoints",
     "Criterion": "core.criteria",
     "Cumulative": "core.criteria",
+    "DecayingThreshold": "core.criteria",
     "Gate": "core.criteria",
     "Patience": "core.criteria",
     "Planned": "core.criteria",
@@ -22,12 +23,21 @@ _HOMES = {
     "FixedDepth": "core.schedules",
     "FixedLayers": "core.schedules",
     "FullDepth": "core.schedules",
+    "LinearDecay": "core.schedules",
     "PiecewiseDepth": "core.schedules",
+    "PowerDecay": "core.schedules",
     "Schedule": "core.schedules",
     "Report": "core.trace",
     "Trace": "core.trace",
     "attach": "diffusion.attach",
     "detach": "diffusion.attach",
+    "early_exit_generate": "decoding.generate",
+    "calm": "decoding.methods",
+    "d3": "decoding.methods",
+    "depth_per_request": "decoding.methods",
+    "early_termination": "decoding.methods",
+    "skipdecode": "decoding.methods",
+    "uniform_skipping": "decoding.methods",
     "DenoisingExits": "diffusion.heads",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
@@ -39,11 +49,29 @@ __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.checkpoints import checkpoint
-    from ee_diffusion.core.criteria import Criterion, Cumulative, Gate, Patience, Planned, Threshold
+    from ee_diffusion.core.criteria import Criterion, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
     from ee_diffusion.core.policy import Policy
-    from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, FullDepth, PiecewiseDepth, Schedule
+    from ee_diffusion.core.schedules import (
+        DepthPerStep,
+        FixedDepth,
+        FixedLayers,
+        FullDepth,
+        LinearDecay,
+        PiecewiseDepth,
+        PowerDecay,
+        Schedule,
+    )
     from ee_diffusion.core.session import Session
     from ee_diffusion.core.trace import Report, Trace
+    from ee_diffusion.decoding.generate import early_exit_generate
+    from ee_diffusion.decoding.methods import (
+        calm,
+        d3,
+        depth_per_request,
+        early_termination,
+        skipdecode,
+        uniform_skipping,
+    )
     from ee_diffusion.diffusion.attach import attach, detach
     from ee_diffusion.diffusion.heads import DenoisingExits
     from ee_diffusion.diffusion.methods import deediff, deediff_released

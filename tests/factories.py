@@ -9,7 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Criterion, Cumulative, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criteria import Criterion, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
 from ee_diffusion.core.loop import run_blocks
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession
@@ -426,6 +426,9 @@ _CRITERIA: dict[str, Callable[[Trace], Criterion]] = {
     "threshold": lambda trace: splitting(trace, Threshold, between(trace.scores)),
     "threshold-per-exit": lambda trace: splitting(trace, lambda q: Threshold(_per_exit(trace, q)), _QUANTILES),
     "threshold-per-step": lambda trace: splitting(trace, lambda q: Threshold(_per_step(trace, q)), _QUANTILES),
+    "threshold-decaying": lambda trace: splitting(
+        trace, lambda value: DecayingThreshold(value, 2, rate=9.0), between(trace.scores)
+    ),
     "patience-consecutive": lambda trace: splitting(trace, lambda value: Patience(value, 2), between(trace.scores)),
     "patience-total": lambda trace: splitting(
         trace, lambda value: Patience(value, (2, 2, 1, 1), consecutive=False), between(trace.scores)
@@ -467,6 +470,8 @@ def stricter(criterion: Criterion, num_layers: int) -> list[Criterion]:
         counts = criterion.patience
         counts = tuple(count + 1 for count in counts) if isinstance(counts, tuple) else counts + 1
         return [*more, Patience(criterion.threshold, counts, consecutive=sums)]
+    if isinstance(criterion, DecayingThreshold):
+        return [replace(criterion, threshold=nearer_one(criterion.threshold, share)) for share in shares]
     if isinstance(criterion, Cumulative):
         return [Cumulative(nearer_one(criterion.q, share)) for share in shares]
     if isinstance(criterion, Gate):

@@ -34,6 +34,7 @@ TABLE = {
 }
 # Folders and files that need extras of pyproject.toml; all others run on what `pip install ee-diffusion` brings.
 EXTRAS = {
+    "decoding": {"decoding"},
     "training": {"train"},
     "measure": {"eval"},
     "pictures.py": {"plot"},

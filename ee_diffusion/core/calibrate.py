@@ -20,7 +20,7 @@ from ee_diffusion.core.trace import Trace
 
 
 def replay(trace: Trace, policy: Policy) -> Tensor:
-    """Depths (S, E) at which `policy` stops the elements of a trace, decided from its stored scores.
+    """Depths (S, E) at which `policy` stops the elements of a trace, decided from its stored scores; -1: absent from the step.
 
     Raises:
         ValueError: a policy other than the trace's own, on a trace that was not recorded with `record_all`; exits that it lacks.
@@ -41,7 +41,7 @@ def replay(trace: Trace, policy: Policy) -> Tensor:
             "no score was measured in this trace: a criterion that looks at scores cannot be replayed on it"
         )
     for index, time in enumerate(trace.times.tolist()):
-        step = session.step(index, time)
+        step = session.step(index, time, absent=trace.depths[index] < 0)
         stored = trace.scores[index]  # (K, E)
         for depth in range(num_layers):
 
@@ -76,7 +76,8 @@ def value_for_budget(
     num_layers = trace.planned.shape[1]
 
     def fraction(value: float) -> float:
-        return replay(trace, policy_for(value)).float().mean().item() / num_layers
+        depths = replay(trace, policy_for(value))
+        return depths[depths >= 0].float().mean().item() / num_layers
 
     cost = fraction(low)
     if cost > budget:
@@ -96,8 +97,8 @@ def static_depths(depths: Tensor, exits: tuple[int, ...], *, num_layers: int) ->
     """
     allowed = torch.tensor([*exits, num_layers], dtype=torch.float64)
     carried, chosen = 0.0, []
-    for mean in depths.double().mean(1).tolist():
-        wanted = mean + carried
+    for row in depths:
+        wanted = row[row >= 0].double().mean().item() + carried
         depth = int(allowed[(allowed - wanted).abs().argmin()])
         carried = wanted - depth
         chosen.append(depth)

@@ -177,10 +177,12 @@ class Gate(Criterion):
 class Planned(Criterion):
     """Stop where a table says: element e at step s stops at the first exit whose depth is at least `depths[s][e]`.
 
-    Measures nothing. For controls (random exits, oracle). `depths`: (S, number of ids); an element's id is its column.
+    Measures nothing. For controls (random exits, oracle) and depths chosen by request. `depths`: (S, number of ids); an element's id is
+    its column. `every_step`: one row that holds at every step.
     """
 
     depths: tuple[tuple[int, ...], ...]
+    every_step: bool = False
 
     def __post_init__(self) -> None:
         lengths = {len(row) for row in self.depths}
@@ -190,14 +192,14 @@ class Planned(Criterion):
             )
 
     def validate(self, num_steps: int, num_exits: int) -> None:
-        if len(self.depths) != num_steps:
+        if len(self.depths) != (1 if self.every_step else num_steps):
             raise ValueError(f"the plan has {len(self.depths)} steps, this run has {num_steps}")
 
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         columns = len(self.depths[0])
         if int(elements.max()) >= columns or int(elements.min()) < 0:
             raise ValueError(f"element ids {elements.tolist()} need columns in a plan for {columns} elements")
-        row = torch.tensor(self.depths[step], device=elements.device)
+        row = torch.tensor(self.depths[0 if self.every_step else step], device=elements.device)
         return {"plan": row[elements]}  # (E,)
 
     def measure(self, observation: Observation) -> None:
@@ -207,8 +209,39 @@ class Planned(Criterion):
         return state["plan"] <= where.depth, state
 
 
+@dataclass(frozen=True)
+class DecayingThreshold(Criterion):
+    """A threshold that falls with the step (CALM, arXiv 2207.07061, sec. 3.4):
+
+    `score > 0.9 * threshold + 0.1 * threshold * exp(-rate * t / T)`, T = `horizon` in steps (of a decode: tokens), rate 4 in the paper.
+    """
+
+    threshold: float
+    horizon: int
+    rate: float = 4.0
+    score: str = "certainty"
+
+    def __post_init__(self) -> None:
+        _check_range(self.threshold, self.score)
+        if self.horizon < 1 or not self.rate >= 0:
+            raise ValueError(f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a rate >= 0")
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Any number of steps and exits fits one threshold."""
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        return {}
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        decay = math.exp(-self.rate * where.step / self.horizon)
+        return score > self.threshold * (0.9 + 0.1 * decay), state
+
+
 CRITERIA: dict[str, type[Criterion]] = {
-    kind.__name__: kind for kind in (Threshold, Patience, Cumulative, Gate, Planned)
+    kind.__name__: kind for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Gate, Planned)
 }
 
 

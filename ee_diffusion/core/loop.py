@@ -60,18 +60,18 @@ class Lane:
     def put_back(self, values: Tensor) -> Tensor:
         """values (r, ...) of the rows that ran to the end -> (R, ...) with every row that left at its place.
 
-        Nobody left: `values` itself, untouched.
+        Nobody left: `values` itself, untouched. Rows that had no part in the step get zeros.
         """
-        if not self.answers:
+        if len(values) == self.num_rows:
             return values
-        whole = values.new_empty((self.num_rows, *values.shape[1:]))
+        whole = values.new_zeros((self.num_rows, *values.shape[1:]))
         for rows, answer in [(self.step.rows, values), *self.answers]:
             whole.index_copy_(0, rows.to(whole.device), answer.to(whole.dtype))
         return whole
 
     def spread(self, values: Tensor) -> Tensor:
         """values (r, ...) -> (R, ...) with zeros in the place of the rows that left."""
-        if not self.answers:
+        if len(values) == self.num_rows:
             return values
         whole = values.new_zeros((self.num_rows, *values.shape[1:]))
         whole.index_copy_(0, self.step.rows.to(whole.device), values)

@@ -123,8 +123,65 @@ class FixedLayers(Schedule):
         return [tuple(layer in self.keep for layer in range(num_layers))]
 
 
+@dataclass(frozen=True)
+class LinearDecay(Schedule):
+    """A number of layers that falls linearly with the step (SkipDecode, arXiv 2307.02628, sec. 3):
+
+    `n(t) = round(most - (most - least) * min(t, T - 1) / (T - 1))`, T = `horizon`, halves rounded up.
+    `bottom`: W, the first W layers and the last n - W run, the middle is skipped; None: the first n layers run.
+    A layer that does not run at a step runs at no later one.
+    """
+
+    most: int
+    least: int
+    horizon: int
+    bottom: int | None
+
+    def __post_init__(self) -> None:
+        if self.horizon < 2:
+            raise ValueError(f"horizon={self.horizon}, expected at least 2 steps from the most layers to the least")
+        if self.least > self.most:
+            raise ValueError(f"least={self.least} layers and most={self.most}, expected least <= most")
+        _check_bottom(self.bottom, self.least)
+
+    def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
+        span = self.horizon - 1
+        # round half up, in integers: no platform rounds otherwise
+        gone = (2 * (self.most - self.least) * min(step, span) + span - 1) // (2 * span)
+        return _without_middle(self.most - gone, self.bottom, num_layers)
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        return _distinct(self, num_steps, num_layers)
+
+
+@dataclass(frozen=True)
+class PowerDecay(Schedule):
+    """A number of layers that falls as a power of the step (D3, arXiv 2503.08524): `n(t) = max(least, floor(L * alpha^t))`.
+
+    `bottom`: as in `LinearDecay`. A layer that does not run at a step runs at no later one.
+    """
+
+    alpha: float
+    least: int
+    bottom: int | None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}, expected in (0, 1]")
+        _check_bottom(self.bottom, self.least)
+
+    def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
+        if self.least > num_layers:
+            raise ValueError(f"least={self.least} layers, expected within 0..{num_layers} (the model has {num_layers})")
+        return _without_middle(max(self.least, int(num_layers * self.alpha**step)), self.bottom, num_layers)
+
+    def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        return _distinct(self, num_steps, num_layers)
+
+
 SCHEDULES: dict[str, type[Schedule]] = {
-    kind.__name__: kind for kind in (FullDepth, FixedDepth, DepthPerStep, PiecewiseDepth, Periodic, FixedLayers)
+    kind.__name__: kind
+    for kind in (FullDepth, FixedDepth, DepthPerStep, PiecewiseDepth, Periodic, FixedLayers, LinearDecay, PowerDecay)
 }
 
 
@@ -138,3 +195,22 @@ def _first(depth: int, num_layers: int) -> tuple[bool, ...]:
     if not 0 <= depth <= num_layers:
         raise ValueError(f"depth {depth}, expected within 0..{num_layers} (the model has {num_layers} blocks)")
     return tuple(layer < depth for layer in range(num_layers))
+
+
+def _check_bottom(bottom: int | None, least: int) -> None:
+    if bottom is not None and not 1 <= bottom < least:
+        raise ValueError(f"bottom={bottom} warm-up layers and least={least}, expected 1 <= bottom < least")
+
+
+def _without_middle(count: int, bottom: int | None, num_layers: int) -> tuple[bool, ...]:
+    """The first `bottom` layers and the last `count - bottom`; with no bottom the first `count`."""
+    first = _first(count, num_layers)
+    if bottom is None:
+        return first
+    return tuple(layer < bottom or layer >= num_layers - (count - bottom) for layer in range(num_layers))
+
+
+def _distinct(schedule: Schedule, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+    """What a schedule of the step alone says in a run, each answer once."""
+    said = (schedule.layers(step, 0.0, num_steps=num_steps, num_layers=num_layers) for step in range(num_steps))
+    return list(dict.fromkeys(said))

@@ -66,11 +66,24 @@ def low_entropy(observation: Observation) -> Tensor:
     return 1 - entropy / math.log(logits.shape[-1])
 
 
+def saturation(observation: Observation) -> Tensor:
+    """Cosine of the last token's hidden state before and after the last executed layer, `context["previous"]` (R, N, D)
+    (CALM, arXiv 2207.07061, sec. 3.5). (R,) in [-1, 1]; needs no head.
+
+    Raises:
+        ValueError: the driver keeps no previous states.
+    """
+    if "previous" not in observation.context:
+        raise ValueError("score 'saturation' needs the states before the last layer, which only decoding keeps")
+    return torch.cosine_similarity(observation.hidden[:, -1], observation.context["previous"][:, -1], dim=-1)
+
+
 SCORES: dict[str, Score] = {
     "certainty": Score(certainty, 0.0, 1.0),
     "max_probability": Score(max_probability, 0.0, 1.0),
     "margin": Score(margin, 0.0, 1.0),
     "low_entropy": Score(low_entropy, 0.0, 1.0),
+    "saturation": Score(saturation, -1.0, 1.0),
 }
 
 

@@ -66,17 +66,23 @@ class Session:
         self.finished: list[StepSession] = []
         self._open: StepSession | None = None
 
-    def step(self, index: int, time: float) -> StepSession:
+    def step(self, index: int, time: float, *, absent: Tensor | None = None) -> StepSession:
         """Begin step `index` at `time` (timestep or sigma). Steps come in order; the one before must be closed.
 
+        `absent`: (E,) bool, elements that have no part in this step (sequences that have ended); None: all take part.
+
         Raises:
-            ValueError: a step out of order or beyond the run; or one begun before the last was closed.
+            ValueError: a step out of order or beyond the run; or one begun before the last was closed; absent of another shape.
         """
         if index != len(self.finished) or index >= self.num_steps or self._open is not None:
             raise ValueError(
                 f"step {index} of {self.num_steps}, expected step {len(self.finished)} with the one before closed"
             )
+        if absent is not None and absent.shape != (len(self.elements),):
+            raise ValueError(f"absent is {tuple(absent.shape)}, expected ({len(self.elements)},): one for each element")
         self._open = StepSession(self, index, float(time))
+        if absent is not None and bool(absent.any()):
+            self._open.leave_out(absent.cpu())
         return self._open
 
     def require_open(self, step: StepSession) -> None:
@@ -134,6 +140,14 @@ class StepSession:
         self._counts = session.rows_per_element  # (E,) running rows of each element
         criterion, ids = policy.criterion, session.elements.to(session.device)
         self._state: State = {} if criterion is None else criterion.start(ids, step=index, previous=session.state)
+
+    def leave_out(self, absent: Tensor) -> None:
+        """Elements (E,) bool that have no part in this step: depth -1, no row runs."""
+        self.alive = ~absent
+        self.depths[absent] = -1
+        self._counts = self._counts.masked_fill(absent, 0)
+        self.rows = self.rows[self.alive[self.session.rows]]
+        self._elements_there = self.session.rows[self.rows].to(self.session.device)
 
     @property
     def ran(self) -> Tensor:

@@ -25,7 +25,8 @@ class Trace:
     """One run, step by step.
 
     elements (E,) ids; rows (E,) rows per element; times (S,); exits (K,) depths; planned (S, L) layers that the schedule allowed;
-    depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail); scores (S, K, E), NaN where not measured;
+    depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail; -1: absent from the step);
+    scores (S, K, E), NaN where not measured;
     ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
     evaluated on. `policy`: the policy as a dictionary; `recorded_all`: every exit was measured and nobody stopped.
     """
@@ -109,15 +110,19 @@ class Trace:
         """The run in a few numbers."""
         steps, _, layers = self.ran.shape
         blocks = self.ran.sum(2) / self.rows.clamp(min=1)  # (S, E)
-        histogram = {int(depth): int((self.depths == depth).sum()) for depth in self.depths.unique()}
+        present = self.depths >= 0  # (S, E)
+        histogram = {int(depth): int((self.depths == depth).sum()) for depth in self.depths[present].unique()}
+        each_step = [
+            row[there] if there.any() else row.new_zeros(1) for row, there in zip(blocks, present, strict=True)
+        ]
         return Report(
             num_steps=steps,
             num_elements=len(self.elements),
             num_layers=layers,
-            mean_executed=blocks.mean().item(),
-            mean_needed=self.needed.sum(2).float().mean().item(),
-            executed_per_step=tuple(blocks.mean(1).tolist()),
-            spread_per_step=tuple(blocks.std(1, correction=0).tolist()),
+            mean_executed=blocks[present].mean().item(),
+            mean_needed=self.needed.sum(2)[present].float().mean().item(),
+            executed_per_step=tuple(row.mean().item() for row in each_step),
+            spread_per_step=tuple(row.std(correction=0).item() for row in each_step),
             depth_histogram=histogram,
             measured_rows=int(self.measured.sum()),
             answered_rows=int(self.answered.sum()),
@@ -129,10 +134,12 @@ _ELEMENT_DIMS = {"elements": 0, "rows": 0, "depths": 1, "scores": 2, "ran": 1}
 
 @dataclass(frozen=True)
 class Report:
-    """A trace condensed. `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed;
-    `spread_per_step`: standard deviation over elements of the blocks executed at a step (0: every element alike);
-    `depth_histogram`: depth -> number of (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of
-    scores and of exit heads."""
+    """A trace condensed, over the elements that took part in a step.
+
+    `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed; `spread_per_step`:
+    standard deviation over elements of the blocks executed at a step (0: every element alike); `depth_histogram`: depth -> number of
+    (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads.
+    """
 
     num_steps: int
     num_elements: int
@@ -160,7 +167,7 @@ class Report:
             lines.append("nothing was skipped")
         if self.mean_executed - self.mean_needed > 1e-6:
             lines.append(f"needed by the policy: {self.mean_needed:.2f} (the difference ran without being needed)")
-        total = self.num_steps * self.num_elements
+        total = sum(self.depth_histogram.values())
         shares = ", ".join(
             f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items())
         )

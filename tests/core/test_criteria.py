@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Cumulative, Gate, Patience, Planned, Threshold, Where
+from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold, Where
 
 K, E, NAN = 4, 6, float("nan")
 
@@ -197,6 +198,7 @@ def test_numbers_out_of_range_are_refused(make):
         Patience((0.5,) * 3, 1),
         Patience(0.5, (1, 2, 3)),
         Planned(((1, 2),)),
+        Planned(((1, 2),) * 2, every_step=True),
     ],
     ids=repr,
 )
@@ -209,3 +211,23 @@ def test_wrong_lengths_are_refused(criterion):
 def test_a_plan_knows_its_elements(ids):
     with pytest.raises(ValueError, match="column"):
         Planned(((1, 2),)).start(torch.tensor(ids), step=0, previous=None)
+
+
+def test_a_plan_may_hold_at_every_step():
+    plan = Planned(((1, 2, 4),), every_step=True)
+    plan.validate(7, 4)
+    for step in (0, 6):
+        state = plan.start(torch.tensor([2, 0]), step=step, previous=None)
+        stop, _ = plan.decide(torch.full((2,), torch.nan), Where(step, 7, 0.0, 2, 1), state)
+        assert stop.tolist() == [False, True]
+
+
+def test_a_decaying_threshold_decays():
+    criterion = DecayingThreshold(0.6, 5, rate=2.0)
+    for step in (0, 3, 50):
+        limit = 0.9 * 0.6 + 0.1 * 0.6 * math.exp(-2 * step / 5)
+        stop, _ = criterion.decide(torch.tensor([limit - 1e-6, limit + 1e-6]), Where(step, 99, 0.0, 2, 1), {})
+        assert stop.tolist() == [False, True]
+    for wrong in ({"horizon": 0}, {"horizon": 5, "rate": -1.0}, {"horizon": 5, "rate": math.nan}):
+        with pytest.raises(ValueError, match="horizon"):
+            DecayingThreshold(0.6, **wrong)

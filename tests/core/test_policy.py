@@ -7,9 +7,16 @@ import json
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Cumulative, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
+from ee_diffusion.core.schedules import (
+    DepthPerStep,
+    FixedDepth,
+    FixedLayers,
+    LinearDecay,
+    PiecewiseDepth,
+    PowerDecay,
+)
 
 POLICIES = [
     Policy(),
@@ -21,6 +28,11 @@ POLICIES = [
     Policy(Cumulative(0.9)),
     Policy(Gate(0.5)),
     Policy(Planned(((1, 2), (3, 4)))),
+    Policy(Planned(((1, 2),), every_step=True)),
+    Policy(DecayingThreshold(0.5, 9)),
+    Policy(schedule=LinearDecay(4, 2, 9, bottom=1)),
+    Policy(schedule=LinearDecay(4, 2, 9, bottom=None)),
+    Policy(schedule=PowerDecay(0.9, 2, bottom=1)),
     Policy(schedule=DepthPerStep((1, 3))),
     Policy(schedule=PiecewiseDepth((10.0,), (3, 1))),
     Policy(schedule=FixedLayers((0, 2))),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from ee_diffusion.core.schedules import (
@@ -9,8 +11,10 @@ from ee_diffusion.core.schedules import (
     FixedDepth,
     FixedLayers,
     FullDepth,
+    LinearDecay,
     Periodic,
     PiecewiseDepth,
+    PowerDecay,
     depth_of,
 )
 
@@ -59,6 +63,9 @@ def test_holes():
         Periodic(2, 1),
         Periodic(3, 0, depth=6),
         FixedLayers((0, 3)),
+        LinearDecay(6, 3, 3, bottom=2),
+        LinearDecay(4, 1, 9, bottom=None),
+        PowerDecay(0.7, 2, bottom=1),
     ],
     ids=repr,
 )
@@ -80,6 +87,8 @@ def test_plans_are_all_that_layers_can_say(schedule):
         Periodic(2, 1, depth=7),
         FixedLayers((0, 6)),
         FixedLayers((-1,)),
+        LinearDecay(7, 3, 9, bottom=1),
+        PowerDecay(0.5, 7, bottom=1),
     ],
     ids=repr,
 )
@@ -98,3 +107,38 @@ def test_edges_ascend_and_have_one_depth_more(edges, depths):
 def test_a_period_counts_steps(period: int, warm_up: int):
     with pytest.raises(ValueError, match=f"period={period}, warm_up={warm_up}, expected"):
         Periodic(period, warm_up)
+
+
+def test_decays_are_their_formulas():
+    """Against slow loops; every layer that runs at a step ran at the one before."""
+    for schedule, count in (
+        (LinearDecay(6, 3, 5, bottom=2), lambda t: math.floor(6 - 3 * min(t, 4) / 4 + 0.5)),
+        (LinearDecay(5, 1, 7, bottom=None), lambda t: math.floor(5 - 4 * min(t, 6) / 6 + 0.5)),
+        (PowerDecay(0.8, 3, bottom=1), lambda t: max(3, math.floor(6 * 0.8**t))),
+        (PowerDecay(0.8, 0, bottom=None), lambda t: math.floor(6 * 0.8**t)),
+    ):
+        before = (True,) * 6
+        for t in range(12):
+            bottom = count(t) if schedule.bottom is None else schedule.bottom
+            kept = {*range(bottom), *range(6 - (count(t) - bottom), 6)}
+            layers = schedule.layers(t, 0.0, num_steps=12, num_layers=6)
+            assert layers == tuple(layer in kept for layer in range(6))
+            assert all(was or not runs for was, runs in zip(before, layers, strict=True))
+            before = layers
+
+
+@pytest.mark.parametrize(
+    "make,message",
+    [
+        (lambda: LinearDecay(5, 2, 1, bottom=1), "horizon=1"),
+        (lambda: LinearDecay(5, 6, 4, bottom=1), "least <= most"),
+        (lambda: LinearDecay(5, 2, 4, bottom=2), "bottom=2"),
+        (lambda: LinearDecay(5, 2, 4, bottom=0), "bottom=0"),
+        (lambda: PowerDecay(0.0, 2, bottom=1), "alpha=0"),
+        (lambda: PowerDecay(1.1, 2, bottom=1), "alpha=1.1"),
+        (lambda: PowerDecay(0.9, 2, bottom=3), "bottom=3"),
+    ],
+)
+def test_decays_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

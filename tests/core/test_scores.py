@@ -81,3 +81,17 @@ def test_names(monkeypatch):
     assert score_named("sureness").high == 2.0
     with pytest.raises(ValueError, match="exists already"):
         register_score("sureness", lambda observation: observation.hidden, low=0, high=1)
+
+
+def test_saturation_is_the_cosine_of_consecutive_states():
+    before, after = torch.randn(5, 3, 6, dtype=torch.float64), torch.randn(5, 3, 6, dtype=torch.float64)
+    heads = CountingHeads((1,), "output", 6, 4)
+    found = score_named("saturation").measure(Observation(heads, 0, after, {"previous": before}))
+    for row in range(5):
+        a, b = before[row, -1].tolist(), after[row, -1].tolist()
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(y * y for y in b))
+        assert float(found[row]) == pytest.approx(dot / norms, abs=1e-12)
+    assert heads.calls == 0
+    with pytest.raises(ValueError, match="only decoding keeps"):
+        score_named("saturation").measure(Observation(heads, 0, after, {}))

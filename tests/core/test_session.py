@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Patience, Planned, Threshold, Where
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
@@ -234,3 +235,32 @@ def test_record_all_measures_everything_and_stops_nobody():
     trace = session.trace()
     assert trace.recorded_all
     assert (trace.depths.tolist(), trace.scores.sum()) == ([[5, 5, 5]], 9)
+
+
+def test_an_element_that_is_absent_takes_no_part():
+    policy = Policy(Threshold(0.5), exits=(2,))
+    session = session_of(policy, rows=(0, 1, 0, 2, 1))
+    with pytest.raises(ValueError, match=r"absent is \(2,\), expected \(3,\)"):
+        session.step(0, 1.0, absent=torch.zeros(2, dtype=torch.bool))
+    step = session.step(0, 1.0, absent=torch.tensor([True, False, False]))
+    assert step.rows.tolist() == [1, 3, 4]
+    left = step.offer(2, lambda exit: torch.tensor([0.9, 0.1, 0.8]))
+    assert (left.leave.tolist(), left.rows.tolist()) == ([0, 2], [1, 4])
+    step.executed(3)
+    step.close()
+    session.step(1, 0.0, absent=torch.tensor([True, True, True])).close()
+    trace = session.trace()
+    assert trace.depths.tolist() == [[-1, 2, 5], [-1, -1, -1]]
+    assert trace.ran[0].tolist() == [[0] * 5, [0] * 5, [0, 0, 0, 1, 0]]
+    assert trace.scores[0, 0].isnan().tolist() == [True, False, False]
+    assert not trace.needed[:, 0].any()
+    assert torch.equal(replay(trace, policy), trace.depths)
+    report = trace.report()
+    assert (report.mean_executed, report.mean_needed, report.executed_per_step) == (0.5, 3.5, (0.5, 0.0))
+    assert report.depth_histogram == {2: 1, 5: 1}
+
+
+def test_nobody_is_absent_is_as_if_nothing_was_said():
+    session = session_of(Policy())
+    step = session.step(0, 1.0, absent=torch.zeros(3, dtype=torch.bool))
+    assert (len(step.rows), step.depths.tolist()) == (3, [5, 5, 5])

@@ -1,0 +1,153 @@
+"""The family table: what decoding must know of each causal language model class. Written down per class, never guessed from a shape.
+
+Here: facts. Not here: what is done with them (attach.py). R rows, N tokens, D width, H key-value heads, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb  # rotates whole heads and parts of them
+
+Rotary = tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One class of causal language models.
+
+    layers: path of the ModuleList of decoder layers. Each takes the hidden states (R, N, D) first and returns them.
+    tail: `tail(model, hidden (R, N, D))` -> logits (R, N, V), what the model does after its last layer.
+    keys_values: `keys_values(layer, hidden (R, N, D), rotary)` -> the keys and values (R, H, N, D / heads) that the layer would put into
+    the cache; `rotary`: the argument `position_embeddings` for those rows, None where the class has none.
+    cache: name of the layer's argument that holds the cache.
+    row_arguments: names of the layer's arguments that hold one entry per row of the whole batch (tensors, or tuples of them).
+    inner: a module inside a layer that every executed row passes, and no other; work is counted there.
+    """
+
+    class_name: str
+    layers: str
+    tail: Callable[[PreTrainedModel, Tensor], Tensor]
+    keys_values: Callable[[nn.Module, Tensor, Rotary], tuple[Tensor, Tensor]]
+    cache: str = "past_key_values"
+    row_arguments: tuple[str, ...] = ("attention_mask", "position_ids", "position_embeddings")
+    inner: str = "mlp"
+
+
+def _by_head(projected: Tensor, head_dim: int) -> Tensor:
+    return projected.view(*projected.shape[:-1], -1, head_dim).transpose(1, 2)  # (R, H, N, head_dim)
+
+
+def _rotated(keys: Tensor, rotary: Rotary) -> Tensor:
+    return apply_rotary_pos_emb(keys[:, :0], keys, *rotary)[1]
+
+
+def _llama_keys_values(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    attention, hidden = layer.self_attn, layer.input_layernorm(hidden)
+    keys = _by_head(attention.k_proj(hidden), attention.head_dim)
+    return _rotated(keys, rotary), _by_head(attention.v_proj(hidden), attention.head_dim)
+
+
+def _qwen3_keys_values(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    attention, hidden = layer.self_attn, layer.input_layernorm(hidden)
+    keys = attention.k_norm(attention.k_proj(hidden).view(*hidden.shape[:-1], -1, attention.head_dim)).transpose(1, 2)
+    return _rotated(keys, rotary), _by_head(attention.v_proj(hidden), attention.head_dim)
+
+
+def _opt_keys_values(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    attention = layer.self_attn
+    if layer.do_layer_norm_before:
+        hidden = layer.self_attn_layer_norm(hidden)
+    keys, values = attention.k_proj(hidden), attention.v_proj(hidden)
+    return _by_head(keys, attention.head_dim), _by_head(values, attention.head_dim)
+
+
+def _gpt2_keys_values(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    attention = layer.attn  # one fused projection: the queries are computed with it
+    _, keys, values = attention.c_attn(layer.ln_1(hidden)).split(attention.split_size, dim=2)
+    return _by_head(keys, attention.head_dim), _by_head(values, attention.head_dim)
+
+
+def _neox_keys_values(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    attention = layer.attention  # one fused projection: the queries are computed with it
+    fused = attention.query_key_value(layer.input_layernorm(hidden))
+    _, keys, values = _by_head(fused, 3 * attention.head_size).chunk(3, dim=-1)
+    return _rotated(keys, rotary), values
+
+
+def _llama_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.lm_head(model.model.norm(hidden))
+
+
+def _opt_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    decoder = model.model.decoder
+    if decoder.final_layer_norm is not None:
+        hidden = decoder.final_layer_norm(hidden)
+    if decoder.project_out is not None:
+        hidden = decoder.project_out(hidden)
+    return model.lm_head(hidden)
+
+
+def _gpt2_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.lm_head(model.transformer.ln_f(hidden))
+
+
+def _neox_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.lm_head(model.gpt_neox.final_layer_norm(hidden))
+
+
+FAMILIES: dict[str, Family] = {
+    family.class_name: family
+    for family in (
+        Family(
+            "LlamaForCausalLM", "model.layers", _llama_tail, _llama_keys_values
+        ),  # SmolLM and SmolLM2 are of this class
+        Family("MistralForCausalLM", "model.layers", _llama_tail, _llama_keys_values),
+        Family("Qwen2ForCausalLM", "model.layers", _llama_tail, _llama_keys_values),
+        Family("Qwen3ForCausalLM", "model.layers", _llama_tail, _qwen3_keys_values),
+        Family("OPTForCausalLM", "model.decoder.layers", _opt_tail, _opt_keys_values, inner="fc1"),
+        Family("GPT2LMHeadModel", "transformer.h", _gpt2_tail, _gpt2_keys_values),
+        Family("GPTNeoXForCausalLM", "gpt_neox.layers", _neox_tail, _neox_keys_values, cache="layer_past"),
+    )
+}
+
+
+def register_family(family: Family) -> None:
+    """Make a class of causal language models known.
+
+    Raises:
+        ValueError: the class is known already.
+    """
+    if family.class_name in FAMILIES:
+        raise ValueError(f"{family.class_name} is in the family table already")
+    FAMILIES[family.class_name] = family
+
+
+def family_of(model: PreTrainedModel) -> Family:
+    """The table's row for a model.
+
+    Raises:
+        ValueError: an encoder-decoder; an unknown class; a model with sliding windows or other layers that forget positions.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"{name} is an encoder-decoder, expected a decoder-only causal language model")
+    if name not in FAMILIES:
+        raise ValueError(f"no family for {name}; known: {sorted(FAMILIES)}. Add one with register_family(Family(...))")
+    kinds = {
+        type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer
+    }
+    if kinds:
+        raise ValueError(
+            f"{name} has cache layers {sorted(kinds)} (a sliding window?), expected layers that keep every position"
+        )
+    return FAMILIES[name]
+
+
+def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers of a model, in order. Raises ValueError as `family_of` does."""
+    return list(model.get_submodule(family_of(model).layers))

@@ -1,0 +1,149 @@
+"""`model.generate(..., custom_generate=early_exit_generate, exit_policy=policy)`: transformers' own token loop with exits in the model.
+
+Here: the entry point, what it refuses, what it returns. Not here: how layers are left out (attach.py), drafts that are verified
+(lossless.py).
+R sequences, S decode steps, L layers, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import depth_of
+from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.decoding.attach import DecodeAttachment
+from ee_diffusion.decoding.cache import check_cache
+from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.heads import SharedTail
+
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
+
+
+@dataclass
+class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with `return_dict_in_generate=True`: transformers' fields, and what the decode steps did.
+
+    trace: step t is the forward that reads generated token t, an element is a sequence; the prompt's forward, always at full depth, is not
+    in it. None if the policy is off or nothing but the prompt was read. propagated (S, L): rows whose keys and values were computed for
+    a layer that did not run.
+    """
+
+    trace: Trace | None = None
+    propagated: Tensor | None = None
+
+    @property
+    def report(self) -> Report:
+        """The trace condensed. Raises ValueError if there is no trace."""
+        if self.trace is None:
+            raise ValueError("there is no trace: the policy is off, or only the prompt was read")
+        return self.trace.report()
+
+
+class Progress(StoppingCriteriaList):
+    """The caller's stopping criteria. They are asked once a token, after it has been chosen: what follows is a decode step, and the
+    attachment is told so, and which sequences have ended."""
+
+    def __init__(self, criteria: StoppingCriteriaList, attachment: DecodeAttachment):
+        super().__init__(criteria)
+        self.attachment = attachment
+        self.ended: Tensor | None = None  # (R,) bool
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs) -> Tensor:
+        ended = super().__call__(input_ids, scores, **kwargs)  # (R,)
+        self.ended = ended if self.ended is None else self.ended | ended
+        self.attachment.begin(self.ended.cpu())
+        return ended
+
+
+def early_exit_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    exit_policy: Policy,
+    exit_heads: ExitHeads | None = None,
+    exit_streamer: BaseStreamer | None = None,
+    **model_kwargs,
+) -> EarlyExitDecoderOnlyOutput | GenerateDecoderOnlyOutput | Tensor:
+    """Generate with exits. To be handed to `model.generate` as `custom_generate`; greedy search and sampling.
+
+    Args:
+        exit_policy: what may run and when to stop. Off (`Policy()`): transformers' own loop, bit for bit.
+        exit_heads: exits; None: the model's own tail at the policy's depths.
+        exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
+        The rest is prepared by `generate`.
+
+    The prompt is read at full depth. A sequence that has ended takes no part in later steps.
+
+    Raises:
+        ValueError: beams or assistants, an unknown model, a cache that cannot be used, a policy that does not fit, outputs that
+            rows which left do not have (attentions, hidden states).
+    """
+    _check(model, generation_config, model_kwargs)
+    if exit_streamer is not None:
+        exit_streamer.put(input_ids.cpu())
+    arguments = {
+        "logits_processor": logits_processor,
+        "generation_config": generation_config,
+        "streamer": exit_streamer,
+        **model_kwargs,
+    }
+    if exit_policy.is_off:
+        return model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments)
+    num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
+    heads = exit_heads or default_heads(model, exit_policy, num_steps=num_steps)
+    heads.check_fits(model)
+    session = exit_policy.start(
+        len(layers_of(model)), heads.depths, rows=torch.arange(len(input_ids)), num_steps=num_steps, device=model.device
+    )
+    with DecodeAttachment(model, heads, session) as attachment:
+        result = model._sample(input_ids, stopping_criteria=Progress(stopping_criteria, attachment), **arguments)
+    if not generation_config.return_dict_in_generate:
+        return result
+    propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)  # (S, L)
+    trace = session.trace() if session.finished else None
+    return EarlyExitDecoderOnlyOutput(**result, trace=trace, propagated=propagated)
+
+
+def default_heads(model: PreTrainedModel, policy: Policy, *, num_steps: int) -> SharedTail:
+    """The model's own tail, at the policy's exits or at the depths its schedule stops at.
+
+    Raises:
+        ValueError: a criterion, but no exits: a check at every layer costs more than it saves, so the caller says where.
+    """
+    if policy.exits is not None:
+        return SharedTail(model, policy.exits)
+    if policy.criterion is not None:
+        raise ValueError("the policy has a criterion but no exits: say at which depths, each check may cost an LM head")
+    num_layers = len(layers_of(model))
+    plans = policy.schedule.plans(num_steps=num_steps, num_layers=num_layers)
+    depths = {depth for depth in map(depth_of, plans) if depth is not None} - {num_layers}
+    return SharedTail(model, tuple(sorted(depths)))
+
+
+def _check(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict) -> None:
+    """Raise ValueError for what exits cannot do, before any work."""
+    family_of(model)
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"generation mode {mode.value!r}, expected greedy search or sampling: set num_beams=1 and no assistant"
+        )
+    if config.output_attentions or config.output_hidden_states:
+        raise ValueError(
+            "output_attentions and output_hidden_states: sequences that left early have none; expected neither"
+        )
+    attention = model.config._attn_implementation
+    if attention not in ATTENTION:
+        raise ValueError(f"attention implementation {attention!r}, expected one of {ATTENTION}")
+    check_cache(model_kwargs.get("past_key_values"))

@@ -1,0 +1,263 @@
+"""Lossless decoding: the first layers draft some tokens, the others verify them at once from the drafts' own hidden states.
+
+`model.generate(..., custom_generate=lossless_generate, exit_depth=10, draft_tokens=4)` says what greedy search says. Nothing is computed
+twice: a draft's keys, values and hidden state at the exit are what the verification goes on from (the self-speculation of LayerSkip,
+arXiv 2404.16710, sec. 4.3). Sequences of a batch accept different numbers of drafts: the positions of rejected ones stay in the cache
+as holes that the attention mask hides, positions are explicit, and holes that all sequences share at the end are cut off.
+
+Here: the loop of drafts and verifications. Not here: exits without verification (generate.py).
+R sequences, N positions in the cache, K drafted positions of a cycle, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.decoding.cache import check_cache
+from ee_diffusion.decoding.families import layers_of
+
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+@dataclass
+class LosslessOutput(GenerateDecoderOnlyOutput):
+    """Sequences, and for each of them how often it was verified, how many drafts it made and how many of those were right.
+
+    verified, drafted, accepted: (R,) int64. A sequence of T tokens was verified at most T - 1 times (the first token is the prompt's).
+    """
+
+    verified: Tensor | None = None
+    drafted: Tensor | None = None
+    accepted: Tensor | None = None
+
+
+class Sections:
+    """A model whose forward runs its first `exit_depth` layers (`draft`) or the rest (`verify`). A context manager."""
+
+    def __init__(self, model: PreTrainedModel, exit_depth: int):
+        self.model, self.layers, self.exit_depth = model, layers_of(model), exit_depth
+        self.states: list[Tensor] = []  # (R, 1, D) of each drafted position, at the exit
+        self._part = "all"
+        self._interceptions: list[Interception] = []
+
+    def __enter__(self) -> Sections:
+        self._interceptions = [
+            Interception(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)
+        ]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._interceptions:
+            self._interceptions.pop().restore()
+
+    def draft(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """tokens (R, 1) through the first layers and the final norm -> (R, 1, D); keeps the state at the exit."""
+        self._part = "draft"
+        return self.model.base_model(
+            tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+
+    def verify(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        """The drafted positions (R, K) through the other layers, from the kept states -> logits (R, K, V)."""
+        self._part = "verify"
+        upper = DynamicCache()
+        # the model reads the sequence length from layer 0: of the layers that run now
+        upper.layers = [cache.layers[self.exit_depth]] * self.exit_depth + cache.layers[self.exit_depth :]
+        logits = self.model(
+            tokens, attention_mask=mask, position_ids=positions, past_key_values=upper, use_cache=True
+        ).logits
+        self.states = []
+        return logits
+
+    def _layer(self, layer: int, original, hidden: Tensor, *args, **kwargs):
+        if self._part == "draft" and layer >= self.exit_depth:
+            if layer == self.exit_depth:
+                self.states.append(hidden)
+            return hidden
+        if self._part == "verify" and layer < self.exit_depth:
+            return hidden
+        if self._part == "verify" and layer == self.exit_depth:
+            hidden = torch.cat(self.states, dim=1)  # (R, K, D)
+        return original(hidden, *args, **kwargs)
+
+
+class Sequences:
+    """What each sequence has said, by the caller's processors and criteria, and which sequences are still going.
+
+    Processors and criteria judge one sequence at a time: sequences have different lengths.
+    """
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+    ):
+        self.ids = list(input_ids)  # R tensors, each of its own length
+        self.processors, self.criteria, self.streamer = processors, criteria, streamer
+        self.going = list(range(len(input_ids)))
+        self.counts = torch.zeros(3, len(input_ids), dtype=torch.int64)  # verified, drafted, accepted
+
+    def say(self, logits: Tensor, drafted: Tensor) -> list[int]:
+        """Take the full model's tokens for the going sequences as long as they are what was drafted: logits (r, K, V), drafted (r, K), its
+        first column the token before. -> how many positions each of them keeps, 1..K. Sequences that end leave `going`."""
+        best = logits.argmax(-1) if not self.processors else None  # (r, K)
+        drafts, kept, still = drafted.tolist(), [], []
+        for row, sequence in enumerate(self.going):
+            chosen = None if best is None else best[row].tolist()
+            count, ended = self._accept(sequence, logits[row], drafts[row], chosen)
+            kept.append(count)
+            self.counts[:, sequence] += torch.tensor([1, len(drafts[row]) - 1, count - 1])
+            if not ended:
+                still.append(sequence)
+        self.going = still
+        return kept
+
+    def _accept(self, sequence: int, logits: Tensor, drafts: list[int], chosen: list[int] | None) -> tuple[int, bool]:
+        for place in range(len(drafts)):
+            if place and int(self.ids[sequence][-1]) != drafts[place]:
+                return place, False
+            ids = self.ids[sequence]  # (n,)
+            token = self._processed(sequence, logits[place]) if chosen is None else ids.new_tensor([chosen[place]])
+            self.ids[sequence] = torch.cat([ids, token])
+            if self.streamer is not None:
+                self.streamer.put(token.cpu())
+            if bool(self.criteria(self.ids[sequence][None], None)[0]):
+                return place + 1, True
+        return len(drafts), False
+
+    def _processed(self, sequence: int, logits: Tensor) -> Tensor:
+        """The best token (1,) after the caller's processors, logits (V,). Some of these hold values for each sequence of the batch:
+        they get as many, all like this one, and only its own place counts."""
+        ids = self.ids[sequence].expand(len(self.ids), -1)  # (R, n)
+        scores = self.processors(ids, logits.float().expand(len(self.ids), -1).clone())  # (R, V)
+        return scores[sequence].argmax(-1, keepdim=True)
+
+    def padded(self, pad: int) -> Tensor:
+        """(R, n) all sequences, padded on the right."""
+        return torch.nn.utils.rnn.pad_sequence(self.ids, batch_first=True, padding_value=pad)
+
+
+def lossless_generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    exit_depth: int,
+    draft_tokens: int,
+    exit_streamer: BaseStreamer | None = None,
+    **model_kwargs,
+) -> LosslessOutput | Tensor:
+    """Greedy search in cycles: `draft_tokens` positions through the first `exit_depth` layers, then all of them through the rest at once.
+
+    Each cycle adds 1 to `draft_tokens` tokens to every sequence, whatever its batch-mates do. To be handed to `model.generate` as
+    `custom_generate`. Tokens are those of greedy search up to rounding: a position that is verified beside others may differ in the
+    last bits, which shows where the two best tokens are that close. `exit_streamer`: for one sequence; gets prompt and tokens.
+
+    Raises:
+        ValueError: sampling, beams or assistants; exit_depth outside 1..L-1; draft_tokens below 2; a cache that is not empty or not
+            a DynamicCache; scores, logits, attentions or hidden states asked for; arguments of the model that are not known here.
+    """
+    _check(model, generation_config, model_kwargs, exit_depth=exit_depth, draft_tokens=draft_tokens)
+    if input_ids.shape[1] == 0:
+        raise ValueError("input_ids are empty, expected a prompt of tokens (inputs_embeds are not supported)")
+    if exit_streamer is not None:
+        if len(input_ids) > 1:
+            raise ValueError(f"exit_streamer with {len(input_ids)} sequences, expected one")
+        exit_streamer.put(input_ids.cpu())
+    sequences = Sequences(input_ids, logits_processor, stopping_criteria, exit_streamer)
+    with Sections(model, exit_depth) as sections:
+        _decode(sections, sequences, input_ids, model_kwargs, draft_tokens)
+    if exit_streamer is not None:
+        exit_streamer.end()
+    pad = generation_config._pad_token_tensor
+    ids = sequences.padded(0 if pad is None else int(pad))
+    if not generation_config.return_dict_in_generate:
+        return ids
+    verified, drafted, accepted = sequences.counts
+    return LosslessOutput(sequences=ids, verified=verified, drafted=drafted, accepted=accepted)
+
+
+def _decode(sections: Sections, sequences: Sequences, input_ids: Tensor, model_kwargs: dict, draft_tokens: int) -> None:
+    """The prompt at full depth, then cycles until every sequence has ended."""
+    model, cache = sections.model, model_kwargs["past_key_values"]
+    given = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if given is None else given.long()  # (R, N)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(
+        input_ids, attention_mask=given, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).logits
+    before = list(sequences.going)
+    sequences.say(logits, input_ids[:, -1:])
+    sequences.counts.zero_()  # the prompt was not drafted
+    mask, next_position = _only(before, sequences.going, cache, mask, positions[:, -1:] + 1)
+    while sequences.going:
+        before, tokens = (
+            list(sequences.going),
+            torch.stack([sequences.ids[row][-1:] for row in sequences.going]),
+        )  # (r, 1)
+        mask = torch.cat([mask, mask.new_ones(len(tokens), draft_tokens)], dim=1)  # (r, N + K)
+        places = next_position + torch.arange(draft_tokens, device=mask.device)  # (r, K)
+        for k in range(draft_tokens):
+            seen = mask[:, : mask.shape[1] - draft_tokens + k + 1]
+            hidden = sections.draft(tokens[:, -1:], mask=seen, positions=places[:, k : k + 1], cache=cache)
+            if k + 1 < draft_tokens:  # the last position is only verified
+                tokens = torch.cat([tokens, model.get_output_embeddings()(hidden).argmax(-1)], dim=1)
+        logits = sections.verify(tokens, mask=mask, positions=places, cache=cache)  # (r, K, V)
+        kept = torch.tensor(sequences.say(logits, tokens), device=mask.device)[:, None]  # (r, 1)
+        mask[:, -draft_tokens:] = (torch.arange(draft_tokens, device=mask.device) < kept).long()
+        spare = draft_tokens - int(kept.max())
+        cache.crop(-spare)
+        mask = mask[:, : mask.shape[1] - spare]
+        mask, next_position = _only(before, sequences.going, cache, mask, next_position + kept)
+
+
+def _only(before: list[int], going: list[int], cache: DynamicCache, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The cache and tensors (r, ...) of the sequences that are still going."""
+    if len(going) == len(before) or not going:
+        return tensors
+    rows = torch.tensor([before.index(sequence) for sequence in going], device=tensors[0].device)
+    cache.batch_select_indices(rows)
+    return tuple(tensor.index_select(0, rows) for tensor in tensors)
+
+
+def _check(
+    model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict, *, exit_depth: int, draft_tokens: int
+) -> None:
+    """Raise ValueError for what lossless decoding cannot do, before any work."""
+    num_layers, mode = len(layers_of(model)), config.get_generation_mode()
+    if mode is not GenerationMode.GREEDY_SEARCH:
+        raise ValueError(
+            f"generation mode {mode.value!r}, expected greedy search (do_sample=False, num_beams=1, no assistant)"
+        )
+    if not 1 <= exit_depth < num_layers:
+        raise ValueError(
+            f"exit_depth={exit_depth}, expected within 1..{num_layers - 1}: the model has {num_layers} layers"
+        )
+    if draft_tokens < 2:
+        raise ValueError(
+            f"draft_tokens={draft_tokens}, expected at least 2: the last position of a cycle is only verified"
+        )
+    if config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
+        raise ValueError(
+            "output_scores, output_logits, output_attentions, output_hidden_states: expected none of them here"
+        )
+    check_cache(model_kwargs.get("past_key_values"))
+    if model_kwargs["past_key_values"].get_seq_length():
+        raise ValueError(
+            f"a cache of {model_kwargs['past_key_values'].get_seq_length()} positions, expected an empty one"
+        )
+    unknown = sorted(name for name, value in model_kwargs.items() if name not in _KNOWN and value is not None)
+    if unknown:
+        raise ValueError(f"arguments {unknown} of the model, expected none but {sorted(_KNOWN)}")

@@ -1,0 +1,95 @@
+"""Exit heads of language models: the model's own tail at a depth, learned certainties, saving, and what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from language import EXITS, LAYERS, MODELS, TOKENS, discarding, generate, model_named, plain, prompts
+from safetensors.torch import save_file
+
+from ee_diffusion.core.calibrate import replay
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.decoding.families import Family, family_of, layers_of, register_family
+from ee_diffusion.decoding.heads import LearnedExits, SharedTail
+
+
+def learned(model) -> LearnedExits:
+    exits = LearnedExits(EXITS, 32).double()
+    with torch.no_grad():
+        for classifier in exits.classifiers:
+            classifier.weight.mul_(4)
+    return exits.bind(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_shared_tail_is_that_of_the_model(name: str):
+    model, states = model_named(name), []
+    handle = layers_of(model)[-1].register_forward_hook(lambda module, args, output: states.append(output))
+    logits = model(**prompts()).logits
+    handle.remove()
+    heads = SharedTail(model, EXITS)
+    torch.testing.assert_close(heads.answer(0, states[0], {}), logits[:, -1], rtol=1e-12, atol=1e-12)
+
+
+def test_learned_exits_decide():
+    model = model_named("llama")
+    exits = learned(model)
+    everything = generate(model, Policy(Threshold(0.5), record_all=True), exit_heads=exits).trace
+    threshold = float(everything.scores.nanmedian())
+    policy = Policy(Threshold(threshold))
+    live = generate(model, policy, exit_heads=exits)
+    assert live.trace.exits.tolist() == list(EXITS)
+    assert len(live.trace.depths.unique()) >= 2
+    assert torch.equal(replay(live.trace, policy), live.trace.depths)
+    row = 1
+    inputs = {name: value[row : row + 1, -4:] for name, value in prompts().items()}
+    with discarding(model, live.trace.depths[:, row].tolist(), None):
+        slow = plain(model, inputs)
+    assert torch.equal(slow.sequences[0, -TOKENS:], live.sequences[row, -TOKENS:])
+
+
+def test_learned_exits_are_saved_and_loaded(tmp_path: Path):
+    model = model_named("llama")
+    exits = learned(model)
+    exits.float().save(tmp_path / "exits.safetensors")
+    loaded = LearnedExits.load(tmp_path / "exits.safetensors").bind(model)
+    assert (loaded.depths, loaded.width) == (EXITS, 32)
+    hidden = torch.randn(3, 1, 32)
+    for exit in range(len(EXITS)):
+        assert torch.equal(loaded.certainty(exit, hidden, {}), exits.certainty(exit, hidden, {}))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exits.safetensors"]
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no exits"):
+        LearnedExits.load(tmp_path / "other.safetensors")
+
+
+def test_exits_of_another_model_are_refused():
+    model, other = model_named("llama"), model_named("qwen2")
+    policy = Policy(Threshold(0.5))
+    with pytest.raises(ValueError, match="bind"):
+        generate(model, policy, exit_heads=LearnedExits(EXITS, 32))
+    with pytest.raises(ValueError, match="another"):
+        generate(model, policy, exit_heads=learned(other))
+    with pytest.raises(ValueError, match="another"):
+        generate(model, policy, exit_heads=SharedTail(other, EXITS))
+    with pytest.raises(ValueError, match="width 16"):
+        LearnedExits(EXITS, 16).bind(model)
+    with pytest.raises(ValueError, match="6 layers"):
+        LearnedExits((LAYERS,), 32).bind(model)
+    with pytest.raises(ValueError, match="ascending"):
+        LearnedExits((3, 2), 32)
+
+
+def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ee_diffusion.decoding.families.FAMILIES", {})
+    model = model_named("llama")
+    with pytest.raises(ValueError, match="register_family"):
+        family_of(model)
+    row = Family("LlamaForCausalLM", "model.layers", lambda model, hidden: hidden, lambda *_: None)
+    register_family(row)
+    assert family_of(model) is row
+    with pytest.raises(ValueError, match="already"):
+        register_family(row)

@@ -1,0 +1,130 @@
+"""Drafts that are verified: the tokens of greedy search for every family and batch, nothing computed twice, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from language import LAYERS, LENGTHS, MODELS, TOKENS, Listener, alone, model_named, plain, prompts
+from transformers import DynamicCache, PreTrainedModel
+
+from ee_diffusion.decoding.attach import running_modules
+from ee_diffusion.decoding.families import layers_of
+from ee_diffusion.decoding.lossless import LosslessOutput, lossless_generate
+
+EXIT, LONGER = 3, 13
+
+
+@functools.cache
+def well_drafted() -> PreTrainedModel:
+    """A model whose upper layers change little, so that some drafts are right."""
+    model = copy.deepcopy(model_named("llama"))
+    with torch.no_grad():
+        for layer in layers_of(model)[EXIT:]:
+            layer.mlp.down_proj.weight.mul_(0.3)
+            layer.self_attn.o_proj.weight.mul_(0.3)
+    return model
+
+
+def lossless(model, inputs=None, *, exit_depth: int = EXIT, draft_tokens: int = 4, **more) -> LosslessOutput:
+    options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
+    inputs = prompts() if inputs is None else inputs
+    modes = {"custom_generate": lossless_generate, "exit_depth": exit_depth, "draft_tokens": draft_tokens}
+    return model.generate(**inputs, **modes, **options | more)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_says_what_greedy_search_says(name: str):
+    model = model_named(name)
+    assert torch.equal(lossless(model, draft_tokens=3).sequences, plain(model).sequences)
+
+
+@pytest.mark.parametrize("exit_depth,draft_tokens", [(1, 2), (2, 5), (EXIT, 4), (LAYERS - 1, 20)])
+def test_for_every_depth_and_length_of_draft(exit_depth: int, draft_tokens: int):
+    out = lossless(well_drafted(), exit_depth=exit_depth, draft_tokens=draft_tokens, max_new_tokens=LONGER)
+    assert torch.equal(out.sequences, plain(well_drafted(), max_new_tokens=LONGER).sequences)
+    assert torch.equal(out.drafted, out.verified * (draft_tokens - 1))
+    assert (out.accepted <= out.drafted).all()
+    assert (out.verified + out.accepted == LONGER - 1).all()
+
+
+def test_batch_mates_do_not_matter():
+    together = lossless(well_drafted(), max_new_tokens=LONGER)
+    assert len(together.verified.unique()) > 1, "every sequence accepts alike: the batch was not tried"
+    assert together.accepted.sum() > 0
+    for row in range(len(LENGTHS)):
+        one = lossless(well_drafted(), alone(row), max_new_tokens=LONGER)
+        assert torch.equal(one.sequences[0, -LONGER:], together.sequences[row, -LONGER:])
+        assert (one.verified, one.accepted) == (together.verified[row], together.accepted[row])
+
+
+def test_the_callers_processors_and_ends():
+    model = well_drafted()
+    end = int(plain(model).sequences[2, -TOKENS + 2])
+    options = {"eos_token_id": end, "repetition_penalty": 1.3, "min_new_tokens": 2, "max_new_tokens": LONGER}
+    stock = plain(model, **options).sequences
+    assert (stock == end).any()
+    assert torch.equal(lossless(model, **options).sequences, stock)
+    assert torch.equal(lossless(model, max_new_tokens=1).sequences, plain(model, max_new_tokens=1).sequences)
+
+
+@pytest.mark.parametrize("inputs", [None, alone(0)], ids=["batch", "alone"])
+def test_nothing_is_computed_twice(inputs):
+    """Rows x positions inside each layer, and holes in the cache: none for one sequence, few for a batch."""
+    model, counts = well_drafted(), [0] * LAYERS
+    handles = [
+        module.register_forward_pre_hook(
+            lambda module, args, layer=layer: counts.__setitem__(layer, counts[layer] + args[0][..., 0].numel())
+        )
+        for layer, module in enumerate(running_modules(model))
+    ]
+    cache = DynamicCache(config=model.config)
+    out = lossless(model, inputs, past_key_values=cache, max_new_tokens=LONGER)
+    for handle in handles:
+        handle.remove()
+    rows, width = (1, LENGTHS[0]) if inputs is not None else (len(LENGTHS), max(LENGTHS))
+    assert counts == [rows * width + 4 * int(out.verified.sum())] * LAYERS
+    lengths = {layer.get_seq_length() for layer in cache.layers}
+    assert len(lengths) == 1
+    if inputs is not None:
+        assert lengths == {width + LONGER - 1}
+
+
+def test_the_model_is_restored_and_the_streamer_hears_it():
+    model, listener = well_drafted(), Listener()
+    before = [dict(module.__dict__) for module in model.modules()]
+    out = lossless(model, alone(1), exit_streamer=listener)
+    assert [token for tokens in listener.heard for token in tokens] == out.sequences[0].tolist()
+    assert listener.done == 1
+    for module, had in zip(model.modules(), before, strict=True):
+        assert module.__dict__.keys() == had.keys()
+    plain_ids = lossless(model, alone(1), return_dict_in_generate=False)
+    assert torch.equal(plain_ids, out.sequences)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"exit_depth": 0}, "within 1..5"),
+        ({"exit_depth": LAYERS}, "within 1..5"),
+        ({"draft_tokens": 1}, "at least 2"),
+        ({"do_sample": True}, "expected greedy search"),
+        ({"num_beams": 2}, "expected greedy search"),
+        ({"output_logits": True}, "output_logits"),
+        ({"use_cache": False}, "DynamicCache"),
+        ({"exit_streamer": Listener()}, "expected one"),
+        ({"output_hidden_states": True}, "output_hidden_states"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        lossless(model_named("llama"), **options)
+
+
+def test_a_cache_in_use_is_refused():
+    model, cache = model_named("llama"), DynamicCache(config=model_named("llama").config)
+    model(**alone(0), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match="expected an empty one"):
+        lossless(model, alone(0), past_key_values=cache)

@@ -1,0 +1,58 @@
+"""Text scores on texts whose scores are known, agreement counted by hand, intervals that hold the mean."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ee_diffusion.measure.texts import agreement, bootstrap_interval, perplexity, text_scores
+
+
+def lcs(one: list[str], two: list[str]) -> int:
+    if not one or not two:
+        return 0
+    if one[0] == two[0]:
+        return 1 + lcs(one[1:], two[1:])
+    return max(lcs(one[1:], two), lcs(one, two[1:]))
+
+
+def test_rouge_is_the_longest_common_subsequence_of_the_best_reference():
+    text, references = "the cat sat on a mat", ["a dog ran", "the cat lay on the mat"]
+    found = text_scores([text, "same words"], [references, ["same words"]], resamples=200, seed=0)
+    best = 0.0
+    for reference in references:
+        common = lcs(text.split(), reference.split())
+        precision, recall = common / len(text.split()), common / len(reference.split())
+        best = max(best, 2 * precision * recall / (precision + recall) if common else 0.0)
+    assert found["rougeL"] == pytest.approx((best + 1) / 2, abs=1e-6)
+    assert found["rougeL_low"] <= found["rougeL"] <= found["rougeL_high"]
+    perfect = text_scores(["one two three four"], [["one two three four"]], resamples=10, seed=0)
+    assert (perfect["rougeL"], perfect["bleu"], perfect["chrf"]) == pytest.approx((1.0, 1.0, 1.0))
+
+
+def test_agreement_by_hand():
+    tokens, reference = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 2, 3, 4], [5, 0, 7, 8]])
+    assert agreement(tokens, reference) == {"tokens": 7 / 8, "prefix": (1 + 1 / 4) / 2, "sequences": 0.5}
+
+
+def test_perplexity_is_its_formula():
+    logits, targets = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([[0, 4, -100], [2, -100, 1]])
+    total, count = 0.0, 0
+    for row, place in [(0, 0), (0, 1), (1, 0), (1, 2)]:
+        values = logits[row, place].tolist()
+        total -= values[int(targets[row, place])] - math.log(sum(math.exp(value) for value in values))
+        count += 1
+    assert perplexity(logits, targets) == pytest.approx(math.exp(total / count), rel=1e-6)
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(ValueError, match="expected as many"):
+        text_scores(["a"], [["a"], ["b"]], resamples=1, seed=0)
+    with pytest.raises(ValueError, match="expected as many"):
+        text_scores(["a"], [[]], resamples=1, seed=0)
+    with pytest.raises(ValueError, match="resamples=0"):
+        bootstrap_interval(torch.ones(3), resamples=0, seed=0)
+    with pytest.raises(ValueError, match="one shape"):
+        agreement(torch.zeros(2, 3), torch.zeros(2, 4))
