@@ -30,7 +30,8 @@ class Weights:
 
     rate, divergence, direction: PALBERT's and PonderNet's prior, its weight and the direction of the KL.
     trade_off: JEI-DNN's lambda, what the whole model's cost is worth in nats (it has no default).
-    warm_up: its batches of heads alone at the beginning; phase: batches of gates, then as many of heads, in turn. released: the cancelling weights of JEI-DNN's code.
+    warm_up: JEI-DNN's batches of heads alone at the beginning; phase: batches of gates, then as many of heads, in turn.
+    released: the cancelling weights of JEI-DNN's code.
 
     Raises:
         ValueError: a number out of range.

@@ -46,7 +46,9 @@ def test_off_on_saved_and_loaded(name: str, tmp_path: Path):
         loaded = EarlyExitClassifier.from_pretrained(tmp_path)
         assert loaded.policy == fastbert(0.6)
         assert not loaded.training
-        assert torch.equal(loaded(**batch).logits, live)
+        torch.testing.assert_close(
+            loaded(**batch).logits, live, rtol=1e-5, atol=1e-5
+        )  # weights lie elsewhere in memory
     assert torch.equal(traces[0].depths, expected[0].depths)
     for key, value in classifier.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
