@@ -1,10 +1,10 @@
-"""Fine-tune a text classifier, alone or with exits: PALBERT, PonderNet, PABEE, DeeBERT, FastBERT, BERxiT, JEI-DNN.
+"""Fine-tune a text classifier, alone or with exits: PALBERT, PonderNet, PABEE, DeeBERT, FastBERT, BERxiT, JEI-DNN, Magic Pyramid.
 
 accelerate launch --num_cpu_threads_per_process 2 train/classifier.py --method palbert --init_from MODEL --num_labels 2 \
     --text_files sst2/train_full.tsv --text_columns sentence --output_dir runs/palbert
 
 `--init_from`: a classifier or encoder of transformers, or the `model` folder of an earlier run (deebert, fastbert and jei_dnn train exits
-on a frozen one: fine-tune it first with `--method plain`). `--dry-run` prints the resolved settings; `--resume_from_checkpoint latest`
+on a frozen one: fine-tune it first with `--method plain`, or for Magic Pyramid with magic_soft, then magic_hard, then fastbert). `--dry-run` prints the resolved settings; `--resume_from_checkpoint latest`
 goes on after a stop. Writes model/ (`EarlyExitClassifier.from_pretrained` and transformers' pipelines take it, its tokeniser is in it),
 log.jsonl, config.json, report.json.
 """
@@ -30,7 +30,7 @@ from ee_diffusion.encoder.attach import positions
 from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.methods import EXITS
-from ee_diffusion.encoder.objective import ClassifierObjective, Weights
+from ee_diffusion.encoder.objective import PLAIN, ClassifierObjective, Weights
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import TextDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
@@ -50,7 +50,8 @@ class ClassifierConfig:
     """
 
     method: str = _flag(
-        "plain (no exits are trained) or one of palbert, pondernet, pabee, deebert, fastbert, berxit, jei_dnn.", "plain"
+        "plain, magic_soft or magic_hard (no exits are trained) or one of palbert, pondernet, pabee, deebert, fastbert, berxit, jei_dnn.",
+        "plain",
     )
     init_from: str | None = _flag("Folder or Hub name to start from.")
     num_labels: int = _flag("Classes; 1: regression.", 2)
@@ -65,9 +66,13 @@ class ClassifierConfig:
     phase: int = _flag("Batches of each phase (jei_dnn).", 200)
     released: bool = _flag("The released weighting that cancels (jei_dnn).", False)
 
+    mask_weight: float | None = _flag("What a kept token costs (magic_soft).")
+    temperature: float | None = _flag("T of the fading (magic_soft).")
+    top_threshold: float | None = _flag("The last layer's saliency threshold to begin with (magic_soft).")
+
     def __post_init__(self):
-        if self.method != "plain" and self.method not in EXITS:
-            raise ValueError(f"method={self.method!r}, expected plain or one of {sorted(EXITS)}")
+        if self.method not in (*PLAIN, *EXITS):
+            raise ValueError(f"method={self.method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
         if self.num_labels < 1:
             raise ValueError(f"num_labels={self.num_labels}, expected at least 1")
 
@@ -80,6 +85,9 @@ class ClassifierConfig:
             warm_up=self.warm_up,
             phase=self.phase,
             released=self.released,
+            mask_weight=self.mask_weight,
+            temperature=self.temperature,
+            top_threshold=self.top_threshold,
         )
 
 
@@ -93,25 +101,26 @@ def parse() -> tuple[ClassifierConfig, TextDataConfig, TrainConfig, bool]:
     return *configs, rest.dry_run
 
 
-def build_model(config: ClassifierConfig) -> PreTrainedModel:
-    """The stock classifier to start from."""
+def build_model(config: ClassifierConfig) -> tuple[PreTrainedModel, tuple[float, ...] | None]:
+    """The stock classifier to start from, and its pruning thresholds, if it has some."""
     if not config.init_from:
         raise ValueError(f"init_from={config.init_from!r}, expected the folder or name of a model to start from")
     if isinstance(AutoConfig.from_pretrained(config.init_from), EarlyExitConfig):
-        model = EarlyExitClassifier.from_pretrained(config.init_from).model
-        if model.config.num_labels != config.num_labels:
-            raise ValueError(f"{config.init_from} has {model.config.num_labels} labels, num_labels={config.num_labels}")
-        return model
+        begun = EarlyExitClassifier.from_pretrained(config.init_from)
+        if begun.config.num_labels != config.num_labels:
+            raise ValueError(f"{config.init_from} has {begun.config.num_labels} labels, num_labels={config.num_labels}")
+        return begun.model, begun.pruning
     options = {"num_labels": config.num_labels, "dtype": torch.float32}
-    return AutoModelForSequenceClassification.from_pretrained(config.init_from, **options)
+    return AutoModelForSequenceClassification.from_pretrained(config.init_from, **options), None
 
 
 def build_objective(config: ClassifierConfig) -> ClassifierObjective:
-    model = build_model(config)
+    model, pruning = build_model(config)
     head, judge = EXITS.get(config.method, ("shared", "none"))
     depths = None if config.exit_depths is None else tuple(config.exit_depths)
     exits = ClassifierExits.for_model(model, depths, head=head, judge=judge)
     classifier = EarlyExitClassifier.from_classifier(model, exits)
+    classifier.pruning = pruning
     return ClassifierObjective(classifier, method=config.method, weights=config.weights())
 
 
@@ -135,7 +144,7 @@ def main() -> None:
     )
 
     def save(folder: Path, trained: ClassifierObjective) -> None:
-        trained.classifier.save_pretrained(folder / "model")
+        trained.trained().save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
 
     trainer = Trainer(objective, source, train, save=save, identity=asdict(config))

@@ -21,6 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.encoder.families import family_of
+from ee_diffusion.encoder.tokens import TokenLane, TokenTrace, check_pruning
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 EXTRAS = ("output_hidden_states", "output_attentions")
@@ -28,21 +29,33 @@ EXTRAS = ("output_hidden_states", "output_attentions")
 
 @contextmanager
 def attach(
-    model: nn.Module, exits: ClassifierExits, policy: Policy, *, elements: Tensor | None = None
+    model: nn.Module,
+    exits: ClassifierExits,
+    policy: Policy,
+    *,
+    elements: Tensor | None = None,
+    pruning: tuple[float, ...] | None = None,
+    token_traces: list[TokenTrace] | None = None,
 ) -> Iterator[list[Trace]]:
     """Within, every forward of `model` runs under `policy`; yields a list to which each forward appends its trace.
 
     Outside the model computes exactly what it did before. `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1.
-    Labels given to a forward are compared with the answers of all rows, early or not.
+    Labels given to a forward are compared with the answers of all rows, early or not. `pruning`: saliency below which a token is removed,
+    one threshold per layer (tokens.py); what was removed is appended to `token_traces`.
 
     Raises:
         ValueError: an unknown class; exits of another model; a score that these exits cannot give; in a forward: an input longer than
-            the model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows.
+            the model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows; thresholds of
+            the wrong number or range, or a class whose tokens cannot be removed.
     """
     exits.check_fits(model)
     check_policy(policy, exits)
-    run = _Run(model, exits, policy, elements)
-    interceptions = [Interception(block, run.block) for block in run.family.blocks(model)]
+    if pruning is not None:
+        check_pruning(model, pruning)
+    run = _Run(model, exits, policy, elements, pruning=pruning)
+    run.token_traces = [] if token_traces is None else token_traces
+    blocks = run.family.blocks(model)
+    interceptions = [Interception(block, functools.partial(run.block, block)) for block in blocks]
     interceptions.append(Interception(model, run.forward))
     try:
         yield run.traces
@@ -83,12 +96,22 @@ def watching(model: nn.Module) -> Iterator[list[Tensor]]:
 class _Run:
     """The interceptors of one `attach`."""
 
-    def __init__(self, model: nn.Module, exits: ClassifierExits, policy: Policy, elements: Tensor | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        exits: ClassifierExits,
+        policy: Policy,
+        elements: Tensor | None,
+        *,
+        pruning: tuple[float, ...] | None,
+    ):
         self.model, self.policy, self.elements = model, policy, elements
         self.heads, self.family = ClassifierHeads(model, exits), family_of(model)
         self.num_layers = self.family.num_layers(model)
         self.traces: list[Trace] = []
         self.lane: Lane | None = None
+        self.pruning, self.tokens = pruning, None
+        self.token_traces: list[TokenTrace] = []
         self.calls = 0  # of blocks in this forward: the next one's layer
         self.names = _names(self.family.blocks(model)[0])
 
@@ -109,12 +132,16 @@ class _Run:
         )
         step = session.step(0, 0.0)
         self.lane, self.calls = Lane(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
+        if self.pruning is not None:
+            self.tokens = TokenLane(self.pruning, mask, rows=len(given))
         try:
             output = original(**arguments, return_dict=True)
             output.logits = self._answers(output.logits)
         finally:
-            self.lane = None
+            self.lane, tokens, self.tokens = None, self.tokens, None
         step.close()
+        if tokens is not None:
+            self.token_traces.append(tokens.trace())
         self.traces.append(session.trace())
         if labels is not None:
             loss = self.model.loss_function(labels, output.logits, self.model.config)
@@ -133,7 +160,7 @@ class _Run:
         """logits (r or R, C) of the tail -> (R, C) with the answers of the rows that left."""
         return self.lane.put_back(self.lane.running(logits) if self.family.tail_takes_all else logits)
 
-    def block(self, original, *args, **kwargs):
+    def block(self, block: nn.Module, original, *args, **kwargs):
         """One layer: let rows leave, then run on the rest."""
         lane, layer = self.lane, self.calls
         if lane is None:
@@ -143,8 +170,13 @@ class _Run:
         hidden = lane.offer(layer, arguments.pop(self.names[0]))  # (r, N, D)
         if lane.step.runs(layer):
             arguments = {name: self._rows_of(name, value) for name, value in arguments.items()}
-            hidden = original(hidden, **arguments)
-            hidden = hidden[0] if self.family.returns_tuple else hidden
+            if self.tokens is None:
+                hidden = original(hidden, **arguments)
+                hidden = hidden[0] if self.family.returns_tuple else hidden
+            else:
+                hidden = self.tokens.layer(
+                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows
+                )
             lane.step.executed(layer)
         if layer == self.num_layers - 1 and self.family.tail_takes_all:
             hidden = lane.spread(hidden)  # (R, N, D)

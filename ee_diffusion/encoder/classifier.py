@@ -25,18 +25,26 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder.attach import attach, check_length, check_policy
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import FAMILIES, family_of
+from ee_diffusion.encoder.tokens import check_pruning
 
 TASK = ("id2label", "label2id", "problem_type")  # what pipelines read off a classifier's config
 
 
 class EarlyExitConfig(PreTrainedConfig):
     """base: the stock classifier's config as a dictionary, its class among `architectures`; exits: `ClassifierExits.settings()`;
-    policy: `Policy.to_dict()`."""
+    policy: `Policy.to_dict()`; pruning: thresholds of saliency, one per layer, or None."""
 
     model_type = "early_exit_classifier"
 
-    def __init__(self, base: dict | None = None, exits: dict | None = None, policy: dict | None = None, **kwargs):
-        self.base, self.exits = base, exits
+    def __init__(
+        self,
+        base: dict | None = None,
+        exits: dict | None = None,
+        policy: dict | None = None,
+        pruning: list[float] | None = None,
+        **kwargs,
+    ):
+        self.base, self.exits, self.pruning = base, exits, pruning
         self.policy = Policy().to_dict() if policy is None else policy
         super().__init__(**kwargs)
 
@@ -97,6 +105,17 @@ class EarlyExitClassifier(PreTrainedModel):
         check_policy(policy, self.exits)
         self.config.policy = policy.to_dict()
 
+    @property
+    def pruning(self) -> tuple[float, ...] | None:
+        """Saliency below which a token is removed, one threshold per layer (Magic Pyramid; tokens.py); None: all stay. Saved too."""
+        return None if self.config.pruning is None else tuple(self.config.pruning)
+
+    @pruning.setter
+    def pruning(self, thresholds: tuple[float, ...] | None) -> None:
+        if thresholds is not None:
+            check_pruning(self.model, thresholds)
+        self.config.pruning = None if thresholds is None else list(thresholds)
+
     @contextmanager
     def recording(self) -> Iterator[list[Trace]]:
         """Within, every forward appends its trace to the list that this yields (nothing while the policy is off)."""
@@ -130,9 +149,9 @@ class EarlyExitClassifier(PreTrainedModel):
         }
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         check_length(self.model, arguments)
-        if self.policy.is_off:
+        if self.policy.is_off and self.pruning is None:
             return self.model(**arguments)
-        with attach(self.model, self.exits, self.policy, elements=elements) as traces:
+        with attach(self.model, self.exits, self.policy, elements=elements, pruning=self.pruning) as traces:
             output = self.model(**arguments)
         if self._traces is not None:
             self._traces.extend(traces)

@@ -6,20 +6,23 @@ B samples, N tokens, D width, C classes, K exits, A = K + 1 answers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core import classifier_losses as losses
+from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.scores import Observation
-from ee_diffusion.encoder.attach import watching
+from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.costs import costs_of
 from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.families import family_of
 from ee_diffusion.encoder.methods import EXITS
+from ee_diffusion.encoder.tokens import soft_pruning
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
@@ -32,6 +35,8 @@ class Weights:
     trade_off: JEI-DNN's lambda, what the whole model's cost is worth in nats (it has no default).
     warm_up: JEI-DNN's batches of heads alone at the beginning; phase: batches of gates, then as many of heads, in turn.
     released: the cancelling weights of JEI-DNN's code.
+    mask_weight, temperature, top_threshold: Magic Pyramid's soft stage: what a kept token costs, T of the sigmoid, and the last layer's
+    threshold to begin with (the first layer's is 0); none has a default.
 
     Raises:
         ValueError: a number out of range.
@@ -44,9 +49,12 @@ class Weights:
     warm_up: int = 0
     phase: int = 200
     released: bool = False
+    mask_weight: float | None = None
+    temperature: float | None = None
+    top_threshold: float | None = None
 
     def __post_init__(self):
-        for name, least in (("divergence", 0), ("trade_off", 0), ("warm_up", 0), ("phase", 1)):
+        for name, least in (("divergence", 0), ("trade_off", 0), ("warm_up", 0), ("phase", 1), ("mask_weight", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}, expected at least {least}")
@@ -55,41 +63,40 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One forward: answers (A, B, C), judge logits (K, B) (None: no judge), labels (B,), the longest text's tokens, batches before."""
+    """One forward: answers (A, B, C), judge logits (K, B) (None: no judge), labels (B,), the longest text's tokens, batches before,
+    the share of tokens that soft pruning kept (None: no soft pruning)."""
 
     answers: Tensor
     judge: Tensor | None
     labels: Tensor
     tokens: int
     batches: int
+    kept: Tensor | None
 
 
 class ClassifierObjective(nn.Module):
-    """The loss of `method` (a name of `EXITS`, or `plain`: the model's own loss alone) on a batch.
+    """The loss of `method` on a batch: a name of `EXITS`, or one of `PLAIN`, the model's own loss alone.
 
-    `plain`, `palbert`, `pondernet`, `pabee`, `berxit` train everything; `deebert` and `fastbert` exits on a frozen fine-tuned model;
+    `plain`: all tokens run; `magic_soft`: tokens fade and thresholds are learned; `magic_hard`: tokens are removed as the classifier's
+    `pruning` says. Exits trained on a classifier with `pruning` see its removed tokens removed. `plain`, `magic_*`, `palbert`, `pondernet`, `pabee`, `berxit` train everything; `deebert` and `fastbert` exits on a frozen fine-tuned model;
     `jei_dnn` exits on a frozen model, heads and gates in turn. The number of batches seen in training is a buffer, so that a resumed
     run is in the phase it was in.
 
     Raises:
-        ValueError: an unknown method, exits that are not the method's, jei_dnn without a trade-off.
+        ValueError: an unknown method, exits that are not the method's, a number that the method needs and has no default,
+            magic_hard on a classifier without pruning.
     """
 
     def __init__(self, classifier: EarlyExitClassifier, *, method: str, weights: Weights):
         super().__init__()
-        if method != "plain" and method not in EXITS:
-            raise ValueError(f"method={method!r}, expected 'plain' or one of {sorted(EXITS)}")
-        exits = classifier.exits
-        if method != "plain" and (exits.head, exits.judge) != EXITS[method]:
-            raise ValueError(
-                f"exits with head={exits.head!r} and judge={exits.judge!r}, {method} wants {' and '.join(EXITS[method])}"
-            )
-        if method == "jei_dnn" and weights.trade_off is None:
-            raise ValueError("jei_dnn needs trade_off: what the whole model's cost is worth in nats")
+        _check(classifier, method, weights)
         self.classifier, self.method, self.weights = classifier, method, weights
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
+        if method == "magic_soft":
+            layers = family_of(classifier.model).num_layers(classifier.model)
+            self.thresholds = nn.Parameter(torch.linspace(0, weights.top_threshold, layers))  # (L,)
         classifier.model.requires_grad_(method not in FROZEN)
-        exits.requires_grad_(method != "plain")
+        classifier.exits.requires_grad_(method not in PLAIN)
 
     def train(self, mode: bool = True) -> ClassifierObjective:
         """As ever, but a frozen model stays in eval mode: no dropout in what is not trained."""
@@ -97,6 +104,12 @@ class ClassifierObjective(nn.Module):
         if self.method in FROZEN:
             self.classifier.model.eval()
         return self
+
+    def trained(self) -> EarlyExitClassifier:
+        """The classifier, with the thresholds that were learned, if any."""
+        if self.method == "magic_soft":
+            self.classifier.pruning = tuple(self.thresholds.detach().clamp(0, 1).tolist())
+        return self.classifier
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: `input_ids` and `attention_mask` (B, N), or `pixel_values`; `labels` (B,). Returns scalars: `loss`, its terms, the
@@ -112,11 +125,12 @@ class ClassifierObjective(nn.Module):
         model, exits = self.classifier.model, self.classifier.exits
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         train_model = torch.is_grad_enabled() and self.method not in FROZEN
-        with watching(model) as states, torch.set_grad_enabled(train_model):
+        with self._tokens(inputs) as gates, watching(model) as states, torch.set_grad_enabled(train_model):
             own = model(**inputs).logits  # (B, C)
+        kept = sum(gate.sum() for gate in gates) / len(gates) / inputs["attention_mask"].sum() if gates else None
         heads, answers, judged = ClassifierHeads(model, exits), [], []
         context = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
-        for exit, depth in enumerate(exits.depths if self.method != "plain" else ()):
+        for exit, depth in enumerate(exits.depths if self.method not in PLAIN else ()):
             observation = Observation(heads, exit, states[depth], context)
             answers.append(observation.answer)
             if exits.judge != "none":
@@ -124,7 +138,21 @@ class ClassifierObjective(nn.Module):
             context = context | observation.carried
         judge = torch.stack(judged).float() if judged else None  # (K, B)
         tokens = states[0].shape[1]
-        return Seen(torch.stack([*answers, own]).float(), judge, batch["labels"], tokens, int(self.batches))
+        return Seen(torch.stack([*answers, own]).float(), judge, batch["labels"], tokens, int(self.batches), kept)
+
+    @contextmanager
+    def _tokens(self, inputs: dict[str, Tensor]) -> Iterator[list[Tensor]]:
+        """What becomes of tokens in the forward within; yields the gates of soft pruning, one for each layer."""
+        model, pruning = self.classifier.model, self.classifier.pruning
+        if self.method == "magic_soft":
+            temperature = self.weights.temperature
+            with soft_pruning(model, self.thresholds, inputs["attention_mask"], temperature=temperature) as gates:
+                yield gates
+        elif self.method != "plain" and pruning is not None:
+            with attach(model, self.classifier.exits, Policy(), pruning=pruning):
+                yield []
+        else:
+            yield []
 
     def _accuracies(self, seen: Seen) -> dict[str, Tensor]:
         if seen.labels.is_floating_point():
@@ -133,8 +161,28 @@ class ClassifierObjective(nn.Module):
         return {"accuracy_first": right[0], "accuracy_last": right[-1]}
 
 
+def _check(classifier: EarlyExitClassifier, method: str, weights: Weights) -> None:
+    exits = classifier.exits
+    if method not in PLAIN and method not in EXITS:
+        raise ValueError(f"method={method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
+    if method in EXITS and (exits.head, exits.judge) != EXITS[method]:
+        raise ValueError(
+            f"exits with head={exits.head!r} and judge={exits.judge!r}, {method} wants {' and '.join(EXITS[method])}"
+        )
+    missing = [name for name in NEEDS.get(method, ()) if getattr(weights, name) is None]
+    if missing:
+        raise ValueError(f"{method} needs {missing[0]}, which has no default")
+    if method == "magic_hard" and classifier.pruning is None:
+        raise ValueError("magic_hard needs a classifier with pruning thresholds: train it with magic_soft first")
+
+
 def _plain(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
     return {"loss": losses.summed_loss(seen.answers[-1:], seen.labels)}
+
+
+def _soft(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
+    answered = losses.summed_loss(seen.answers[-1:], seen.labels)
+    return {"loss": answered + objective.weights.mask_weight * seen.kept, "kept": seen.kept}
 
 
 def _ponder(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
@@ -187,9 +235,13 @@ def _jei(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
     return {"loss": losses.gate_loss(seen.judge, targets), "targets": targets.mean()}
 
 
+PLAIN = ("plain", "magic_soft", "magic_hard")
+NEEDS = {"jei_dnn": ("trade_off",), "magic_soft": ("mask_weight", "temperature", "top_threshold")}
 FROZEN = ("deebert", "fastbert", "jei_dnn")
 LOSSES: dict[str, Callable[[ClassifierObjective, Seen], dict[str, Tensor]]] = {
     "plain": _plain,
+    "magic_soft": _soft,
+    "magic_hard": _plain,
     "palbert": _ponder,
     "pondernet": _ponder,
     "pabee": _patient,

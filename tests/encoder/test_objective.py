@@ -25,8 +25,13 @@ LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 def objective_for(method: str, name: str = "Bert", **weights) -> ClassifierObjective:
     model = model_named(name)
     head, judge = EXITS.get(method, ("shared", "none"))
+    pruning = weights.pop("pruning", None)
     classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head=head, judge=judge))
+    classifier.pruning = pruning
     return ClassifierObjective(classifier, method=method, weights=Weights(trade_off=0.5, **weights)).eval()
+
+
+MAGIC = {"mask_weight": 0.1, "temperature": 0.01, "top_threshold": 0.1}
 
 
 def labelled(name: str = "Bert") -> dict[str, Tensor]:
@@ -136,6 +141,30 @@ def test_a_few_steps_lower_the_loss(method: str):
     assert float(objective(labelled())["loss"].detach()) < 0.8 * first
 
 
+def test_magic_pyramids_soft_stage_learns_weights_and_thresholds():
+    objective = objective_for("magic_soft", **MAGIC)
+    found = objective(labelled())
+    assert 0 < float(found["kept"]) < 1
+    assert learners(objective, found["loss"]) == {"model"}
+    assert bool((objective.thresholds.grad != 0).any())
+    plain = objective_for("magic_soft", **MAGIC | {"mask_weight": 0.0})(labelled())
+    torch.testing.assert_close(found["loss"] - plain["loss"], 0.1 * found["kept"])
+    assert objective.classifier.pruning is None
+    assert objective.trained().pruning == tuple(objective.thresholds.tolist())
+
+
+def test_magic_pyramids_hard_stage_trains_through_removed_tokens():
+    pruning = (0.06, 0.1, 0.12, 0.2)
+    objective = objective_for("magic_hard", pruning=pruning)
+    found = objective(labelled())
+    assert learners(objective, found["loss"]) == {"model"}
+    expected = objective.classifier(**batch_for("Bert")).logits
+    torch.testing.assert_close(found["loss"], torch.nn.functional.cross_entropy(expected, LABELS))
+    assert found["loss"] != objective_for("plain")(labelled())["loss"]
+    ramps = objective_for("fastbert", pruning=pruning)(labelled())["loss"]
+    assert ramps != objective_for("fastbert")(labelled())["loss"], "students see what is left"
+
+
 def test_a_frozen_model_has_no_dropout_in_training():
     objective = objective_for("deebert").train()
     assert not objective.classifier.model.training
@@ -165,6 +194,8 @@ def test_images_and_regression():
             lambda: ClassifierObjective(objective_for("jei_dnn").classifier, method="jei_dnn", weights=Weights()),
             "trade_off",
         ),
+        (lambda: objective_for("magic_hard"), "magic_soft first"),
+        (lambda: objective_for("magic_soft", mask_weight=0.1), "needs temperature"),
         (lambda: Weights(rate=1.0), "rate=1.0"),
         (lambda: Weights(phase=0), "phase=0"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 
 import torch
 import transformers
@@ -54,6 +56,12 @@ def class_name(name: str) -> str:
 
 def model_named(name: str, *, num_labels: int = CLASSES, **changes) -> nn.Module:
     """A fresh tiny classifier in eval mode, its weights large enough that layers matter."""
+    return copy.deepcopy(_built(name, num_labels, json.dumps(changes)))
+
+
+@functools.cache
+def _built(name: str, num_labels: int, changed: str) -> nn.Module:
+    changes = json.loads(changed)
     config = getattr(transformers, f"{name}Config")(**CONFIGS[name] | {"num_labels": num_labels} | changes)
     with torch.random.fork_rng():
         torch.manual_seed(7)
