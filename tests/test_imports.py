@@ -35,6 +35,7 @@ TABLE = {
 # Folders and files that need extras of pyproject.toml; all others run on what `pip install ee-diffusion` brings.
 EXTRAS = {
     "training": {"train"},
+    "encoder": {"encoder"},
     "measure": {"eval"},
     "pictures.py": {"plot"},
     "train": {"train"},

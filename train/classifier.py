@@ -3,10 +3,10 @@
 accelerate launch --num_cpu_threads_per_process 2 train/classifier.py --method palbert --init_from MODEL --num_labels 2 \
     --text_files sst2/train_full.tsv --text_columns sentence --output_dir runs/palbert
 
-`--init_from`: a classifier or encoder of transformers, or the `model` folder of an earlier run (deebert, fastbert and jei_dnn train exits
-on a frozen one: fine-tune it first with `--method plain`, or for Magic Pyramid with magic_soft, then magic_hard, then fastbert). `--dry-run` prints the resolved settings; `--resume_from_checkpoint latest`
-goes on after a stop. Writes model/ (`EarlyExitClassifier.from_pretrained` and transformers' pipelines take it, its tokeniser is in it),
-log.jsonl, config.json, report.json.
+`--init_from`: a classifier or encoder of transformers, or the `model` folder of an earlier run. deebert, fastbert and jei_dnn train exits
+on a frozen one: fine-tune it first with `--method plain`; Magic Pyramid is magic_soft, then magic_hard, then fastbert. `--dry-run` prints
+the resolved settings; `--resume_from_checkpoint latest` goes on after a stop. Writes model/ (`EarlyExitClassifier.from_pretrained` and
+transformers' pipelines take it, its tokeniser is in it), log.jsonl, config.json, report.json.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ClassifierConfig:
     """
 
     method: str = _flag(
-        "plain, magic_soft or magic_hard (no exits are trained) or one of palbert, pondernet, pabee, deebert, fastbert, berxit, jei_dnn.",
+        "plain, magic_soft, magic_hard (no exits), palbert, pondernet, pabee, deebert, fastbert, berxit or jei_dnn.",
         "plain",
     )
     init_from: str | None = _flag("Folder or Hub name to start from.")

@@ -78,9 +78,9 @@ class ClassifierObjective(nn.Module):
     """The loss of `method` on a batch: a name of `EXITS`, or one of `PLAIN`, the model's own loss alone.
 
     `plain`: all tokens run; `magic_soft`: tokens fade and thresholds are learned; `magic_hard`: tokens are removed as the classifier's
-    `pruning` says. Exits trained on a classifier with `pruning` see its removed tokens removed. `plain`, `magic_*`, `palbert`, `pondernet`, `pabee`, `berxit` train everything; `deebert` and `fastbert` exits on a frozen fine-tuned model;
-    `jei_dnn` exits on a frozen model, heads and gates in turn. The number of batches seen in training is a buffer, so that a resumed
-    run is in the phase it was in.
+    `pruning` says. Exits trained on a classifier with `pruning` see its removed tokens removed. Those three, `palbert`, `pondernet`,
+    `pabee` and `berxit` train everything; `deebert` and `fastbert` exits on a frozen fine-tuned model; `jei_dnn` exits on a frozen model,
+    heads and gates in turn. The number of batches seen in training is a buffer, so that a resumed run is in the phase it was in.
 
     Raises:
         ValueError: an unknown method, exits that are not the method's, a number that the method needs and has no default,
