@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import family_of
+from ee_diffusion.encoder.tokens import TokenTrace, check_pruning
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int) -> Costs:
     if family.class_name.startswith("ModernBert"):
         raise ValueError("ModernBERT's gated feed-forward part and local attention have another formula")
     width, labels = config.hidden_size, config.num_labels
-    inner = getattr(config, "hidden_dim" if family.class_name.startswith("Distil") else "intermediate_size")
+    inner = _inner_size(model)
     pool = 0 if family.class_name.startswith("ViT") else 2 * width**2
     own = pool + 2 * width * labels
     answer = {"shared": own, "pooled": 2 * width**2 + 2 * width * labels, "linear": 2 * width * labels}[exits.head]
@@ -84,3 +85,20 @@ def flops_of(trace: Trace, costs: Costs) -> Tensor:
     early = trace.depths[0] < trace.planned.shape[1]  # (E,)
     end = torch.where(early, torch.tensor(costs.answer).double(), torch.tensor(costs.tail).double())
     return layers * costs.block + scores * costs.judge + end
+
+
+def pruned_flops(model: nn.Module, tokens: TokenTrace) -> Tensor:
+    """What the layers cost each row when tokens are removed, saliency included, padding not -> (B,) float64.
+
+    Raises:
+        ValueError: an unknown class, or one whose tokens cannot be removed.
+    """
+    check_pruning(model, (0.0,) * tokens.fed.shape[1])
+    width, inner = model.config.hidden_size, _inner_size(model)
+    n, m = tokens.attended.double(), tokens.fed.double()  # (B, L)
+    attention = 8 * n * width**2 + 4 * n**2 * width
+    return (attention + 4 * m * width * inner + 4 * n * width**2 + 2 * n**2 * width).sum(1)
+
+
+def _inner_size(model: nn.Module) -> int:
+    return model.config.hidden_dim if type(model).__name__.startswith("Distil") else model.config.intermediate_size

@@ -16,7 +16,7 @@ from tiny import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.costs import block_flops, saliency_flops
+from ee_diffusion.encoder.costs import block_flops, pruned_flops, saliency_flops
 from ee_diffusion.encoder.families import family_of
 from ee_diffusion.encoder.methods import fastbert
 from ee_diffusion.encoder.tokens import PARTS, saliency, soft_pruning
@@ -148,6 +148,7 @@ def test_flops_of_a_single_text():
         n, m = int(tokens.attended[0, layer]), int(tokens.fed[0, layer])
         expected += block_flops(n, hidden_size=WIDTH, inner_size=24, kept=m) + saliency_flops(n, hidden_size=WIDTH)
     assert counter.get_total_flops() == expected
+    assert pruned_flops(model_named("Bert"), tokens).tolist() == [expected - logits_flops]
 
 
 def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
