@@ -75,7 +75,7 @@ def test_per_element_keeps_float32_of_half_scores():
 
 def test_names(monkeypatch):
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
-    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['certainty'"):
+    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['agreement', 'certainty'"):
         score_named("sureness")
     register_score("sureness", lambda observation: observation.hidden.sum((1, 2)), low=-1.0, high=2.0)
     assert score_named("sureness").high == 2.0

@@ -122,6 +122,17 @@ def test_replay_is_the_live_run_and_saving_keeps_it(name: str, method: str, tmp_
     assert torch.equal(replay(everything, loaded), trace.depths)
 
 
+@pytest.mark.parametrize(
+    "method, stricter", [("palbert", 0.99), ("jei_dnn", 0.99), ("berxit", 0.99), ("fastbert", 0.99)]
+)
+def test_a_stricter_number_never_stops_earlier(method: str, stricter: float):
+    model, exits, policy = fixture("Bert", method)
+    everything = run(model, exits, Policy(policy.criterion, record_all=True), batch_for("Bert"))[1]
+    later = replay(everything, METHODS[method](stricter)) - replay(everything, policy)
+    assert bool((later >= 0).all())
+    assert bool((later > 0).any())
+
+
 @each
 def test_skipped_layers_are_not_executed(name: str, method: str):
     model, exits, policy = fixture(name, method)

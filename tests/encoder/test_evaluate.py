@@ -37,9 +37,10 @@ def seen(classifier) -> Look:
     return look(classifier, halves, scores=SCORES)
 
 
-@pytest.mark.parametrize(
-    "policy", [jei_dnn(0.5), confidence(0.6), fastbert(0.6), pabee(1), Policy(), Policy(Planned(((1, 2, 3, 4, 1, 2),)))]
-)
+PLAN = Policy(Planned(((1, 2, 3, 4, 1, 2),)))
+
+
+@pytest.mark.parametrize("policy", [jei_dnn(0.5), confidence(0.6), fastbert(0.6), pabee(1), Policy(), PLAN])
 def test_replayed_is_live(classifier: EarlyExitClassifier, seen: Look, policy: Policy):
     classifier.policy = policy
     with torch.no_grad(), classifier.recording() as traces:
