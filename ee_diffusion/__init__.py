@@ -16,6 +16,7 @@ _HOMES = {
     "Gate": "core.criteria",
     "Patience": "core.criteria",
     "Planned": "core.criteria",
+    "Sampled": "core.criteria",
     "Threshold": "core.criteria",
     "Policy": "core.policy",
     "Session": "core.session",
@@ -43,13 +44,31 @@ _HOMES = {
     "deediff_released": "diffusion.methods",
     "EarlyExitPipeline": "diffusion.pipeline",
     "UViTTransformer2DModel": "diffusion.uvit",
+    "EarlyExitClassifier": "encoder.classifier",
+    "ClassifierExits": "encoder.exits",
+    "berxit": "encoder.methods",
+    "deebert": "encoder.methods",
+    "fastbert": "encoder.methods",
+    "jei_dnn": "encoder.methods",
+    "pabee": "encoder.methods",
+    "palbert": "encoder.methods",
+    "pondernet": "encoder.methods",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.checkpoints import checkpoint
-    from ee_diffusion.core.criteria import Criterion, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
+    from ee_diffusion.core.criteria import (
+        Criterion,
+        Cumulative,
+        DecayingThreshold,
+        Gate,
+        Patience,
+        Planned,
+        Sampled,
+        Threshold,
+    )
     from ee_diffusion.core.policy import Policy
     from ee_diffusion.core.schedules import (
         DepthPerStep,
@@ -77,6 +96,9 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.methods import deediff, deediff_released
     from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+    from ee_diffusion.encoder.classifier import EarlyExitClassifier
+    from ee_diffusion.encoder.exits import ClassifierExits
+    from ee_diffusion.encoder.methods import berxit, deebert, fastbert, jei_dnn, pabee, palbert, pondernet
 
 
 def __getattr__(name: str) -> Any:

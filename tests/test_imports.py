@@ -36,6 +36,7 @@ TABLE = {
 EXTRAS = {
     "decoding": {"decoding"},
     "training": {"train"},
+    "encoder": {"encoder"},
     "measure": {"eval"},
     "pictures.py": {"plot"},
     "train": {"train"},

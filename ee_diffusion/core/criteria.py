@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch import Tensor
@@ -146,6 +147,37 @@ class Cumulative(Criterion):
 
 
 @dataclass(frozen=True)
+class Sampled(Criterion):
+    """Sampling exit (PonderNet, arXiv 2107.05407): the exit drawn from `p_i` is the first i with `sum_{j<=i} p_j > u`, u ~ U[0, 1).
+
+    u depends on `seed`, the element's id and the step alone, so that batches and order do not matter.
+    """
+
+    seed: int
+    score: str = "certainty"
+
+    def __post_init__(self) -> None:
+        score_named(self.score)
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Any number of steps and exits fits."""
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        drawn = [Random(f"{self.seed}/{step}/{element}").random() for element in elements.tolist()]
+        return {
+            "drawn": torch.tensor(drawn, dtype=torch.float32, device=elements.device),  # (E,)
+            "survival": torch.ones(len(elements), device=elements.device),  # (E,)
+        }
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        survival = state["survival"] * (1 - score)  # (E,)
+        return 1 - survival > state["drawn"], state | {"survival": survival}
+
+
+@dataclass(frozen=True)
 class Gate(Criterion):
     """Learned gates (JEI-DNN, arXiv 2310.09163): `P_l = max(0, min(g_l, 1 - sum_{j<l} g_j))`, `a_l = P_l / prod_{j<l}(1 - a_j)`;
     stop when `a_l >= threshold` (0.5 in the paper)."""
@@ -241,7 +273,7 @@ class DecayingThreshold(Criterion):
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    kind.__name__: kind for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Gate, Planned)
+    kind.__name__: kind for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Sampled, Gate, Planned)
 }
 
 

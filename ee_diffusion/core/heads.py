@@ -6,9 +6,12 @@ R rows, N tokens, D width, K exits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ee_diffusion.core.scores import Observation
 
 Space = Literal["hidden", "output"]
 
@@ -33,4 +36,12 @@ class ExitHeads(Protocol):
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise ValueError if these are heads of another model."""
+        ...
+
+
+class JudgingHeads(ExitHeads, Protocol):
+    """Heads whose learned certainty looks at the answer, or at what earlier exits of the same step carried."""
+
+    def judge(self, observation: Observation) -> Tensor:
+        """(R,) in [0, 1]; larger is safer. May read `observation.answer` and write `observation.carried`."""
         ...

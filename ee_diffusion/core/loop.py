@@ -39,6 +39,8 @@ class Lane:
         answered = bool(seen) and seen[0].answered  # the score was made of the answers
         if answered:
             self.step.answer_evaluated(depth, len(hidden))
+        if seen:
+            self.context |= seen[0].carried
         if departure is None:
             return hidden
         leave, keep = departure.leave.to(hidden.device), departure.keep.to(hidden.device)

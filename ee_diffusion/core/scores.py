@@ -9,21 +9,24 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.heads import ExitHeads, JudgingHeads
 
 
 class Observation:
     """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
 
-    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads.
+    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads. What a score puts into `carried` (tensors with
+    leading R) is in the context of the rows that go on at the next exit of the same step.
     """
 
     def __init__(self, heads: ExitHeads, exit: int, hidden: Tensor, context: Mapping[str, Tensor]):
         self.heads, self.exit, self.hidden, self.context = heads, exit, hidden, context
+        self.carried: dict[str, Tensor] = {}
 
     @cached_property
     def answer(self) -> Tensor:
@@ -78,12 +81,36 @@ def saturation(observation: Observation) -> Tensor:
     return torch.cosine_similarity(observation.hidden[:, -1], observation.context["previous"][:, -1], dim=-1)
 
 
+def judged(observation: Observation) -> Tensor:
+    """What heads of the `JudgingHeads` kind make of the whole observation: its answer, what earlier exits carried. (R,) in [0, 1]."""
+    return cast(JudgingHeads, observation.heads).judge(observation)
+
+
+def agreement(observation: Observation) -> Tensor:
+    """1 where the class answered here is the one answered at the exit before, else 0; at the first exit 0. (R, C) -> (R,) (PABEE)."""
+    said = observation.answer.argmax(-1)  # (R,)
+    observation.carried["said"] = said
+    before = observation.context.get("said")
+    return torch.zeros(len(said), device=said.device) if before is None else (said == before).float()
+
+
+def closeness(observation: Observation) -> Tensor:
+    """`exp(-|y_i - y_{i-1}|)` of regression answers (R, 1); at the first exit 0. (R,) in [0, 1] (PABEE for regression)."""
+    value = observation.answer[:, 0].float()  # (R,)
+    observation.carried["value"] = value
+    before = observation.context.get("value")
+    return torch.zeros_like(value) if before is None else (-(value - before).abs()).exp()
+
+
 SCORES: dict[str, Score] = {
     "certainty": Score(certainty, 0.0, 1.0),
     "max_probability": Score(max_probability, 0.0, 1.0),
     "margin": Score(margin, 0.0, 1.0),
     "low_entropy": Score(low_entropy, 0.0, 1.0),
     "saturation": Score(saturation, -1.0, 1.0),
+    "judged": Score(judged, 0.0, 1.0),
+    "agreement": Score(agreement, 0.0, 1.0),
+    "closeness": Score(closeness, 0.0, 1.0),
 }
 
 

@@ -132,3 +132,32 @@ class ImageDataConfig:
     def sources(self) -> list[str]:
         """The names of the origins that were given."""
         return [name for name in ("dataset_name", "train_data_dir", "train_data_files") if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class TextDataConfig:
+    """Where labelled texts come from: tsv, csv or parquet files with a header. Relative ones are also looked up below EE_DIFFUSION_DATA.
+
+    Raises:
+        ValueError: files of several kinds or of none of the three, no text column, a length or number below 1.
+    """
+
+    text_files: list[str] | None = _flag("Files or glob patterns, all .tsv, all .csv or all .parquet.")
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "Columns of the text; several are joined by a space."}
+    )
+    text_label_column: str = _flag("Column of the labels.", "label")
+    first_label: int = _flag("The smallest label in the files; labels count from 0 in here.", 0)
+    max_length: int = _flag("Longest text in tokens; longer ones are cut.", 128)
+    max_texts: int | None = _flag("Use only the first so many texts.")
+
+    def __post_init__(self):
+        kinds = {name.rsplit(".", 1)[-1] for name in self.text_files or ()}
+        if self.text_files and (len(kinds) > 1 or not kinds <= {"tsv", "csv", "parquet"}):
+            raise ValueError(f"text_files={self.text_files}, expected files of one kind: .tsv, .csv or .parquet")
+        if not self.text_columns:
+            raise ValueError("text_columns is empty, expected at least one column")
+        for name in ("max_length", "max_texts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}, expected at least 1")

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold, Where
+from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Sampled, Threshold, Where
 
 K, E, NAN = 4, 6, float("nan")
 
@@ -56,6 +56,27 @@ def test_patience(needed, consecutive: bool):
                     stopped = min(stopped, exit)
             expected.append(stopped)
         assert depths(Patience(0.4, needed, consecutive=consecutive), scores) == expected
+
+
+def test_sampled_stops_where_the_cumulated_probability_passes_a_draw_of_the_elements_own():
+    for seed, scores in enumerate(draws()):
+        expected = []
+        for element in range(E):
+            drawn = random.Random(f"{seed}/0/{element}").random()
+            left, stopped = 1.0, K
+            for exit in range(K):
+                left *= 1 - float(scores[exit, element])
+                if stopped == K and 1 - left > drawn:
+                    stopped = exit
+            expected.append(stopped)
+        assert depths(Sampled(seed), scores) == expected
+    assert depths(Sampled(1), scores) != depths(Sampled(2), scores)
+    state = Sampled(3).start(torch.tensor([4, 2]), step=1, previous=None)
+    alone = Sampled(3).start(torch.tensor([2]), step=1, previous=None)
+    assert float(state["drawn"][1]) == float(alone["drawn"][0]), "an element's draw is its own in every batch"
+    assert float(alone["drawn"][0]) != float(Sampled(3).start(torch.tensor([2]), step=0, previous=None)["drawn"][0])
+    with pytest.raises(ValueError, match="score='luck'"):
+        Sampled(0, score="luck")
 
 
 def test_cumulative():

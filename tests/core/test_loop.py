@@ -6,6 +6,7 @@ import pytest
 import torch
 from factories import IMAGES, LAYOUTS, STEPS, PlainDriver, answer_at, images_of, run, truncated
 from laws import counting
+from torch import nn
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.loop import run_blocks
@@ -143,3 +144,32 @@ def test_a_closed_step_is_refused(driver: PlainDriver):
     with counting(driver) as work, pytest.raises(ValueError, match="closed"):
         driver.under(step, images_of(EVERYBODY, 0, 1))
     assert sum(work.current.blocks) == 0
+
+
+class Carrying(nn.Module):
+    """Heads whose judge carries each row's own number on, and says whether it met it again at the next exit."""
+
+    depths, space = (1, 2, 3), "output"
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[list[float]] = []
+
+    def answer(self, exit, hidden, context):
+        return hidden[:, 0]
+
+    def judge(self, observation):
+        own = observation.hidden[:, 0, 0].round()  # (R,) the row's number, which the blocks keep
+        before = observation.context.get("own")
+        assert before is None or torch.equal(before, own), "somebody else's memory"
+        observation.carried["own"] = own
+        self.seen.append(own.tolist())
+        return (own == observation.exit).float()
+
+
+def test_what_is_carried_follows_the_rows_that_go_on():
+    heads, hidden = Carrying(), torch.tensor([2.0, 0.0, 1.0, 5.0])[:, None, None].expand(4, 2, 3)
+    step = Policy(Threshold(0.5, score="judged")).start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
+    run_blocks([lambda x: x] * 4, hidden, step, heads=heads, tail=lambda x: x[:, 0])
+    assert heads.seen == [[2, 0, 1, 5], [2, 1, 5], [2, 5]]
+    assert step.depths.tolist() == [3, 1, 2, 4]

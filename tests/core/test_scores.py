@@ -75,7 +75,7 @@ def test_per_element_keeps_float32_of_half_scores():
 
 def test_names(monkeypatch):
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
-    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['certainty'"):
+    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['agreement', 'certainty'"):
         score_named("sureness")
     register_score("sureness", lambda observation: observation.hidden.sum((1, 2)), low=-1.0, high=2.0)
     assert score_named("sureness").high == 2.0
@@ -95,3 +95,42 @@ def test_saturation_is_the_cosine_of_consecutive_states():
     assert heads.calls == 0
     with pytest.raises(ValueError, match="only decoding keeps"):
         score_named("saturation").measure(Observation(heads, 0, after, {}))
+
+
+class SayingHeads(ToyHeads):
+    """Answers what it was told to."""
+
+    said: torch.Tensor
+
+    def answer(self, exit, hidden, context):
+        return self.said
+
+    def judge(self, observation):
+        return observation.answer[:, 0].sigmoid()
+
+
+def saying(said: torch.Tensor, context: dict | None = None) -> Observation:
+    heads = SayingHeads((1,), "output", 6, 4)
+    heads.said = said
+    return Observation(heads, 0, torch.zeros(len(said), 3, 6), context or {})
+
+
+def test_agreement_is_with_the_exit_before():
+    first = saying(torch.tensor([[2.0, 1.0], [0.0, 1.0], [0.0, 1.0]]))
+    assert score_named("agreement").measure(first).tolist() == [0, 0, 0]
+    second = saying(torch.tensor([[2.0, 1.0], [3.0, 1.0], [0.0, 1.0]]), first.carried)
+    assert score_named("agreement").measure(second).tolist() == [1, 0, 1]
+    assert second.carried["said"].tolist() == [0, 0, 1]
+
+
+def test_closeness_falls_with_the_distance_to_the_value_before():
+    first = saying(torch.tensor([[1.0], [2.0]]))
+    assert score_named("closeness").measure(first).tolist() == [0, 0]
+    second = saying(torch.tensor([[1.5], [2.0]]), first.carried)
+    assert score_named("closeness").measure(second).tolist() == pytest.approx([math.exp(-0.5), 1.0])
+
+
+def test_judged_is_the_heads_own_word_on_the_whole_observation():
+    observation = saying(torch.tensor([[0.3, 1.0]]))
+    assert score_named("judged").measure(observation).tolist() == pytest.approx([1 / (1 + math.exp(-0.3))])
+    assert observation.answered, "what a judge asks for is counted"

@@ -1,0 +1,223 @@
+"""Attach exits to a stock classifier of transformers: its layers run on the rows that are still going, no forward is copied.
+
+Here: the driver of sessions for classifiers; one forward is one run of one step. Not here: facts about classes (families.py), decisions
+(core). R rows of the batch, r running rows, N tokens, D width, C classes, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
+from ee_diffusion.encoder.families import family_of
+from ee_diffusion.encoder.tokens import TokenLane, TokenTrace, check_pruning
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
+EXTRAS = ("output_hidden_states", "output_attentions")
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    exits: ClassifierExits,
+    policy: Policy,
+    *,
+    elements: Tensor | None = None,
+    pruning: tuple[float, ...] | None = None,
+    token_traces: list[TokenTrace] | None = None,
+) -> Iterator[list[Trace]]:
+    """Within, every forward of `model` runs under `policy`; yields a list to which each forward appends its trace.
+
+    Outside the model computes exactly what it did before. `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1.
+    Labels given to a forward are compared with the answers of all rows, early or not. `pruning`: saliency below which a token is removed,
+    one threshold per layer (tokens.py); what was removed is appended to `token_traces`.
+
+    Raises:
+        ValueError: an unknown class; exits of another model; a score that these exits cannot give; in a forward: an input longer than
+            the model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows; thresholds of
+            the wrong number or range, or a class whose tokens cannot be removed.
+    """
+    exits.check_fits(model)
+    check_policy(policy, exits)
+    if pruning is not None:
+        check_pruning(model, pruning)
+    run = _Run(model, exits, policy, elements, pruning=pruning)
+    run.token_traces = [] if token_traces is None else token_traces
+    blocks = run.family.blocks(model)
+    interceptions = [Interception(block, functools.partial(run.block, block)) for block in blocks]
+    interceptions.append(Interception(model, run.forward))
+    try:
+        yield run.traces
+    finally:
+        for interception in reversed(interceptions):
+            interception.restore()
+
+
+def check_policy(policy: Policy, exits: ClassifierExits) -> None:
+    """Raise ValueError if the policy asks for a score that these exits cannot give."""
+    criterion = policy.criterion
+    if isinstance(criterion, Planned | None):
+        return
+    if criterion.score in ("judged", "certainty") and exits.judge == "none":
+        raise ValueError(f"the policy looks at the score {criterion.score!r}, these exits have no learned judge")
+    if criterion.score in ("margin", "low_entropy", "max_probability", "agreement") and exits.num_labels < 2:
+        raise ValueError(f"score {criterion.score!r} is about classes, this model has {exits.num_labels} output")
+    criterion.validate(1, len(exits.depths if policy.exits is None else policy.exits))
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, a forward of `model` appends the hidden states that enter each layer, so that entry d is what an exit at depth d sees."""
+    states: list[Tensor] = []
+
+    def note(block, args, kwargs) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    blocks = family_of(model).blocks(model)
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Run:
+    """The interceptors of one `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        exits: ClassifierExits,
+        policy: Policy,
+        elements: Tensor | None,
+        *,
+        pruning: tuple[float, ...] | None,
+    ):
+        self.model, self.policy, self.elements = model, policy, elements
+        self.heads, self.family = ClassifierHeads(model, exits), family_of(model)
+        self.num_layers = self.family.num_layers(model)
+        self.traces: list[Trace] = []
+        self.lane: Lane | None = None
+        self.pruning, self.tokens = pruning, None
+        self.token_traces: list[TokenTrace] = []
+        self.calls = 0  # of blocks in this forward: the next one's layer
+        self.names = _names(self.family.blocks(model)[0])
+
+    def forward(self, original, *args, **kwargs):
+        """The model's forward: open a lane, let the model run, put the answers back."""
+        arguments = dict(zip(_names(self.model), args, strict=False)) | kwargs
+        labels, as_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
+        self._check(arguments)
+        given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
+        mask = arguments.get("attention_mask")
+        session = self.policy.start(
+            self.num_layers,
+            self.heads.depths,
+            rows=torch.arange(len(given)),
+            num_steps=1,
+            elements=self.elements,
+            device=given.device,
+        )
+        step = session.step(0, 0.0)
+        self.lane, self.calls = Lane(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
+        if self.pruning is not None:
+            self.tokens = TokenLane(self.pruning, mask, rows=len(given))
+        try:
+            output = original(**arguments, return_dict=True)
+            output.logits = self._answers(output.logits)
+        finally:
+            self.lane, tokens, self.tokens = None, self.tokens, None
+        step.close()
+        if tokens is not None:
+            self.token_traces.append(tokens.trace())
+        self.traces.append(session.trace())
+        if labels is not None:
+            loss = self.model.loss_function(labels, output.logits, self.model.config)
+            output = type(output)(**dict(output) | {"loss": loss})
+        return output.to_tuple() if as_dict is False else output
+
+    def _check(self, arguments: dict) -> None:
+        asked = [name for name in EXTRAS if arguments.get(name, getattr(self.model.config, name))]
+        if asked:
+            raise ValueError(f"{asked[0]}: rows that leave have none of the later layers; ask the model without exits")
+        if not any(arguments.get(name) is not None for name in INPUTS):
+            raise ValueError(f"a forward without inputs, expected one of {INPUTS}")
+        check_length(self.model, arguments)
+
+    def _answers(self, logits: Tensor) -> Tensor:
+        """logits (r or R, C) of the tail -> (R, C) with the answers of the rows that left."""
+        return self.lane.put_back(self.lane.running(logits) if self.family.tail_takes_all else logits)
+
+    def block(self, block: nn.Module, original, *args, **kwargs):
+        """One layer: let rows leave, then run on the rest."""
+        lane, layer = self.lane, self.calls
+        if lane is None:
+            return original(*args, **kwargs)
+        self.calls += 1
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden = lane.offer(layer, arguments.pop(self.names[0]))  # (r, N, D)
+        if lane.step.runs(layer):
+            arguments = {name: self._rows_of(name, value) for name, value in arguments.items()}
+            if self.tokens is None:
+                hidden = original(hidden, **arguments)
+                hidden = hidden[0] if self.family.returns_tuple else hidden
+            else:
+                hidden = self.tokens.layer(
+                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows
+                )
+            lane.step.executed(layer)
+        if layer == self.num_layers - 1 and self.family.tail_takes_all:
+            hidden = lane.spread(hidden)  # (R, N, D)
+        return (hidden, None) if self.family.returns_tuple else hidden
+
+    def _rows_of(self, name: str, value):
+        """The running rows of one argument, as the family table says; anything else is passed on as it is."""
+        if value is None or name not in self.family.row_arguments:
+            return value
+        if isinstance(value, tuple):
+            return tuple(self._rows_of(name, one) for one in value)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, which cannot be cut by rows; use attn_implementation='sdpa' or 'eager'"
+            )
+        return self.lane.running(value) if len(value) == self.lane.num_rows else value  # one for all rows
+
+
+def check_length(model: nn.Module, arguments: dict) -> None:
+    """Raise ValueError if a text has more tokens than the model has positions."""
+    tokens = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
+    if tokens is None:
+        return
+    most = positions(model)
+    if tokens.shape[1] > most:
+        raise ValueError(
+            f"texts of {tokens.shape[1]} tokens, the model takes at most {most}: truncate them (truncation=True)"
+        )
+
+
+def positions(model: nn.Module) -> int:
+    """The longest text of a text model, in tokens."""
+    most = model.config.max_position_embeddings
+    return most - model.config.pad_token_id - 1 if type(model).__name__.startswith("Roberta") else most
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module's own forward."""
+    return _parameters(type(module))
+
+
+@functools.cache
+def _parameters(kind: type) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]

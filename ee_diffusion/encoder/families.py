@@ -1,0 +1,147 @@
+"""The family table: what exits must know of each classifier class of transformers. Written down per class, never guessed from a shape.
+
+Here: facts. Not here: what is done with them (attach.py, tokens.py). R rows, N tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+Mask = Tensor | None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One classifier class.
+
+    block: class name of its blocks; in order of use, and one block may be used many times (ALBERT): a layer is a call.
+    pool: (model, hidden (R, N, D), mask (R, N) or None) -> (R, D), what the model's classifier looks at, the final norm included.
+    classify: (model, pooled (R, D)) -> (R, C).
+    row_arguments: names of the block's arguments with one entry per row of the batch; a tuple of tensors counts as its tensors.
+    returns_tuple: the block returns (hidden states, something).
+    tail_takes_all: the model's tail combines the hidden states with something of the whole batch (an attention mask).
+    first_exit: the smallest depth at which rows may leave.
+    inner: the module inside a block that sees the hidden states first; work is counted there.
+    repeats: name of the config's number of blocks in what it counts as one hidden layer; None: one.
+    """
+
+    class_name: str
+    block: str
+    pool: Callable[[nn.Module, Tensor, Mask], Tensor]
+    classify: Callable[[nn.Module, Tensor], Tensor]
+    row_arguments: tuple[str, ...] = ("attention_mask", "position_ids")
+    returns_tuple: bool = False
+    tail_takes_all: bool = False
+    first_exit: int = 0
+    inner: str = "attention"
+    repeats: str | None = None
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        """The block modules, each once."""
+        return [module for module in model.modules() if type(module).__name__ == self.block]
+
+    def num_layers(self, model: nn.Module) -> int:
+        """L: calls of blocks in one forward."""
+        repeats = 1 if self.repeats is None else getattr(model.config, self.repeats)
+        return model.config.num_hidden_layers * repeats
+
+
+def _dropped_classifier(model: nn.Module, pooled: Tensor) -> Tensor:
+    return model.classifier(model.dropout(pooled))
+
+
+def _roberta_pool(model: nn.Module, hidden: Tensor, mask: Mask) -> Tensor:
+    head = model.classifier
+    return head.dense(head.dropout(hidden[:, 0])).tanh()
+
+
+def _modernbert_pool(model: nn.Module, hidden: Tensor, mask: Mask) -> Tensor:
+    hidden = model.model.final_norm(hidden)
+    if model.config.classifier_pooling == "cls":
+        return model.head(hidden[:, 0])
+    if mask is None:
+        return model.head(hidden.mean(1))
+    weights = mask[:, :, None].to(hidden.dtype)  # (R, N, 1)
+    return model.head((hidden * weights).sum(1) / weights.sum(1))
+
+
+FAMILIES: dict[str, Family] = {
+    family.class_name: family
+    for family in (
+        Family(
+            "BertForSequenceClassification",
+            "BertLayer",
+            pool=lambda model, hidden, mask: model.bert.pooler(hidden),
+            classify=_dropped_classifier,
+        ),
+        Family(
+            "RobertaForSequenceClassification",
+            "RobertaLayer",
+            pool=_roberta_pool,
+            classify=lambda model, pooled: model.classifier.out_proj(model.classifier.dropout(pooled)),
+        ),
+        Family(
+            "AlbertForSequenceClassification",
+            "AlbertLayer",
+            pool=lambda model, hidden, mask: model.albert.pooler_activation(model.albert.pooler(hidden[:, 0])),
+            classify=_dropped_classifier,
+            repeats="inner_group_num",
+        ),
+        Family(
+            "DistilBertForSequenceClassification",
+            "TransformerBlock",
+            pool=lambda model, hidden, mask: model.pre_classifier(hidden[:, 0]).relu(),
+            classify=_dropped_classifier,
+        ),
+        Family(
+            "DebertaV2ForSequenceClassification",
+            "DebertaV2Layer",
+            pool=lambda model, hidden, mask: model.pooler(hidden),
+            classify=_dropped_classifier,
+            row_arguments=("attention_mask",),
+            returns_tuple=True,
+            first_exit=1,  # a convolution behind the first block combines its input and output
+        ),
+        Family(
+            "ModernBertForSequenceClassification",
+            "ModernBertEncoderLayer",
+            pool=_modernbert_pool,
+            classify=lambda model, pooled: model.classifier(model.drop(pooled)),
+            row_arguments=("attention_mask", "position_embeddings", "position_ids"),
+            tail_takes_all=True,
+            inner="attn",
+        ),
+        Family(
+            "ViTForImageClassification",
+            "ViTLayer",
+            pool=lambda model, hidden, mask: model.vit.layernorm(hidden)[:, 0],
+            classify=lambda model, pooled: model.classifier(pooled),
+        ),
+    )
+}
+
+
+def register_family(family: Family) -> None:
+    """Make a classifier class known.
+
+    Raises:
+        ValueError: the class is known already.
+    """
+    if family.class_name in FAMILIES:
+        raise ValueError(f"{family.class_name} is in the family table already")
+    FAMILIES[family.class_name] = family
+
+
+def family_of(model: nn.Module) -> Family:
+    """The table's row for a classifier.
+
+    Raises:
+        ValueError: its class is unknown.
+    """
+    name = type(model).__name__
+    if name not in FAMILIES:
+        raise ValueError(f"no family for {name}; known: {sorted(FAMILIES)}. Add one with register_family(Family(...))")
+    return FAMILIES[name]

@@ -1,0 +1,197 @@
+"""Token pruning: tokens to which nobody pays attention are removed between a layer's attention and its feed-forward part.
+
+Magic Pyramid (arXiv 2111.00230), after Learned Token Pruning (arXiv 2107.00910). Here: saliency, soft and hard removal. Not here: which
+rows run (attach.py). The first token is never removed; the others are gone for every later layer: rows are packed to the longest survivor.
+B rows of the batch, r running rows, N tokens, M packed tokens, D width, H heads, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.encoder.families import family_of
+
+QUERIES = 128  # query positions whose attention is looked at at once
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A block in two halves, and what its attention is made of.
+
+    attend: (block, hidden (r, M, D), mask) -> (r, M, D) up to the feed-forward part; feed: (block, attended) -> (r, M, D);
+    projections: block -> its query and key Linear; heads: block -> H.
+    """
+
+    attend: Callable[[nn.Module, Tensor, Tensor | None], Tensor]
+    feed: Callable[[nn.Module, Tensor], Tensor]
+    projections: Callable[[nn.Module], tuple[nn.Linear, nn.Linear]]
+    heads: Callable[[nn.Module], int]
+
+
+_BERT = Parts(
+    attend=lambda block, hidden, mask: block.attention(hidden, mask)[0],
+    feed=lambda block, attended: block.feed_forward_chunk(attended),
+    projections=lambda block: (block.attention.self.query, block.attention.self.key),
+    heads=lambda block: block.attention.self.num_attention_heads,
+)
+_ALBERT = Parts(
+    attend=lambda block, hidden, mask: block.attention(hidden, mask)[0],
+    feed=lambda block, attended: block.full_layer_layer_norm(block.ff_chunk(attended) + attended),
+    projections=lambda block: (block.attention.query, block.attention.key),
+    heads=lambda block: block.attention.num_attention_heads,
+)
+_DISTILBERT = Parts(
+    attend=lambda block, hidden, mask: block.sa_layer_norm(block.attention(hidden, attention_mask=mask)[0] + hidden),
+    feed=lambda block, attended: block.output_layer_norm(block.ffn(attended) + attended),
+    projections=lambda block: (block.attention.q_lin, block.attention.k_lin),
+    heads=lambda block: block.attention.config.n_heads,
+)
+# Class name of a block -> its parts. Positions must be in the embeddings: a packed token keeps its place only there.
+PARTS: dict[str, Parts] = {
+    "BertLayer": _BERT,
+    "RobertaLayer": _BERT,
+    "AlbertLayer": _ALBERT,
+    "TransformerBlock": _DISTILBERT,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTrace:
+    """What one forward did to tokens. attended and fed (B, L): tokens of the row that the layer's attention and its feed-forward part
+    ran on, 0 where the row had left; computed (L, 2): positions that both really ran on, padding included."""
+
+    attended: Tensor
+    fed: Tensor
+    computed: Tensor
+
+
+def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
+    """Raise ValueError if tokens of this class cannot be removed, or for thresholds of the wrong number or range."""
+    family = family_of(model)
+    if family.block not in PARTS:
+        raise ValueError(f"tokens of a {family.class_name} cannot be removed; known blocks: {sorted(PARTS)}")
+    layers = family.num_layers(model)
+    if len(thresholds) != layers:
+        raise ValueError(f"{len(thresholds)} pruning thresholds, expected one for each of {layers} layers")
+    wrong = [value for value in thresholds if not 0 <= value <= 1]
+    if wrong:
+        raise ValueError(f"pruning threshold {wrong[0]}, expected a mean attention probability in [0, 1]")
+
+
+def saliency(block: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
+    """Attention paid to each token, mean over heads and over real query positions: hidden (r, M, D), keys (r, M) bool -> (r, M).
+
+    `s(x_j) = 1/(H n) sum_h sum_i A_h(i, j)`; sums to 1 over the real tokens, 0 for padding. One query-key product beside the layer's
+    own, in pieces of query positions, so that it works with any attention.
+    """
+    parts = PARTS[type(block).__name__]
+    heads, (query, key) = parts.heads(block), parts.projections(block)
+    rows, length, width = hidden.shape[0], hidden.shape[1], query.out_features // heads
+    q = query(hidden).view(rows, length, heads, width).transpose(1, 2)  # (r, H, M, D/H)
+    k = key(hidden).view(rows, length, heads, width).permute(0, 2, 3, 1)  # (r, H, D/H, M)
+    closed = ~keys[:, None, None]  # (r, 1, 1, M)
+    paid = hidden.new_zeros(rows, length, dtype=torch.float32)
+    for first in range(0, length, QUERIES):
+        logits = (q[:, :, first : first + QUERIES] @ k).float() / math.sqrt(width)  # (r, H, q, M)
+        attention = logits.masked_fill(closed, -math.inf).softmax(-1)
+        real = keys[:, None, first : first + QUERIES, None]  # (r, 1, q, 1)
+        paid = paid + (attention * real).sum((1, 2))
+    return paid / (heads * keys.sum(1, keepdim=True).clamp(min=1))
+
+
+class TokenLane:
+    """The tokens of one forward. Made by `attach` for each forward; drop-in for the blocks' own forward."""
+
+    def __init__(self, thresholds: tuple[float, ...], mask: Tensor | None, *, rows: int):
+        if mask is not None and not bool(mask[:, 0].all()):
+            raise ValueError(
+                "a text whose first token is masked (no tokens, or padding on the left): nothing is left to look at"
+            )
+        self.thresholds, self.mask, self.num_rows = thresholds, mask, rows
+        self.keys: Tensor | None = None  # (r, M): where a token is, not padding
+        self.rows: Tensor | None = None  # (r,) as places in the batch
+        self.packed = False  # tokens were removed: the stock mask does not fit any more
+        shape = (rows, len(thresholds))
+        self.attended, self.fed = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
+        self.computed = torch.zeros(len(thresholds), 2, dtype=torch.int64)
+
+    def layer(self, layer: int, block: nn.Module, hidden: Tensor, *, mask: Tensor | None, rows: Tensor) -> Tensor:
+        """One layer on the running rows: hidden (r, M, D), the stock mask of these rows -> (r, M', D), M' the longest survivor's."""
+        parts, keys = PARTS[type(block).__name__], self._keys(hidden, rows)
+        attended = parts.attend(block, hidden, _additive(keys, hidden.dtype) if self.packed else mask)
+        keep = keys & (saliency(block, hidden, keys) >= self.thresholds[layer])  # (r, M)
+        keep[:, 0] = True
+        lengths = keep.sum(1).cpu()  # (r,), the host sync of this layer
+        self.attended[rows, layer] = keys.sum(1, dtype=torch.int32).cpu()
+        self.fed[rows, layer] = lengths.int()
+        longest = int(lengths.max())
+        if longest < hidden.shape[1]:
+            order = (~keep).int().argsort(dim=1, stable=True)[:, :longest]  # (r, M'): survivors first, in their order
+            attended = attended.gather(1, order[:, :, None].expand(-1, -1, hidden.shape[2]))
+            keep = keep.gather(1, order)
+        self.packed = self.packed or not torch.equal(keep, keys)
+        self.keys = keep
+        self.computed[layer] = torch.tensor([len(rows) * hidden.shape[1], len(rows) * longest])
+        return parts.feed(block, attended)
+
+    def _keys(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """(r, M) of the rows that run now."""
+        if self.keys is None:
+            whole = torch.ones(self.num_rows, hidden.shape[1]) if self.mask is None else self.mask
+            self.keys = whole.bool().to(hidden.device).index_select(0, rows.to(hidden.device))
+        elif len(rows) != len(self.rows):
+            self.keys = self.keys.index_select(0, torch.searchsorted(self.rows, rows).to(hidden.device))
+        self.rows = rows
+        return self.keys
+
+    def trace(self) -> TokenTrace:
+        """What was done."""
+        return TokenTrace(self.attended, self.fed, self.computed)
+
+
+def _additive(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """keys (r, M) bool -> (r, 1, 1, M): 0 where a token is, the lowest number elsewhere; every attention takes it."""
+    return torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, torch.finfo(dtype).min)[
+        :, None, None
+    ]
+
+
+@contextmanager
+def soft_pruning(model: nn.Module, thresholds: Tensor, mask: Tensor, *, temperature: float) -> Iterator[list[Tensor]]:
+    """Within, a forward multiplies each token after layer l by `sigmoid((s - theta_l) / T)`; yields a list to which every layer
+    appends these (B, N), 1 for the first token, 0 for padding. Thresholds (L,) get gradients; all tokens run.
+
+    Raises:
+        ValueError: a class whose tokens cannot be removed, thresholds of the wrong number, a temperature not above 0.
+    """
+    check_pruning(model, (0.0,) * len(thresholds))
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature={temperature}, expected a finite number above 0")
+    kept: list[Tensor] = []
+    keys = mask.bool()
+
+    def soft(block: nn.Module, original, hidden, *args, **kwargs):
+        output = original(hidden, *args, **kwargs)
+        gate = ((saliency(block, hidden, keys) - thresholds[len(kept)]) / temperature).sigmoid()  # (B, N)
+        gate = torch.cat([torch.ones_like(gate[:, :1]), gate[:, 1:]], dim=1) * keys
+        kept.append(gate)
+        return output * gate[:, :, None].to(output.dtype)
+
+    blocks = family_of(model).blocks(model)
+    interceptions = [Interception(block, _bound(soft, block)) for block in blocks]
+    try:
+        yield kept
+    finally:
+        for interception in reversed(interceptions):
+            interception.restore()
+
+
+def _bound(soft: Callable, block: nn.Module) -> Callable:
+    return lambda original, *args, **kwargs: soft(block, original, *args, **kwargs)

@@ -1,0 +1,72 @@
+"""Conformal sets: the quantile by hand, coverage on fresh samples, exits kept apart."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ee_diffusion.core.conformal import conformal_sets, conformal_thresholds
+
+
+def draw(n: int, seed: int):
+    """Two answers, the second more certain; labels drawn from the very probabilities of a sharper model."""
+    generator = torch.Generator().manual_seed(seed)
+    answers = torch.randint(0, 2, (n,), generator=generator)
+    probabilities = (torch.randn(n, 5, generator=generator) * (1 + 2 * answers[:, None])).softmax(-1)
+    truth = probabilities ** (0.2 + 0.8 * answers[:, None])  # the first answer is overconfident
+    labels = truth.multinomial(1, generator=generator)[:, 0]
+    return probabilities, labels, answers
+
+
+def test_the_quantile_by_hand():
+    probabilities, labels, answers = draw(60, 0)
+    found = conformal_thresholds(probabilities, labels, answers, num_answers=3, miss_rate=0.2)
+    for answer in (0, 1):
+        own = sorted(
+            1 - float(p[y]) for p, y, a in zip(probabilities, labels, answers, strict=True) if int(a) == answer
+        )
+        assert float(found[answer]) == pytest.approx(own[math.ceil((len(own) + 1) * 0.8) - 1])
+    assert float(found[2]) == 1.0, "nobody left there: every class"
+
+
+@pytest.mark.parametrize("miss_rate", [0.05, 0.2])
+def test_sets_miss_as_often_as_they_may_at_every_exit(miss_rate: float):
+    thresholds = conformal_thresholds(*draw(4000, 1), num_answers=2, miss_rate=miss_rate)
+    probabilities, labels, answers = draw(4000, 2)
+    sets = conformal_sets(probabilities, answers, thresholds=thresholds)
+    held = sets.gather(1, labels[:, None])[:, 0]
+    for answer in (0, 1):
+        assert float(held[answers == answer].float().mean()) == pytest.approx(1 - miss_rate, abs=0.025)
+    assert sets.sum(1).float().mean() < 5
+
+
+def test_one_threshold_for_all_exits_would_not_hold():
+    probabilities, labels, answers = draw(4000, 1)
+    pooled = conformal_thresholds(probabilities, labels, torch.zeros_like(answers), num_answers=1, miss_rate=0.2)
+    sets = conformal_sets(probabilities, torch.zeros_like(answers), thresholds=pooled)
+    held = sets.gather(1, labels[:, None])[:, 0].float()
+    assert abs(float(held[answers == 0].mean()) - float(held[answers == 1].mean())) > 0.05
+
+
+def test_too_few_samples_give_every_class():
+    probabilities, labels, answers = draw(3, 0)
+    thresholds = conformal_thresholds(probabilities, labels, answers, num_answers=2, miss_rate=0.05)
+    assert bool(conformal_sets(probabilities, answers, thresholds=thresholds).all())
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"miss_rate": 0.0}, "miss_rate=0.0"),
+        ({"num_answers": 1}, r"answers 0\.\.1"),
+        ({"labels": torch.zeros(3).long()}, r"labels \(3,\)"),
+        ({"answers": torch.zeros(3).long()}, r"answers \(3,\)"),
+    ],
+)
+def test_refused(changes, words):
+    probabilities, labels, answers = draw(20, 0)
+    values = {"labels": labels, "answers": answers, "num_answers": 2, "miss_rate": 0.1} | changes
+    with pytest.raises(ValueError, match=words):
+        conformal_thresholds(probabilities, values.pop("labels"), values.pop("answers"), **values)

@@ -1,0 +1,153 @@
+"""EarlyExitClassifier: off is the stock model, one folder holds everything, transformers' pipelines take it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertTokenizer,
+    ViTImageProcessorPil,
+    pipeline,
+)
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import CLASSES, LAYERS, NAMES, ROWS, WORDS, batch_for, exits_for, model_named
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.encoder.attach import attach
+from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig
+from ee_diffusion.encoder.methods import confidence, fastbert, palbert
+
+
+def classifier_named(name: str, *, head: str = "pooled", judge: str = "none", **changes) -> EarlyExitClassifier:
+    model = model_named(name, **changes)
+    return EarlyExitClassifier.from_classifier(model, exits_for(model, head=head, judge=judge))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_off_on_saved_and_loaded(name: str, tmp_path: Path):
+    classifier = classifier_named(name)
+    stock, batch = model_named(name), batch_for(name)
+    with torch.no_grad():
+        assert torch.equal(classifier(**batch).logits, stock(**batch).logits)
+        classifier.policy = fastbert(0.6)
+        with classifier.recording() as traces:
+            live = classifier(**batch).logits
+        with attach(stock, classifier.exits, fastbert(0.6)) as expected:
+            assert torch.equal(stock(**batch).logits, live)
+        classifier.save_pretrained(tmp_path)
+        loaded = EarlyExitClassifier.from_pretrained(tmp_path)
+        assert loaded.policy == fastbert(0.6)
+        assert not loaded.training
+        torch.testing.assert_close(
+            loaded(**batch).logits, live, rtol=1e-5, atol=1e-5
+        )  # weights lie elsewhere in memory
+    assert torch.equal(traces[0].depths, expected[0].depths)
+    for key, value in classifier.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_auto_classes_know_it(tmp_path: Path):
+    classifier_named("Albert", head="shared", judge="halting").save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is EarlyExitClassifier
+    assert (loaded.exits.head, loaded.exits.judge, loaded.config.num_labels) == ("shared", "halting", CLASSES)
+    loaded.policy = palbert(0.5)
+
+
+def test_a_stock_classifier_from_a_folder_keeps_its_attention_and_labels(tmp_path: Path):
+    model_named(
+        "Bert", id2label={0: "sad", 1: "odd", 2: "glad"}, label2id={"sad": 0, "odd": 1, "glad": 2}
+    ).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, attn_implementation="eager")
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="none"))
+    classifier.save_pretrained(tmp_path / "exits")
+    loaded = EarlyExitClassifier.from_pretrained(tmp_path / "exits", attn_implementation="eager")
+    assert loaded.model.config._attn_implementation == "eager"
+    assert loaded.config.id2label == {0: "sad", 1: "odd", 2: "glad"}
+    assert str(tmp_path) not in (tmp_path / "exits" / "config.json").read_text()
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> BertTokenizer:
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(WORDS - 5))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    return BertTokenizer(str(tmp_path / "vocab.txt"))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_text_classification_pipeline(tokenizer: BertTokenizer, batch_size: int, caplog):
+    classifier = classifier_named("Bert")
+    classifier.policy = confidence(0.6)
+    texts = ["w1 w2 w3", "w4", "w9 w8 w7 w6 w5", "w11 w12", "w30 w31 w32 w33"]
+    classify = pipeline("text-classification", model=classifier, tokenizer=tokenizer)
+    with classifier.recording() as traces:
+        found = classify(texts, batch_size=batch_size, top_k=None)
+    assert not caplog.records
+    depths = torch.cat([trace.depths[0] for trace in traces])
+    assert len(depths.unique()) > 1
+    for text, row in zip(texts, found, strict=True):
+        with torch.no_grad():
+            p = classifier(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        assert {entry["label"] for entry in row} == {f"LABEL_{i}" for i in range(CLASSES)}
+        assert row[0]["score"] == pytest.approx(float(p.max()), abs=1e-5)
+
+
+def test_image_classification_pipeline(caplog):
+    classifier = classifier_named("ViT", head="linear", judge="statistics")
+    classifier.policy = confidence(0.5)
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
+    draw = torch.Generator().manual_seed(0)
+    images = [
+        Image.fromarray(torch.randint(0, 256, (8, 8, 3), generator=draw, dtype=torch.uint8).numpy())
+        for _ in range(ROWS)
+    ]
+    classify = pipeline("image-classification", model=classifier, image_processor=processor)
+    with classifier.recording() as traces:
+        found = classify(images, batch_size=3)
+    assert not caplog.records
+    assert len(found) == ROWS
+    assert sum(int((trace.depths < LAYERS).sum()) for trace in traces) > 0
+
+
+class TestRefused:
+    def test_a_policy_that_these_exits_cannot_follow(self):
+        with pytest.raises(ValueError, match="no learned judge"):
+            classifier_named("Bert").policy = palbert(0.5)
+
+    def test_an_empty_config(self):
+        with pytest.raises(ValueError, match="from_classifier"):
+            EarlyExitClassifier(EarlyExitConfig())
+
+    def test_a_base_outside_of_the_table(self):
+        config = EarlyExitConfig(base={"architectures": ["GPT2Model"], "model_type": "gpt2"}, exits={"depths": [1]})
+        with pytest.raises(ValueError, match="base is a GPT2Model"):
+            EarlyExitClassifier(config)
+
+    @pytest.mark.parametrize("change", ["missing", "foreign"])
+    def test_a_checkpoint_with_other_weights(self, tmp_path: Path, change: str):
+        classifier_named("Bert").save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        if change == "missing":
+            del weights["exits.heads.0.classify.weight"]
+        else:
+            weights["exits.heads.9.classify.weight"] = torch.zeros(1)
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError,
+            match=f"no checkpoint of an EarlyExitClassifier.*{'missing' if change == 'missing' else 'unexpected'}",
+        ):
+            EarlyExitClassifier.from_pretrained(tmp_path)
+
+    def test_text_longer_than_the_model_even_when_off(self):
+        classifier = classifier_named("Bert")
+        assert classifier.policy == Policy()
+        with pytest.raises(ValueError, match="17 tokens"):
+            classifier(input_ids=torch.ones(1, 17, dtype=torch.long))

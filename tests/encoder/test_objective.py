@@ -1,0 +1,205 @@
+"""Training objectives: values against the formulas, which parameters learn from which term, phases, and a run that learns."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_named
+
+from ee_diffusion.core import classifier_losses as losses
+from ee_diffusion.encoder.classifier import EarlyExitClassifier
+from ee_diffusion.encoder.costs import costs_of
+from ee_diffusion.encoder.methods import EXITS
+from ee_diffusion.encoder.objective import FROZEN, ClassifierObjective, Weights
+
+LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
+
+
+def objective_for(method: str, name: str = "Bert", **weights) -> ClassifierObjective:
+    model = model_named(name)
+    head, judge = EXITS.get(method, ("shared", "none"))
+    pruning = weights.pop("pruning", None)
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head=head, judge=judge))
+    classifier.pruning = pruning
+    return ClassifierObjective(classifier, method=method, weights=Weights(trade_off=0.5, **weights)).eval()
+
+
+MAGIC = {"mask_weight": 0.1, "temperature": 0.01, "top_threshold": 0.1}
+
+
+def labelled(name: str = "Bert") -> dict[str, Tensor]:
+    return batch_for(name) | {"labels": LABELS}
+
+
+def learners(objective: ClassifierObjective, loss: Tensor) -> set[str]:
+    """The parts that get a gradient that is not zero somewhere: model, heads, judges."""
+    objective.zero_grad(set_to_none=True)
+    loss.backward()
+    found = set()
+    for name, parameter in objective.classifier.named_parameters():
+        if parameter.grad is not None and bool((parameter.grad != 0).any()):
+            found.add(".".join(name.split(".")[:2]) if name.startswith("exits") else "model")
+    return found
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    {
+        "plain": {"model"},
+        "palbert": {"model", "exits.judges"},
+        "pondernet": {"model", "exits.judges"},
+        "pabee": {"model", "exits.heads"},
+        "deebert": {"exits.heads"},
+        "fastbert": {"exits.heads"},
+        "berxit": {"model", "exits.judges"},
+    }.items(),
+)
+def test_who_learns(method: str, expected: set[str]):
+    objective = objective_for(method)
+    assert learners(objective, objective(labelled())["loss"]) == expected
+    assert all(p.requires_grad == (method not in FROZEN) for p in objective.classifier.model.parameters())
+
+
+def test_berxit_alternates():
+    objective = objective_for("berxit").train()
+    assert learners(objective, objective(labelled())["loss"]) == {"model", "exits.judges"}
+    assert learners(objective, objective(labelled())["loss"]) == {"model", "exits.judges", "exits.heads"}
+
+
+def test_jei_dnn_warms_up_then_trains_gates_and_heads_in_turn():
+    objective = objective_for("jei_dnn", warm_up=2, phase=1).train()
+    parts = [learners(objective, objective(labelled())["loss"]) for _ in range(6)]
+    heads, gates = {"exits.heads"}, {"exits.judges"}
+    assert parts == [heads, heads, gates, heads, gates, heads]
+    assert int(objective.batches) == 6
+    objective.eval()(labelled())
+    assert int(objective.batches) == 6, "looking is not training"
+
+
+def test_a_resumed_objective_is_in_the_same_phase():
+    objective = objective_for("jei_dnn", warm_up=1, phase=1).train()
+    objective(labelled())
+    again = objective_for("jei_dnn", warm_up=1, phase=1).train()
+    again.load_state_dict(objective.state_dict())
+    assert "targets" in again(labelled())
+
+
+def head_gradient(objective: ClassifierObjective) -> Tensor:
+    objective.zero_grad(set_to_none=True)
+    objective(labelled())["loss"].backward()
+    return torch.stack([head.classify.weight.grad for head in objective.classifier.exits.heads])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_gates_change_what_the_heads_learn_unless_released(released: bool):
+    objective = objective_for("jei_dnn", warm_up=0, phase=1, released=released)
+    objective.batches += 1  # the phase of heads
+    before = head_gradient(objective)
+    with torch.no_grad():
+        for gate in objective.classifier.exits.judges:
+            gate.bias -= 3
+    difference = (head_gradient(objective) - before).abs().max()
+    assert (difference < 1e-6) == released
+
+
+def test_palbert_loss_is_that_of_the_formula():
+    objective = objective_for("palbert")
+    seen = objective._see(labelled())
+    found = objective(labelled())
+    assert seen.answers.shape == (LAYERS, ROWS, CLASSES)
+    halting = seen.judge.sigmoid()
+    expected = losses.ponder_loss(seen.answers, LABELS, halting, rate=0.1, weight=0.5, direction="posterior_to_prior")
+    torch.testing.assert_close(found["loss"], expected)
+    assert 1 <= float(found["expected_exit"]) <= LAYERS
+
+
+def test_jei_dnn_targets_use_costs_of_the_batchs_length():
+    objective = objective_for("jei_dnn", warm_up=0)
+    seen, exits = objective._see(labelled()), objective.classifier.exits
+    costs = costs_of(objective.classifier.model, exits, 9).up_to(exits.depths, LAYERS)
+    targets = losses.gate_targets(losses.answer_losses(seen.answers, LABELS), costs, trade_off=0.5)
+    torch.testing.assert_close(objective(labelled())["loss"], losses.gate_loss(seen.judge, targets))
+
+
+@pytest.mark.parametrize("method", ["palbert", "berxit", "jei_dnn"])
+def test_a_few_steps_lower_the_loss(method: str):
+    objective = objective_for(method, warm_up=100)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-2)
+    first = float(objective(labelled())["loss"].detach())
+    for _ in range(8):
+        optimizer.zero_grad()
+        objective(labelled())["loss"].backward()
+        optimizer.step()
+    assert float(objective(labelled())["loss"].detach()) < 0.8 * first
+
+
+def test_magic_pyramids_soft_stage_learns_weights_and_thresholds():
+    objective = objective_for("magic_soft", **MAGIC)
+    found = objective(labelled())
+    assert 0 < float(found["kept"]) < 1
+    assert learners(objective, found["loss"]) == {"model"}
+    assert bool((objective.thresholds.grad != 0).any())
+    plain = objective_for("magic_soft", **MAGIC | {"mask_weight": 0.0})(labelled())
+    torch.testing.assert_close(found["loss"] - plain["loss"], 0.1 * found["kept"])
+    assert objective.classifier.pruning is None
+    assert objective.trained().pruning == tuple(objective.thresholds.tolist())
+
+
+def test_magic_pyramids_hard_stage_trains_through_removed_tokens():
+    pruning = (0.06, 0.1, 0.12, 0.2)
+    objective = objective_for("magic_hard", pruning=pruning)
+    found = objective(labelled())
+    assert learners(objective, found["loss"]) == {"model"}
+    expected = objective.classifier(**batch_for("Bert")).logits
+    torch.testing.assert_close(found["loss"], torch.nn.functional.cross_entropy(expected, LABELS))
+    assert found["loss"] != objective_for("plain")(labelled())["loss"]
+    ramps = objective_for("fastbert", pruning=pruning)(labelled())["loss"]
+    assert ramps != objective_for("fastbert")(labelled())["loss"], "students see what is left"
+
+
+def test_a_frozen_model_has_no_dropout_in_training():
+    objective = objective_for("deebert").train()
+    assert not objective.classifier.model.training
+    assert objective.classifier.exits.training
+
+
+def test_images_and_regression():
+    objective = objective_for("jei_dnn", "ViT", warm_up=0)
+    assert torch.isfinite(objective(labelled("ViT"))["loss"])
+    model = model_named("Bert", num_labels=1)
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="correctness"))
+    berxit = ClassifierObjective(classifier, method="berxit", weights=Weights())
+    found = berxit(batch_for("Bert") | {"labels": torch.randn(ROWS)})
+    assert torch.isfinite(found["loss"])
+    assert "accuracy_last" not in found
+
+
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: objective_for("cat"), "method='cat'"),
+        (
+            lambda: ClassifierObjective(objective_for("palbert").classifier, method="pabee", weights=Weights()),
+            "pabee wants pooled",
+        ),
+        (
+            lambda: ClassifierObjective(objective_for("jei_dnn").classifier, method="jei_dnn", weights=Weights()),
+            "trade_off",
+        ),
+        (lambda: objective_for("magic_hard"), "magic_soft first"),
+        (lambda: objective_for("magic_soft", mask_weight=0.1), "needs temperature"),
+        (lambda: Weights(rate=1.0), "rate=1.0"),
+        (lambda: Weights(phase=0), "phase=0"),
+    ],
+)
+def test_refused(call, words):
+    with pytest.raises(ValueError, match=words):
+        call()

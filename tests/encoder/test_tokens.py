@@ -1,0 +1,210 @@
+"""Token pruning: saliency against a slow loop, tokens really gone, batches against single texts, both pyramids at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from tiny import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.encoder.attach import attach, watching
+from ee_diffusion.encoder.classifier import EarlyExitClassifier
+from ee_diffusion.encoder.costs import block_flops, pruned_flops, saliency_flops
+from ee_diffusion.encoder.families import family_of
+from ee_diffusion.encoder.methods import fastbert
+from ee_diffusion.encoder.tokens import PARTS, saliency, soft_pruning
+
+PRUNABLE = ("Bert", "Roberta", "Albert", "DistilBert")
+THRESHOLDS = (0.06, 0.1, 0.12, 0.2)
+
+
+@torch.no_grad()
+def run(name: str, thresholds, policy: Policy | None = None, rows=None, **changes):
+    model = model_named(name, **changes)
+    exits, token_traces = exits_for(model, head="pooled", judge="none"), []
+    with attach(model, exits, policy or Policy(), pruning=thresholds, token_traces=token_traces) as traces:
+        logits = model(**batch_for(name, rows)).logits
+    return logits, traces[0], token_traces[0]
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_saliency_against_the_models_own_attention(name: str):
+    model, batch = model_named(name, attn_implementation="eager"), batch_for(name)
+    keys = batch["attention_mask"].bool()
+    blocks = family_of(model).blocks(model)
+    with torch.no_grad(), watching(model) as states:
+        attentions = model(**batch, output_attentions=True).attentions
+    for layer, attention in enumerate(attentions):  # (B, H, N, N)
+        found = saliency(blocks[layer % len(blocks)], states[layer], keys).detach()
+        for row in range(ROWS):
+            n = int(keys[row].sum())
+            for j in range(n):
+                expected = attention[row, :, :n, j].double().mean()
+                assert float(found[row, j]) == pytest.approx(float(expected), abs=1e-6)
+            assert float(found[row].sum()) == pytest.approx(1, abs=1e-5)
+            assert bool((found[row, n:] == 0).all())
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_nothing_to_prune_is_the_stock_model(name: str):
+    logits, _, tokens = run(name, (0.0,) * LAYERS)
+    model = model_named(name)
+    assert torch.equal(logits, model(**batch_for(name)).logits)
+    lengths = batch_for(name)["attention_mask"].sum(1)
+    assert torch.equal(tokens.fed, lengths[:, None].expand(-1, LAYERS).int())
+
+
+@torch.no_grad()
+def slow_logits(name: str, row: int) -> torch.Tensor:
+    """One text alone, layer by layer, tokens taken out by hand."""
+    model, batch = model_named(name), batch_for(name, [row])
+    blocks = family_of(model).blocks(model)
+    with watching(model) as states:
+        model(**batch)
+    hidden = states[0]
+    for layer in range(LAYERS):
+        block = blocks[layer % len(blocks)]
+        s = saliency(block, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))[0]
+        attended = PARTS[type(block).__name__].attend(block, hidden, None)
+        kept = [0] + [j for j in range(1, hidden.shape[1]) if float(s[j]) >= THRESHOLDS[layer]]
+        hidden = PARTS[type(block).__name__].feed(block, attended[:, kept])
+    family = family_of(model)
+    return family.classify(model, family.pool(model, hidden, None))[0]
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_rows_of_one_batch_keep_different_tokens_and_the_answers_of_single_texts(name: str):
+    logits, _, tokens = run(name, THRESHOLDS)
+    assert len(tokens.fed[:, -1].unique()) > 1
+    assert bool((tokens.fed[:, 1:] <= tokens.fed[:, :-1]).all())
+    assert bool((tokens.fed >= 1).all())
+    for row in range(ROWS):
+        torch.testing.assert_close(logits[row], slow_logits(name, row), rtol=1e-4, atol=1e-4)
+        alone, _, its_tokens = run(name, THRESHOLDS, rows=[row])
+        torch.testing.assert_close(alone[0], logits[row], rtol=1e-4, atol=1e-4)
+        assert its_tokens.fed.tolist() == tokens.fed[[row]].tolist()
+
+
+def test_removed_tokens_are_not_computed():
+    """Counted inside the blocks: attention at the length before, the feed-forward part at the length after."""
+    model = model_named("Bert")
+    seen: dict[str, list[int]] = {"attention": [], "intermediate": []}
+    for layer in model.bert.encoder.layer:
+        for name, module in (("attention", layer.attention), ("intermediate", layer.intermediate)):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: seen[name].append(args[0].shape[0] * args[0].shape[1])
+            )
+    exits, tokens = exits_for(model, head="pooled", judge="none"), []
+    with torch.no_grad(), attach(model, exits, Policy(), pruning=THRESHOLDS, token_traces=tokens):
+        model(**batch_for("Bert"))
+    assert seen["attention"] == tokens[0].computed[:, 0].tolist()
+    assert seen["intermediate"] == tokens[0].computed[:, 1].tolist()
+    assert seen["intermediate"] == [ROWS * int(tokens[0].fed[:, layer].max()) for layer in range(LAYERS)]
+    assert seen["intermediate"][-1] < seen["intermediate"][0]
+
+
+def test_attention_implementations_prune_alike():
+    sdpa, eager = (run("Bert", THRESHOLDS, attn_implementation=kind) for kind in ("sdpa", "eager"))
+    assert torch.equal(sdpa[2].fed, eager[2].fed)
+    torch.testing.assert_close(sdpa[0], eager[0], rtol=1e-4, atol=1e-5)
+
+
+def test_both_pyramids_at_once():
+    for speed in (0.6, 0.7, 0.8, 0.9, 0.95):
+        policy = fastbert(speed)
+        logits, trace, tokens = run("Bert", THRESHOLDS, policy)
+        depths = trace.depths[0]
+        if len(depths.unique()) > 1:
+            break
+    assert len(depths.unique()) > 1
+    for row in range(ROWS):
+        depth = int(depths[row])
+        assert bool((tokens.attended[row, :depth] > 0).all())
+        assert bool((tokens.attended[row, depth:] == 0).all())
+        alone, its_trace, _ = run("Bert", THRESHOLDS, policy, rows=[row])
+        assert int(its_trace.depths[0, 0]) == depth
+        torch.testing.assert_close(alone[0], logits[row], rtol=1e-4, atol=1e-4)
+
+
+def test_everything_may_be_pruned_but_the_first_token():
+    logits, _, tokens = run("Bert", (1.0,) * LAYERS)
+    assert bool((tokens.fed == 1).all())
+    assert bool(torch.isfinite(logits).all())
+
+
+def test_flops_of_a_single_text():
+    logits_flops = 2 * WIDTH**2 + 2 * WIDTH * 3
+    with FlopCounterMode(display=False) as counter:
+        _, _, tokens = run("Bert", THRESHOLDS, rows=[0], attn_implementation="eager")
+    expected = logits_flops
+    for layer in range(LAYERS):
+        n, m = int(tokens.attended[0, layer]), int(tokens.fed[0, layer])
+        expected += block_flops(n, hidden_size=WIDTH, inner_size=24, kept=m) + saliency_flops(n, hidden_size=WIDTH)
+    assert counter.get_total_flops() == expected
+    assert pruned_flops(model_named("Bert"), tokens).tolist() == [expected - logits_flops]
+
+
+def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
+    """A cold sigmoid is a step: the gates are the hard mask of the first layer; thresholds get a gradient when it is warm."""
+    model, batch = model_named("Bert"), batch_for("Bert")
+    thresholds = torch.tensor(THRESHOLDS, requires_grad=True)
+    with soft_pruning(model, thresholds, batch["attention_mask"], temperature=1e-6) as cold:
+        model(**batch)
+    hard = run("Bert", THRESHOLDS)[2]
+    assert cold[0].detach().round().sum(1).int().tolist() == hard.fed[:, 0].tolist()
+    with soft_pruning(model, thresholds, batch["attention_mask"], temperature=0.05) as warm:
+        model(**batch)
+    torch.stack([gate.sum() for gate in warm]).sum().backward()
+    assert bool((thresholds.grad < 0).all()), "a higher threshold keeps less"
+    assert "forward" not in model.bert.encoder.layer[0].__dict__
+
+
+def test_thresholds_are_saved_with_the_classifier(tmp_path: Path):
+    model = model_named("Bert")
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="none"))
+    classifier.pruning = THRESHOLDS
+    with torch.no_grad():
+        live = classifier(**batch_for("Bert")).logits
+    torch.testing.assert_close(live, run("Bert", THRESHOLDS)[0])
+    classifier.save_pretrained(tmp_path)
+    loaded = EarlyExitClassifier.from_pretrained(tmp_path)
+    assert loaded.pruning == THRESHOLDS
+    loaded.pruning = None
+    assert loaded.pruning is None
+
+
+@pytest.mark.parametrize(
+    "name, thresholds, words",
+    [
+        ("Bert", (0.1,), "1 pruning thresholds, expected one for each of 4"),
+        ("Bert", (0.1, 0.2, 0.3, 1.5), "threshold 1.5"),
+        ("ModernBert", (0.1,) * 4, "cannot be removed"),
+    ],
+)
+def test_refused(name, thresholds, words):
+    with pytest.raises(ValueError, match=words):
+        run(name, thresholds)
+
+
+def test_a_text_without_tokens():
+    model = model_named("Bert")
+    exits = exits_for(model, head="pooled", judge="none")
+    with attach(model, exits, Policy(), pruning=THRESHOLDS), pytest.raises(ValueError, match="no tokens"):
+        model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_soft_pruning_refuses():
+    model, mask = model_named("Bert"), torch.ones(1, 2)
+    for thresholds, temperature, words in (
+        (torch.zeros(2), 1.0, "2 pruning"),
+        (torch.zeros(4), 0.0, "temperature=0.0"),
+    ):
+        with pytest.raises(ValueError, match=words), soft_pruning(model, thresholds, mask, temperature=temperature):
+            pass

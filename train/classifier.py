@@ -1,0 +1,165 @@
+"""Fine-tune a text classifier, alone or with exits: PALBERT, PonderNet, PABEE, DeeBERT, FastBERT, BERxiT, JEI-DNN, Magic Pyramid.
+
+accelerate launch --num_cpu_threads_per_process 2 train/classifier.py --method palbert --init_from MODEL --num_labels 2 \
+    --text_files sst2/train_full.tsv --text_columns sentence --output_dir runs/palbert
+
+`--init_from`: a classifier or encoder of transformers, or the `model` folder of an earlier run. deebert, fastbert and jei_dnn train exits
+on a frozen one: fine-tune it first with `--method plain`; Magic Pyramid is magic_soft, then magic_hard, then fastbert. `--dry-run` prints
+the resolved settings; `--resume_from_checkpoint latest` goes on after a stop. Writes model/ (`EarlyExitClassifier.from_pretrained` and
+transformers' pipelines take it, its tokeniser is in it), log.jsonl, config.json, report.json.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedModel,
+)
+
+from ee_diffusion.encoder.attach import positions
+from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig
+from ee_diffusion.encoder.exits import ClassifierExits
+from ee_diffusion.encoder.methods import EXITS
+from ee_diffusion.encoder.objective import PLAIN, ClassifierObjective, Weights
+from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.config import TextDataConfig, TrainConfig
+from ee_diffusion.training.loop import Trainer
+from ee_diffusion.training.text import load_text_source
+
+
+def _flag(help: str, default=None):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class ClassifierConfig:
+    """The model and the method.
+
+    Raises:
+        ValueError: an unknown method, fewer than one label, a model from nowhere.
+    """
+
+    method: str = _flag(
+        "plain, magic_soft, magic_hard (no exits), palbert, pondernet, pabee, deebert, fastbert, berxit or jei_dnn.",
+        "plain",
+    )
+    init_from: str | None = _flag("Folder or Hub name to start from.")
+    num_labels: int = _flag("Classes; 1: regression.", 2)
+    exit_depths: list[int] | None = _flag("Executed layers at each exit; none: after every layer but the last.")
+    prior_rate: float = _flag("lambda_p of the geometric prior (palbert, pondernet).", 0.1)
+    divergence_weight: float = _flag("beta, the weight of the KL (palbert, pondernet).", 0.5)
+    divergence_direction: str = _flag(
+        "posterior_to_prior (the formula) or prior_to_posterior (the released code).", "posterior_to_prior"
+    )
+    trade_off: float | None = _flag("lambda of jei_dnn: what the whole model's cost is worth in nats.")
+    warm_up: int = _flag("Batches of heads alone at the beginning (jei_dnn).", 0)
+    phase: int = _flag("Batches of each phase (jei_dnn).", 200)
+    released: bool = _flag("The released weighting that cancels (jei_dnn).", False)
+
+    mask_weight: float | None = _flag("What a kept token costs (magic_soft).")
+    temperature: float | None = _flag("T of the fading (magic_soft).")
+    top_threshold: float | None = _flag("The last layer's saliency threshold to begin with (magic_soft).")
+
+    def __post_init__(self):
+        if self.method not in (*PLAIN, *EXITS):
+            raise ValueError(f"method={self.method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels={self.num_labels}, expected at least 1")
+
+    def weights(self) -> Weights:
+        return Weights(
+            rate=self.prior_rate,
+            divergence=self.divergence_weight,
+            direction=self.divergence_direction,
+            trade_off=self.trade_off,
+            warm_up=self.warm_up,
+            phase=self.phase,
+            released=self.released,
+            mask_weight=self.mask_weight,
+            temperature=self.temperature,
+            top_threshold=self.top_threshold,
+        )
+
+
+def parse() -> tuple[ClassifierConfig, TextDataConfig, TrainConfig, bool]:
+    kinds = (ClassifierConfig, TextDataConfig, TrainConfig)
+    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Print the resolved settings as JSON and exit."
+    )
+    *configs, rest = parser.parse_args_into_dataclasses()
+    return *configs, rest.dry_run
+
+
+def build_model(config: ClassifierConfig) -> tuple[PreTrainedModel, tuple[float, ...] | None]:
+    """The stock classifier to start from, and its pruning thresholds, if it has some."""
+    if not config.init_from:
+        raise ValueError(f"init_from={config.init_from!r}, expected the folder or name of a model to start from")
+    if isinstance(AutoConfig.from_pretrained(config.init_from), EarlyExitConfig):
+        begun = EarlyExitClassifier.from_pretrained(config.init_from)
+        if begun.config.num_labels != config.num_labels:
+            raise ValueError(f"{config.init_from} has {begun.config.num_labels} labels, num_labels={config.num_labels}")
+        return begun.model, begun.pruning
+    options = {"num_labels": config.num_labels, "dtype": torch.float32}
+    return AutoModelForSequenceClassification.from_pretrained(config.init_from, **options), None
+
+
+def build_objective(config: ClassifierConfig) -> ClassifierObjective:
+    model, pruning = build_model(config)
+    head, judge = EXITS.get(config.method, ("shared", "none"))
+    depths = None if config.exit_depths is None else tuple(config.exit_depths)
+    exits = ClassifierExits.for_model(model, depths, head=head, judge=judge)
+    classifier = EarlyExitClassifier.from_classifier(model, exits)
+    classifier.pruning = pruning
+    return ClassifierObjective(classifier, method=config.method, weights=config.weights())
+
+
+def main() -> None:
+    config, data, train, dry_run = parse()
+    resolved = asdict(config) | asdict(data) | asdict(train)
+    if dry_run:
+        print(json.dumps(resolved, indent=2))
+        return
+    set_seed(train.seed)
+    objective = build_objective(config)
+    longest = positions(objective.classifier.model)
+    if data.max_length > longest:
+        raise ValueError(f"max_length={data.max_length}, expected at most the model's {longest} positions")
+    tokenizer = AutoTokenizer.from_pretrained(config.init_from)
+    source = load_text_source(
+        data,
+        lambda texts: tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"],
+        num_labels=config.num_labels,
+        pad=tokenizer.pad_token_id,
+    )
+
+    def save(folder: Path, trained: ClassifierObjective) -> None:
+        trained.trained().save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+
+    trainer = Trainer(objective, source, train, save=save, identity=asdict(config))
+    report = asdict(trainer.fit())
+    if trainer.accelerator.is_main_process:
+        cuda = torch.cuda.is_available()
+        device = (
+            torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        )
+        machine = {"device": device, "processes": trainer.accelerator.num_processes, "torch": torch.__version__}
+        directory = Path(train.output_dir)
+        write_json(directory / "config.json", resolved)
+        write_json(directory / "report.json", report | machine)
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
