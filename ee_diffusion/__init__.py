@@ -26,12 +26,20 @@ _HOMES = {
     "Schedule": "core.schedules",
     "Report": "core.trace",
     "Trace": "core.trace",
+    "AdapterExits": "diffusion.adapters",
     "attach": "diffusion.attach",
     "detach": "diffusion.attach",
+    "summary": "diffusion.attach",
+    "Family": "diffusion.families",
+    "register_family": "diffusion.families",
     "DenoisingExits": "diffusion.heads",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
     "EarlyExitPipeline": "diffusion.pipeline",
+    "EarlyExitDiTPipeline": "diffusion.pipelines",
+    "EarlyExitFluxPipeline": "diffusion.pipelines",
+    "EarlyExitPixArtPipeline": "diffusion.pipelines",
+    "EarlyExitSD3Pipeline": "diffusion.pipelines",
     "UViTTransformer2DModel": "diffusion.uvit",
 }
 
@@ -44,10 +52,18 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, FullDepth, PiecewiseDepth, Schedule
     from ee_diffusion.core.session import Session
     from ee_diffusion.core.trace import Report, Trace
-    from ee_diffusion.diffusion.attach import attach, detach
+    from ee_diffusion.diffusion.adapters import AdapterExits
+    from ee_diffusion.diffusion.attach import attach, detach, summary
+    from ee_diffusion.diffusion.families import Family, register_family
     from ee_diffusion.diffusion.heads import DenoisingExits
     from ee_diffusion.diffusion.methods import deediff, deediff_released
     from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+    from ee_diffusion.diffusion.pipelines import (
+        EarlyExitDiTPipeline,
+        EarlyExitFluxPipeline,
+        EarlyExitPixArtPipeline,
+        EarlyExitSD3Pipeline,
+    )
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 
 

@@ -135,13 +135,14 @@ class Runs:
         return planned[near[0] :] if near else planned
 
     def _is_another_branch(self) -> bool:
-        """Whether a forward at the time of the last one is the second call of guidance, not the next stage of a solver."""
+        """Whether a forward at the time of the last one is the second call of guidance, not the next stage of a solver: the pipeline
+        names its calls, or else the scheduler says whether the time is to come twice."""
         if self._family.guidance != "calls":
             return False
         if self._branch is not None:
             return self._branch not in self._seen
-        upcoming = self._times[self._index + 1 : self._index + 2]
-        return upcoming != [self._times[self._index]]
+        now, upcoming = self._times[self._index], self._times[self._index + 1 : self._index + 2]
+        return now is None or upcoming != [now]
 
     def _trace(self) -> Trace | None:
         traces = [session.trace() for session in self._sessions if session.finished]
@@ -176,10 +177,10 @@ class Runs:
         return original(*args, **kwargs)
 
     @contextmanager
-    def _cache_context(self, original, name: str) -> Iterator[None]:
+    def _cache_context(self, original, name: str, *args, **kwargs) -> Iterator[None]:
         before, self._branch = self._branch, name
         try:
-            with original(name):
+            with original(name, *args, **kwargs):
                 yield
         finally:
             self._branch = before
