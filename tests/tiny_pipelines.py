@@ -67,9 +67,7 @@ STOCK: dict[str, Stock] = {
     "dit": Stock(DiTPipeline, _dit, {}, {"guidance_scale": 1.0}, {"guidance_scale": 3.0}, {}),
     "pixart": Stock(
         PixArtAlphaPipeline,
-        lambda: _text(
-            "PixArtTransformer2DModel", "tokenizer", "text_encoder", scheduler=DPMSolverMultistepScheduler()
-        ),
+        lambda: _text("PixArtTransformer2DModel", "tokenizer", "text_encoder", scheduler=DPMSolverMultistepScheduler()),
         {"prompt_embeds": (TEXT, 6), "prompt_attention_mask": (TEXT,)},
         {"guidance_scale": 1.0},
         {"guidance_scale": 3.0},

@@ -44,8 +44,8 @@ class Adapter(nn.Module):
 class AdapterExits(ModelMixin, ConfigMixin):
     """The exits of one transformer: for each depth an adapter, whose answer goes through the model's own tail, and an uncertainty module.
 
-    Uncertainty: `u_i = sigmoid(w_i^T [L_i ; e_t] + b_i)` per image token, `certainty = 1 - mean u_i`. DeeDiff (arXiv 2309.17074, eq. 4) has p*p*C
-    values per patch; here it is one, for classes whose tokens are no square patches of pixels.
+    Uncertainty: `u_i = sigmoid(w_i^T [L_i ; e_t] + b_i)` per image token, `certainty = 1 - mean u_i`. DeeDiff (arXiv 2309.17074, eq. 4) has
+    p*p*C values per patch; here it is one, for classes whose tokens are no square patches of pixels.
 
     Args:
         depths: executed blocks at each exit, ascending, from 0 up to below the model's number of layers.

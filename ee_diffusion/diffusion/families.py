@@ -21,7 +21,7 @@ Returns = Literal["image", "text, image", "image, text"]
 class Family:
     """One transformer class.
 
-    class_name: the class. blocks: its ModuleList of blocks. single_blocks: a second list that runs after the first, on one depth axis with it.
+    class_name: the class. blocks: its ModuleList of blocks. single_blocks: a second list that runs after the first, on one depth axis.
     block_classes: the classes that those blocks have; empty: not checked.
     returns: what a block returns: the image tokens (R, N, D), or them and the text's, in which order. Where text is returned, the block
         takes it as `encoder_hidden_states`. A block takes the image tokens (R, N, D) first, as `hidden_states`.

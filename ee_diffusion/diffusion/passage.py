@@ -1,6 +1,6 @@
 """Passage: the rows of one forward on their way through the blocks of a diffusers transformer, up to its tail.
 
-Here: which rows of which argument a block gets, and what its parent gets back. Not here: who stops (core), facts about classes (families.py).
+Here: which rows of which argument a block gets, and what its parent gets back. Not here: who stops (core), facts on classes (families.py).
 R rows of the batch, r running rows, N tokens, D width, L layers.
 """
 

@@ -1,5 +1,5 @@
-"""Every row of the family table on the real class at tiny size: off is the plain model, an exit is the truncated model, an image in a batch is
-the image alone, skipped work is not executed, detaching restores; ControlNet samples and long skips do not touch rows that stopped."""
+"""Every row of the family table on the real class at tiny size: off is the plain model, an exit is the truncated model, an image in a
+batch is the image alone, skipped work is not executed, detaching restores; ControlNet samples do not touch rows that stopped."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Stock pipelines with exits attached: the call is as ever, every image decides for itself, the rows of an image leave together, and nothing
-of one call is left for the next."""
+"""Stock pipelines with exits attached: the call is as ever, every image decides for itself, the rows of an image leave together, and
+nothing of one call is left for the next."""
 
 from __future__ import annotations
 
@@ -92,7 +92,8 @@ def test_an_image_in_a_batch_is_the_image_alone_and_work_is_counted(name: str):
     inner = inner_modules(pipe(name).transformer)
     hooks = [
         one.register_forward_pre_hook(
-            lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+            lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])),
+            with_kwargs=True,
         )
         for one in inner
     ]
