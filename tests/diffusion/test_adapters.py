@@ -157,5 +157,5 @@ def test_heads_on_another_device():
     exits = exits_for(model).to("meta")
     with attach(model, exits) as attachment:
         session = attachment.start(Policy(), rows=torch.arange(2), num_steps=1)
-        with attachment.use(session.step(0, 1.0)), pytest.raises(ValueError, match="the heads are on meta, .* on cpu"):
+        with attachment.use(session.step(0, 1.0)), pytest.raises(ValueError, match=r"the heads are on meta, .* on cpu"):
             model(torch.zeros(2, 4, 8, 8), timestep=torch.tensor([1]), class_labels=torch.tensor([0, 1]))

@@ -218,7 +218,7 @@ def test_misuse_is_refused_before_work():
     exits = exits_for(one.transformer)
     with pytest.raises(ValueError, match="no exits are attached"):
         summary(one)
-    with pytest.raises(ValueError, match="needs branches= .* and num_steps="):
+    with pytest.raises(ValueError, match=r"needs branches= .* and num_steps="):
         attach(one.transformer, exits, policy)
     with pytest.raises(ValueError, match="without a policy"):
         attach(one, exits, branches=2)

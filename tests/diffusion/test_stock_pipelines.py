@@ -104,6 +104,7 @@ ROUTES = {
 }
 BEGIN = "import sys; sys.path[:0] = ['tests', 'tests/diffusion']; name, folder = sys.argv[1:]; from test_stock_pipelines import *\n"
 END = """
+from safetensors.torch import save_file
 pipe.set_progress_bar_config(disable=True)
 assert type(pipe).__name__ == KINDS[name].__name__
 output = pipe(**call_of(name, IMAGES), exit_policy=PLAN)
