@@ -30,6 +30,7 @@ _HOMES = {
     "Schedule": "core.schedules",
     "Report": "core.trace",
     "Trace": "core.trace",
+    "AdapterExits": "diffusion.adapters",
     "attach": "diffusion.attach",
     "detach": "diffusion.attach",
     "early_exit_generate": "decoding.generate",
@@ -39,10 +40,17 @@ _HOMES = {
     "early_termination": "decoding.methods",
     "skipdecode": "decoding.methods",
     "uniform_skipping": "decoding.methods",
+    "summary": "diffusion.attach",
+    "Family": "diffusion.families",
+    "register_family": "diffusion.families",
     "DenoisingExits": "diffusion.heads",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
     "EarlyExitPipeline": "diffusion.pipeline",
+    "EarlyExitDiTPipeline": "diffusion.pipelines",
+    "EarlyExitFluxPipeline": "diffusion.pipelines",
+    "EarlyExitPixArtPipeline": "diffusion.pipelines",
+    "EarlyExitSD3Pipeline": "diffusion.pipelines",
     "UViTTransformer2DModel": "diffusion.uvit",
     "EarlyExitClassifier": "encoder.classifier",
     "ClassifierExits": "encoder.exits",
@@ -91,10 +99,18 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         skipdecode,
         uniform_skipping,
     )
-    from ee_diffusion.diffusion.attach import attach, detach
+    from ee_diffusion.diffusion.adapters import AdapterExits
+    from ee_diffusion.diffusion.attach import attach, detach, summary
+    from ee_diffusion.diffusion.families import Family, register_family
     from ee_diffusion.diffusion.heads import DenoisingExits
     from ee_diffusion.diffusion.methods import deediff, deediff_released
     from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+    from ee_diffusion.diffusion.pipelines import (
+        EarlyExitDiTPipeline,
+        EarlyExitFluxPipeline,
+        EarlyExitPixArtPipeline,
+        EarlyExitSD3Pipeline,
+    )
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier
     from ee_diffusion.encoder.exits import ClassifierExits

@@ -1,4 +1,4 @@
-"""Replace a module's forward on the instance, and restore it exactly."""
+"""Replace a method on one instance (mostly a module's forward), and restore it exactly."""
 
 from __future__ import annotations
 
@@ -6,35 +6,34 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 _ABSENT = object()
 
 
 class Interception:
-    """`module.forward(*args)` becomes `wrapper(original, *args)` until `restore()`.
+    """`target.forward(*args)` (or the method `name`) becomes `wrapper(original, *args)` until `restore()`.
 
     The class is not touched, parameters and state_dict keys do not change, and whatever stood in the instance before (an offload
     hook's forward, say) stands there again afterwards.
     """
 
-    def __init__(self, module: nn.Module, wrapper: Callable[..., Any]):
-        self.module = module
-        self._before = module.__dict__.get("forward", _ABSENT)
-        self._ours = functools.partial(wrapper, module.forward)
-        module.__dict__["forward"] = self._ours
+    def __init__(self, target: object, wrapper: Callable[..., Any], *, name: str = "forward"):
+        self.target, self.name = target, name
+        self._before = target.__dict__.get(name, _ABSENT)
+        self._ours = functools.partial(wrapper, getattr(target, name))
+        target.__dict__[name] = self._ours
 
     def restore(self) -> None:
-        """Put the former forward back.
+        """Put the former method back.
 
         Raises:
-            RuntimeError: somebody replaced the forward after us; restoring would silently undo that.
+            RuntimeError: somebody replaced the method after us; restoring would silently undo that.
         """
-        if self.module.__dict__.get("forward") is not self._ours:
+        if self.target.__dict__.get(self.name) is not self._ours:
             raise RuntimeError(
-                f"the forward of {type(self.module).__name__} was replaced by something else after the interception; remove that first"
+                f"the {self.name} of {type(self.target).__name__} was replaced by something else after the interception; "
+                "remove that first"
             )
         if self._before is _ABSENT:
-            del self.module.__dict__["forward"]
+            del self.target.__dict__[self.name]
         else:
-            self.module.__dict__["forward"] = self._before
+            self.target.__dict__[self.name] = self._before

@@ -63,6 +63,7 @@ class Policy:
         num_steps: int,
         elements: Tensor | None = None,
         device: torch.device | str = "cpu",
+        frozen: str = "",
     ) -> Session:
         """Begin a run.
 
@@ -70,6 +71,7 @@ class Policy:
             num_layers: L. depths: executed blocks at each exit of the heads.
             rows: (R,) the element (0..E-1) of each row. num_steps: S.
             elements: (E,) ids of the elements (for plans); default 0..E-1.
+            frozen: why the driver carries along rows that stopped, for the report; empty: it drops them.
 
         Raises:
             ValueError: whatever does not fit together, before any work.
@@ -100,6 +102,7 @@ class Policy:
             num_steps=num_steps,
             elements=elements,
             device=device,
+            frozen=frozen,
         )
 
     def _check_schedule(self, num_steps: int, num_layers: int, exits: tuple[int, ...]) -> None:

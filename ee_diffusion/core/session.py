@@ -48,7 +48,9 @@ class Session:
         num_steps: int,
         elements: Tensor | None,
         device: torch.device | str,
+        frozen: str = "",
     ):
+        self.frozen = frozen  # why rows that stopped are carried along; empty: they are dropped
         self.policy, self.num_layers, self.num_steps, self.device = policy, num_layers, num_steps, torch.device(device)
         self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
@@ -62,7 +64,7 @@ class Session:
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
         self.state: State | None = None
-        self.memory: Memory | None = None  # what the rows' last full steps said, for heads that remember
+        self.memories: dict[int, Memory] = {}  # for heads that remember: what the rows' last full steps said, by call
         self.finished: list[StepSession] = []
         self._open: StepSession | None = None
 
@@ -85,6 +87,19 @@ class Session:
             self._open.leave_out(absent.cpu())
         return self._open
 
+    def follow(self) -> StepSession:
+        """Begin another forward of the step that was closed last (the second call of guidance): its rows leave where the first call's
+        did, nothing is measured, and its work is added to that step's.
+
+        Raises:
+            ValueError: no step was closed, or one is going on.
+        """
+        if not self.finished or self._open is not None:
+            raise ValueError("a following forward needs a step that was closed, and none that is going on")
+        leader = self.finished[-1]
+        self._open = StepSession(self, leader.index, leader.time, leader=leader)
+        return self._open
+
     def require_open(self, step: StepSession) -> None:
         """Raise ValueError unless `step` is the one that is going on."""
         if self._open is not step:
@@ -92,7 +107,10 @@ class Session:
 
     def closed(self, step: StepSession) -> None:
         """Called by a step session when it ends."""
-        self.finished.append(step)
+        if step.leader is None:
+            self.finished.append(step)
+        else:
+            step.leader.add_work_of(step)
         self._open = None
 
     def trace(self) -> Trace:
@@ -117,13 +135,17 @@ class Session:
             answered=torch.tensor([step.answered for step in steps]),
             policy=self.policy.to_dict(),
             recorded_all=self.policy.record_all,
+            calls=tuple(step.calls for step in steps),
+            frozen=self.frozen,
         )
 
 
 class StepSession:
     """One step of a run: which rows a layer runs on, who leaves after a depth, what was executed."""
 
-    def __init__(self, session: Session, index: int, time: float):
+    def __init__(self, session: Session, index: int, time: float, leader: StepSession | None = None):
+        self.leader = leader  # the forward whose depths this one follows
+        self.calls = 1  # forwards of this step: itself and those that followed
         policy, num_layers = session.policy, session.num_layers
         self.session, self.index, self.time = session, index, time
         self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
@@ -139,7 +161,9 @@ class StepSession:
         self._ran = [torch.zeros(num_elements, dtype=torch.int16)] * num_layers  # for each layer (E,)
         self._counts = session.rows_per_element  # (E,) running rows of each element
         criterion, ids = policy.criterion, session.elements.to(session.device)
-        self._state: State = {} if criterion is None else criterion.start(ids, step=index, previous=session.state)
+        self._state: State = {}
+        if criterion is not None and leader is None:
+            self._state = criterion.start(ids, step=index, previous=session.state)
 
     def leave_out(self, absent: Tensor) -> None:
         """Elements (E,) bool that have no part in this step: depth -1, no row runs."""
@@ -161,8 +185,13 @@ class StepSession:
 
     @property
     def measures(self) -> bool:
-        """Whether the criterion, if any, looks at scores."""
-        return not isinstance(self.session.policy.criterion, Planned | None)
+        """Whether scores are looked at."""
+        return self.leader is None and not isinstance(self.session.policy.criterion, Planned | None)
+
+    @property
+    def call(self) -> int:
+        """Which forward of its step this is: 0, or 1 for the second call of guidance."""
+        return 0 if self.leader is None else self.leader.calls
 
     @property
     def may_exit(self) -> bool:
@@ -174,8 +203,14 @@ class StepSession:
         return self.layers[layer] and len(self.rows) > 0
 
     def executed(self, layer: int) -> None:
-        """The driver says: the layer ran on the running rows."""
-        self._ran[layer] = self._counts
+        """The driver says: the layer ran on the running rows (on all rows, where those that stopped are carried along)."""
+        self._ran[layer] = self.session.rows_per_element if self.session.frozen else self._counts
+
+    def add_work_of(self, follower: StepSession) -> None:
+        """Count what a following forward executed as this step's."""
+        self._ran = [mine + other for mine, other in zip(self._ran, follower._ran, strict=True)]
+        self.answered = [mine + other for mine, other in zip(self.answered, follower.answered, strict=True)]
+        self.calls += 1
 
     def offer(self, depth: int, measure: Callable[[int], Tensor | None]) -> Departure | None:
         """Decide after `depth` executed blocks. `measure(exit)` gives the scores (r,) of the running rows at that exit of the heads
@@ -187,6 +222,8 @@ class StepSession:
             return None
         if depth == self.last:  # decided before the step began: no score, no sync
             return self._leave(depth, torch.ones_like(self.alive))
+        if self.leader is not None:
+            return self._leave_where(self.leader.depths <= depth, depth)
         criterion = self.session.policy.criterion
         if criterion is None:
             return None
@@ -196,8 +233,7 @@ class StepSession:
         stop, self._state = criterion.decide(score, where, self._state)
         if self.session.policy.record_all:
             return None
-        stopped = stop.cpu()  # the host sync of this exit
-        return self._leave(depth, stopped) if bool((stopped & self.alive).any()) else None
+        return self._leave_where(stop.cpu(), depth)  # the host sync of this exit
 
     def close(self) -> None:
         """End the step: scores come to the host, the state goes to the session.
@@ -208,7 +244,8 @@ class StepSession:
         self.session.require_open(self)
         if self._scores_there:
             self.scores[list(self._scores_there)] = torch.stack(list(self._scores_there.values())).cpu()
-        self.session.state = self._state
+        if self.leader is None:
+            self.session.state = self._state
         self.session.closed(self)
         if bool(self.scores.isnan().any()):
             self._refuse_nan()
@@ -235,6 +272,9 @@ class StepSession:
         self._scores_there[exit] = score
         self.measured[exit] += len(rows)
         return score  # (E,)
+
+    def _leave_where(self, stopped: Tensor, depth: int) -> Departure | None:
+        return self._leave(depth, stopped) if bool((stopped & self.alive).any()) else None
 
     def _leave(self, depth: int, stopped: Tensor) -> Departure:
         elements = self.session.rows[self.rows]  # (r,)

@@ -29,6 +29,8 @@ class Trace:
     scores (S, K, E), NaN where not measured;
     ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
     evaluated on. `policy`: the policy as a dictionary; `recorded_all`: every exit was measured and nobody stopped.
+    `calls`: forwards of each step, those after the first (a second call of guidance) following its depths; empty: one each.
+    `frozen`: why rows that stopped were carried along; empty: they were dropped.
     """
 
     elements: Tensor
@@ -43,6 +45,8 @@ class Trace:
     answered: Tensor
     policy: dict[str, Any]
     recorded_all: bool = False
+    calls: tuple[int, ...] = ()
+    frozen: str = ""
 
     @property
     def needed(self) -> Tensor:
@@ -56,6 +60,8 @@ class Trace:
         metadata = {
             "policy": json.dumps(self.policy),
             "recorded_all": json.dumps(self.recorded_all),
+            "calls": json.dumps(self.calls),
+            "frozen": json.dumps(self.frozen),
             "format": _FORMAT,
         }
         beside = Path(f"{path}.{os.getpid()}.tmp")
@@ -75,7 +81,9 @@ class Trace:
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"it is no trace: format {metadata.get('format')!r}, expected {_FORMAT!r}")
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in _TENSORS}
-            return cls(**tensors, **{name: json.loads(metadata[name]) for name in ("policy", "recorded_all")})
+            plain = {name: json.loads(metadata[name]) for name in ("policy", "recorded_all")}
+            calls, frozen = json.loads(metadata.get("calls", "[]")), json.loads(metadata.get("frozen", '""'))
+            return cls(**tensors, **plain, calls=tuple(calls), frozen=frozen)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a readable trace: {error}") from error
 
@@ -90,10 +98,12 @@ class Trace:
             raise ValueError("no traces to concatenate, expected at least one")
         first = traces[0]
         for other in traces[1:]:
-            if (other.policy, other.times.tolist(), other.exits.tolist()) != (
+            if (other.policy, other.times.tolist(), other.exits.tolist(), other.calls, other.frozen) != (
                 first.policy,
                 first.times.tolist(),
                 first.exits.tolist(),
+                first.calls,
+                first.frozen,
             ) or not torch.equal(other.planned, first.planned):
                 raise ValueError("traces of different policies, steps, exits or layers cannot be joined")
         joined = {
@@ -102,14 +112,15 @@ class Trace:
         counts = {
             name: torch.stack([getattr(trace, name) for trace in traces]).sum(0) for name in ("measured", "answered")
         }
-        same = {name: getattr(first, name) for name in ("times", "exits", "planned", "policy")}
+        same = {name: getattr(first, name) for name in ("times", "exits", "planned", "policy", "calls", "frozen")}
         merged: dict[str, Any] = joined | counts | same
         return cls(**merged, recorded_all=all(trace.recorded_all for trace in traces))
 
     def report(self) -> Report:
         """The run in a few numbers."""
         steps, _, layers = self.ran.shape
-        blocks = self.ran.sum(2) / self.rows.clamp(min=1)  # (S, E)
+        calls = torch.tensor(self.calls or (1,) * steps)[:, None]  # (S, 1)
+        blocks = self.ran.sum(2) / (self.rows.clamp(min=1) * calls)  # (S, E)
         present = self.depths >= 0  # (S, E)
         histogram = {int(depth): int((self.depths == depth).sum()) for depth in self.depths[present].unique()}
         each_step = [
@@ -126,6 +137,8 @@ class Trace:
             depth_histogram=histogram,
             measured_rows=int(self.measured.sum()),
             answered_rows=int(self.answered.sum()),
+            followed_calls=sum(self.calls) - len(self.calls),
+            frozen=self.frozen,
         )
 
 
@@ -138,7 +151,9 @@ class Report:
 
     `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed; `spread_per_step`:
     standard deviation over elements of the blocks executed at a step (0: every element alike); `depth_histogram`: depth -> number of
-    (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads.
+    (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads;
+    `followed_calls`: forwards that followed the depths of another one (second calls of guidance); `frozen`: why rows that stopped were
+    carried along, empty: they were dropped.
     """
 
     num_steps: int
@@ -151,6 +166,8 @@ class Report:
     depth_histogram: dict[int, int]
     measured_rows: int
     answered_rows: int
+    followed_calls: int = 0
+    frozen: str = ""
 
     @property
     def fraction_executed(self) -> float:
@@ -167,6 +184,10 @@ class Report:
             lines.append("nothing was skipped")
         if self.mean_executed - self.mean_needed > 1e-6:
             lines.append(f"needed by the policy: {self.mean_needed:.2f} (the difference ran without being needed)")
+        if self.frozen:
+            lines.append(f"rows that stopped were carried along, not dropped: {self.frozen}")
+        if self.followed_calls:
+            lines.append(f"{self.followed_calls} second calls of guidance followed the depths of the first")
         total = sum(self.depth_histogram.values())
         shares = ", ".join(
             f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items())

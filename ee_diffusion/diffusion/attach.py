@@ -1,7 +1,7 @@
-"""Attach exits to a diffusers transformer: its blocks run on the rows that are still going, no forward is copied.
+"""Attach exits to a diffusers transformer or pipeline: blocks run on the rows that are still going, no forward is copied.
 
-Here: the driver of step sessions for diffusers models. Not here: facts about classes (families.py), decisions (core).
-R rows of the batch, r running rows, N tokens, D width, L layers.
+Here: the driver of step sessions, and the user's interface. Not here: facts about classes (families.py), rows on their way (passage.py),
+which forwards of a stock pipeline make a run (runs.py), decisions (core). R rows of the batch, L layers.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import ExitHeads
@@ -21,14 +22,18 @@ from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession
-from ee_diffusion.diffusion.families import Family, family_of
+from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.compatible import require_attachable
+from ee_diffusion.diffusion.families import Family, blocks_of, family_of
+from ee_diffusion.diffusion.passage import Passage, layers_of
+from ee_diffusion.diffusion.runs import Runs
 
 
 class DenoiserHeads(ExitHeads, Protocol):
     """What attaching needs of heads: those of the core, and what all exits of a forward share."""
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
-        """timestep (R,) -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
+        """timestep (R,), in the scheduler's units -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
         ...
 
 
@@ -48,33 +53,45 @@ class RememberingHeads(DenoiserHeads, Protocol):
 
 
 class Attachment:
-    """Exits on a transformer. Outside `use(step)` the transformer computes exactly what it did before.
+    """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
+    compute exactly what they did before.
 
     A context manager: leaving it detaches. Made by `attach`.
     """
 
     def __init__(self, transformer: nn.Module, heads: DenoiserHeads, family: Family):
         self.transformer, self.heads, self.family = transformer, heads, family
-        self.blocks = list(getattr(transformer, family.blocks))
-        self._lane: Lane | None = None
+        self.blocks = blocks_of(transformer)
+        self.layers = layers_of(transformer, family)
+        self.runs: Runs | None = None
+        self._passage: Passage | None = None
         self._step: StepSession | None = None
-        self._rows_after: list[Tensor] = []  # rows that were running when block i returned
-        self._names = list(inspect.signature(type(self.blocks[0]).forward).parameters)[1:]
-        self._timestep_place = list(inspect.signature(type(transformer).forward).parameters).index("timestep") - 1
+        self._signature = inspect.signature(type(transformer).forward)
         self._interceptions = [
             Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
         ]
+        self._interceptions.append(Interception(getattr(transformer, family.tail), self._tail))
         self._interceptions.append(Interception(transformer, self._forward))
 
-    def start(self, policy: Policy, *, rows: Tensor, num_steps: int, elements: Tensor | None = None) -> Session:
-        """Begin a generation: `policy.start` with this transformer's layers, exits and device. Raises ValueError as it does."""
+    def start(
+        self,
+        policy: Policy,
+        *,
+        rows: Tensor,
+        num_steps: int,
+        elements: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Session:
+        """Begin a generation: `policy.start` with this transformer's layers and exits; `device`: where it runs, default where its
+        weights are. Raises ValueError as `policy.start` does."""
         return policy.start(
             len(self.blocks),
             self.heads.depths,
             rows=rows,
             num_steps=num_steps,
             elements=elements,
-            device=next(self.transformer.parameters()).device,
+            device=next(self.transformer.parameters()).device if device is None else device,
+            frozen=self.family.frozen,
         )
 
     @contextmanager
@@ -84,15 +101,41 @@ class Attachment:
         try:
             yield
         finally:
-            self._step, self._lane = None, None
-            self._rows_after = []
+            self._step, self._passage = None, None
 
     def detach(self) -> None:
-        """Restore the transformer as it was."""
+        """Restore the transformer (and pipeline) as it was."""
+        if self.runs is not None:
+            self.runs.detach()
         for interception in reversed(self._interceptions):
             interception.restore()
         self._interceptions = []
         del self.transformer.__dict__["_ee_attachment"]
+
+    @property
+    def trace(self) -> Trace | None:
+        """What happened in the run that goes on, or else in the last one; None before the first, or without a policy."""
+        return None if self.runs is None else self.runs.trace
+
+    @property
+    def report(self) -> Report | None:
+        """The trace in a few numbers."""
+        return None if self.trace is None else self.trace.report()
+
+    def summary(self) -> str:
+        """What is attached to what, and the last run's report, for a person."""
+        lists = " + ".join(str(len(getattr(self.transformer, name))) for name in self.family.lists)
+        stopped = f"carried along ({self.family.frozen})" if self.family.frozen else "dropped"
+        lines = [
+            f"exits after {', '.join(map(str, self.heads.depths))} of {lists} blocks of {type(self.transformer).__name__}, "
+            f"answers in space {self.heads.space!r}; rows that stop are {stopped}",
+        ]
+        if self.runs is None:
+            lines.append("no policy: only forwards inside use(step) run with exits")
+        else:
+            lines.append(f"policy: {self.runs.policy}")
+            lines.append("no run yet" if self.trace is None else self.trace.report().summary())
+        return "\n".join(lines)
 
     def __enter__(self) -> Attachment:
         return self
@@ -101,122 +144,182 @@ class Attachment:
         self.detach()
 
     def _forward(self, original, *args, **kwargs):
-        """The transformer's forward: open a lane, let the parent run, put the answers back."""
-        step = self._step
-        if step is None:
+        """The transformer's forward: open a passage, let the parent run, put the answers back."""
+        if self._step is None and self.runs is None:
             return original(*args, **kwargs)
-        if self._lane is not None:
+        arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
+        asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
+        if self._step is not None:
+            if asked:
+                raise ValueError(f"a forward with {asked[0]} runs without exits: call it outside of use(step)")
+            return self._run(self._step, original, arguments, args, kwargs)
+        if asked:
+            return original(*args, **kwargs)
+        sample = arguments["hidden_states"]
+        step = self.runs.step(arguments, self._timestep(arguments, sample), shape=sample.shape, device=sample.device)
+        with self.runs.forgotten_if_it_fails():
+            try:
+                return self._run(step, original, arguments, args, kwargs)
+            finally:
+                self._passage = None
+
+    def _run(self, step: StepSession, original, arguments: dict[str, Any], args: tuple, kwargs: dict[str, Any]):
+        if self._passage is not None:
             raise ValueError(
                 "a second forward under one step session: begin a step for each forward of the transformer"
             )
-        sample = args[0] if args else kwargs["hidden_states"]
-        timestep = args[self._timestep_place] if len(args) > self._timestep_place else kwargs["timestep"]
-        expected = len(step.session.rows)
-        if len(sample) != expected:
-            raise ValueError(f"the transformer got {len(sample)} rows, the session was started for {expected}")
-        if step.session.num_layers != len(self.blocks):
-            raise ValueError(f"a session for {step.session.num_layers} blocks, the transformer has {len(self.blocks)}")
-        step.session.require_open(step)
-        timestep = torch.as_tensor(timestep, device=sample.device).reshape(-1)
-        if len(timestep) not in (1, expected):
-            raise ValueError(f"{len(timestep)} timesteps for {expected} rows, expected one or one a row")
-        timestep = timestep.expand(expected)  # (R,)
-        self._lane = Lane(step, self.heads, self._context(step, sample, timestep))
+        sample = arguments["hidden_states"]
+        self._check(step, sample)
+        timestep = self._timestep(arguments, sample)  # (R,)
+        context = self._context(step, sample, timestep)
+        if step.measures and self.family.image_tokens is not None:
+            context["image_tokens"] = self.family.image_tokens(self.transformer, arguments)  # (R, N)
+        self._passage = Passage(Lane(step, self.heads, context), self.family, self.layers, arguments)
         output = original(*args, **kwargs)
         if self.heads.space == "output":
             if isinstance(output, tuple):
-                output = (self._answers(output[0]), *output[1:])
+                output = (self._passage.answers(output[0]), *output[1:])
             else:
-                output.sample = self._answers(output.sample)
+                output.sample = self._passage.answers(output.sample)
         if isinstance(self.heads, RememberingHeads) and not step.finished:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
-            step.session.memory = self.heads.remember(step.session.memory, step.rows, **facts)
+            memories = step.session.memories
+            memories[step.call] = self.heads.remember(memories.get(step.call), step.rows, **facts)
         step.close()
         return output
 
     def _context(self, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
         if isinstance(self.heads, RememberingHeads) and step.may_exit:
-            return self.heads.recall(step.session.memory, sample, timestep)
+            return self.heads.recall(step.session.memories.get(step.call), sample, timestep)
         return self.heads.context(timestep) if step.measures else {"timestep": timestep}
 
-    def _answers(self, sample: Tensor) -> Tensor:
-        """sample (r or R, C, H, W), the tail's output -> (R, C, H, W) with the answers of the rows that left."""
-        return self._lane.put_back(self._lane.running(sample) if self.family.tail_takes_all else sample)
+    def _check(self, step: StepSession, sample: Tensor) -> None:
+        expected = len(step.session.rows)
+        if len(sample) != expected:
+            raise ValueError(f"the transformer got {len(sample)} rows, the session was started for {expected}")
+        if step.session.num_layers != len(self.blocks):
+            raise ValueError(f"a session for {step.session.num_layers} blocks, the transformer has {len(self.blocks)}")
+        weight = next(self.heads.parameters(), None) if isinstance(self.heads, nn.Module) else None
+        if weight is not None and weight.device != sample.device:
+            raise ValueError(
+                f"the heads are on {weight.device}, the transformer runs on {sample.device}: move the heads"
+            )
+        step.session.require_open(step)
+
+    def _timestep(self, arguments: dict[str, Any], sample: Tensor) -> Tensor:
+        """(R,) in the scheduler's units. Where every token has a time of its own, a row's is its latest (noisiest)."""
+        timestep = torch.as_tensor(arguments["timestep"], device=sample.device)
+        timestep = timestep.amax(-1) if timestep.ndim > 1 else timestep.reshape(-1)
+        if len(timestep) not in (1, len(sample)):
+            raise ValueError(f"{len(timestep)} timesteps for {len(sample)} rows, expected one or one a row")
+        scale, offset = self.family.time
+        timestep = timestep if (scale, offset) == (1.0, 0.0) else timestep.float() * scale + offset
+        return timestep.expand(len(sample))
 
     def _block(self, layer: int, original, *args, **kwargs):
-        """One block: let rows leave, then run on the rest."""
-        lane = self._lane
-        if lane is None:
+        if self._passage is None:
             return original(*args, **kwargs)
-        hidden, step = args[0] if args else kwargs[self._names[0]], lane.step
-        hidden = lane.offer(layer, hidden)  # (r, N, D)
-        if step.runs(layer):
-            args, kwargs = self._arguments(layer, hidden, args, kwargs)
-            hidden = original(*args, **kwargs)
-            step.executed(layer)
-        self._rows_after.append(step.rows)
-        if layer == len(self.blocks) - 1:
-            return self._to_tail(hidden)
-        return hidden
+        return self._passage.block(layer, original, args, kwargs)
 
-    def _to_tail(self, hidden: Tensor) -> Tensor:
-        if self.heads.space == "hidden":
-            return self._lane.put_back(hidden)  # (R, N, D)
-        return self._lane.spread(hidden) if self.family.tail_takes_all else hidden
-
-    def _arguments(self, layer: int, hidden: Tensor, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The block's arguments for the running rows."""
-        if not self._lane.answers:
-            return (hidden, *args[1:]) if args else (), kwargs if args else kwargs | {self._names[0]: hidden}
-        by_name = {name: self._rows_of(layer, name, value) for name, value in kwargs.items()}
-        placed = tuple(self._rows_of(layer, name, value) for name, value in zip(self._names, args, strict=False))
-        if args:
-            return (hidden, *placed[1:]), by_name
-        return (), by_name | {self._names[0]: hidden}
-
-    def _rows_of(self, layer: int, name: str, value):
-        """The running rows of one argument, as the family table says; anything else is passed on as it is."""
-        if not isinstance(value, Tensor):
-            return value
-        if name in self.family.row_arguments:
-            return self._lane.running(value) if len(value) == self._lane.num_rows else value  # one for all rows
-        source = self.family.earlier[name](layer, len(self.blocks)) if name in self.family.earlier else None
-        if source is None:
-            return value
-        then, now = self._rows_after[source], self._lane.step.rows
-        if len(then) == len(now):
-            return value
-        return value.index_select(0, torch.searchsorted(then, now).to(value.device))
+    def _tail(self, original, hidden: Tensor, *args, **kwargs):
+        if self._passage is not None:
+            hidden = self._passage.to_tail(hidden)
+        return original(hidden, *args, **kwargs)
 
 
-def attach(transformer: nn.Module, heads: DenoiserHeads) -> Attachment:
-    """Attach exits to a diffusers transformer.
+def attach(
+    target: nn.Module | DiffusionPipeline,
+    heads: DenoiserHeads,
+    policy: Policy | None = None,
+    *,
+    branches: int | None = None,
+    num_steps: int | None = None,
+) -> Attachment:
+    """Attach exits to a diffusers transformer, or to the transformer of a pipeline.
+
+    With a policy, calls of the pipeline run with exits from now on, without further code; `summary(pipe)` tells what happened. On a bare
+    transformer (one of a modular pipeline, or in a loop of one's own) say `branches` and `num_steps` then.
+
+    Args:
+        policy: when to stop; None: only forwards inside `Attachment.use(step)` run with exits.
+        branches: rows an image has in a forward (2: guidance in one batch). Default: read from the pipeline's call.
+        num_steps: forwards of a run. Default: read from the pipeline's scheduler.
 
     Raises:
-        ValueError: an unknown class, an attachment already there, heads of another model (depth or width).
+        ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width), a diffusers
+            cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and `num_steps`.
     """
+    transformer = transformer_of(target)
     family = family_of(transformer)
+    pipeline = target if isinstance(target, DiffusionPipeline) else None
     if "_ee_attachment" in transformer.__dict__:
         raise ValueError(f"exits are attached to this {type(transformer).__name__} already; detach first")
-    num_layers = len(getattr(transformer, family.blocks))
+    if policy is None and not (branches is None and num_steps is None):
+        raise ValueError(f"branches={branches}, num_steps={num_steps} without a policy: they say how a policy is run")
+    if policy is not None and pipeline is None and (branches is None or num_steps is None):
+        raise ValueError(
+            f"a policy on a bare {type(transformer).__name__} needs branches= (rows an image has in a forward) and num_steps=; "
+            f"got {branches} and {num_steps}"
+        )
+    num_layers = len(blocks_of(transformer))
     if heads.depths[-1] >= num_layers:
         raise ValueError(
             f"heads with an exit at depth {heads.depths[-1]}, the model has {num_layers} blocks: heads of another model?"
         )
     heads.check_fits(transformer)
+    require_attachable(transformer, family)
     attachment = Attachment(transformer, heads, family)
+    if policy is not None:
+        attachment.runs = Runs(
+            policy, attachment.start, transformer, family, pipeline=pipeline, branches=branches, num_steps=num_steps
+        )
     transformer.__dict__["_ee_attachment"] = attachment
     return attachment
 
 
-def detach(transformer: nn.Module) -> None:
+def detach(target: nn.Module | DiffusionPipeline) -> None:
     """Remove what `attach` did.
 
     Raises:
         ValueError: nothing is attached.
     """
+    attachment_of(target).detach()
+
+
+def summary(target: nn.Module | DiffusionPipeline) -> str:
+    """What is attached to a pipeline or transformer, and what its last run executed.
+
+    Raises:
+        ValueError: nothing is attached.
+    """
+    return attachment_of(target).summary()
+
+
+def attachment_of(target: nn.Module | DiffusionPipeline) -> Attachment:
+    """The attachment on a pipeline's transformer or on a transformer.
+
+    Raises:
+        ValueError: nothing is attached.
+    """
+    transformer = transformer_of(target)
     if "_ee_attachment" not in transformer.__dict__:
         raise ValueError(f"no exits are attached to this {type(transformer).__name__}")
-    transformer.__dict__["_ee_attachment"].detach()
+    return transformer.__dict__["_ee_attachment"]
+
+
+def transformer_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
+    """A pipeline's component `transformer`, or the transformer itself.
+
+    Raises:
+        ValueError: a pipeline without one, or something else.
+    """
+    if isinstance(target, nn.Module):
+        return target
+    found = target.components.get("transformer") if isinstance(target, DiffusionPipeline) else None
+    if found is None:
+        raise ValueError(
+            f"{type(target).__name__} has no transformer; expected a diffusers transformer or a pipeline with one"
+        )
+    return found

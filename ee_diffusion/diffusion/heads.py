@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space
-from ee_diffusion.diffusion.families import family_of
+from ee_diffusion.diffusion.families import blocks_of, family_of
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.uvit import timestep_embedding, unpatchify
 
@@ -87,7 +87,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         Raises:
             ValueError: an unknown class, or an exit at or beyond the last block.
         """
-        layers = len(getattr(transformer, family_of(transformer).blocks))
+        layers = len(blocks_of(transformer))
         if not depths or max(depths) >= layers:
             raise ValueError(
                 f"exits at depths {tuple(depths)}, expected at least one, below {layers}: depth {layers} is the model itself"

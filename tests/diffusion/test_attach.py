@@ -101,7 +101,7 @@ def test_holes_pass_their_input_on(driver: AttachedDriver):
 def test_everybody_stopped_early(driver: AttachedDriver):
     tails = []
     norm = driver.model.norm_out
-    hook = norm.register_forward_pre_hook(lambda module, args: tails.append(len(args[0])))
+    hook = norm.register_forward_hook(lambda module, args, output: tails.append(len(output)))
     depths, calls = [0, 1, 3, 3, 2, 0, 4], []
     hooks = [inner.register_forward_pre_hook(lambda module, args: calls.append(1)) for inner in driver.inners]
     found = run(driver, plan(*depths), SINGLE)
@@ -120,7 +120,7 @@ def test_everybody_stopped_early(driver: AttachedDriver):
 
 def test_rows_that_left_do_not_go_through_the_u_vits_tail():
     driver, tails = driver_named("uvit-paper"), []
-    hook = driver.model.norm_out.register_forward_pre_hook(lambda module, args: tails.append(len(args[0])))
+    hook = driver.model.norm_out.register_forward_hook(lambda module, args, output: tails.append(len(output)))
     run(driver, plan(0, 7, 2, 5, 7, 7, 3), SINGLE)
     hook.remove()
     assert tails == [3, 3]

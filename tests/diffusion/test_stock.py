@@ -1,0 +1,246 @@
+"""Stock pipelines with exits attached: the call is as ever, every image decides for itself, the rows of an image leave together, and
+nothing of one call is left for the next."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, HeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline
+from factories import randomise
+from tiny_families import forward, inner_modules, inputs_of, model_named
+from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipeline_named
+from torch import Tensor, nn
+
+from ee_diffusion.core.calibrate import replay
+from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.adapters import AdapterExits
+from ee_diffusion.diffusion.attach import attach, detach, summary
+from ee_diffusion.diffusion.families import blocks_of, family_of
+
+IMAGES = [0, 1, 2]
+CALLS = ("flux", "wan")  # guidance as two calls
+
+
+@functools.cache
+def pipe(name: str) -> DiffusionPipeline:
+    """Made once; every test leaves it as it was."""
+    return pipeline_named(name)
+
+
+def exits_for(model: nn.Module, *, rank: int = 2) -> AdapterExits:
+    exits = AdapterExits.for_transformer(model, tuple(range(len(blocks_of(model)))), rank=rank)
+    return (randomise(exits, seed=3) if rank else exits).eval()
+
+
+def under(name: str, policy: Policy, arguments: dict, **attached) -> tuple[Tensor, Trace]:
+    """A call of the stock pipeline with exits attached."""
+    with attach(pipe(name), exits_for(pipe(name).transformer), policy, **attached) as attachment:
+        return images_of(pipe(name), arguments), attachment.trace
+
+
+@functools.cache
+def splitting(name: str) -> Policy:
+    """A threshold under which the images of a guided call stop at different depths."""
+    _, trace = under(name, Policy(Threshold(0.5), record_all=True), call_of(name, IMAGES))
+    values = trace.scores.flatten().sort().values
+    policies = [Policy(Threshold(float(values[place : place + 2].mean()))) for place in range(0, len(values) - 1, 5)]
+    best = max(policies, key=lambda policy: sum(len(depths.unique()) for depths in replay(trace, policy)))
+    assert max(len(depths.unique()) for depths in replay(trace, best)) >= 2
+    return best
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_off_fixed_depth_and_detached(name: str):
+    one, arguments = pipe(name), functools.partial(call_of, name, IMAGES)
+    before = {key: value for key, value in one.__dict__.items() if not key.startswith("_")}
+    plain = images_of(one, arguments())
+    assert torch.equal(under(name, Policy(), arguments())[0], plain)
+    with attach(one, exits_for(one.transformer, rank=0), Policy(schedule=FixedDepth(2))) as attachment:
+        cut = images_of(one, arguments())
+        report = attachment.report
+        assert "executed blocks per element and step: 2.00" in summary(one)
+    assert (report.num_steps, report.num_elements, report.mean_executed) == (STEPS, len(IMAGES), 2)
+    assert report.followed_calls == (STEPS if name in CALLS else 0)
+    for block in blocks_of(one.transformer)[2:]:
+        pair = family_of(one.transformer).returns == "text, image"
+        block.__dict__["forward"] = _pair_on if pair else _pass_on
+    try:
+        assert torch.equal(cut, images_of(one, arguments()))
+    finally:
+        for block in blocks_of(one.transformer)[2:]:
+            del block.__dict__["forward"]
+    assert torch.equal(images_of(one, arguments()), plain)
+    assert {key: value for key, value in one.__dict__.items() if not key.startswith("_")} == before
+
+
+def _pass_on(hidden_states: Tensor, *args, **kwargs) -> Tensor:
+    return hidden_states
+
+
+def _pair_on(hidden_states: Tensor, encoder_hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    return encoder_hidden_states, hidden_states
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_an_image_in_a_batch_is_the_image_alone_and_work_is_counted(name: str):
+    policy, rows = splitting(name), []
+    inner = inner_modules(pipe(name).transformer)
+    hooks = [
+        one.register_forward_pre_hook(
+            lambda module, args, kwargs: rows.append(len(args[0] if args else kwargs["hidden_states"])),
+            with_kwargs=True,
+        )
+        for one in inner
+    ]
+    together, trace = under(name, policy, call_of(name, IMAGES))
+    for hook in hooks:
+        hook.remove()
+    assert trace.elements.tolist() == IMAGES
+    assert trace.rows.tolist() == [1 if name in CALLS else 2] * len(IMAGES)
+    assert trace.calls == ((2 if name in CALLS else 1),) * STEPS
+    assert trace.times.tolist() == pipe(name).scheduler.timesteps.double().tolist()
+    assert sum(rows) == int(trace.ran.sum())
+    assert int(trace.ran.sum()) == 2 * int(trace.depths.sum()), "both rows of an image, at its depth"
+    for image in IMAGES:
+        alone, its = under(name, policy, call_of(name, [image]))
+        assert its.depths[:, 0].tolist() == trace.depths[:, image].tolist()
+        torch.testing.assert_close(alone[0], together[image], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_without_guidance_a_row_is_an_image(name: str):
+    plan = Policy(Planned(((1, 2, 0),) * STEPS))
+    _, trace = under(name, plan, call_of(name, IMAGES, guided=False))
+    assert trace.depths.tolist() == [[1, 2, 0]] * STEPS
+    assert trace.ran.sum((0, 2)).tolist() == [STEPS, 2 * STEPS, 0]
+    assert trace.calls == (1,) * STEPS
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_branches_apart(name: str):
+    _, trace = under(name, Policy(Threshold(0.5), guidance="apart", record_all=True), call_of(name, IMAGES))
+    assert trace.scores.shape[2] == 2 * len(IMAGES)
+    assert trace.scores.isfinite().all()
+    first, second = trace.scores.unflatten(2, (2, -1)).unbind(2)
+    assert (first - second).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux"])
+def test_nothing_is_left_from_one_call_to_the_next(name: str, monkeypatch):
+    one, policy = pipe(name), splitting(name)
+    first, trace = under(name, policy, call_of(name, IMAGES))
+    second = under(name, policy, call_of(name, [7, 8], guided=False, steps=2))[0]
+    with attach(one, exits_for(one.transformer), policy) as attachment:
+        assert torch.equal(images_of(one, call_of(name, IMAGES)), first)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(one.scheduler), "step", _broken)
+            with pytest.raises(RuntimeError, match="in between"):
+                images_of(one, call_of(name, IMAGES))
+        assert torch.equal(images_of(one, call_of(name, IMAGES)), first)
+        assert torch.equal(attachment.trace.depths, trace.depths)
+        with monkeypatch.context() as patch:
+            patch.setattr(inner_modules(one.transformer)[0], "forward", _broken)
+            with pytest.raises(RuntimeError, match="in between"):
+                images_of(one, call_of(name, IMAGES))
+        assert torch.equal(images_of(one, call_of(name, [7, 8], guided=False, steps=2)), second)
+        assert attachment.trace.depths.shape == (2, 2)
+        assert torch.equal(images_of(one, call_of(name, IMAGES)), first)
+        assert torch.equal(attachment.trace.depths, trace.depths)
+
+
+def _broken(*args, **kwargs):
+    raise RuntimeError("in between")
+
+
+def test_a_solver_that_repeats_its_times(monkeypatch):
+    monkeypatch.setattr(pipe("dit"), "scheduler", HeunDiscreteScheduler())
+    _, trace = under("dit", Policy(Planned(((1, 5, 2),) * 5)), call_of("dit", IMAGES))
+    times = pipe("dit").scheduler.timesteps.double().tolist()
+    assert len(times) == 5
+    assert times[1] == times[2]
+    assert trace.times.tolist() == times
+    assert trace.depths.tolist() == [[1, 5, 2]] * 5
+
+
+def test_image_to_image_begins_in_the_middle():
+    made = StableDiffusion3Img2ImgPipeline(**pipe("sd3").components)
+    made.set_progress_bar_config(disable=True)
+    arguments = call_of("sd3", IMAGES, steps=4) | {"image": torch.rand(3, 3, 8, 8), "strength": 0.5}
+    arguments.pop("height"), arguments.pop("width")
+    plan = Policy(Planned(((1, 5, 2), (5, 3, 0))))
+    with attach(made, exits_for(made.transformer), plan) as attachment:
+        images_of(made, arguments)
+        assert attachment.trace.depths.tolist() == [[1, 5, 2], [5, 3, 0]]
+        assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[2:]
+
+
+def test_skip_layer_guidance_runs_without_exits():
+    """Its third prediction, of the conditional rows alone, is another model's; the guided pair keeps its exits."""
+    arguments = call_of("sd3", IMAGES, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
+    _, trace = under("sd3", Policy(Planned(((1, 5, 2),) * STEPS)), arguments)
+    assert trace.depths.tolist() == [[1, 5, 2]] * STEPS
+    model = pipe("sd3").transformer
+    with attach(model, exits_for(model)) as attachment:
+        session = attachment.start(Policy(), rows=torch.arange(2), num_steps=1)
+        with attachment.use(session.step(0, 1.0)), pytest.raises(ValueError, match="skip_layers runs without exits"):
+            forward(model, inputs_of("SD3Transformer2DModel", [0, 1]) | {"skip_layers": [1]})
+
+
+def test_a_bare_transformer_in_a_loop_of_ones_own():
+    """Lumina2's pipeline guides by two calls that it does not name; its timestep rises."""
+    name = "Lumina2Transformer2DModel"
+    model = model_named(name)
+    inputs = [inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0)]
+    plan = Policy(Planned(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
+    with attach(model, exits_for(model), plan, branches=1, num_steps=3) as attachment:
+        for _ in range(2):  # two runs
+            for one in inputs:
+                forward(model, one)
+                forward(model, one | {"encoder_hidden_states": one["encoder_hidden_states"].flip(0)})
+            trace = attachment.trace
+            assert trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
+            assert trace.calls == (2, 2, 2)
+            assert trace.ran.sum((1, 2)).tolist() == [14, 14, 6]
+    with attach(model, exits_for(model), plan, branches=1, num_steps=2), pytest.raises(ValueError, match="plan has 3"):
+        forward(model, inputs[0])
+
+
+# --- what does not fit
+
+
+def test_misuse_is_refused_before_work():
+    one, policy = pipe("dit"), Policy(Threshold(0.5))
+    exits = exits_for(one.transformer)
+    with pytest.raises(ValueError, match="no exits are attached"):
+        summary(one)
+    with pytest.raises(ValueError, match=r"needs branches= .* and num_steps="):
+        attach(one.transformer, exits, policy)
+    with pytest.raises(ValueError, match="without a policy"):
+        attach(one, exits, branches=2)
+    with pytest.raises(ValueError, match="has no transformer"):
+        attach("a pipeline", exits, policy)
+    with attach(one, exits, policy) as attachment:
+        assert "no run yet" in summary(one)
+        with pytest.raises(ValueError, match="attached to this DiTTransformer2DModel already"):
+            attach(one, exits, policy)
+        assert attachment.trace is None
+    with pytest.raises(ValueError, match="no exits are attached"):
+        detach(one)
+    with attach(one, exits, policy, branches=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
+        images_of(one, call_of("dit", IMAGES))
+    with attach(one, exits, Policy(Planned(((1, 2, 0),)))), pytest.raises(ValueError, match="the plan has 1 steps"):
+        images_of(one, call_of("dit", IMAGES))
+    assert "progress_bar" not in one.__dict__
+
+
+def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
+    one = pipe("pixart")
+    with attach(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
+        patch.setattr(one, "encode_prompt", functools.partial(type(one).encode_prompt, one))
+        with pytest.raises(ValueError, match="does not say whether it guides: attach with branches="):
+            images_of(one, call_of("pixart", IMAGES))
