@@ -24,7 +24,7 @@ CORE = {"torch", "safetensors"}
 SIDE = CORE | {"numpy", "PIL", "ee_diffusion.core"}
 TABLE = {
     "core": CORE,
-    "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib"},
+    "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib", "peft"},
     "decoding": SIDE | {"transformers", "huggingface_hub"},
     "encoder": SIDE | {"transformers", "huggingface_hub"},
     # of diffusers the loop takes the learning rate schedules and the moving average, no model
@@ -37,6 +37,7 @@ EXTRAS = {
     "training": {"train"},
     "measure": {"eval"},
     "pictures.py": {"plot"},
+    "lora.py": {"lora"},
     "train": {"train"},
     "eval": {"train", "eval", "plot"},
 }

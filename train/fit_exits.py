@@ -15,16 +15,17 @@ from __future__ import annotations
 import json
 import platform
 import resource
-import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 from fit_settings import FitConfig
+from fit_supply import build_supply, held_out_states
 from transformers import HfArgumentParser
 
 from ee_diffusion.core.policy import Policy
@@ -32,20 +33,15 @@ from ee_diffusion.diffusion.distillation import DistillationObjective, ExitError
 from ee_diffusion.diffusion.families import family_of
 from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.latents import NoisedStates
 from ee_diffusion.diffusion.lora import add_lora, merged
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.objective import null_class_of
-from ee_diffusion.diffusion.parts import Parts
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.states import States
-from ee_diffusion.diffusion.trajectories import Exited, FreshStates, fingerprint, identity_of, walk
-from ee_diffusion.measure.splits import SEEDS, seeds
+from ee_diffusion.diffusion.trajectories import Exited, fingerprint
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.data import Source, load_image_source
 from ee_diffusion.training.loop import Trainer
-from ee_diffusion.training.sources import KeySource, MappedSource, TableSource
 
 DEFAULTS = {  # of the loop, where fitting small heads differs from training a model
     "train_batch_size": 16,
@@ -74,7 +70,9 @@ def parse() -> tuple[FitConfig, ImageDataConfig, TrainConfig, bool]:
     if train.compile:
         raise ValueError("compile=True: fitting listens to blocks as they run, which cannot be compiled")
     if (fit.states == "dataset") != bool(data.sources()):
-        raise ValueError(f"states={fit.states!r} with data from {data.sources() or 'nowhere'}: dataset needs data, others take none")
+        raise ValueError(
+            f"states={fit.states!r} with data from {data.sources() or 'nowhere'}: dataset needs data, others take none"
+        )
     return fit, data, train, rest.dry_run
 
 
@@ -98,7 +96,9 @@ def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> DenoisingExits:
     exits = DenoisingExits.from_pretrained(fit.init_exits)
     asked = (tuple(fit.exit_depths or exits.depths), fit.exit_variant)
     if asked != (exits.depths, exits.config.variant):
-        raise ValueError(f"the exits in {fit.init_exits} are {(exits.depths, exits.config.variant)}, the flags say {asked}")
+        raise ValueError(
+            f"the exits in {fit.init_exits} are {(exits.depths, exits.config.variant)}, the flags say {asked}"
+        )
     return exits
 
 
@@ -118,64 +118,9 @@ def conditions_of(fit: FitConfig, transformer: torch.nn.Module) -> list[int] | l
         raise ValueError(f"labels={fit.labels}, expected integers or a file of them: {error}") from error
 
 
-def stored_states(fit: FitConfig, folder: Path, pipeline: DiffusionPipeline, given: dict) -> tuple[States, Parts]:
-    """Every rank walks the parts that are its own and not there yet; then all read all of them."""
-    state, size = PartialState(), fit.collect_batch_size
-    chosen = seeds("fit", fit.num_trajectories)
-    conditions = given.pop("conditions")
-    turn = None if conditions is None else [conditions[i % len(conditions)] for i in range(len(chosen))]
-    identity = identity_of(pipeline, chosen, turn, **given) | {"trajectories_per_part": size}
-    parts = Parts(folder, identity, count=-(-len(chosen) // size))
-    missing = parts.missing()
-    state.wait_for_everyone()
-    for number in missing[state.process_index :: state.num_processes]:
-        part = slice(number * size, (number + 1) * size)
-        parts.write(number, walk(pipeline, chosen[part], turn and turn[part], **given).to_tensors())
-    state.wait_for_everyone()
-    return States.concatenate([States.from_tensors(tensors) for tensors in parts.read()]), parts
-
-
-class Timed:
-    """A function and the seconds spent in it."""
-
-    def __init__(self, function):
-        self.function, self.seconds = function, 0.0
-
-    def __call__(self, batch: dict) -> dict:
-        begun = time.perf_counter()
-        made = self.function(batch)
-        self.seconds += time.perf_counter() - begun
-        return made
-
-
-def build_source(fit: FitConfig, data: ImageDataConfig, folder: Path, pipeline, given: dict) -> tuple[Source, dict, Timed | None]:
-    """Where samples come from, what it cost so far, and the clock of what will be made on the way."""
-    if fit.states == "stored":
-        begun = time.perf_counter()
-        states, parts = stored_states(fit, folder, pipeline, dict(given))
-        cost = {"samples": len(states), "trajectories": states.shape[0], "calls": states.shape[1], "rows": states.shape[2]}
-        cost |= {"seconds": round(time.perf_counter() - begun, 2), "bytes_on_disk": parts.nbytes, "bytes_in_memory": states.nbytes}
-        return TableSource(states, json.dumps(parts.identity, sort_keys=True)), cost, None
-    if fit.states == "fresh":
-        fresh = Timed(FreshStates(pipeline, SEEDS["fit"], **given))
-        name = json.dumps(asdict(fit), sort_keys=True)
-        return MappedSource(KeySource(len(SEEDS["fit"])), fresh, name), {}, fresh
-    classes = None if data.label_column is None else null_class_of(pipeline.transformer)
-    noised = Timed(NoisedStates(pipeline, class_drop=fit.class_drop if classes is not None else 0.0))
-    return MappedSource(load_image_source(data, classes), noised, f"noised, drop {fit.class_drop}"), {}, noised
-
-
-def held_out_states(fit: FitConfig, pipeline: DiffusionPipeline, given: dict) -> dict[str, States]:
-    """Trajectories of seeds that no fit sees: the full model's and, where exits are followed, those of the exits as they are now."""
-    chosen, given = seeds("test", fit.held_out), dict(given)
-    conditions = given.pop("conditions")
-    turn = None if conditions is None else [conditions[i % len(conditions)] for i in range(len(chosen))]
-    exited = given.pop("exited")
-    kinds = {"full": None} | ({} if exited is None else {"exited": exited})
-    return {kind: walk(pipeline, chosen, turn, exited=one, **given) for kind, one in kinds.items()}
-
-
-def judge(objective: DistillationObjective, held: dict[str, States], batch_size: int) -> dict[str, tuple[ExitErrors, float]]:
+def judge(
+    objective: DistillationObjective, held: dict[str, States], batch_size: int
+) -> dict[str, tuple[ExitErrors, float]]:
     return {kind: exit_errors(objective, states, batch_size=batch_size) for kind, states in held.items()}
 
 
@@ -205,58 +150,77 @@ def peak_memory() -> dict[str, int]:
     return there | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
-def main() -> None:
-    fit, data, train, dry_run = parse()
-    resolved = asdict(fit) | asdict(data) | asdict(train)
-    if dry_run:
-        print(json.dumps(resolved, indent=2))
-        return
+def compared(depths: tuple[int, ...], before: dict, after: dict) -> dict:
+    """Print the tables, return their numbers."""
+    gain = {}
+    for kind, (errors, power) in after.items():
+        print(
+            f"\nheld-out trajectories of the {kind} model; squared errors relative to the full model's mean square, {power:.4f}"
+        )
+        print(table(depths, before[kind][0], errors, power))
+        numbers = {"before": before[kind][0].to_dict(), "after": errors.to_dict()}
+        gain[kind] = {"depths": list(depths), "power": power} | numbers
+    return gain
+
+
+def rule_of(fit: FitConfig) -> Policy | None:
+    """The policy of exited trajectories."""
+    if fit.exit_policy is not None:
+        return Policy.load(fit.exit_policy)
+    return None if fit.exit_threshold is None else deediff(fit.exit_threshold)
+
+
+def machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    counts = {"threads": torch.get_num_threads(), "processes": PartialState().num_processes}
+    return {"device": device, "torch": torch.__version__} | counts
+
+
+def run(fit: FitConfig, data: ImageDataConfig, train: TrainConfig) -> dict:
+    """Fit, and say what it cost and gained; empty on ranks other than the first."""
     state, folder = PartialState(), Path(train.output_dir)
-    pipeline = load_pipeline(fit).to(state.device)
+    pipeline, policy = load_pipeline(fit).to(state.device), rule_of(fit)
     set_seed(train.seed)
     exits = build_exits(fit, pipeline.transformer).to(state.device)
-    policy = Policy.load(fit.exit_policy) if fit.exit_policy else None
-    policy = deediff(fit.exit_threshold) if fit.exit_threshold is not None else policy
     given = {
         "conditions": conditions_of(fit, pipeline.transformer),
         "exited": None if policy is None else Exited(policy, exits),
         "num_inference_steps": fit.num_inference_steps,
         "guidance_scale": fit.guidance_scale,
     }
-    before_memory = peak_memory()
-    source, cost, clock = build_source(fit, data, Path(fit.states_dir or folder / "states"), pipeline, given)
-    cost |= {"peak_memory_before": before_memory, "peak_memory": peak_memory()}
+    memory = {"peak_memory_before": peak_memory()}
+    supply = build_supply(fit, data, pipeline, given=given, folder=Path(fit.states_dir or folder / "states"))
+    memory["peak_memory"] = peak_memory()
     held = held_out_states(fit, pipeline, given) if state.is_main_process else {}
-    start = fingerprint(exits)
+    weights = {"uncertainty_weight": fit.uncertainty_weight, "layerwise_weight": fit.layerwise_weight}
+    identity = weights | {"exits": fingerprint(exits), "lora_rank": fit.lora_rank}
     if fit.lora_rank is not None:
         add_lora(pipeline.transformer, rank=fit.lora_rank)
-    weights = {"uncertainty_weight": fit.uncertainty_weight, "layerwise_weight": fit.layerwise_weight}
     objective = DistillationObjective(pipeline.transformer, exits, adapted=fit.lora_rank is not None, **weights)
     before = judge(objective, held, fit.collect_batch_size)
-    identity = weights | {"exits": start, "lora_rank": fit.lora_rank}
-    trainer = Trainer(objective, source, train, save=partial(save, pipeline=pipeline), identity=identity)
+    trainer = Trainer(objective, supply.source, train, save=partial(save, pipeline=pipeline), identity=identity)
     report = trainer.fit()
     if not state.is_main_process:
-        return
+        return {}
     with trainer.learner.averaged() as fitted:
-        after = judge(fitted, held, fit.collect_batch_size)
-    gain = {}
-    for kind, (errors, power) in after.items():
-        print(f"\nheld-out trajectories of the {kind} model; squared error to the full model relative to its mean square {power:.4f}")
-        print(table(exits.depths, before[kind][0], errors, power))
-        gain[kind] = {"depths": list(exits.depths), "power": power, "before": before[kind][0].to_dict(), "after": errors.to_dict()}
-    if clock is not None:
-        cost |= {"seconds": round(clock.seconds, 2), "seconds_since_resume": report.resumed_from is not None}
-    write_json(folder / "config.json", resolved)
-    machine = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
-        "threads": torch.get_num_threads(),
-        "processes": state.num_processes,
-        "torch": torch.__version__,
-    }
+        gain = compared(exits.depths, before, judge(fitted, held, fit.collect_batch_size))
+    cost = supply.cost | memory
+    if supply.clock is not None:
+        cost |= {"seconds": round(supply.clock.seconds, 2), "since_resume": report.resumed_from is not None}
     fitting = asdict(report) | {"peak_memory": peak_memory()}
-    write_json(folder / "report.json", {"states": cost, "fit": fitting, "gain": gain} | machine)
-    print(json.dumps({"states": cost, "fit": fitting}))
+    return {"states": cost, "fit": fitting, "gain": gain} | machine()
+
+
+def main() -> None:
+    fit, data, train, dry_run = parse()
+    resolved = asdict(fit) | asdict(data) | asdict(train)
+    if dry_run:
+        print(json.dumps(resolved, indent=2))
+        return
+    if report := run(fit, data, train):
+        write_json(Path(train.output_dir) / "config.json", resolved)
+        write_json(Path(train.output_dir) / "report.json", report)
+        print(json.dumps({name: report[name] for name in ("states", "fit")}))
 
 
 if __name__ == "__main__":

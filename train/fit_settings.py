@@ -27,11 +27,15 @@ class FitConfig:
     num_inference_steps: int = _flag("Steps of the trajectories, as in use.", 50)
     guidance_scale: float = _flag("Guidance of the trajectories, as in use.", 1.0)
     sampler: str | None = _flag("ddim, ddpm, dpm, unipc, euler or heun; none: the pipeline's own.")
-    states: str = _flag("stored: on disk before the fit; fresh: new ones for every batch; dataset: noised images.", "stored")
+    states: str = _flag(
+        "stored: on disk before the fit; fresh: new ones for every batch; dataset: noised images.", "stored"
+    )
     states_dir: str | None = _flag("Where stored states lie; none: states/ in output_dir.")
     num_trajectories: int = _flag("Stored trajectories.", 256)
     collect_batch_size: int = _flag("Images per call of the pipeline, and per file of stored states.", 16)
-    trajectories: str = _flag("full: the full model's; exited: the exited model's (needs init_exits and a rule).", "full")
+    trajectories: str = _flag(
+        "full: the full model's; exited: the exited model's (needs init_exits and a rule).", "full"
+    )
     exit_threshold: float | None = _flag("Rule of exited trajectories: DeeDiff's threshold on the mean uncertainty.")
     exit_policy: str | None = _flag("Rule of exited trajectories: a policy file.")
     init_exits: str | None = _flag("Folder of exits to go on from; none: fresh ones.")

@@ -1,6 +1,6 @@
 """Fitting exits without data: the frozen model is its own teacher. Heads learn its prediction, uncertainty modules the gap to it.
 
-Here: one forward from states to scalars, and how far the exits are from the teacher. Not here: states (trajectories.py), the loop (training/).
+Here: one forward from states to scalars, how far the exits are from the teacher. Not here: states (trajectories.py), loop (training/).
 B samples of G rows, R = B * G rows, K exits, N tokens, D width, C, H, W prediction.
 """
 
@@ -91,7 +91,7 @@ def _under(transformer: nn.Module, heads: DenoiserHeads, policy: Policy, inputs:
 class DistillationObjective(nn.Module):
     """`L = lambda L_u + beta L_UAL` of DeeDiff (eq. 6 and 7, arXiv 2309.17074) with the full model's prediction in the place of the noise.
 
-    So `u_i` estimates the gap `tanh |g_i - full|`. The backbone is frozen; with `adapted` its low-rank adapters (lora.py) train as well, the
+    So `u_i` estimates the gap `tanh |g_i - full|`. The backbone is frozen; with `adapted` its low-rank adapters (lora.py) train too, the
     teacher is the model without them, and `L_full = mean (full with adapters - full)^2` is added, so that full depth stays what it was.
 
     Raises:

@@ -95,7 +95,9 @@ class NoisedStates:
         self.vae = pipeline.components.get("vae")
         self.null_class, self.class_drop = null_class_of(pipeline.transformer), class_drop
         if not 0 <= class_drop <= 1 or (class_drop and self.null_class is None):
-            raise ValueError(f"class_drop={class_drop}, null class {self.null_class}: expected a probability, 0 without")
+            raise ValueError(
+                f"class_drop={class_drop}, null class {self.null_class}: expected a probability, 0 without"
+            )
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         clean = batch["images"] if self.vae is None else encode(self.vae, batch["images"]).float()

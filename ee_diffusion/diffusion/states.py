@@ -114,9 +114,7 @@ class States:
     def _spread(self) -> dict[str, Tensor]:
         """Every input (T, J, G, ...)."""
         calls = self.shape[1]
-        repeated = {
-            name: value[:, None].expand(-1, calls, *value.shape[1:]) for name, value in self.constant.items()
-        }
+        repeated = {name: value[:, None].expand(-1, calls, *value.shape[1:]) for name, value in self.constant.items()}
         return self.varying | repeated
 
 
@@ -126,12 +124,17 @@ def row_inputs(arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         ValueError: an argument that says something and is not known to be per row.
     """
-    strange = [name for name, value in arguments.items() if name not in (*ROW_INPUTS, *_SILENT) and not _is_nothing(value)]
+    strange = [
+        name for name, value in arguments.items() if name not in (*ROW_INPUTS, *_SILENT) and not _is_nothing(value)
+    ]
     if strange or not {"hidden_states", "timestep"} <= arguments.keys():
-        raise ValueError(f"the transformer is called with {sorted(arguments)}: cannot keep {strange}, only {ROW_INPUTS}")
+        raise ValueError(
+            f"the transformer is called with {sorted(arguments)}: cannot keep {strange}, only {ROW_INPUTS}"
+        )
     inputs = {name: arguments[name] for name in ROW_INPUTS if arguments.get(name) is not None}
     rows = inputs["hidden_states"]
-    inputs["timestep"] = torch.as_tensor(inputs["timestep"], device=rows.device).reshape(-1).expand(len(rows))
+    timestep = torch.as_tensor(inputs["timestep"], device=rows.device).reshape(-1)
+    inputs["timestep"] = timestep.expand(len(rows)) if len(timestep) == 1 else timestep
     wrong = [name for name, value in inputs.items() if len(value) != len(rows)]
     if wrong:
         raise ValueError(f"{wrong} have not the {len(rows)} rows of hidden_states")

@@ -1,7 +1,7 @@
 """Trajectories: a pipeline generates, and what its transformer is called with is kept as data to fit exits on.
 
-Here: walking a pipeline, along its own or the exited model's trajectories. Not here: the states (states.py), what is learned (distillation.py).
-T trajectories (one an image), J calls of the transformer on each, G rows of an image in a call (2 under guidance), R = G * T rows, B samples.
+Here: walking a pipeline, along its own or the exited model's trajectories. Not here: the states (states.py), learning (distillation.py).
+T trajectories (one an image), J calls of the transformer on each, G rows of an image in a call (2 under guidance), R = G * T rows.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
