@@ -9,14 +9,15 @@ from factories import SIZE, randomise
 LATENT_CHANNELS = 4
 
 
-def tiny_vae() -> AutoencoderTiny:
-    """Twice down: images of 2 x SIZE become latents of SIZE."""
+def tiny_vae(times: int = 1) -> AutoencoderTiny:
+    """`times` down by two: images of 2 x SIZE become latents of SIZE."""
     torch.manual_seed(0)
+    widths, blocks = (8,) * (times + 1), (1,) * (times + 1)
     return AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
+        encoder_block_out_channels=widths,
+        decoder_block_out_channels=widths,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
     ).eval()
 
 
