@@ -182,16 +182,17 @@ def run(fit: FitConfig, data: ImageDataConfig, train: TrainConfig) -> dict:
     pipeline, policy = load_pipeline(fit).to(state.device), rule_of(fit)
     set_seed(train.seed)
     exits = build_exits(fit, pipeline.transformer).to(state.device)
+    exited = None if policy is None else Exited(policy, exits)
     given = {
         "conditions": conditions_of(fit, pipeline.transformer),
-        "exited": None if policy is None else Exited(policy, exits),
+        "exited": exited if fit.trajectories == "exited" else None,
         "num_inference_steps": fit.num_inference_steps,
         "guidance_scale": fit.guidance_scale,
     }
     memory = {"peak_memory_before": peak_memory()}
     supply = build_supply(fit, data, pipeline, given=given, folder=Path(fit.states_dir or folder / "states"))
     memory["peak_memory"] = peak_memory()
-    held = held_out_states(fit, pipeline, given) if state.is_main_process else {}
+    held = held_out_states(fit, pipeline, given | {"exited": exited}) if state.is_main_process else {}
     weights = {"uncertainty_weight": fit.uncertainty_weight, "layerwise_weight": fit.layerwise_weight}
     identity = weights | {"exits": fingerprint(exits), "lora_rank": fit.lora_rank}
     if fit.lora_rank is not None:

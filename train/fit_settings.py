@@ -36,8 +36,10 @@ class FitConfig:
     trajectories: str = _flag(
         "full: the full model's; exited: the exited model's (needs init_exits and a rule).", "full"
     )
-    exit_threshold: float | None = _flag("Rule of exited trajectories: DeeDiff's threshold on the mean uncertainty.")
-    exit_policy: str | None = _flag("Rule of exited trajectories: a policy file.")
+    exit_threshold: float | None = _flag(
+        "Rule of exited trajectories, which the exits are judged on wherever it is given: DeeDiff's threshold on the mean uncertainty."
+    )
+    exit_policy: str | None = _flag("The same as a policy file.")
     init_exits: str | None = _flag("Folder of exits to go on from; none: fresh ones.")
     exit_depths: list[int] | None = _flag("Executed blocks at each exit; none: after every block but the last.")
     exit_variant: str = _flag("paper or released.", "paper")
@@ -59,10 +61,11 @@ class FitConfig:
         if self.labels and self.prompts:
             raise ValueError("give labels or prompts, not both")
         rules = (self.exit_threshold is not None) + (self.exit_policy is not None)
-        exited = self.trajectories == "exited"
-        if exited and (rules != 1 or not self.init_exits or self.states == "dataset"):
+        if rules > 1 or (rules and not self.init_exits):
+            raise ValueError(
+                "an exit rule (one of exit_threshold and exit_policy) without init_exits: fresh exits exit anywhere"
+            )
+        if self.trajectories == "exited" and (not rules or self.states == "dataset"):
             raise ValueError(
                 "trajectories='exited' needs init_exits and one of exit_threshold and exit_policy, and is not for states='dataset'"
             )
-        if not exited and rules:
-            raise ValueError("an exit rule was given, but trajectories='full' follows none")

@@ -64,7 +64,7 @@ def test_taesd_brings_images_back(data_folder: Path):
 
 
 def test_folders_that_hold_no_taesd(tmp_path: Path):
-    with pytest.raises(ValueError, match="lacks .*taesd_decoder"):
+    with pytest.raises(ValueError, match=r"lacks .*taesd_decoder"):
         load_taesd(tmp_path)
     for name in ("encoder", "decoder"):
         save_file({"0.weight": torch.zeros(2)}, tmp_path / f"taesd_{name}.safetensors")

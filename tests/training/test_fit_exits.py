@@ -108,8 +108,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(states, folders, tmp_path, monkeyp
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert report_of(tmp_path / "two")["fit"]["resumed_from"] == 2
+    other = "--guidance_scale 3.0 --states_dir"
     with pytest.raises(ValueError, match="data: came"):
-        other = "--guidance_scale 3.0 --states_dir"
         call(
             monkeypatch, common, other, tmp_path / "x", "--resume_from_checkpoint latest --output_dir", tmp_path / "two"
         )
@@ -141,8 +141,9 @@ def test_along_the_exited_models_trajectories(states, folders, tmp_path, monkeyp
     gain = report_of(tmp_path / "fit")["gain"]
     assert gain["full"]["before"]["error"] != gain["exited"]["before"]["error"]
     assert EarlyExitPipeline.from_pretrained(tmp_path / "fit").exits.depths == (2, 4)
-    again = "--trajectories full --init_exits"
-    call(monkeypatch, common, again, tmp_path / "exits", "--output_dir", tmp_path / "full")
+    call(monkeypatch, common, exited, "--trajectories full --output_dir", tmp_path / "full")
+    judged = report_of(tmp_path / "full")["gain"]
+    assert {kind: gain[kind]["before"] for kind in gain} == {kind: judged[kind]["before"] for kind in gain}
     one, other = weights_of(tmp_path / "fit"), weights_of(tmp_path / "full")
     assert not all(torch.equal(one[name], other[name]) for name in one)
 
@@ -212,7 +213,8 @@ def launch(words: str, *, processes: int) -> None:
         ("--model m --labels 1 --prompts p.txt", "labels or prompts"),
         ("--model m --trajectories exited", "needs init_exits"),
         ("--model m --trajectories exited --init_exits e", "needs init_exits and one of"),
-        ("--model m --exit_threshold 0.1", "follows none"),
+        ("--model m --exit_threshold 0.1", "an exit rule .* without init_exits"),
+        ("--model m --init_exits e --exit_threshold 0.1 --exit_policy p", "one of exit_threshold and exit_policy"),
         ("--model m --output_dir o --states dataset", "dataset needs data"),
         ("--model m --output_dir o --train_data_dir d", "others take none"),
         ("--model m --output_dir o --compile", "cannot be compiled"),

@@ -64,5 +64,5 @@ def test_latents_draw_by_their_keys():
     ],
 )
 def test_latents_that_do_not_fit(latents, labels):
-    with pytest.raises(ValueError, match="expected .M, C, H, W. and integers"):
+    with pytest.raises(ValueError, match=r"expected .M, C, H, W. and integers"):
         LatentSource(latents, labels, "x")

@@ -1,4 +1,4 @@
-"""The script `train/train_dit.py`: latents are encoded once, a tiny run writes a stock pipeline that generates, bad settings end in words."""
+"""The script `train/train_dit.py`: latents are encoded once, a tiny run writes a stock pipeline that generates, bad input is refused."""
 
 from __future__ import annotations
 
