@@ -63,7 +63,8 @@ class FitConfig:
         rules = (self.exit_threshold is not None) + (self.exit_policy is not None)
         if rules > 1 or (rules and not self.init_exits):
             raise ValueError(
-                "an exit rule (one of exit_threshold and exit_policy) without init_exits: fresh exits exit anywhere"
+                f"exit_threshold={self.exit_threshold}, exit_policy={self.exit_policy!r}, init_exits={self.init_exits!r}: expected "
+                "at most one of exit_threshold and exit_policy, and init_exits with it, for fresh exits exit anywhere"
             )
         if self.trajectories == "exited" and (not rules or self.states == "dataset"):
             raise ValueError(

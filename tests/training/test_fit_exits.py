@@ -213,7 +213,7 @@ def launch(words: str, *, processes: int) -> None:
         ("--model m --labels 1 --prompts p.txt", "labels or prompts"),
         ("--model m --trajectories exited", "needs init_exits"),
         ("--model m --trajectories exited --init_exits e", "needs init_exits and one of"),
-        ("--model m --exit_threshold 0.1", "an exit rule .* without init_exits"),
+        ("--model m --exit_threshold 0.1", "init_exits=None: expected"),
         ("--model m --init_exits e --exit_threshold 0.1 --exit_policy p", "one of exit_threshold and exit_policy"),
         ("--model m --output_dir o --states dataset", "dataset needs data"),
         ("--model m --output_dir o --train_data_dir d", "others take none"),
