@@ -20,7 +20,7 @@ from factories import exits_for, pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from stock import dit_pipeline
-from tree import ROOT
+from tree import ROOT, python_blocks
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
@@ -252,3 +252,10 @@ def test_labels_from_a_file_and_a_dry_run(folders, tmp_path, monkeypatch, capsys
     transformer = EarlyExitPipeline.from_pretrained(folders["uvit"]).transformer
     assert fit_exits.conditions_of(fit, transformer) == [2, 0]
     assert fit_exits.conditions_of(fit_exits.FitConfig(model="m"), transformer) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_documentation_run(capsys):
+    (block,) = python_blocks((ROOT / "docs" / "fit.md").read_text())
+    exec(compile(block, "docs/fit.md", "exec"), {})
+    assert "tensor([" in capsys.readouterr().out
