@@ -136,12 +136,17 @@ def table(depths: tuple[int, ...], before: ExitErrors, after: ExitErrors, power:
 
 
 def save(folder: Path, objective: DistillationObjective, pipeline: DiffusionPipeline) -> None:
+    """The exits; and the pipeline with them, if it has a place for them or its backbone adapted."""
     own = "exits" in pipeline.components
     if not own:
         objective.exits.save_pretrained(folder / "exits")
-    if own or objective.adapted:
-        parts = pipeline.components | {"transformer": merged(objective.transformer)}
-        type(pipeline)(**(parts | ({"exits": objective.exits} if own else {}))).save_pretrained(folder)
+    if not (own or objective.adapted):
+        return
+    fitted = {"transformer": merged(objective.transformer)} | ({"exits": objective.exits} if own else {})
+    before = {name: pipeline.components[name] for name in fitted}
+    pipeline.register_modules(**fitted)
+    pipeline.save_pretrained(folder)
+    pipeline.register_modules(**before)
 
 
 def peak_memory() -> dict[str, int]:
@@ -194,7 +199,8 @@ def run(fit: FitConfig, data: ImageDataConfig, train: TrainConfig) -> dict:
     memory["peak_memory"] = peak_memory()
     held = held_out_states(fit, pipeline, given | {"exited": exited}) if state.is_main_process else {}
     weights = {"uncertainty_weight": fit.uncertainty_weight, "layerwise_weight": fit.layerwise_weight}
-    identity = weights | {"exits": fingerprint(exits), "lora_rank": fit.lora_rank}
+    models = {"exits": fingerprint(exits), "transformer": fingerprint(pipeline.transformer)}
+    identity = weights | models | {"lora_rank": fit.lora_rank}
     if fit.lora_rank is not None:
         add_lora(pipeline.transformer, rank=fit.lora_rank)
     objective = DistillationObjective(pipeline.transformer, exits, adapted=fit.lora_rank is not None, **weights)

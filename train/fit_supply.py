@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import PartialState
@@ -77,7 +77,9 @@ def build_supply(
         return Supply(TableSource(states, json.dumps(parts.identity, sort_keys=True)), cost)
     if fit.states == "fresh":
         clock = Timed(FreshStates(pipeline, SEEDS["fit"], **given))
-        name = json.dumps(asdict(fit), sort_keys=True)
+        others = {name: value for name, value in given.items() if name != "conditions"}
+        identity = identity_of(pipeline, SEEDS["fit"][-1:], given["conditions"], **others)
+        name = f"fresh states {json.dumps(identity, sort_keys=True)}"
         return Supply(MappedSource(KeySource(len(SEEDS["fit"])), clock, name), {}, clock)
     classes = None if data.label_column is None else null_class_of(pipeline.transformer)
     clock = Timed(NoisedStates(pipeline, class_drop=0.0 if classes is None else fit.class_drop))

@@ -21,7 +21,7 @@ MODES = ("backbone", "joint", "frozen")
 def null_class_of(transformer: nn.Module) -> int | None:
     """The class that stands for "no class"; None: the transformer knows none."""
     config = transformer.config
-    return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.null_class
+    return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.get("null_class")
 
 
 def forbid_label_drop(transformer: nn.Module) -> nn.Module:
