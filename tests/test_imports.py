@@ -24,7 +24,7 @@ CORE = {"torch", "safetensors"}
 SIDE = CORE | {"numpy", "PIL", "ee_diffusion.core"}
 TABLE = {
     "core": CORE,
-    "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib"},
+    "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib", "peft"},
     "decoding": SIDE | {"transformers", "huggingface_hub"},
     "encoder": SIDE | {"transformers", "huggingface_hub"},
     # of diffusers the loop takes the learning rate schedules and the moving average, no model
@@ -39,6 +39,7 @@ EXTRAS = {
     "encoder": {"encoder"},
     "measure": {"eval"},
     "pictures.py": {"plot"},
+    "lora.py": {"lora"},
     "train": {"train"},
     "eval": {"train", "eval", "plot"},
 }

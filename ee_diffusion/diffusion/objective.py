@@ -6,7 +6,8 @@ Here: one forward from a batch to scalars. Not here: data, draws, optimiser, loo
 from __future__ import annotations
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiTTransformer2DModel, SchedulerMixin
+from diffusers.models.embeddings import LabelEmbedding
 from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
@@ -15,6 +16,36 @@ from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 
 MODES = ("backbone", "joint", "frozen")
+
+
+def null_class_of(transformer: nn.Module) -> int | None:
+    """The class that stands for "no class"; None: the transformer knows none."""
+    config = transformer.config
+    return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.get("null_class")
+
+
+def forbid_label_drop(transformer: nn.Module) -> nn.Module:
+    """A DiT in train mode drops labels by the global generator; here a draw belongs to its sample, so the objective alone drops them."""
+    for module in transformer.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    return transformer
+
+
+def deediff_terms(
+    exits: DenoisingExits, predictions: Tensor, maps: Tensor, *, target: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """L_u and the layer-wise loss of the exits' variant: predictions and maps (K, B, C, H, W), target (B, C, H, W), weights (B,)."""
+    predictions, maps = predictions.float(), maps.float()
+    if exits.config.variant == "released":
+        return (
+            losses.released_uncertainty_loss(maps, predictions, target),
+            losses.released_layerwise_loss(maps, predictions, target),
+        )
+    return (
+        losses.uncertainty_loss(maps, predictions, target),
+        losses.layerwise_loss(maps, predictions, target, weights=weights),
+    )
 
 
 class DiffusionObjective(nn.Module):
@@ -28,13 +59,15 @@ class DiffusionObjective(nn.Module):
         snr_gamma: weigh L_simple, and L_UAL of the paper variant, by min(SNR, gamma) / SNR (Min-SNR, arXiv 2303.09556; for
             v_prediction / (SNR + 1)); None: unweighted, as DeeDiff.
 
+    A `DiTTransformer2DModel` trains in mode `backbone` only; it must not drop labels itself (`forbid_label_drop`).
+
     Raises:
         ValueError: an unknown mode, exits missing or surplus for it, class_drop without a null class.
     """
 
     def __init__(
         self,
-        transformer: UViTTransformer2DModel,
+        transformer: UViTTransformer2DModel | DiTTransformer2DModel,
         exits: DenoisingExits | None,
         scheduler: SchedulerMixin,
         *,
@@ -49,9 +82,15 @@ class DiffusionObjective(nn.Module):
             raise ValueError(
                 f"mode={mode!r} with exits={type(exits).__name__}, expected one of {MODES}; all but the first need exits"
             )
-        if class_drop and transformer.config.num_classes is not None and transformer.config.null_class is None:
+        is_dit = isinstance(transformer, DiTTransformer2DModel)
+        if is_dit and mode != "backbone":
+            raise ValueError(f"mode={mode!r} with a DiT, expected 'backbone': its exits are fitted by distillation")
+        self.has_classes = is_dit or transformer.config.num_classes is not None
+        self.null_class = null_class_of(transformer)
+        if class_drop and self.has_classes and self.null_class is None:
             raise ValueError(f"class_drop={class_drop} needs a null_class in the transformer's config")
         self.transformer, self.exits, self.scheduler, self.mode = transformer, exits, scheduler, mode
+        self._options = {} if exits is None else {"output_hidden_states": True}
         self.uncertainty_weight, self.layerwise_weight, self.class_drop = (
             uncertainty_weight,
             layerwise_weight,
@@ -72,7 +111,7 @@ class DiffusionObjective(nn.Module):
                 timestep,
                 self._labels(batch),
                 batch.get("encoder_hidden_states"),
-                output_hidden_states=self.exits is not None,
+                **self._options,
             )
         target = self._target(images, noise, timestep)
         weights = self._weights(timestep)  # (B,)
@@ -88,21 +127,13 @@ class DiffusionObjective(nn.Module):
     def _exit_terms(
         self, hidden_states: tuple[Tensor, ...], timestep: Tensor, target: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor]:
-        exits, released = self.exits, self.exits.config.variant == "released"
+        exits = self.exits
         states = [hidden_states[depth] for depth in exits.depths]
         context = {"timestep": timestep}
         answers = [exits.answer(k, state, context) for k, state in enumerate(states)]
         answers = [self.transformer.tail(answer) for answer in answers] if exits.space == "hidden" else answers
-        predictions = torch.stack(answers).float()  # (K, B, C, H, W)
-        maps = torch.stack([exits.uncertainty_map(k, state, timestep) for k, state in enumerate(states)]).float()
-        if released:
-            return (
-                losses.released_uncertainty_loss(maps, predictions, target),
-                losses.released_layerwise_loss(maps, predictions, target),
-            )
-        return losses.uncertainty_loss(maps, predictions, target), losses.layerwise_loss(
-            maps, predictions, target, weights=weights
-        )
+        maps = torch.stack([exits.uncertainty_map(k, state, timestep) for k, state in enumerate(states)])
+        return deediff_terms(exits, torch.stack(answers), maps, target=target, weights=weights)
 
     def _weights(self, timestep: Tensor) -> Tensor:
         if self.snr_gamma is None:
@@ -112,10 +143,10 @@ class DiffusionObjective(nn.Module):
         return snr.clamp(max=self.snr_gamma) / (snr + 1 if velocity else snr)
 
     def _labels(self, batch: dict[str, Tensor]) -> Tensor | None:
-        if self.transformer.config.num_classes is None:
+        if not self.has_classes:
             return None
         dropped = batch["label_drop"] < self.class_drop
-        return torch.where(dropped, self.transformer.config.null_class or 0, batch["class_labels"])  # (B,)
+        return torch.where(dropped, self.null_class or 0, batch["class_labels"])  # (B,)
 
     def _target(self, images: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         kind = self.scheduler.config.prediction_type

@@ -1,0 +1,98 @@
+"""Tables on disk in parts: each part is one safetensors file, whole or absent, and says what it was made from. A killed run goes on.
+
+Here: files. Not here: what the tensors mean (states.py, latents.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_FORMAT = "ee_diffusion.parts.1"
+
+
+class Parts:
+    """`count` files in `folder`, made from what `identity` (JSON values) says.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+
+    def __init__(self, folder: str | os.PathLike, identity: Mapping[str, Any], *, count: int):
+        if count < 1:
+            raise ValueError(f"count={count}, expected at least 1 part")
+        self.folder, self.count = Path(folder), count
+        self.identity = json.loads(json.dumps({**identity, "parts": count}, default=str))
+
+    def missing(self) -> list[int]:
+        """Numbers of the parts that are not there yet.
+
+        Raises:
+            ValueError: a part that is not readable, or was made from something else (every difference is named).
+        """
+        there = [number for number in range(self.count) if self._path(number).exists()]
+        for number in there:
+            self._check(number)
+        return [number for number in range(self.count) if number not in there]
+
+    def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write one part, beside first, then renamed.
+
+        Raises:
+            ValueError: a number out of range.
+        """
+        path = self._path(number)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".{path.name}.partial")
+        metadata = {"format": _FORMAT, "identity": json.dumps(self.identity)}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=metadata)
+        with beside.open("rb") as written:
+            os.fsync(written.fileno())
+        os.replace(beside, path)
+
+    def read(self) -> list[dict[str, Tensor]]:
+        """All parts in order.
+
+        Raises:
+            ValueError: a part is missing, not readable, or was made from something else.
+        """
+        if absent := self.missing():
+            raise ValueError(f"{self.folder} lacks parts {absent} of {self.count}")
+        return [self._tensors(number) for number in range(self.count)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk of the parts that are there."""
+        paths = [self._path(number) for number in range(self.count)]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def _path(self, number: int) -> Path:
+        if not 0 <= number < self.count:
+            raise ValueError(f"part {number}, expected 0..{self.count - 1}")
+        return self.folder / f"part-{number:05d}.safetensors"
+
+    def _check(self, number: int) -> None:
+        path = self._path(number)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable part: {error}") from error
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no part of a table: format {metadata.get('format')!r}, expected {_FORMAT!r}")
+        theirs, ours = json.loads(metadata["identity"]), self.identity
+        differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+        if differ:
+            told = "; ".join(f"{name}: came {ours.get(name)!r}, the part has {theirs.get(name)!r}" for name in differ)
+            raise ValueError(f"{path} was made from something else: {told}. Name another folder, or delete this one")
+
+    def _tensors(self, number: int) -> dict[str, Tensor]:
+        with safe_open(self._path(number), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)

@@ -1,0 +1,212 @@
+"""Train a small class-conditional DiT on images in the latent space of TAESD, and write it as a stock `DiTPipeline` folder.
+
+accelerate launch train/train_dit.py --vae vae --train_data_files 'cifar10/train-*.parquet' --output_dir runs/dit
+
+`--vae`: the two files of TAESD, or a diffusers folder. Images are enlarged to `--image_size` and encoded once, in parts (latents/ in
+output_dir), mirrored as well unless `--no_random_flip`. `--resume_from_checkpoint latest` goes on after a stop or a kill.
+`DiTPipeline` takes 1000 for "no class", so the model has 1000 classes of which the data uses the first. Writes the pipeline folder,
+log.jsonl, config.json and report.json with the PSNR of the round trip through the autoencoder.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from transformers import HfArgumentParser
+
+from ee_diffusion.diffusion.latents import decode, encode, enlarged, load_taesd, psnr
+from ee_diffusion.diffusion.objective import DiffusionObjective, forbid_label_drop
+from ee_diffusion.diffusion.parts import Parts
+from ee_diffusion.diffusion.trajectories import fingerprint
+from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.config import ImageDataConfig, TrainConfig
+from ee_diffusion.training.data import ImageSource, find_data_files, load_image_source
+from ee_diffusion.training.loop import Trainer
+from ee_diffusion.training.sources import LatentSource
+
+NULL_CLASS = 1000  # what DiTPipeline takes for "no class"
+PSNR_IMAGES = 256
+DEFAULTS = {
+    "train_data_files": ["cifar10/train-*.parquet"],
+    "image_column": "img",
+    "label_column": "label",
+    "resolution": 32,
+    "train_batch_size": 256,
+    "learning_rate": 4e-4,
+    "lr_scheduler": "cosine",
+    "lr_warmup_steps": 500,
+    "adam_weight_decay": 0.0,
+    "ema_decay": 0.999,
+}
+
+
+def _flag(help: str, default=None):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """The model, its latents and the objective.
+
+    Raises:
+        ValueError: a size that fits no latents, a number of classes that DiTPipeline cannot name, a drop that is no probability.
+    """
+
+    vae: str | None = _flag("Folder of TAESD; a relative one is also looked up below $EE_DIFFUSION_DATA.")
+    latents_dir: str | None = _flag("Where latents lie; none: latents/ in output_dir.")
+    image_size: int = _flag("Pixels that images are enlarged to before they are encoded.", 128)
+    part_size: int = _flag("Images per file of latents.", 2048)
+    encode_batch_size: int = _flag("Images per forward of the autoencoder.", 32)
+    num_classes: int = _flag("Classes in the data.", 10)
+    num_layers: int = _flag("Blocks.", 12)
+    num_attention_heads: int = _flag("Attention heads.", 6)
+    attention_head_dim: int = _flag("Width of a head.", 64)
+    patch_size: int = _flag("Latent pixels per patch side.", 2)
+    class_drop: float = _flag("Probability that a label becomes the null class.", 0.1)
+    snr_gamma: float | None = _flag("Weigh the loss by min(SNR, gamma) / SNR; none: unweighted.", 5.0)
+
+    def __post_init__(self):
+        if self.image_size < 8 * self.patch_size or self.image_size % (8 * self.patch_size):
+            raise ValueError(f"image_size={self.image_size}, expected a multiple of {8 * self.patch_size}")
+        if not 1 <= self.num_classes <= NULL_CLASS:
+            raise ValueError(f"num_classes={self.num_classes}, expected 1..{NULL_CLASS}")
+        if min(self.part_size, self.encode_batch_size) < 1 or not 0 <= self.class_drop <= 1:
+            raise ValueError(
+                f"part_size={self.part_size}, encode_batch_size={self.encode_batch_size}, class_drop={self.class_drop}: "
+                "expected at least 1, at least 1, a probability"
+            )
+
+
+def parse() -> tuple[DiTConfig, ImageDataConfig, TrainConfig, bool]:
+    """Flags over the defaults."""
+    parser = HfArgumentParser((DiTConfig, ImageDataConfig, TrainConfig), description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--dry_run", "--dry-run", action="store_true", help="Print the resolved settings as JSON and exit."
+    )
+    parser.set_defaults(**DEFAULTS)
+    model, data, train, rest = parser.parse_args_into_dataclasses()
+    if not rest.dry_run and not (train.output_dir and model.vae):
+        raise ValueError(
+            f"output_dir={train.output_dir!r}, vae={model.vae!r}, expected a folder to write to and one to read"
+        )
+    return model, data, train, rest.dry_run
+
+
+def latents_of(
+    config: DiTConfig, source: ImageSource, vae: AutoencoderTiny, *, mirrored: bool, folder: Path
+) -> tuple[LatentSource, dict]:
+    """Every rank encodes the parts that are its own and not there yet; then all read all of them. Mirror images follow the images."""
+    state, begun = PartialState(), time.perf_counter()
+    images, size = source.images, config.part_size
+    count = len(images) * (2 if mirrored else 1)
+    what = {"images": source.fingerprint(), "vae": fingerprint(vae), "size": config.image_size, "mirrored": mirrored}
+    parts = Parts(folder, what | {"images_per_part": size}, count=-(-count // size))
+    missing = parts.missing()
+    state.wait_for_everyone()
+    for number in missing[state.process_index :: state.num_processes]:
+        places = torch.arange(number * size, min(count, (number + 1) * size))
+        chunks = [_encoded(config, images, vae, some) for some in places.split(config.encode_batch_size)]
+        parts.write(number, {"latents": torch.cat(chunks)})
+    state.wait_for_everyone()
+    latents = torch.cat([part["latents"] for part in parts.read()])  # (M, 4, h, w) float16
+    labels = source.labels.repeat(2 if mirrored else 1)
+    cost = {"encode_seconds": round(time.perf_counter() - begun, 2), "latents": len(latents), "bytes": parts.nbytes}
+    return LatentSource(latents, labels, json.dumps(parts.identity, sort_keys=True)), cost
+
+
+def _encoded(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny, places: torch.Tensor) -> torch.Tensor:
+    pixels = images[places % len(images)].to(vae.device).float() / 127.5 - 1  # (B, C, H, W)
+    turned = (places >= len(images)).to(vae.device)[:, None, None, None]
+    pixels = torch.where(turned, pixels.flip(-1), pixels)
+    return encode(vae, enlarged(pixels, config.image_size)).cpu().half()
+
+
+def round_trip(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny) -> dict[str, float]:
+    """Mean PSNR in decibel of decode(encode(image)): at the size it is encoded, and back at the size of the data."""
+    sizes, small = [], images.shape[-1]
+    for some in images[:PSNR_IMAGES].split(config.encode_batch_size):
+        pixels = some.to(vae.device).float() / 127.5 - 1
+        large = enlarged(pixels, config.image_size)
+        back = decode(vae, encode(vae, large))
+        shrunk = torch.nn.functional.interpolate(back, size=(small, small), mode="area")
+        sizes.append(torch.stack([psnr(large, back), psnr(pixels, shrunk)]))
+    large_db, small_db = torch.cat(sizes, dim=1).mean(1).tolist()
+    count = min(PSNR_IMAGES, len(images))
+    return {
+        f"psnr_{config.image_size}px": round(large_db, 2),
+        f"psnr_{small}px": round(small_db, 2),
+        "psnr_images": count,
+    }
+
+
+def build_transformer(config: DiTConfig) -> DiTTransformer2DModel:
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config.attention_head_dim,
+        in_channels=4,
+        out_channels=4,
+        num_layers=config.num_layers,
+        attention_bias=True,
+        sample_size=config.image_size // 8,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=NULL_CLASS,
+    )
+    # Every block begins as the identity and the prediction as zero (DiT, arXiv 2212.09748, sec. 3.2: adaLN-Zero).
+    zeroed = [block.norm1.linear for block in transformer.transformer_blocks] + [
+        transformer.proj_out_1,
+        transformer.proj_out_2,
+    ]
+    for linear in zeroed:
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+    return forbid_label_drop(transformer)
+
+
+def save(folder: Path, objective: DiffusionObjective, vae: AutoencoderTiny) -> None:
+    scheduler = DDIMScheduler.from_config(objective.scheduler.config, clip_sample=False)
+    DiTPipeline(objective.transformer, vae, scheduler).save_pretrained(folder)
+
+
+def main() -> None:
+    model, data, train, dry_run = parse()
+    resolved = asdict(model) | asdict(data) | asdict(train)
+    if dry_run:
+        print(json.dumps(resolved, indent=2))
+        return
+    state, folder = PartialState(), Path(train.output_dir)
+    vae = load_taesd(find_data_files(model.vae)[0]).to(state.device)
+    source = load_image_source(data, model.num_classes)
+    where = Path(model.latents_dir or folder / "latents")
+    latents, cost = latents_of(model, source, vae, mirrored=data.random_flip, folder=where)
+    cost |= round_trip(model, source.images, vae)
+    set_seed(train.seed)
+    scheduler = DDPMScheduler(clip_sample=False)
+    objective = DiffusionObjective(
+        build_transformer(model),
+        None,
+        scheduler,
+        mode="backbone",
+        class_drop=model.class_drop,
+        snr_gamma=model.snr_gamma,
+    )
+    trainer = Trainer(
+        objective, latents, train, save=partial(save, vae=vae), identity=asdict(model) | {"latents_dir": None}
+    )
+    report = asdict(trainer.fit())
+    if state.is_main_process:
+        write_json(folder / "config.json", resolved)
+        machine = {"processes": state.num_processes, "device": str(state.device), "torch": torch.__version__}
+        write_json(folder / "report.json", {"latents": cost, "train": report} | machine)
+        print(json.dumps({"latents": cost, "train": report}))
+
+
+if __name__ == "__main__":
+    main()
