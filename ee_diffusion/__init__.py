@@ -25,6 +25,7 @@ _HOMES = {
     "FixedLayers": "core.schedules",
     "FullDepth": "core.schedules",
     "LinearDecay": "core.schedules",
+    "Periodic": "core.schedules",
     "PiecewiseDepth": "core.schedules",
     "PowerDecay": "core.schedules",
     "Schedule": "core.schedules",
@@ -44,8 +45,12 @@ _HOMES = {
     "Family": "diffusion.families",
     "register_family": "diffusion.families",
     "DenoisingExits": "diffusion.heads",
+    "MemoryExits": "diffusion.memory_exits",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
+    "periodic_cache": "diffusion.methods",
+    "remembered": "diffusion.methods",
+    "step_sensitivity": "diffusion.solver",
     "EarlyExitPipeline": "diffusion.pipeline",
     "EarlyExitDiTPipeline": "diffusion.pipelines",
     "EarlyExitFluxPipeline": "diffusion.pipelines",
@@ -84,6 +89,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         FixedLayers,
         FullDepth,
         LinearDecay,
+        Periodic,
         PiecewiseDepth,
         PowerDecay,
         Schedule,
@@ -103,7 +109,8 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.attach import attach, detach, summary
     from ee_diffusion.diffusion.families import Family, register_family
     from ee_diffusion.diffusion.heads import DenoisingExits
-    from ee_diffusion.diffusion.methods import deediff, deediff_released
+    from ee_diffusion.diffusion.memory_exits import MemoryExits
+    from ee_diffusion.diffusion.methods import deediff, deediff_released, periodic_cache, remembered
     from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
     from ee_diffusion.diffusion.pipelines import (
         EarlyExitDiTPipeline,
@@ -111,6 +118,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         EarlyExitPixArtPipeline,
         EarlyExitSD3Pipeline,
     )
+    from ee_diffusion.diffusion.solver import step_sensitivity
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier
     from ee_diffusion.encoder.exits import ClassifierExits
