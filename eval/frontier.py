@@ -44,6 +44,7 @@ class FrontierOptions:
     data: str | None = flag(
         "Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or go without."
     )
+    memory: str | None = flag("Folder of fitted exits that remember (train/fit_memory.py); none: unfitted.")
     reference_count: int = flag("Real images behind the FD.", 10_000)
     cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     errors: list[float] = field(
@@ -59,9 +60,18 @@ class FrontierOptions:
     )
 
 
-def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
+def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> MemoryExits:
+    """Exits that remember, from a folder or unfitted."""
+    if folder is None:
+        return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+    exits = MemoryExits.from_pretrained(folder).to(pipeline.transformer.device)
+    exits.check_fits(pipeline.transformer)
+    return exits
+
+
+def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions, memory: MemoryExits) -> Draw:
     """Draws with exits that remember, or for DeeDiff with the pipeline's own."""
-    trained, memory = pipeline.exits, MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+    trained = pipeline.exits
 
     def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
         pipeline.exits = trained if candidate.kind == "deediff" else memory
@@ -72,11 +82,9 @@ def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
     return draw
 
 
-def candidates_of(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: FrontierOptions) -> list[Candidate]:
+def candidates_of(options: FrontierOptions, sensitivity: tuple[float, ...]) -> list[Candidate]:
     """The full model and everything that needs no trace."""
-    steps, found = sampling.num_inference_steps, []
-    memory = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
-    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
+    steps, found = len(sensitivity), []
     for error in options.errors:
         policy = remembered(error, sensitivity=sensitivity)
         found.append(Candidate(f"remembered {error}", "remembered", error, policy, steps))
@@ -148,8 +156,9 @@ def main() -> None:
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 
-    first = candidates_of(pipeline, sampling, options)
-    draw = drawer(pipeline, sampling)
+    memory = load_memory(pipeline, options.memory)
+    first = candidates_of(options, step_sensitivity(memory, pipeline.scheduler, sampling.num_inference_steps))
+    draw = drawer(pipeline, sampling, memory)
     drawn = in_turns(first, draw, chosen, labels, batch=sampling.batch_size)
     rows = [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in first]
     ours = [c for c in first if c.kind == "remembered"]

@@ -1,0 +1,97 @@
+"""Teach exits that remember how wrong they are, along the model's own trajectories. Here: walking and fitting. Not here: deciding (core).
+
+E images, R rows (2E under guidance, conditional first), S steps, n = the moments at which a row's memory was put to the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.core.memory import Memory
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+
+STATES = ("exited", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What was seen under way: `features` (n, F) of the uncertainty, `errors` (n,) the true root mean square error of the recalled clean
+    image, `steps` (n,) where."""
+
+    features: Tensor
+    errors: Tensor
+    steps: Tensor
+
+
+@torch.no_grad()
+def walk(
+    pipeline: EarlyExitPipeline,
+    exits: MemoryExits,
+    class_labels: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+    skip: float,
+    states: str,
+    generator: torch.Generator,
+) -> Walk:
+    """Draw images with the full model at every step and compare each recalled clean image with the model's.
+
+    A row remembers a step with probability 1 - `skip` (the rows of an image alike), so that all distances to the last full step occur.
+    `states="exited"`: the steps not remembered are answered from memory, so later states are those that exits lead to; "full": all
+    steps follow the model.
+
+    Raises:
+        ValueError: skip outside [0, 1), or unknown states.
+    """
+    if not 0 <= skip < 1 or states not in STATES:
+        raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
+    transformer, scheduler, count = pipeline.transformer, pipeline.scheduler, len(class_labels)
+    labels = torch.tensor([*class_labels, *[transformer.config.null_class] * count])  # (R,)
+    size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
+    scheduler.set_timesteps(num_inference_steps)
+    latents = torch.randn(size, generator=generator) * scheduler.init_noise_sigma
+    memory: Memory | None = None
+    seen: list[tuple[Tensor, Tensor, int]] = []
+    for index, time in enumerate(scheduler.timesteps):
+        sample = scheduler.scale_model_input(torch.cat([latents, latents]), time)  # (R, C, H, W)
+        timestep = time.expand(2 * count)
+        output = transformer(sample, timestep, labels).sample
+        known = exits.recall(memory, sample, timestep)
+        ready = known["features"][:, 0].isfinite()  # (R,)
+        wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
+        seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
+        skipped = (torch.rand(count, generator=generator) < skip).repeat(2) & ready  # (R,)
+        memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
+        if states == "exited":
+            output = torch.where(skipped[:, None, None, None], known["recalled"], output)
+        conditional, unconditional = output.chunk(2)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(guided, time, latents).prev_sample
+    steps = [torch.full((len(errors),), index) for _, errors, index in seen]
+    return Walk(torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen]), torch.cat(steps))
+
+
+def fit_gauge(exits: MemoryExits, seen: Walk, *, iterations: int = 1000, learning_rate: float = 1e-2) -> None:
+    """Train the uncertainty of `exits` on a walk: smooth L1 between log u and the logarithm of the true error, all moments at once.
+
+    Raises:
+        ValueError: an empty walk.
+    """
+    if not len(seen.errors):
+        raise ValueError("the walk is empty, expected moments at which memory was put to the test")
+    target = seen.errors.clamp(min=1e-6).log()
+    optimizer = torch.optim.AdamW(exits.gauge.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    with torch.enable_grad():
+        for _ in range(iterations):
+            loss = nn.functional.smooth_l1_loss(exits.expected_error(seen.features).log(), target, beta=0.5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()

@@ -1,0 +1,74 @@
+"""Walks see what memory gets wrong on the states they say; the fit brings u nearer to the truth and touches nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import pipeline
+
+from ee_diffusion.diffusion.gauging import Walk, fit_gauge, walk
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+
+CALL = {"num_inference_steps": 10, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> EarlyExitPipeline:
+    return pipeline()
+
+
+def seen(pipe: EarlyExitPipeline, exits: MemoryExits, *, skip: float = 0.5, states: str = "exited") -> Walk:
+    return walk(pipe, exits, [0, 1, 2], skip=skip, states=states, generator=torch.Generator().manual_seed(1), **CALL)
+
+
+def test_without_skipping_the_errors_are_those_of_the_line_through_the_last_two_steps(pipe: EarlyExitPipeline):
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    found = seen(pipe, exits, skip=0.0)
+    clean: list[torch.Tensor] = []
+
+    def keep(module, args, kwargs, output):
+        clean.append(exits.clean_of(args[0], output.sample, args[1]))
+
+    hook = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        seen(pipe, exits, skip=0.0)
+    finally:
+        hook.remove()
+    true = [
+        (2 * b - a - c).flatten(1).square().mean(1).sqrt()
+        for a, b, c in zip(clean[1:], clean[2:], clean[3:], strict=False)
+    ]
+    torch.testing.assert_close(found.errors, torch.cat(true), rtol=1e-3, atol=1e-4)
+    assert found.steps.unique().tolist() == list(range(3, 10))
+
+
+def test_states_differ_only_in_where_the_walk_leads(pipe: EarlyExitPipeline):
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exited, full = (seen(pipe, exits, states=states) for states in ("exited", "full"))
+    first = exited.steps <= 3
+    torch.testing.assert_close(exited.errors[first], full.errors[full.steps <= 3])
+    assert not torch.allclose(exited.errors, full.errors)
+    assert exited.steps.tolist() == full.steps.tolist()
+
+
+def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    features = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
+    errors = (features[:, 0] + 0.7 + 0.5 * features[:, 2]).exp()
+    before = {name: value.clone() for name, value in exits.state_dict().items()}
+    fit_gauge(exits, Walk(features, errors, torch.zeros(500)), iterations=300)
+    with torch.no_grad():
+        wrong = (exits.expected_error(features) / errors).log().abs().median()
+    assert wrong < 0.05
+    changed = {name for name, value in exits.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if name.startswith("gauge.")}
+
+
+def test_bad_input(pipe: EarlyExitPipeline):
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    for bad in ({"skip": 1.0}, {"skip": float("nan")}, {"states": "both"}):
+        with pytest.raises(ValueError, match="expected a probability below 1 and one of"):
+            seen(pipe, exits, **bad)
+    with pytest.raises(ValueError, match="the walk is empty"):
+        fit_gauge(exits, Walk(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))

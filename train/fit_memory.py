@@ -1,0 +1,80 @@
+"""Fit the uncertainty of exits that remember to a model, along its own trajectories; no data needed.
+
+python train/fit_memory.py --model runs/exits --output_dir runs/memory
+
+Walks with the full model at every step and compares what memory would have answered; a second walk, of other seeds, says what the fit is
+worth beside the unfitted uncertainty. Writes the component `exits/` (load it with MemoryExits.from_pretrained) and report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from torchmetrics.functional import spearman_corrcoef
+
+from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
+    parser.add_argument("--output_dir", required=True, help="Where exits/ and report.json go.")
+    parser.add_argument("--length", type=int, default=2, help="Remembered predictions: 1 repeats, 2 draws a line.")
+    parser.add_argument("--states", choices=STATES, default="exited", help="Whose trajectories are walked.")
+    parser.add_argument("--skip", type=float, default=0.6, help="Probability that a step is answered from memory.")
+    parser.add_argument("--count", type=int, default=64, help="Images of each walk.")
+    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Classifier-free guidance.")
+    parser.add_argument("--iterations", type=int, default=1000, help="Optimiser steps, each on the whole walk.")
+    return parser.parse_args()
+
+
+@torch.no_grad()
+def figures(exits: MemoryExits, seen: Walk) -> dict[str, float]:
+    """`factor`: median of max(u / e, e / u); `bias`: median of u / e; `rank`: rank correlation of u with the true error e within a step,
+    mean over steps (a constant has 0)."""
+    said = exits.expected_error(seen.features)
+    ratio = (said / seen.errors.clamp(min=1e-6)).log()
+    places = [seen.steps == step for step in seen.steps.unique() if int((seen.steps == step).sum()) > 2]
+    ranks = [spearman_corrcoef(said[here], seen.errors[here]).item() for here in places]
+    facts = {"factor": ratio.abs().median().exp().item(), "bias": ratio.median().exp().item()}
+    return facts | {"rank": sum(ranks) / len(ranks), "moments": len(seen.errors)}
+
+
+def main() -> None:
+    options = flags()
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
+    if pipeline.transformer.config.null_class is None:
+        raise ValueError("this script walks under guidance: expected a transformer with a null class")
+    exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, length=options.length)
+    call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
+    labels = balanced_labels(options.count, pipeline.transformer.config.null_class)
+    begun = time.perf_counter()
+    walks = {
+        purpose: walk(pipeline, exits, labels, generator=torch.Generator().manual_seed(seeds(purpose, 1)[0]), **call)
+        for purpose in ("fit", "test")
+    }
+    walked = time.perf_counter() - begun
+    rows = [{"uncertainty": "unfitted", **figures(exits, walks["test"])}]
+    fit_gauge(exits, walks["fit"], iterations=options.iterations)
+    rows.append({"uncertainty": "fitted", **figures(exits, walks["test"])})
+    folder = Path(options.output_dir)
+    exits.save_pretrained(folder / "exits")
+    seconds = {"walks": walked, "all": time.perf_counter() - begun}
+    facts = {"settings": vars(options), "environment": environment(), "seconds": seconds, "rows": rows}
+    write_json(folder / "report.json", facts)
+    print(markdown_table(rows))
+    print(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main()
