@@ -1,4 +1,4 @@
-"""The demo: the shipped checkpoint at full depth and at two operating points, same seeds, one table.
+"""The demo: the shipped checkpoint at full depth, at DeeDiff's operating points, and answering from memory; same seeds, one table.
 
 python eval/demo.py            (or: make demo)
 
@@ -12,10 +12,15 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
+from diffusers import ModelMixin
+
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.generation import Generated, generate, joined
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.measure.paired import psnr
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -29,30 +34,42 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="Images per batch.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="Classifier-free guidance.")
+    parser.add_argument("--error", type=float, default=0.0025, help="Error per step allowed to answers from memory.")
     return parser.parse_args()
 
 
-def draw(
-    pipeline: EarlyExitPipeline, policies: dict[str, Policy | None], options: argparse.Namespace
-) -> dict[str, Generated]:
-    """Every policy over the same seeds; policies take turns batch by batch, so that drift of the machine is shared."""
+Point = tuple[ModelMixin, Policy | None]  # exits, and when to take them
+
+
+def points_of(pipeline: EarlyExitPipeline, folder: Path, options: argparse.Namespace) -> dict[str, Point]:
+    """The full model, the policies that come with the checkpoint, and answers from memory."""
+    found: dict[str, Point] = {"full": (pipeline.exits, None)}
+    for path in sorted((folder / "policies").glob("*.json"), reverse=True):
+        found[path.stem] = (pipeline.exits, Policy.load(path))
+    if (folder / "memory").is_dir():
+        memory = MemoryExits.from_pretrained(folder / "memory")
+    else:
+        memory = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+    sensitivity = step_sensitivity(memory, pipeline.scheduler, options.num_inference_steps)
+    return found | {"memory": (memory, remembered(options.error, sensitivity=sensitivity))}
+
+
+def draw(pipeline: EarlyExitPipeline, points: dict[str, Point], options: argparse.Namespace) -> dict[str, Generated]:
+    """Every point over the same seeds; they take turns batch by batch, so that drift of the machine is shared."""
     count, size = options.count, options.batch_size
     chosen, labels = seeds("demo", count), balanced_labels(count, pipeline.transformer.config.null_class)
     call = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     generate(pipeline, chosen[:size], labels[:size], batch_size=size, **call | {"num_inference_steps": 2})  # warm-up
-    parts: dict[str, list[Generated]] = {name: [] for name in policies}
+    parts: dict[str, list[Generated]] = {name: [] for name in points}
     for start in range(0, count, size):
-        for name, policy in policies.items():
-            some = slice(start, start + size)
-            parts[name].append(
-                generate(
-                    pipeline, chosen[some], labels[some], batch_size=size, first_id=start, exit_policy=policy, **call
-                )
-            )
-            print(
-                f"  {name}: images {start} to {start + len(chosen[some]) - 1} in {parts[name][-1].seconds[0]:.1f} s",
-                flush=True,
-            )
+        some = slice(start, start + size)
+        place = {"batch_size": size, "first_id": start}
+        for name, (exits, policy) in points.items():
+            pipeline.exits = exits
+            part = generate(pipeline, chosen[some], labels[some], exit_policy=policy, **place, **call)
+            parts[name].append(part)
+            last = start + len(chosen[some]) - 1
+            print(f"  {name}: images {start} to {last} in {part.seconds[0]:.1f} s", flush=True)
     return {name: joined(several) for name, several in parts.items()}
 
 
@@ -62,11 +79,10 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     pipeline = EarlyExitPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    policies = {path.stem: Policy.load(path) for path in sorted((folder / "policies").glob("*.json"), reverse=True)}
     print(
         f"{options.count} images, {options.num_inference_steps} steps, guidance {options.guidance_scale}, {folder.name}"
     )
-    drawn = draw(pipeline, {"full": None} | policies, options)
+    drawn = draw(pipeline, points_of(pipeline, folder, options), options)
 
     full, num_layers, rows = drawn["full"], len(pipeline.transformer.transformer_blocks), []
     for name, generated in drawn.items():

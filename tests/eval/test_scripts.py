@@ -188,13 +188,15 @@ def test_demo(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "checkpoint", lambda: model)
     call(monkeypatch, demo, "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--num_inference_steps", 3)
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["policy"] for row in rows] == ["full", "blocks-50"]
+    assert [row["policy"] for row in rows] == ["full", "blocks-50", "memory"]
     assert rows[0]["executed blocks"] == 5
     assert rows[1]["executed blocks"] < 5
     assert {path.name for path in tmp_path.iterdir()} == {
         "full.png",
         "blocks-50.png",
         "blocks-50-exit-map.png",
+        "memory.png",
+        "memory-exit-map.png",
         "report.json",
     }
     assert "wall-clock ratio" in capsys.readouterr().out
