@@ -141,7 +141,8 @@ def test_replay_and_saved_policies_decide_alike(policy: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name,policy", [case for case in CASES if case[0] == "llama" or case[1] == "softmax"])
 def test_skipped_work_is_not_executed(name: str, policy: str):
-    model, counts = model_named(name), torch.zeros(TOKENS, LAYERS, dtype=torch.int64)
+    model, rule = model_named(name), policy_named(policy, name)  # made before anything is counted
+    counts = torch.zeros(TOKENS, LAYERS, dtype=torch.int64)
     calls = [0]
 
     def on_model(*_):
@@ -159,7 +160,7 @@ def test_skipped_work_is_not_executed(name: str, policy: str):
         module.register_forward_pre_hook(counting(layer)) for layer, module in enumerate(running_modules(model))
     ]
     try:
-        trace = generate(model, policy_named(policy, name)).trace
+        trace = generate(model, rule).trace
     finally:
         for handle in handles:
             handle.remove()
@@ -173,9 +174,10 @@ def test_heads_are_evaluated_where_needed():
     """A softmax check is the answer; saturation needs no head but for those who leave; a schedule none but its own."""
     head, rows = model_named("llama").lm_head, []
     for policy in ("softmax", "saturation", "termination", "skipdecode"):
+        rule = policy_named(policy, "llama")
         rows.clear()
         handle = head.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-        trace = generate(model_named("llama"), policy_named(policy, "llama")).trace
+        trace = generate(model_named("llama"), rule).trace
         handle.remove()
         full, left = int((trace.depths == LAYERS).sum()), int((trace.depths < LAYERS).sum())
         checks = int(trace.measured.sum())
