@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from language import EXITS, LAYERS, MODELS, TOKENS, discarding, generate, model_named, plain, prompts
+from language import EXITS, LAYERS, LENGTHS, MODELS, TOKENS, alone, discarding, generate, model_named, plain, prompts
 from safetensors.torch import save_file
 
 from ee_diffusion.core.calibrate import replay
@@ -49,6 +49,21 @@ def test_learned_exits_decide():
     with discarding(model, live.trace.depths[:, row].tolist(), None):
         slow = plain(model, inputs)
     assert torch.equal(slow.sequences[0, -TOKENS:], live.sequences[row, -TOKENS:])
+
+
+def test_saturation_looks_at_the_layer_before():
+    """Scores of a decode are cosines of the plain model's own hidden states at the tokens that were read."""
+    model = model_named("llama")
+    policy = Policy(Threshold(0.5, "saturation"), exits=EXITS, record_all=True)
+    out = generate(model, policy, alone(0))
+    states = model(
+        out.sequences, output_hidden_states=True
+    ).hidden_states  # (1, N, D) after 0..L layers; the last one normed
+    for step, scores in enumerate(out.trace.scores):
+        place = LENGTHS[0] + step
+        for depth, score in zip(EXITS, scores, strict=True):
+            wanted = torch.cosine_similarity(states[depth][0, place], states[depth - 1][0, place], dim=0)
+            assert float(score) == pytest.approx(float(wanted), abs=1e-6)
 
 
 def test_learned_exits_are_saved_and_loaded(tmp_path: Path):
