@@ -6,7 +6,7 @@ R rows, N tokens, D width, K exits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -33,4 +33,13 @@ class ExitHeads(Protocol):
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise ValueError if these are heads of another model."""
+        ...
+
+
+@runtime_checkable
+class PrunableHeads(Protocol):
+    """Exit heads that can answer for a part of the classes at a part of the cost."""
+
+    def answer_among(self, exit: int, hidden: Tensor, classes: Tensor) -> Tensor:
+        """Logits of the given classes alone: hidden (R, N, D), classes (R, k) -> (R, k)."""
         ...

@@ -13,17 +13,19 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.heads import ExitHeads, PrunableHeads
 
 
 class Observation:
     """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
 
-    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads.
+    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads. `remembered`: what a score leaves in the context
+    for the later exits of the same step, tensors with leading R.
     """
 
     def __init__(self, heads: ExitHeads, exit: int, hidden: Tensor, context: Mapping[str, Tensor]):
         self.heads, self.exit, self.hidden, self.context = heads, exit, hidden, context
+        self.remembered: dict[str, Tensor] = {}
 
     @cached_property
     def answer(self) -> Tensor:
@@ -78,12 +80,33 @@ def saturation(observation: Observation) -> Tensor:
     return torch.cosine_similarity(observation.hidden[:, -1], observation.context["previous"][:, -1], dim=-1)
 
 
+def pruned_probability(size: int) -> Callable[[Observation], Tensor]:
+    """The score "largest softmax probability among the `size` best classes of the step's first checked exit", (R,) in [0, 1].
+
+    Later exits compute those logits alone (dynamic vocabulary pruning, arXiv 2410.18952; 256 of T5-large's classes in the paper).
+    Deviation: rows that leave answer with all classes.
+    """
+
+    def measure(observation: Observation) -> Tensor:
+        if "vocabulary" not in observation.context:
+            best = observation.answer.topk(min(size, observation.answer.shape[-1]), dim=-1)  # (R, k)
+            observation.remembered["vocabulary"] = best.indices
+            return best.values.softmax(-1).amax(-1)
+        if not isinstance(observation.heads, PrunableHeads):
+            raise ValueError(f"{type(observation.heads).__name__} cannot answer for a part of the classes")
+        classes = observation.context["vocabulary"]
+        return observation.heads.answer_among(observation.exit, observation.hidden, classes).softmax(-1).amax(-1)
+
+    return measure
+
+
 SCORES: dict[str, Score] = {
     "certainty": Score(certainty, 0.0, 1.0),
     "max_probability": Score(max_probability, 0.0, 1.0),
     "margin": Score(margin, 0.0, 1.0),
     "low_entropy": Score(low_entropy, 0.0, 1.0),
     "saturation": Score(saturation, -1.0, 1.0),
+    "pruned_probability": Score(pruned_probability(256), 0.0, 1.0),
 }
 
 
