@@ -55,6 +55,7 @@ def test_learned_exits_decide():
     assert torch.equal(slow.sequences[0, -TOKENS:], live.sequences[row, -TOKENS:])
 
 
+@torch.no_grad()
 def test_saturation_looks_at_the_layer_before():
     """Scores of a decode are cosines of the plain model's own hidden states at the tokens that were read."""
     model = model_named("llama")
@@ -70,6 +71,7 @@ def test_saturation_looks_at_the_layer_before():
             assert float(score) == pytest.approx(float(wanted), abs=1e-6)
 
 
+@torch.no_grad()
 def test_a_pruned_vocabulary_is_that_of_the_first_check(monkeypatch: pytest.MonkeyPatch):
     """Scores against the plain model's hidden states: the five best tokens at depth 1 are those that depths 2 and 4 look at."""
     monkeypatch.setattr("ee_diffusion.core.scores.SCORES", dict(scores.SCORES))
