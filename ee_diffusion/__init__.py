@@ -35,6 +35,8 @@ _HOMES = {
     "attach": "diffusion.attach",
     "detach": "diffusion.attach",
     "early_exit_generate": "decoding.generate",
+    "LearnedExits": "decoding.heads",
+    "lossless_generate": "decoding.lossless",
     "calm": "decoding.methods",
     "d3": "decoding.methods",
     "depth_per_request": "decoding.methods",
@@ -97,6 +99,8 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.core.session import Session
     from ee_diffusion.core.trace import Report, Trace
     from ee_diffusion.decoding.generate import early_exit_generate
+    from ee_diffusion.decoding.heads import LearnedExits
+    from ee_diffusion.decoding.lossless import lossless_generate
     from ee_diffusion.decoding.methods import (
         calm,
         d3,

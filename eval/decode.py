@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from options import DTYPES, flag, parse
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
@@ -38,6 +38,10 @@ class DecodeOptions:
 
     model: str = flag("Folder or name of a causal language model.")
     gguf_file: str | None = flag("A GGUF file in that folder to load from.")
+    tokenizer: str | None = flag("Folder or name of the tokenizer; none: the model's.")
+    random_weights: bool = flag(
+        "Only the model's config is read: for speed at a shape that is not at hand (--count 0).", False
+    )
     text: str = flag("CSV with columns mr and ref; rows of one mr are its references.")
     output_dir: str = flag("Where decode.json and decode.md go.")
     policies: list[str] = field(default_factory=list, metadata={"help": "Files that Policy.save wrote."})
@@ -64,13 +68,18 @@ class Decoder:
             raise ValueError(f"dtype={options.dtype!r}, expected one of {sorted(DTYPES)}")
         source = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            options.model, padding_side="left", **source
+            options.tokenizer or options.model, padding_side="left", **({} if options.tokenizer else source)
         )
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype], **source).eval()
+        if options.random_weights:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model)).to(
+                DTYPES[options.dtype]
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype], **source)
         self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: PreTrainedModel = model.to(self.device)
+        self.model: PreTrainedModel = model.eval().to(self.device)
         self.options, self.num_layers = options, len(layers_of(self.model))
         self.candidates = self._candidates()
 

@@ -143,6 +143,7 @@ _POLICIES: dict[str, Callable[[str], Policy]] = {
     "margin": lambda name: _split(name, "margin", lambda value: Threshold(value, "margin")),
     "saturation": lambda name: _split(name, "saturation", lambda value: Threshold(value, "saturation")),
     "calm": lambda name: _split(name, "margin", lambda value: DecayingThreshold(value, TOKENS, score="margin")),
+    "pruned": lambda name: _split(name, "pruned_probability", lambda value: Threshold(value, "pruned_probability")),
     "patience": lambda name: _split(name, "margin", lambda value: Patience(value, (1, 2, 2), "margin")),
     "requests": lambda name: depth_per_request((4, 1, 6, 2), exits=EXITS),
     "skipdecode": lambda name: skipdecode(warm_up=1, least=2, most=5, horizon=5),

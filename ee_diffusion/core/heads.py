@@ -6,7 +6,7 @@ R rows, N tokens, D width, K exits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -44,4 +44,13 @@ class JudgingHeads(ExitHeads, Protocol):
 
     def judge(self, observation: Observation) -> Tensor:
         """(R,) in [0, 1]; larger is safer. May read `observation.answer` and write `observation.carried`."""
+        ...
+
+
+@runtime_checkable
+class PrunableHeads(Protocol):
+    """Exit heads that can answer for a part of the classes at a part of the cost."""
+
+    def answer_among(self, exit: int, hidden: Tensor, classes: Tensor) -> Tensor:
+        """Logits of the given classes alone: hidden (R, N, D), classes (R, k) -> (R, k)."""
         ...

@@ -12,7 +12,7 @@ import inspect
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
@@ -87,7 +87,7 @@ class DecodeAttachment:
         hidden = self._let_leave(lane, layer, hidden)
         if lane.step.index > self.last_use[layer]:
             assert not lane.step.layers[layer], "a layer that was dropped is to run again"
-            self._close(named[self.family.cache], layer)
+            close_layer(named[self.family.cache], layer)
         elif lane.step.runs(layer):
             lane.context["previous"] = hidden
             hidden = original(hidden, **self._arguments(lane, layer, named))
@@ -140,14 +140,6 @@ class DecodeAttachment:
             return tuple(self._rows_of(one, rows) for one in value)
         shared = not isinstance(value, Tensor) or len(value) != len(self.session.rows)
         return value if shared else value.index_select(0, rows)
-
-    def _close(self, cache: DynamicCache, layer: int) -> None:
-        if self.last_use[layer] == _step_before(self.session):
-            close_layer(cache, layer)
-
-
-def _step_before(session: Session) -> int:
-    return len(session.finished) - 1
 
 
 def _last_uses(session: Session) -> list[int]:

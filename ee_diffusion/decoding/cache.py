@@ -55,7 +55,9 @@ def write_position(cache: Cache, layer: int, parts: Sequence[Part], *, num_rows:
 
 
 def close_layer(cache: DynamicCache, layer: int) -> None:
-    """Free a layer's keys and values and let nobody add to it."""
+    """Free a layer's keys and values and let nobody add to it; a closed layer stays as it is."""
+    if isinstance(cache.layers[layer], ClosedLayer):
+        return
     cache.layers[layer] = ClosedLayer(layer, cache.layers[layer].get_seq_length())
 
 

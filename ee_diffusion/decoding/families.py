@@ -1,6 +1,6 @@
 """The family table: what decoding must know of each causal language model class. Written down per class, never guessed from a shape.
 
-Here: facts. Not here: what is done with them (attach.py). R rows, N tokens, D width, H key-value heads, V vocabulary.
+Here: facts. Not here: what is done with them (attach.py). R rows, N tokens, D width, H key-value heads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Family:
     """One class of causal language models.
 
     layers: path of the ModuleList of decoder layers. Each takes the hidden states (R, N, D) first and returns them.
-    tail: `tail(model, hidden (R, N, D))` -> logits (R, N, V), what the model does after its last layer.
+    norm: `norm(model, hidden (R, N, D))` -> (R, N, D), what the model does between its last layer and its LM head.
     keys_values: `keys_values(layer, hidden (R, N, D), rotary)` -> the keys and values (R, H, N, D / heads) that the layer would put into
     the cache; `rotary`: the argument `position_embeddings` for those rows, None where the class has none.
     cache: name of the layer's argument that holds the cache.
@@ -31,7 +31,7 @@ class Family:
 
     class_name: str
     layers: str
-    tail: Callable[[PreTrainedModel, Tensor], Tensor]
+    norm: Callable[[PreTrainedModel, Tensor], Tensor]
     keys_values: Callable[[nn.Module, Tensor, Rotary], tuple[Tensor, Tensor]]
     cache: str = "past_key_values"
     row_arguments: tuple[str, ...] = ("attention_mask", "position_ids", "position_embeddings")
@@ -79,39 +79,39 @@ def _neox_keys_values(layer: nn.Module, hidden: Tensor, rotary: Rotary) -> tuple
     return _rotated(keys, rotary), values
 
 
-def _llama_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return model.lm_head(model.model.norm(hidden))
+def _llama_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.model.norm(hidden)
 
 
-def _opt_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+def _opt_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     decoder = model.model.decoder
     if decoder.final_layer_norm is not None:
         hidden = decoder.final_layer_norm(hidden)
     if decoder.project_out is not None:
         hidden = decoder.project_out(hidden)
-    return model.lm_head(hidden)
+    return hidden
 
 
-def _gpt2_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return model.lm_head(model.transformer.ln_f(hidden))
+def _gpt2_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.transformer.ln_f(hidden)
 
 
-def _neox_tail(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    return model.lm_head(model.gpt_neox.final_layer_norm(hidden))
+def _neox_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    return model.gpt_neox.final_layer_norm(hidden)
 
 
 FAMILIES: dict[str, Family] = {
     family.class_name: family
     for family in (
         Family(
-            "LlamaForCausalLM", "model.layers", _llama_tail, _llama_keys_values
+            "LlamaForCausalLM", "model.layers", _llama_norm, _llama_keys_values
         ),  # SmolLM and SmolLM2 are of this class
-        Family("MistralForCausalLM", "model.layers", _llama_tail, _llama_keys_values),
-        Family("Qwen2ForCausalLM", "model.layers", _llama_tail, _llama_keys_values),
-        Family("Qwen3ForCausalLM", "model.layers", _llama_tail, _qwen3_keys_values),
-        Family("OPTForCausalLM", "model.decoder.layers", _opt_tail, _opt_keys_values, inner="fc1"),
-        Family("GPT2LMHeadModel", "transformer.h", _gpt2_tail, _gpt2_keys_values),
-        Family("GPTNeoXForCausalLM", "gpt_neox.layers", _neox_tail, _neox_keys_values, cache="layer_past"),
+        Family("MistralForCausalLM", "model.layers", _llama_norm, _llama_keys_values),
+        Family("Qwen2ForCausalLM", "model.layers", _llama_norm, _llama_keys_values),
+        Family("Qwen3ForCausalLM", "model.layers", _llama_norm, _qwen3_keys_values),
+        Family("OPTForCausalLM", "model.decoder.layers", _opt_norm, _opt_keys_values, inner="fc1"),
+        Family("GPT2LMHeadModel", "transformer.h", _gpt2_norm, _gpt2_keys_values),
+        Family("GPTNeoXForCausalLM", "gpt_neox.layers", _neox_norm, _neox_keys_values, cache="layer_past"),
     )
 }
 

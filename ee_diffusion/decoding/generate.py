@@ -83,7 +83,8 @@ def early_exit_generate(
         exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
         The rest is prepared by `generate`.
 
-    The prompt is read at full depth. A sequence that has ended takes no part in later steps.
+    The prompt is read at full depth. A run has `max_new_tokens - 1` steps (that many depths in a plan). A sequence that has ended takes
+    no part in later steps.
 
     Raises:
         ValueError: beams or assistants, an unknown model, a cache that cannot be used, a policy that does not fit, outputs that

@@ -38,7 +38,20 @@ class SharedTail:
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Logits of the last token: hidden (R, N, D) -> (R, V)."""
-        return self.family.tail(self.model, hidden[:, -1:])[:, -1]
+        return self.model.get_output_embeddings()(self.family.norm(self.model, hidden[:, -1:]))[:, -1]
+
+    def answer_among(self, exit: int, hidden: Tensor, classes: Tensor) -> Tensor:
+        """Logits of some tokens alone: hidden (R, N, D), classes (R, k) -> (R, k).
+
+        Raises:
+            ValueError: an LM head whose rows cannot be taken one by one.
+        """
+        head = self.model.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ValueError(f"the LM head is a {type(head).__name__}, expected nn.Linear: its rows are needed")
+        normed = self.family.norm(self.model, hidden[:, -1:])[:, -1]  # (R, D)
+        logits = torch.einsum("rd,rkd->rk", normed, head.weight[classes])
+        return logits if head.bias is None else logits + head.bias[classes]
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Raises ValueError: nothing is learned here."""
@@ -80,6 +93,10 @@ class LearnedExits(nn.Module):
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Logits of the last token: hidden (R, N, D) -> (R, V)."""
         return self._tail[0].answer(exit, hidden, context)
+
+    def answer_among(self, exit: int, hidden: Tensor, classes: Tensor) -> Tensor:
+        """As `SharedTail.answer_among`."""
+        return self._tail[0].answer_among(exit, hidden, classes)
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> (R,) in [0, 1], of the last token."""

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from language import EXITS, LAYERS, MODELS, TOKENS, discarding, generate, model_named, plain, prompts
+from language import EXITS, LAYERS, LENGTHS, MODELS, TOKENS, alone, discarding, generate, model_named, plain, prompts
 from safetensors.torch import save_file
 
+from ee_diffusion.core import scores
 from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
@@ -32,6 +33,9 @@ def test_the_shared_tail_is_that_of_the_model(name: str):
     handle.remove()
     heads = SharedTail(model, EXITS)
     torch.testing.assert_close(heads.answer(0, states[0], {}), logits[:, -1], rtol=1e-12, atol=1e-12)
+    classes = torch.tensor([[5, 0, 60], [1, 2, 3], [9, 9, 8], [0, 1, 2]])
+    found = heads.answer_among(0, states[0], classes)
+    torch.testing.assert_close(found, logits[:, -1].gather(1, classes), rtol=1e-12, atol=1e-12)
 
 
 def test_learned_exits_decide():
@@ -49,6 +53,40 @@ def test_learned_exits_decide():
     with discarding(model, live.trace.depths[:, row].tolist(), None):
         slow = plain(model, inputs)
     assert torch.equal(slow.sequences[0, -TOKENS:], live.sequences[row, -TOKENS:])
+
+
+@torch.no_grad()
+def test_saturation_looks_at_the_layer_before():
+    """Scores of a decode are cosines of the plain model's own hidden states at the tokens that were read."""
+    model = model_named("llama")
+    policy = Policy(Threshold(0.5, "saturation"), exits=EXITS, record_all=True)
+    out = generate(model, policy, alone(0))
+    states = model(
+        out.sequences, output_hidden_states=True
+    ).hidden_states  # (1, N, D) after 0..L layers; the last one normed
+    for step, found in enumerate(out.trace.scores):
+        place = LENGTHS[0] + step
+        for depth, score in zip(EXITS, found, strict=True):
+            wanted = torch.cosine_similarity(states[depth][0, place], states[depth - 1][0, place], dim=0)
+            assert float(score) == pytest.approx(float(wanted), abs=1e-6)
+
+
+@torch.no_grad()
+def test_a_pruned_vocabulary_is_that_of_the_first_check(monkeypatch: pytest.MonkeyPatch):
+    """Scores against the plain model's hidden states: the five best tokens at depth 1 are those that depths 2 and 4 look at."""
+    monkeypatch.setattr("ee_diffusion.core.scores.SCORES", dict(scores.SCORES))
+    scores.register_score("five", scores.pruned_probability(5), low=0.0, high=1.0)
+    model, heads = model_named("llama"), SharedTail(model_named("llama"), EXITS)
+    policy = Policy(Threshold(0.5, "five"), exits=EXITS, record_all=True)
+    out = generate(model, policy, alone(0))
+    states = model(out.sequences, output_hidden_states=True).hidden_states
+    for step, found in enumerate(out.trace.scores):
+        logits = [heads.answer(0, states[depth][:, LENGTHS[0] + step][:, None], {})[0] for depth in EXITS]
+        best = logits[0].topk(5).indices
+        for score, one in zip(found, logits, strict=True):
+            assert float(score) == pytest.approx(float(one[best].softmax(0).max()), abs=1e-6)
+    rows = len(out.trace.depths)
+    assert out.trace.answered.sum(0).tolist() == [rows, 0, 0], "all tokens are looked at once a step"
 
 
 def test_learned_exits_are_saved_and_loaded(tmp_path: Path):

@@ -65,6 +65,14 @@ def test_every_candidate_is_timed_counted_and_scored(folder: Path, monkeypatch, 
     assert "skip" in (folder / "out" / "decode.md").read_text()
 
 
+def test_a_shape_can_be_timed_without_its_weights(folder: Path, monkeypatch, capsys):
+    sizes = ["--batch_sizes", 1, "--repeats", 1, "--max_new_tokens", 3, "--count", 0, "--prompt", "w2 {mr}"]
+    call(monkeypatch, folder, "--random_weights", "true", "--tokenizer", folder, *sizes)
+    report = json.loads((folder / "out" / "decode.json").read_text())
+    assert [row["layers"] for row in report["speed"]] == [LAYERS, LAYERS]
+    assert report["quality"] == []
+
+
 def test_what_is_missing_or_ambiguous_is_refused(folder: Path, monkeypatch):
     with pytest.raises(ValueError, match="two policies"):
         call(monkeypatch, folder, "--policies", folder / "skip.json", folder / "skip.json")
