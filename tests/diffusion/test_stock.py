@@ -8,6 +8,7 @@ import functools
 import pytest
 import torch
 from diffusers import DiffusionPipeline, HeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from factories import randomise
 from tiny_families import forward, inner_modules, inputs_of, model_named
 from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipeline_named
@@ -208,6 +209,54 @@ def test_a_bare_transformer_in_a_loop_of_ones_own():
             assert trace.ran.sum((1, 2)).tolist() == [14, 14, 6]
     with attach(model, exits_for(model), plan, branches=1, num_steps=2), pytest.raises(ValueError, match="plan has 3"):
         forward(model, inputs[0])
+
+
+def test_the_transformer_inside_a_modular_pipeline():
+    made, model = FluxCoreDenoiseStep().init_pipeline(), pipe("flux").transformer
+    made.update_components(transformer=model, scheduler=pipe("flux").scheduler)
+    made.set_progress_bar_config(disable=True)
+    arguments = call_of(
+        "flux", IMAGES, guided=False, height=64, width=64
+    )  # it divides by a factor of 8, having no autoencoder
+    arguments = {name: value for name, value in arguments.items() if name not in ("true_cfg_scale", "output_type")}
+    plain = made(**arguments, output="latents")
+    plan = Policy(Planned(((1, 6, 2), (4, 6, 0), (3, 6, 6))))
+    with attach(model, exits_for(model), plan, branches=1, num_steps=STEPS) as attachment:
+        generators = [torch.Generator().manual_seed(image) for image in IMAGES]
+        found = made(**arguments | {"generator": generators}, output="latents")
+        assert attachment.trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
+    torch.testing.assert_close(found[1], plain[1], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found[0], plain[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_forward_that_fails_ends_its_run(monkeypatch):
+    name = "Lumina2Transformer2DModel"
+    model = model_named(name)
+    first, second, third = (inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0))
+    plan = Policy(Planned(((1, 4, 2), (4, 3, 0))))
+    with attach(model, exits_for(model), plan, branches=1, num_steps=2) as attachment:
+        forward(model, first)
+        with monkeypatch.context() as patch:
+            patch.setattr(inner_modules(model)[0], "forward", _broken)
+            with pytest.raises(RuntimeError, match="in between"):
+                forward(model, second)
+        forward(model, second)  # not step 1 of the run that failed
+        forward(model, third)
+        assert attachment.trace.depths.tolist() == [[1, 4, 2], [4, 3, 0]]
+        with pytest.raises(ValueError, match="forward 3 of a run of 2 steps"):
+            forward(model, inputs_of(name, IMAGES, time=200.0))
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_heads_see_the_schedulers_time(name: str, monkeypatch):
+    one, exits, seen = pipe(name), exits_for(pipe(name).transformer), []
+    original = exits.context
+    monkeypatch.setitem(exits.__dict__, "context", lambda timestep: seen.append(timestep) or original(timestep))
+    with attach(one, exits, Policy(Threshold(1.0))) as attachment:
+        images_of(one, call_of(name, IMAGES))
+        times = attachment.trace.times
+    assert len(seen) == STEPS, "nothing is measured in a call that follows another"
+    torch.testing.assert_close(torch.stack(seen)[:, 0].double(), times, rtol=1e-5, atol=1e-3)
 
 
 # --- what does not fit
