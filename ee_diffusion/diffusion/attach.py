@@ -91,10 +91,16 @@ class Attachment:
         """Restore the transformer (and pipeline) as it was."""
         if self.runs is not None:
             self.runs.detach()
+            self.runs = None
         for interception in reversed(self._interceptions):
             interception.restore()
         self._interceptions = []
         del self.transformer.__dict__["_ee_attachment"]
+
+    def renew(self) -> None:
+        """Intercept again what something else has replaced meanwhile (offload hooks are renewed after every call of a pipeline)."""
+        for interception in self._interceptions:
+            interception.renew()
 
     @property
     def trace(self) -> Trace | None:
@@ -129,7 +135,8 @@ class Attachment:
 
     def _forward(self, original, *args, **kwargs):
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
-        if self._step is None and self.runs is None:
+        nested = self._step is None and self._passage is not None  # a hook put between two interceptions calls us again
+        if (self._step is None and self.runs is None) or nested:
             return original(*args, **kwargs)
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
         asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
@@ -229,13 +236,7 @@ def attach(
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     if "_ee_attachment" in transformer.__dict__:
         raise ValueError(f"exits are attached to this {type(transformer).__name__} already; detach first")
-    if policy is None and not (branches is None and num_steps is None):
-        raise ValueError(f"branches={branches}, num_steps={num_steps} without a policy: they say how a policy is run")
-    if policy is not None and pipeline is None and (branches is None or num_steps is None):
-        raise ValueError(
-            f"a policy on a bare {type(transformer).__name__} needs branches= (rows an image has in a forward) and num_steps=; "
-            f"got {branches} and {num_steps}"
-        )
+    _check_arguments(transformer, policy, branches, num_steps, bare=pipeline is None)
     num_layers = len(blocks_of(transformer))
     if heads.depths[-1] >= num_layers:
         raise ValueError(
@@ -245,11 +246,30 @@ def attach(
     require_attachable(transformer, family)
     attachment = Attachment(transformer, heads, family)
     if policy is not None:
-        attachment.runs = Runs(
-            policy, attachment.start, transformer, family, pipeline=pipeline, branches=branches, num_steps=num_steps
-        )
+        said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
+        attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
     transformer.__dict__["_ee_attachment"] = attachment
     return attachment
+
+
+def _check_arguments(
+    transformer: nn.Module, policy: Policy | None, branches: int | None, num_steps: int | None, *, bare: bool
+) -> None:
+    if policy is None:
+        if branches is not None or num_steps is not None:
+            raise ValueError(
+                f"branches={branches}, num_steps={num_steps} without a policy: they say how a policy is run"
+            )
+        return
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy={policy!r}, expected a Policy, for example deediff({policy!r})")
+    if bare and (branches is None or num_steps is None):
+        raise ValueError(
+            f"a policy on a bare {type(transformer).__name__} needs branches= (rows an image has in a forward) and num_steps=; "
+            f"got {branches} and {num_steps}"
+        )
+    if (branches is not None and branches < 1) or (num_steps is not None and num_steps < 1):
+        raise ValueError(f"branches={branches}, num_steps={num_steps}, expected at least 1")
 
 
 def detach(target: nn.Module | DiffusionPipeline) -> None:

@@ -36,7 +36,9 @@ class Runs:
         pipeline: DiffusionPipeline | None,
         branches: int | None,
         num_steps: int | None,
+        renew: Callable[[], None],
     ):
+        self._renew = renew  # called when a call has ended, for model offload then replaces the transformer's forward
         self.policy, self._start, self._family, self._pipeline = policy, start, family, pipeline
         self._given_branches, self._given_steps = branches, num_steps
         self._last: Trace | None = None
@@ -168,7 +170,8 @@ class Runs:
     def _call_ends(self, original, *args, **kwargs):
         self._end()
         self._guided = None
-        return original(*args, **kwargs)
+        original(*args, **kwargs)
+        self._renew()
 
     def _prompt_encoded(self, original, *args, **kwargs):
         arguments = inspect.signature(original).bind(*args, **kwargs)

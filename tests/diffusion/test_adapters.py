@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.adapters import TIME_WIDTH, AdapterExits
 from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.uvit import timestep_embedding
 
 
@@ -107,6 +108,14 @@ def test_bad_exits_are_refused():
         attach(model_named("DiTTransformer2DModel"), exits_for(model))
     with pytest.raises(ValueError, match="hidden_dim is 16, the model's is 32"):
         attach(model_named("FluxTransformer2DModel"), exits_for(model))
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "Lumina2Transformer2DModel"])
+def test_heads_of_square_patches_do_not_fit_everything(name: str):
+    with pytest.raises(
+        ValueError, match=f"square patches of images of one size, which a {name} has not; use AdapterExits"
+    ):
+        DenoisingExits.for_transformer(model_named(name), (1,))
 
 
 # --- models that exits are not attached to

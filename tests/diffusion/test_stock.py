@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import DiffusionPipeline, HeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline
 from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
 from factories import randomise
@@ -259,6 +260,32 @@ def test_heads_see_the_schedulers_time(name: str, monkeypatch):
     torch.testing.assert_close(torch.stack(seen)[:, 0].double(), times, rtol=1e-5, atol=1e-3)
 
 
+@pytest.mark.parametrize("order", ["offload, attach", "attach, offload"])
+def test_offload_hooks_that_are_renewed_after_every_call(order: str, monkeypatch):
+    """As `enable_model_cpu_offload` does: when a call ends, the hook on the transformer is taken off and put on again."""
+    one, plan = pipe("dit"), Policy(Planned(((1, 5, 2),) * STEPS))
+    expected, trace = under("dit", plan, call_of("dit", IMAGES))
+
+    def renewed(self) -> None:
+        remove_hook_from_module(self.transformer)
+        add_hook_to_module(self.transformer, ModelHook())
+
+    monkeypatch.setattr(type(one), "maybe_free_model_hooks", renewed)
+    try:
+        if order == "offload, attach":
+            add_hook_to_module(one.transformer, ModelHook())
+        with attach(one, exits_for(one.transformer), plan) as attachment:
+            if order == "attach, offload":
+                add_hook_to_module(one.transformer, ModelHook())
+            for _ in range(3):
+                assert torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
+                assert torch.equal(attachment.trace.ran, trace.ran)
+        assert not torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
+    finally:
+        remove_hook_from_module(one.transformer)
+        one.transformer.__dict__.pop("forward", None)
+
+
 # --- what does not fit
 
 
@@ -269,6 +296,10 @@ def test_misuse_is_refused_before_work():
         summary(one)
     with pytest.raises(ValueError, match=r"needs branches= .* and num_steps="):
         attach(one.transformer, exits, policy)
+    with pytest.raises(ValueError, match=r"policy=0\.2, expected a Policy"):
+        attach(one, exits, 0.2)
+    with pytest.raises(ValueError, match="branches=0, num_steps=None, expected at least 1"):
+        attach(one, exits, policy, branches=0)
     with pytest.raises(ValueError, match="without a policy"):
         attach(one, exits, branches=2)
     with pytest.raises(ValueError, match="has no transformer"):
