@@ -5,6 +5,7 @@ Here: constructors and arguments. Not here: what must hold. B images.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,12 @@ def pipeline_named(name: str) -> DiffusionPipeline:
     made = STOCK[name].kind(**STOCK[name].make())
     made.set_progress_bar_config(disable=True)
     return made
+
+
+@functools.cache
+def pipe(name: str) -> DiffusionPipeline:
+    """Made once; every test leaves it as it was."""
+    return pipeline_named(name)
 
 
 def call_of(name: str, images: list[int], *, guided: bool = True, steps: int = STEPS, **more: Any) -> dict[str, Any]:
