@@ -89,7 +89,6 @@ class Attachment:
         """Restore the transformer (and pipeline) as it was."""
         if self.runs is not None:
             self.runs.detach()
-            self.runs = None
         for interception in reversed(self._interceptions):
             interception.restore()
         self._interceptions = []
@@ -133,9 +132,8 @@ class Attachment:
 
     def _forward(self, original, *args, **kwargs):
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
-        nested = self._step is None and self._passage is not None  # a hook put between two interceptions calls us again
-        if (self._step is None and self.runs is None) or nested:
-            return original(*args, **kwargs)
+        if self._step is None and (self.runs is None or not self._interceptions or self._passage is not None):
+            return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
         asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
         if self._step is not None:
