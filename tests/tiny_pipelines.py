@@ -21,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
 )
@@ -69,6 +70,14 @@ STOCK: dict[str, Stock] = {
     "pixart": Stock(
         PixArtAlphaPipeline,
         lambda: _text("PixArtTransformer2DModel", "tokenizer", "text_encoder", scheduler=DPMSolverMultistepScheduler()),
+        {"prompt_embeds": (TEXT, 6), "prompt_attention_mask": (TEXT,)},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 3.0},
+        _SIZE | {"use_resolution_binning": False, "negative_prompt": None},
+    ),
+    "pixart-sigma": Stock(
+        PixArtSigmaPipeline,
+        lambda: _text("PixArtTransformer2DModel", "tokenizer", "text_encoder", scheduler=DDIMScheduler()),
         {"prompt_embeds": (TEXT, 6), "prompt_attention_mask": (TEXT,)},
         {"guidance_scale": 1.0},
         {"guidance_scale": 3.0},

@@ -4,11 +4,20 @@ nothing of one call is left for the next."""
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from diffusers import HeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline
+from diffusers import (
+    CogVideoXPipeline,
+    HeunDiscreteScheduler,
+    HunyuanDiTPipeline,
+    LTXPipeline,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
 from tiny_families import exits_for, forward, inner_modules, inputs_of
 from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipe
 from torch import Tensor
@@ -139,6 +148,16 @@ def test_nothing_is_left_from_one_call_to_the_next(name: str, monkeypatch):
         assert attachment.trace.depths.shape == (2, 2)
         assert torch.equal(images_of(one, call_of(name, IMAGES)), first)
         assert torch.equal(attachment.trace.depths, trace.depths)
+
+
+@pytest.mark.parametrize(
+    "kind", [CogVideoXPipeline, HunyuanDiTPipeline, LTXPipeline, PixArtSigmaPipeline, SanaPipeline]
+)
+def test_pipelines_that_guide_in_one_batch_say_so_when_they_encode_their_prompts(kind: type):
+    assert "do_classifier_free_guidance" in inspect.signature(kind.encode_prompt).parameters
+    source = inspect.getsource(kind.__call__)
+    for name in ("self.encode_prompt(", "self.progress_bar(", "self.maybe_free_model_hooks("):
+        assert name in source
 
 
 def _broken(*args, **kwargs):
