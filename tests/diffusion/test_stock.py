@@ -11,6 +11,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import (
     CogVideoXPipeline,
+    FluxImg2ImgPipeline,
     HeunDiscreteScheduler,
     HunyuanDiTPipeline,
     LTXPipeline,
@@ -184,6 +185,20 @@ def test_image_to_image_begins_in_the_middle():
         images_of(made, arguments)
         assert attachment.trace.depths.tolist() == [[1, 5, 2], [5, 3, 0]]
         assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[2:]
+
+
+def test_image_to_image_in_half_precision():
+    """The model sees rounded timesteps there."""
+    made = FluxImg2ImgPipeline(**STOCK["flux"].make()).to(torch.bfloat16)
+    made.set_progress_bar_config(disable=True)
+    exits = exits_for(made.transformer, rank=0).to(torch.bfloat16)
+    arguments = call_of("flux", [0], guided=False, steps=8) | {"image": torch.rand(1, 3, 8, 8), "strength": 0.5}
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        arguments[name] = arguments[name].to(torch.bfloat16)
+    with attach(made, exits, Policy(Planned(((1,), (5,), (2,), (0,))))) as attachment:
+        images_of(made, {name: value for name, value in arguments.items() if name != "true_cfg_scale"})
+    assert attachment.trace.depths.flatten().tolist() == [1, 5, 2, 0]
+    assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[4:]
 
 
 def test_skip_layer_guidance_runs_without_exits():
