@@ -14,7 +14,8 @@ import torch
 from factories import randomise, uvit
 from torch import Tensor, nn
 
-from ee_diffusion.diffusion.families import Family, family_of
+from ee_diffusion.diffusion.adapters import AdapterExits
+from ee_diffusion.diffusion.families import Family, blocks_of, family_of
 
 TEXT = 5  # text tokens
 
@@ -143,6 +144,12 @@ def model_named(name: str) -> nn.Module:
     if name == "UViTTransformer2DModel":
         return uvit()
     return randomise(getattr(diffusers, name)(**TINY[name].config), seed=2, gain=0.7).eval()
+
+
+def exits_for(model: nn.Module, *, rank: int = 2) -> AdapterExits:
+    """An exit at every depth; with a rank, adapters and uncertainty modules say something else for every row and depth."""
+    exits = AdapterExits.for_transformer(model, tuple(range(len(blocks_of(model)))), rank=rank)
+    return (randomise(exits, seed=3) if rank else exits).eval()
 
 
 def inputs_of(name: str, rows: list[int], *, time: float = 700.0) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Here: constructors and arguments. Not here: what must hold. B images.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
 )
@@ -73,6 +75,14 @@ STOCK: dict[str, Stock] = {
         {"guidance_scale": 3.0},
         _SIZE | {"use_resolution_binning": False, "negative_prompt": None},
     ),
+    "pixart-sigma": Stock(
+        PixArtSigmaPipeline,
+        lambda: _text("PixArtTransformer2DModel", "tokenizer", "text_encoder", scheduler=DDIMScheduler()),
+        {"prompt_embeds": (TEXT, 6), "prompt_attention_mask": (TEXT,)},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 3.0},
+        _SIZE | {"use_resolution_binning": False, "negative_prompt": None},
+    ),
     "sd3": Stock(
         StableDiffusion3Pipeline,
         lambda: _text(
@@ -110,6 +120,12 @@ def pipeline_named(name: str) -> DiffusionPipeline:
     made = STOCK[name].kind(**STOCK[name].make())
     made.set_progress_bar_config(disable=True)
     return made
+
+
+@functools.cache
+def pipe(name: str) -> DiffusionPipeline:
+    """Made once; every test leaves it as it was."""
+    return pipeline_named(name)
 
 
 def call_of(name: str, images: list[int], *, guided: bool = True, steps: int = STEPS, **more: Any) -> dict[str, Any]:

@@ -17,10 +17,13 @@ class Interception:
     """
 
     def __init__(self, target: object, wrapper: Callable[..., Any], *, name: str = "forward"):
-        self.target, self.name = target, name
-        self._before = target.__dict__.get(name, _ABSENT)
-        self._ours = functools.partial(wrapper, getattr(target, name))
-        target.__dict__[name] = self._ours
+        self.target, self.name, self._wrapper = target, name, wrapper
+        self._take()
+
+    def renew(self) -> None:
+        """Where something else replaced the method after us (an offload hook that was taken off and put on again), wrap that."""
+        if self.target.__dict__.get(self.name) is not self._ours:
+            self._take()
 
     def restore(self) -> None:
         """Put the former method back.
@@ -37,3 +40,8 @@ class Interception:
             del self.target.__dict__[self.name]
         else:
             self.target.__dict__[self.name] = self._before
+
+    def _take(self) -> None:
+        self._before = self.target.__dict__.get(self.name, _ABSENT)
+        self._ours = functools.partial(self._wrapper, getattr(self.target, self.name))
+        self.target.__dict__[self.name] = self._ours

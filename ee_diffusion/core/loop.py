@@ -36,8 +36,6 @@ class Lane:
             return None if criterion is None else criterion.measure(seen[0])
 
         departure = self.step.offer(depth, measure)
-        if seen:
-            self.context |= seen[0].remembered
         answered = bool(seen) and seen[0].answered  # the score was made of the answers
         if answered:
             self.step.answer_evaluated(depth, len(hidden))

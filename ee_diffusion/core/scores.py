@@ -14,32 +14,19 @@ from typing import cast
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from ee_diffusion.core.heads import ExitHeads, JudgingHeads
-=======
-from ee_diffusion.core.heads import ExitHeads, PrunableHeads
->>>>>>> decoding
+from ee_diffusion.core.heads import ExitHeads, JudgingHeads, PrunableHeads
 
 
 class Observation:
     """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
 
-<<<<<<< HEAD
     `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads. What a score puts into `carried` (tensors with
     leading R) is in the context of the rows that go on at the next exit of the same step.
-=======
-    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads. `remembered`: what a score leaves in the context
-    for the later exits of the same step, tensors with leading R.
->>>>>>> decoding
     """
 
     def __init__(self, heads: ExitHeads, exit: int, hidden: Tensor, context: Mapping[str, Tensor]):
         self.heads, self.exit, self.hidden, self.context = heads, exit, hidden, context
-<<<<<<< HEAD
         self.carried: dict[str, Tensor] = {}
-=======
-        self.remembered: dict[str, Tensor] = {}
->>>>>>> decoding
 
     @cached_property
     def answer(self) -> Tensor:
@@ -94,7 +81,6 @@ def saturation(observation: Observation) -> Tensor:
     return torch.cosine_similarity(observation.hidden[:, -1], observation.context["previous"][:, -1], dim=-1)
 
 
-<<<<<<< HEAD
 def judged(observation: Observation) -> Tensor:
     """What heads of the `JudgingHeads` kind make of the whole observation: its answer, what earlier exits carried. (R,) in [0, 1]."""
     return cast(JudgingHeads, observation.heads).judge(observation)
@@ -114,7 +100,8 @@ def closeness(observation: Observation) -> Tensor:
     observation.carried["value"] = value
     before = observation.context.get("value")
     return torch.zeros_like(value) if before is None else (-(value - before).abs()).exp()
-=======
+
+
 def pruned_probability(size: int) -> Callable[[Observation], Tensor]:
     """The score "largest softmax probability among the `size` best classes of the step's first checked exit", (R,) in [0, 1].
 
@@ -125,7 +112,7 @@ def pruned_probability(size: int) -> Callable[[Observation], Tensor]:
     def measure(observation: Observation) -> Tensor:
         if "vocabulary" not in observation.context:
             best = observation.answer.topk(min(size, observation.answer.shape[-1]), dim=-1)  # (R, k)
-            observation.remembered["vocabulary"] = best.indices
+            observation.carried["vocabulary"] = best.indices
             return best.values.softmax(-1).amax(-1)
         if not isinstance(observation.heads, PrunableHeads):
             raise ValueError(f"{type(observation.heads).__name__} cannot answer for a part of the classes")
@@ -133,7 +120,6 @@ def pruned_probability(size: int) -> Callable[[Observation], Tensor]:
         return observation.heads.answer_among(observation.exit, observation.hidden, classes).softmax(-1).amax(-1)
 
     return measure
->>>>>>> decoding
 
 
 SCORES: dict[str, Score] = {
@@ -142,13 +128,10 @@ SCORES: dict[str, Score] = {
     "margin": Score(margin, 0.0, 1.0),
     "low_entropy": Score(low_entropy, 0.0, 1.0),
     "saturation": Score(saturation, -1.0, 1.0),
-<<<<<<< HEAD
     "judged": Score(judged, 0.0, 1.0),
     "agreement": Score(agreement, 0.0, 1.0),
     "closeness": Score(closeness, 0.0, 1.0),
-=======
     "pruned_probability": Score(pruned_probability(256), 0.0, 1.0),
->>>>>>> decoding
 }
 
 

@@ -14,7 +14,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space
-from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.families import blocks_of, family_of, width_of
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.uvit import timestep_embedding, unpatchify
 
@@ -150,11 +150,16 @@ class DenoisingExits(ModelMixin, ConfigMixin):
 
 
 def _sizes(transformer: ModelMixin) -> dict[str, int]:
-    prefix = family_of(transformer).prefix_tokens
+    family, config = family_of(transformer), transformer.config
+    squares = all(isinstance(config.get(name), int) for name in ("patch_size", "sample_size"))
+    if not squares or family.image_tokens is not None:
+        raise ValueError(
+            f"DenoisingExits answer in square patches of images of one size, which a {family.class_name} has not; use AdapterExits"
+        )
     return {
-        "hidden_dim": transformer.inner_dim,
-        "patch_size": transformer.config.patch_size,
+        "hidden_dim": width_of(transformer),
+        "patch_size": config.patch_size,
         "out_channels": transformer.out_channels,
-        "sample_size": transformer.config.sample_size,
-        "num_prefix_tokens": 0 if prefix is None else getattr(transformer, prefix),
+        "sample_size": config.sample_size,
+        "num_prefix_tokens": 0 if family.prefix_tokens is None else getattr(transformer, family.prefix_tokens),
     }

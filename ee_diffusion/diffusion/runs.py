@@ -36,7 +36,9 @@ class Runs:
         pipeline: DiffusionPipeline | None,
         branches: int | None,
         num_steps: int | None,
+        renew: Callable[[], None],
     ):
+        self._renew = renew  # called when a call has ended, for model offload then replaces the transformer's forward
         self.policy, self._start, self._family, self._pipeline = policy, start, family, pipeline
         self._given_branches, self._given_steps = branches, num_steps
         self._last: Trace | None = None
@@ -73,7 +75,7 @@ class Runs:
         """
         time = float(timestep.amax())  # a host sync
         if not self._sessions or shape != self._shape or time > self._time:
-            self._begin(arguments, timestep, time=time, shape=shape, device=device)
+            self._begin(arguments, time=time, shape=shape, device=device)
         elif time == self._time and self._is_another_branch():
             self._seen.append(self._branch)
             if self.policy.guidance == "together":
@@ -98,16 +100,14 @@ class Runs:
             if not finished:
                 self._forget()
 
-    def _begin(
-        self, arguments: Mapping[str, Any], timestep: Tensor, *, time: float, shape: torch.Size, device: torch.device
-    ) -> None:
+    def _begin(self, arguments: Mapping[str, Any], *, time: float, shape: torch.Size, device: torch.device) -> None:
         self._end()
         branches, num_rows = self._branches(arguments), shape[0]
         if num_rows % branches:
             raise ValueError(f"{num_rows} rows of {branches} branches each: no whole number of images")
         apart = self.policy.guidance == "apart"
         rows = torch.arange(num_rows) if apart else torch.arange(num_rows // branches).repeat(branches)  # (R,)
-        times = self._times_from(time, timestep)
+        times = self._times_from(time, torch.as_tensor(arguments["timestep"]).dtype)
         self._new_session = lambda: self._start(self.policy, rows=rows, num_steps=len(times), device=device)
         self._sessions = [self._new_session()]
         self._times, self._shape, self._index = times, shape, -1
@@ -125,14 +125,15 @@ class Runs:
             )
         return 2 if guided else 1
 
-    def _times_from(self, time: float, timestep: Tensor) -> list[float | None]:
-        """The scheduler's timesteps from the first one seen on (image to image begins in the middle)."""
+    def _times_from(self, time: float, precision: torch.dtype) -> list[float | None]:
+        """The scheduler's timesteps from the first one seen on (image to image begins in the middle); the model sees them rounded to
+        `precision`."""
         if self._given_steps is not None:
             return [None] * self._given_steps
         planned = [float(one) for one in self._pipeline.scheduler.timesteps]
-        precision = torch.finfo(timestep.dtype).eps if timestep.is_floating_point() else 0.0
-        near = [place for place, one in enumerate(planned) if abs(one - time) <= (precision + 1e-6) * 1000]
-        return planned[near[0] :] if near else planned
+        nearest = min(range(len(planned)), key=lambda place: abs(planned[place] - time))
+        rounded = 1e-6 + (torch.finfo(precision).eps if precision.is_floating_point else 0)
+        return planned[nearest:] if abs(planned[nearest] - time) <= 1000 * rounded else planned
 
     def _is_another_branch(self) -> bool:
         """Whether a forward at the time of the last one is the second call of guidance, not the next stage of a solver: the pipeline
@@ -168,7 +169,8 @@ class Runs:
     def _call_ends(self, original, *args, **kwargs):
         self._end()
         self._guided = None
-        return original(*args, **kwargs)
+        original(*args, **kwargs)
+        self._renew()
 
     def _prompt_encoded(self, original, *args, **kwargs):
         arguments = inspect.signature(original).bind(*args, **kwargs)

@@ -45,3 +45,16 @@ def test_two_of_them_come_off_in_reverse_order_only():
     second.restore()
     first.restore()
     assert torch.equal(module(x), before)
+
+
+def test_any_method_of_any_object():
+    class Pipeline:
+        def bar(self, total: int) -> int:
+            return total
+
+    one = Pipeline()
+    interception = Interception(one, doubled, name="bar")
+    assert (one.bar(3), Pipeline().bar(3)) == (6, 3)
+    interception.restore()
+    assert one.bar(3) == 3
+    assert one.__dict__ == {}

@@ -264,3 +264,56 @@ def test_nobody_is_absent_is_as_if_nothing_was_said():
     session = session_of(Policy())
     step = session.step(0, 1.0, absent=torch.zeros(3, dtype=torch.bool))
     assert (len(step.rows), step.depths.tolist()) == (3, [5, 5, 5])
+
+
+def test_a_following_forward_leaves_where_the_first_left_and_adds_its_work():
+    """Two forwards of one step, by hand: the second measures nothing, and state, depths and scores are the first's."""
+    session = session_of(Policy(Patience(0.5, 1)), rows=(0, 1, 2), num_steps=1)
+    with pytest.raises(ValueError, match="needs a step that was closed"):
+        session.follow()
+    step = session.step(0, 7.0)
+    with pytest.raises(ValueError, match="none that is going on"):
+        session.follow()
+    scores = {0: torch.tensor([0.9, 0.1, 0.2]), 1: torch.tensor([0.3, 0.8])}
+
+    def drive(step, measure):
+        leaving = []
+        for depth in range(5):
+            left = step.offer(depth, measure)
+            leaving += [] if left is None else [(depth, left.rows.tolist())]
+            if left is not None:
+                step.answer_evaluated(depth, len(left.rows))
+            if step.runs(depth):
+                step.executed(depth)
+        step.close()
+        return leaving
+
+    assert drive(step, lambda exit: scores.get(exit, torch.tensor([0.4]))) == [(0, [0]), (2, [2])]
+    state = session.state
+    follower = session.follow()
+    assert not follower.measures
+    assert drive(follower, never) == [(0, [0]), (2, [2])]
+    assert session.state is state
+    trace = session.trace()
+    assert trace.calls == (2,)
+    assert trace.ran[0].tolist() == [[0] * 5, [2] * 5, [2, 2, 0, 0, 0]]
+    assert (trace.measured.tolist(), trace.answered.tolist()) == ([[3, 2, 1]], [[2, 2, 0]])
+    report = trace.report()
+    assert report.mean_executed == pytest.approx(7 / 3)
+    assert report.mean_needed == pytest.approx(7 / 3)
+    assert "1 second calls of guidance followed" in report.summary()
+
+
+def test_rows_that_are_carried_along_count_as_executed():
+    session = session_of(Policy(schedule=FixedDepth(2)), frozen="a reason")
+    step = session.step(0, 1.0)
+    step.executed(0)
+    step.close()
+    mixed = session_of(Policy(Planned(((0, 5, 5),))), num_steps=1, frozen="a reason")
+    step = mixed.step(0, 1.0)
+    step.offer(0, lambda exit: None)
+    step.executed(0)
+    step.close()
+    assert mixed.trace().ran[0, :, 0].tolist() == [1, 1, 1]
+    assert mixed.trace().frozen == "a reason"
+    assert "carried along, not dropped: a reason" in mixed.trace().report().summary()

@@ -113,3 +113,26 @@ def test_truncated_and_foreign_files_are_refused(trace: Trace, tmp_path):
 def test_a_trace_knows_its_images(trace: Trace):
     assert trace.elements.tolist() == list(range(IMAGES))
     assert trace.rows.tolist() == [2] * IMAGES
+
+
+def test_calls_and_the_reason_for_carrying_rows_along_are_kept(trace: Trace, tmp_path):
+    more = dataclasses.replace(trace, calls=(2, 1), frozen="a reason")
+    more.save(tmp_path / "trace.safetensors")
+    loaded = Trace.load(tmp_path / "trace.safetensors")
+    assert (loaded.calls, loaded.frozen) == ((2, 1), "a reason")
+    joined = Trace.concatenate([more, more])
+    assert (joined.calls, joined.frozen) == ((2, 1), "a reason")
+    assert joined.report().followed_calls == 1
+    for other in (dataclasses.replace(more, calls=(1, 1)), dataclasses.replace(more, frozen="")):
+        with pytest.raises(ValueError, match="cannot be joined"):
+            Trace.concatenate([more, other])
+
+
+def test_a_file_from_before_calls_were_counted(trace: Trace, tmp_path):
+    tensors = {name: getattr(trace, name) for name in ("elements", "rows", "times", "exits", "planned", "depths")}
+    tensors |= {name: getattr(trace, name) for name in ("scores", "ran", "measured", "answered")}
+    metadata = {"format": "ee_diffusion.trace.1", "policy": "{}", "recorded_all": "false"}
+    save_file({name: value.contiguous() for name, value in tensors.items()}, tmp_path / "old", metadata=metadata)
+    loaded = Trace.load(tmp_path / "old")
+    assert (loaded.calls, loaded.frozen) == ((), "")
+    assert loaded.report().mean_executed == trace.report().mean_executed

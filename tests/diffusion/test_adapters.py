@@ -10,14 +10,16 @@ import torch
 from diffusers import FirstBlockCacheConfig, LayerSkipConfig
 from diffusers.hooks import apply_layer_skip
 from factories import randomise, uvit
-from tiny_families import model_named
+from tiny_families import forward, inputs_of, model_named
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.adapters import TIME_WIDTH, AdapterExits
 from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.uvit import timestep_embedding
 
 
@@ -107,6 +109,34 @@ def test_bad_exits_are_refused():
         attach(model_named("DiTTransformer2DModel"), exits_for(model))
     with pytest.raises(ValueError, match="hidden_dim is 16, the model's is 32"):
         attach(model_named("FluxTransformer2DModel"), exits_for(model))
+
+
+@pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "Lumina2Transformer2DModel"])
+def test_heads_of_square_patches_do_not_fit_everything(name: str):
+    with pytest.raises(
+        ValueError, match=f"square patches of images of one size, which a {name} has not; use AdapterExits"
+    ):
+        DenoisingExits.for_transformer(model_named(name), (1,))
+
+
+@pytest.mark.parametrize("name", ["SD3Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel"])
+def test_half_precision(name: str):
+    model = model_named(name).to(torch.bfloat16)
+    exits = exits_for(model, tuple(range(5))).to(torch.bfloat16)
+    inputs = inputs_of(name, [0, 1, 2, 3])
+    inputs = {key: value.to(torch.bfloat16) if key != "timestep" else value for key, value in inputs.items()}
+    with attach(model, exits, Policy(Threshold(0.5), record_all=True), branches=1, num_steps=1) as attachment:
+        plain = forward(model, inputs)
+        scores = attachment.trace.scores
+    assert scores.dtype == torch.float32
+    best = scores[0].amax(0)  # (E,) the best score an image ever has
+    policy = Policy(Threshold(float(best.min() + best.max()) / 2))
+    with attach(model, exits, policy, branches=1, num_steps=1) as attachment:
+        found = forward(model, inputs)
+        assert len(attachment.trace.depths.unique()) >= 2
+    assert found.dtype == plain.dtype == torch.bfloat16
+    assert found.isfinite().all()
+    assert "executed blocks per element and step" in attachment.summary(), "also after it was detached"
 
 
 # --- models that exits are not attached to

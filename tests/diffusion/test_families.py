@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from factories import randomise
-from tiny_families import TINY, forward, inner_modules, inputs_of, model_named, residuals_of
+from tiny_families import TINY, exits_for, forward, inner_modules, inputs_of, model_named, residuals_of
 from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import Attachment, attach, detach
 from ee_diffusion.diffusion.families import FAMILIES, blocks_of, family_of
 
@@ -33,12 +31,6 @@ CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 def tiny(name: str) -> nn.Module:
     """Made once; nobody changes it."""
     return model_named(name)
-
-
-def exits_for(model: nn.Module, *, rank: int = 0) -> AdapterExits:
-    """An exit at every depth; with a rank, adapters and uncertainty modules say something else for every row and depth."""
-    exits = AdapterExits.for_transformer(model, tuple(range(len(blocks_of(model)))), rank=rank)
-    return (randomise(exits, seed=3) if rank else exits).eval()
 
 
 def run(attachment: Attachment, policy: Policy, arguments: dict[str, Any]) -> tuple[Tensor, Trace]:
@@ -149,7 +141,7 @@ def test_an_exit_is_the_truncated_model(name: str):
     model, arguments = tiny(name), inputs_of(name, ROWS)
     outputs = {}
     for depth in range(len(blocks_of(model))):
-        with attach(model, exits_for(model)) as attachment, counted(model) as work:
+        with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
             outputs[depth], _ = run(attachment, Policy(schedule=FixedDepth(depth)), arguments)
         assert work == [len(ROWS) * (layer < depth) for layer in range(len(work))]
         with truncated(model, depth):
@@ -162,7 +154,7 @@ def test_an_exit_is_the_truncated_model(name: str):
 def test_each_row_is_its_own_truncated_model_and_nothing_else_is_executed(name: str):
     model, arguments = tiny(name), inputs_of(name, ROWS)
     depths = mixed(len(blocks_of(model)))
-    with attach(model, exits_for(model)) as attachment, counted(model) as work:
+    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         output, trace = run(attachment, plan(*depths), arguments)
     assert trace.depths.tolist() == [depths]
     assert work == [sum(depth > layer for depth in depths) for layer in range(len(work))]
@@ -194,7 +186,7 @@ def test_an_image_in_a_batch_is_the_image_alone(name: str):
 def test_controlnet_samples_do_not_touch_rows_that_stopped(name: str):
     model = tiny(name)
     depths = mixed(len(blocks_of(model)))
-    with attach(model, exits_for(model)) as attachment, counted(model) as work:
+    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         output, _ = run(attachment, plan(*depths), inputs_of(name, ROWS) | residuals_of(name, ROWS))
     assert work == [sum(depth > layer for depth in depths) for layer in range(len(work))]
     for row, depth in enumerate(depths):
@@ -223,7 +215,7 @@ def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monk
     model, arguments = tiny(name), inputs_of(name, ROWS)
     num_layers = len(blocks_of(model))
     depths = mixed(num_layers)
-    with attach(model, exits_for(model)) as attachment, counted(model) as work:
+    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         output, trace = run(attachment, plan(*depths), arguments)
         assert "carried along (nobody knows its row arguments)" in attachment.summary()
     assert work == [len(ROWS)] * num_layers
@@ -236,7 +228,7 @@ def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monk
         with truncated(model, depth):
             torch.testing.assert_close(output[row], forward(model, inputs_of(name, [row]))[0], **CLOSE)
     everybody = [1] * len(ROWS)
-    with attach(model, exits_for(model)) as attachment, counted(model) as work:
+    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         run(attachment, plan(*everybody), arguments)
     assert work == [len(ROWS)] + [0] * (num_layers - 1), "when nobody is left the blocks do not run"
 
@@ -245,7 +237,7 @@ def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monk
 def test_holes_pass_text_and_image_on(name: str):
     model, arguments = tiny(name), inputs_of(name, ROWS)
     last = len(blocks_of(model)) - 1
-    with attach(model, exits_for(model)) as attachment:
+    with attach(model, exits_for(model, rank=0)) as attachment:
         output, trace = run(attachment, Policy(schedule=FixedLayers((0, 2, last))), arguments)
     blocks = blocks_of(model)
     with passing(model, 0):
@@ -278,7 +270,7 @@ def test_nested_row_arguments_go_with_their_rows():
     for block, original in zip(blocks_of(model), originals, strict=True):
         block.attn.processor = Spy(original)
     try:
-        with attach(model, exits_for(model)) as attachment:
+        with attach(model, exits_for(model, rank=0)) as attachment:
             run(attachment, plan(6, 1, 2, 6, 3, 3), arguments)
     finally:
         for block, original in zip(blocks_of(model), originals, strict=True):
@@ -295,7 +287,7 @@ def test_an_argument_that_is_no_row_argument_is_refused(monkeypatch):
     model, depths = tiny(name), [1, 5, 5, 5, 5, 5]
     arguments = inputs_of(name, ROWS) | {"cross_attention_kwargs": {"mask": torch.zeros(4)}}
     with (
-        attach(model, exits_for(model)) as attachment,
+        attach(model, exits_for(model, rank=0)) as attachment,
         pytest.raises(
             ValueError, match=r"'cross_attention_kwargs\.mask' has 4 entries, expected one for each of 6 rows"
         ),

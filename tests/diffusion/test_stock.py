@@ -4,37 +4,35 @@ nothing of one call is left for the next."""
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, HeunDiscreteScheduler, StableDiffusion3Img2ImgPipeline
-from factories import randomise
-from tiny_families import forward, inner_modules, inputs_of, model_named
-from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipeline_named
-from torch import Tensor, nn
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from diffusers import (
+    CogVideoXPipeline,
+    FluxImg2ImgPipeline,
+    HeunDiscreteScheduler,
+    HunyuanDiTPipeline,
+    LTXPipeline,
+    PixArtSigmaPipeline,
+    SanaPipeline,
+    StableDiffusion3Img2ImgPipeline,
+)
+from tiny_families import exits_for, forward, inner_modules, inputs_of
+from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipe
+from torch import Tensor
 
 from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach, detach, summary
+from ee_diffusion.diffusion.attach import attach, summary
 from ee_diffusion.diffusion.families import blocks_of, family_of
 
 IMAGES = [0, 1, 2]
 CALLS = ("flux", "wan")  # guidance as two calls
-
-
-@functools.cache
-def pipe(name: str) -> DiffusionPipeline:
-    """Made once; every test leaves it as it was."""
-    return pipeline_named(name)
-
-
-def exits_for(model: nn.Module, *, rank: int = 2) -> AdapterExits:
-    exits = AdapterExits.for_transformer(model, tuple(range(len(blocks_of(model)))), rank=rank)
-    return (randomise(exits, seed=3) if rank else exits).eval()
 
 
 def under(name: str, policy: Policy, arguments: dict, **attached) -> tuple[Tensor, Trace]:
@@ -153,6 +151,16 @@ def test_nothing_is_left_from_one_call_to_the_next(name: str, monkeypatch):
         assert torch.equal(attachment.trace.depths, trace.depths)
 
 
+@pytest.mark.parametrize(
+    "kind", [CogVideoXPipeline, HunyuanDiTPipeline, LTXPipeline, PixArtSigmaPipeline, SanaPipeline]
+)
+def test_pipelines_that_guide_in_one_batch_say_so_when_they_encode_their_prompts(kind: type):
+    assert "do_classifier_free_guidance" in inspect.signature(kind.encode_prompt).parameters
+    source = inspect.getsource(kind.__call__)
+    for name in ("self.encode_prompt(", "self.progress_bar(", "self.maybe_free_model_hooks("):
+        assert name in source
+
+
 def _broken(*args, **kwargs):
     raise RuntimeError("in between")
 
@@ -179,6 +187,20 @@ def test_image_to_image_begins_in_the_middle():
         assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[2:]
 
 
+def test_image_to_image_in_half_precision():
+    """The model sees rounded timesteps there."""
+    made = FluxImg2ImgPipeline(**STOCK["flux"].make()).to(torch.bfloat16)
+    made.set_progress_bar_config(disable=True)
+    exits = exits_for(made.transformer, rank=0).to(torch.bfloat16)
+    arguments = call_of("flux", [0], guided=False, steps=8) | {"image": torch.rand(1, 3, 8, 8), "strength": 0.5}
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        arguments[name] = arguments[name].to(torch.bfloat16)
+    with attach(made, exits, Policy(Planned(((1,), (5,), (2,), (0,))))) as attachment:
+        images_of(made, {name: value for name, value in arguments.items() if name != "true_cfg_scale"})
+    assert attachment.trace.depths.flatten().tolist() == [1, 5, 2, 0]
+    assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[4:]
+
+
 def test_skip_layer_guidance_runs_without_exits():
     """Its third prediction, of the conditional rows alone, is another model's; the guided pair keeps its exits."""
     arguments = call_of("sd3", IMAGES, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
@@ -191,56 +213,39 @@ def test_skip_layer_guidance_runs_without_exits():
             forward(model, inputs_of("SD3Transformer2DModel", [0, 1]) | {"skip_layers": [1]})
 
 
-def test_a_bare_transformer_in_a_loop_of_ones_own():
-    """Lumina2's pipeline guides by two calls that it does not name; its timestep rises."""
-    name = "Lumina2Transformer2DModel"
-    model = model_named(name)
-    inputs = [inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0)]
-    plan = Policy(Planned(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
-    with attach(model, exits_for(model), plan, branches=1, num_steps=3) as attachment:
-        for _ in range(2):  # two runs
-            for one in inputs:
-                forward(model, one)
-                forward(model, one | {"encoder_hidden_states": one["encoder_hidden_states"].flip(0)})
-            trace = attachment.trace
-            assert trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
-            assert trace.calls == (2, 2, 2)
-            assert trace.ran.sum((1, 2)).tolist() == [14, 14, 6]
-    with attach(model, exits_for(model), plan, branches=1, num_steps=2), pytest.raises(ValueError, match="plan has 3"):
-        forward(model, inputs[0])
+@pytest.mark.parametrize("name", STOCK)
+def test_heads_see_the_schedulers_time(name: str, monkeypatch):
+    one, exits, seen = pipe(name), exits_for(pipe(name).transformer), []
+    original = exits.context
+    monkeypatch.setitem(exits.__dict__, "context", lambda timestep: seen.append(timestep) or original(timestep))
+    with attach(one, exits, Policy(Threshold(1.0))) as attachment:
+        images_of(one, call_of(name, IMAGES))
+        times = attachment.trace.times
+    assert len(seen) == STEPS, "nothing is measured in a call that follows another"
+    torch.testing.assert_close(torch.stack(seen)[:, 0].double(), times, rtol=1e-5, atol=1e-3)
 
 
-# --- what does not fit
+@pytest.mark.parametrize("order", ["offload, attach", "attach, offload"])
+def test_offload_hooks_that_are_renewed_after_every_call(order: str, monkeypatch):
+    """As `enable_model_cpu_offload` does: when a call ends, the hook on the transformer is taken off and put on again."""
+    one, plan = pipe("dit"), Policy(Planned(((1, 5, 2),) * STEPS))
+    expected, trace = under("dit", plan, call_of("dit", IMAGES))
 
+    def renewed(self) -> None:
+        remove_hook_from_module(self.transformer)
+        add_hook_to_module(self.transformer, ModelHook())
 
-def test_misuse_is_refused_before_work():
-    one, policy = pipe("dit"), Policy(Threshold(0.5))
-    exits = exits_for(one.transformer)
-    with pytest.raises(ValueError, match="no exits are attached"):
-        summary(one)
-    with pytest.raises(ValueError, match=r"needs branches= .* and num_steps="):
-        attach(one.transformer, exits, policy)
-    with pytest.raises(ValueError, match="without a policy"):
-        attach(one, exits, branches=2)
-    with pytest.raises(ValueError, match="has no transformer"):
-        attach("a pipeline", exits, policy)
-    with attach(one, exits, policy) as attachment:
-        assert "no run yet" in summary(one)
-        with pytest.raises(ValueError, match="attached to this DiTTransformer2DModel already"):
-            attach(one, exits, policy)
-        assert attachment.trace is None
-    with pytest.raises(ValueError, match="no exits are attached"):
-        detach(one)
-    with attach(one, exits, policy, branches=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
-        images_of(one, call_of("dit", IMAGES))
-    with attach(one, exits, Policy(Planned(((1, 2, 0),)))), pytest.raises(ValueError, match="the plan has 1 steps"):
-        images_of(one, call_of("dit", IMAGES))
-    assert "progress_bar" not in one.__dict__
-
-
-def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
-    one = pipe("pixart")
-    with attach(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
-        patch.setattr(one, "encode_prompt", functools.partial(type(one).encode_prompt, one))
-        with pytest.raises(ValueError, match="does not say whether it guides: attach with branches="):
-            images_of(one, call_of("pixart", IMAGES))
+    monkeypatch.setattr(type(one), "maybe_free_model_hooks", renewed)
+    try:
+        if order == "offload, attach":
+            add_hook_to_module(one.transformer, ModelHook())
+        with attach(one, exits_for(one.transformer), plan) as attachment:
+            if order == "attach, offload":
+                add_hook_to_module(one.transformer, ModelHook())
+            for _ in range(3):
+                assert torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
+                assert torch.equal(attachment.trace.ran, trace.ran)
+        assert not torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
+    finally:
+        remove_hook_from_module(one.transformer)
+        one.transformer.__dict__.pop("forward", None)

@@ -94,15 +94,16 @@ def test_class_names_are_kept_when_saved(tmp_path: Path):
 
 
 ROUTES = {
-    "direct": "pipe = KINDS[name].from_pretrained(folder)",
+    "direct": "pipe = KINDS[name].from_pretrained(folder, **absent)",
     "custom": "pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=f'pipelines/early_exit_{name}_pipeline.py', "
-    "trust_remote_code=True)",
+    "trust_remote_code=True, **absent)",
     "custom-from-stock": "pipe = DiffusionPipeline.from_pretrained(folder + '/stock', trust_remote_code=True, "
-    "custom_pipeline=f'pipelines/early_exit_{name}_pipeline.py', exits=AdapterExits.from_pretrained(folder + '/exits'))",
-    "from-pipe": "pipe = KINDS[name].from_pipe(STOCK[name].kind.from_pretrained(folder + '/stock'), "
+    "custom_pipeline=f'pipelines/early_exit_{name}_pipeline.py', exits=AdapterExits.from_pretrained(folder + '/exits'), **absent)",
+    "from-pipe": "pipe = KINDS[name].from_pipe(STOCK[name].kind.from_pretrained(folder + '/stock', **absent), "
     "exits=AdapterExits.from_pretrained(folder + '/exits'))",
 }
 BEGIN = "import sys; sys.path[:0] = ['tests', 'tests/diffusion']; name, folder = sys.argv[1:]; from test_stock_pipelines import *\n"
+BEGIN += "absent = {name: None for name, part in STOCK[name].make().items() if part is None}\n"  # stock classes ask for text encoders
 END = """
 from safetensors.torch import save_file
 pipe.set_progress_bar_config(disable=True)
@@ -128,8 +129,9 @@ def loads_alike(name: str, route: str, folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = load_file(folder / "found.safetensors")
-    assert torch.equal(found["images"], torch.as_tensor(expected.images))
     assert torch.equal(found["depths"], expected.trace.depths)
+    # Weights mapped from a file lie at other addresses, for which a kernel on one row may round the last digit otherwise.
+    torch.testing.assert_close(found["images"], torch.as_tensor(expected.images), rtol=0, atol=2e-6)
 
 
 @pytest.mark.slow

@@ -1,0 +1,232 @@
+"""Attachment: exits on one transformer. Its blocks run on the rows that are still going; no forward is copied.
+
+Here: the driver of step sessions. Not here: the user's interface (attach.py), facts about classes (families.py), rows on their way
+(passage.py), which forwards of a stock pipeline make a run (runs.py), decisions (core). R rows of the batch, L layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.families import Family, blocks_of
+from ee_diffusion.diffusion.passage import Passage, layers_of
+from ee_diffusion.diffusion.runs import Runs
+
+
+class DenoiserHeads(ExitHeads, Protocol):
+    """What attaching needs of heads: those of the core, and what all exits of a forward share."""
+
+    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+        """timestep (R,), in the scheduler's units -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
+        ...
+
+
+@runtime_checkable
+class RememberingHeads(DenoiserHeads, Protocol):
+    """Heads that answer from what earlier steps of the run said."""
+
+    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """The context of a step: the session's memory (None: a run begins), sample (R, ...), timestep (R,) -> tensors with leading R."""
+        ...
+
+    def remember(
+        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
+    ) -> Memory:
+        """The memory after a step in which `rows` (r,) of the batch ran to the end."""
+        ...
+
+
+class Attachment:
+    """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
+    compute exactly what they did before.
+
+    A context manager: leaving it detaches. Made by `attach`.
+    """
+
+    def __init__(self, transformer: nn.Module, heads: DenoiserHeads, family: Family):
+        self.transformer, self.heads, self.family = transformer, heads, family
+        self.blocks = blocks_of(transformer)
+        self.layers = layers_of(transformer, family)
+        self.runs: Runs | None = None
+        self._passage: Passage | None = None
+        self._step: StepSession | None = None
+        self._signature = inspect.signature(type(transformer).forward)
+        self._interceptions = [
+            Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
+        ]
+        self._interceptions.append(Interception(getattr(transformer, family.tail), self._tail))
+        self._interceptions.append(Interception(transformer, self._forward))
+
+    def start(
+        self,
+        policy: Policy,
+        *,
+        rows: Tensor,
+        num_steps: int,
+        elements: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Session:
+        """Begin a generation: `policy.start` with this transformer's layers and exits; `device`: where it runs, default where its
+        weights are. Raises ValueError as `policy.start` does."""
+        return policy.start(
+            len(self.blocks),
+            self.heads.depths,
+            rows=rows,
+            num_steps=num_steps,
+            elements=elements,
+            device=next(self.transformer.parameters()).device if device is None else device,
+            frozen=self.family.frozen,
+        )
+
+    @contextmanager
+    def use(self, step: StepSession) -> Iterator[None]:
+        """One forward of the transformer inside this context runs under the step session, and closes it."""
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step, self._passage = None, None
+
+    def detach(self) -> None:
+        """Restore the transformer (and pipeline) as it was."""
+        if self.runs is not None:
+            self.runs.detach()
+        for interception in reversed(self._interceptions):
+            interception.restore()
+        self._interceptions = []
+        del self.transformer.__dict__["_ee_attachment"]
+
+    def renew(self) -> None:
+        """Intercept again what something else has replaced meanwhile (offload hooks are renewed after every call of a pipeline)."""
+        for interception in self._interceptions:
+            interception.renew()
+
+    @property
+    def trace(self) -> Trace | None:
+        """What happened in the run that goes on, or else in the last one; None before the first, or without a policy."""
+        return None if self.runs is None else self.runs.trace
+
+    @property
+    def report(self) -> Report | None:
+        """The trace in a few numbers."""
+        return None if self.trace is None else self.trace.report()
+
+    def summary(self) -> str:
+        """What is attached to what, and the last run's report, for a person."""
+        lists = " + ".join(str(len(getattr(self.transformer, name))) for name in self.family.lists)
+        stopped = f"carried along ({self.family.frozen})" if self.family.frozen else "dropped"
+        lines = [
+            f"exits after {', '.join(map(str, self.heads.depths))} of {lists} blocks of {type(self.transformer).__name__}, "
+            f"answers in space {self.heads.space!r}; rows that stop are {stopped}",
+        ]
+        if self.runs is None:
+            lines.append("no policy: only forwards inside use(step) run with exits")
+        else:
+            lines.append(f"policy: {self.runs.policy}")
+            lines.append("no run yet" if self.trace is None else self.trace.report().summary())
+        return "\n".join(lines)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.detach()
+
+    def _forward(self, original, *args, **kwargs):
+        """The transformer's forward: open a passage, let the parent run, put the answers back."""
+        if self._step is None and (self.runs is None or not self._interceptions or self._passage is not None):
+            return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
+        arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
+        asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
+        if self._step is not None:
+            if asked:
+                raise ValueError(f"a forward with {asked[0]} runs without exits: call it outside of use(step)")
+            return self._run(self._step, original, arguments, args, kwargs)
+        if asked:
+            return original(*args, **kwargs)
+        sample = arguments["hidden_states"]
+        step = self.runs.step(arguments, self._timestep(arguments, sample), shape=sample.shape, device=sample.device)
+        with self.runs.forgotten_if_it_fails():
+            try:
+                return self._run(step, original, arguments, args, kwargs)
+            finally:
+                self._passage = None
+
+    def _run(self, step: StepSession, original, arguments: dict[str, Any], args: tuple, kwargs: dict[str, Any]):
+        if self._passage is not None:
+            raise ValueError(
+                "a second forward under one step session: begin a step for each forward of the transformer"
+            )
+        sample = arguments["hidden_states"]
+        self._check(step, sample)
+        timestep = self._timestep(arguments, sample)  # (R,)
+        context = self._context(step, sample, timestep)
+        if step.measures and self.family.image_tokens is not None:
+            context["image_tokens"] = self.family.image_tokens(self.transformer, arguments)  # (R, N)
+        self._passage = Passage(Lane(step, self.heads, context), self.family, self.layers, arguments)
+        output = original(*args, **kwargs)
+        if self.heads.space == "output":
+            if isinstance(output, tuple):
+                output = (self._passage.answers(output[0]), *output[1:])
+            else:
+                output.sample = self._passage.answers(output.sample)
+        if isinstance(self.heads, RememberingHeads) and not step.finished:
+            said = output[0] if isinstance(output, tuple) else output.sample
+            facts = {"sample": sample, "timestep": timestep, "output": said}
+            memories = step.session.memories
+            memories[step.call] = self.heads.remember(memories.get(step.call), step.rows, **facts)
+        step.close()
+        return output
+
+    def _context(self, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
+        if isinstance(self.heads, RememberingHeads) and step.may_exit:
+            return self.heads.recall(step.session.memories.get(step.call), sample, timestep)
+        return self.heads.context(timestep) if step.measures else {"timestep": timestep}
+
+    def _check(self, step: StepSession, sample: Tensor) -> None:
+        expected = len(step.session.rows)
+        if len(sample) != expected:
+            raise ValueError(f"the transformer got {len(sample)} rows, the session was started for {expected}")
+        if step.session.num_layers != len(self.blocks):
+            raise ValueError(f"a session for {step.session.num_layers} blocks, the transformer has {len(self.blocks)}")
+        weight = next(self.heads.parameters(), None) if isinstance(self.heads, nn.Module) else None
+        if weight is not None and weight.device != sample.device:
+            raise ValueError(
+                f"the heads are on {weight.device}, the transformer runs on {sample.device}: move the heads"
+            )
+        step.session.require_open(step)
+
+    def _timestep(self, arguments: dict[str, Any], sample: Tensor) -> Tensor:
+        """(R,) in the scheduler's units. Where every token has a time of its own, a row's is its latest (noisiest)."""
+        timestep = torch.as_tensor(arguments["timestep"], device=sample.device)
+        timestep = timestep.amax(-1) if timestep.ndim > 1 else timestep.reshape(-1)
+        if len(timestep) not in (1, len(sample)):
+            raise ValueError(f"{len(timestep)} timesteps for {len(sample)} rows, expected one or one a row")
+        scale, offset = self.family.time
+        timestep = timestep if (scale, offset) == (1.0, 0.0) else timestep.float() * scale + offset
+        return timestep.expand(len(sample))
+
+    def _block(self, layer: int, original, *args, **kwargs):
+        if self._passage is None:
+            return original(*args, **kwargs)
+        return self._passage.block(layer, original, args, kwargs)
+
+    def _tail(self, original, hidden: Tensor, *args, **kwargs):
+        if self._passage is not None:
+            hidden = self._passage.to_tail(hidden)
+        return original(hidden, *args, **kwargs)

@@ -1,0 +1,116 @@
+"""Forwards of a bare transformer as runs, and what attaching with a policy refuses."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoiseStep
+from tiny_families import exits_for, forward, inner_modules, inputs_of, model_named
+from tiny_pipelines import STEPS, call_of, images_of, pipe
+
+from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.attach import attach, detach, summary
+
+IMAGES = [0, 1, 2]
+
+
+def _broken(*args, **kwargs):
+    raise RuntimeError("in between")
+
+
+def test_a_bare_transformer_in_a_loop_of_ones_own():
+    """Lumina2's pipeline guides by two calls that it does not name; its timestep rises."""
+    name = "Lumina2Transformer2DModel"
+    model = model_named(name)
+    inputs = [inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0)]
+    plan = Policy(Planned(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
+    with attach(model, exits_for(model), plan, branches=1, num_steps=3) as attachment:
+        for _ in range(2):  # two runs
+            for one in inputs:
+                forward(model, one)
+                forward(model, one | {"encoder_hidden_states": one["encoder_hidden_states"].flip(0)})
+            trace = attachment.trace
+            assert trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
+            assert trace.calls == (2, 2, 2)
+            assert trace.ran.sum((1, 2)).tolist() == [14, 14, 6]
+    with attach(model, exits_for(model), plan, branches=1, num_steps=2), pytest.raises(ValueError, match="plan has 3"):
+        forward(model, inputs[0])
+
+
+def test_the_transformer_inside_a_modular_pipeline():
+    made, model = FluxCoreDenoiseStep().init_pipeline(), pipe("flux").transformer
+    made.update_components(transformer=model, scheduler=pipe("flux").scheduler)
+    made.set_progress_bar_config(disable=True)
+    arguments = call_of(
+        "flux", IMAGES, guided=False, height=64, width=64
+    )  # it divides by a factor of 8, having no autoencoder
+    arguments = {name: value for name, value in arguments.items() if name not in ("true_cfg_scale", "output_type")}
+    plain = made(**arguments, output="latents")
+    plan = Policy(Planned(((1, 6, 2), (4, 6, 0), (3, 6, 6))))
+    with attach(model, exits_for(model), plan, branches=1, num_steps=STEPS) as attachment:
+        generators = [torch.Generator().manual_seed(image) for image in IMAGES]
+        found = made(**arguments | {"generator": generators}, output="latents")
+        assert attachment.trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
+    torch.testing.assert_close(found[1], plain[1], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found[0], plain[0], rtol=1e-3, atol=1e-4)
+
+
+def test_a_forward_that_fails_ends_its_run(monkeypatch):
+    name = "Lumina2Transformer2DModel"
+    model = model_named(name)
+    first, second, third = (inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0))
+    plan = Policy(Planned(((1, 4, 2), (4, 3, 0))))
+    with attach(model, exits_for(model), plan, branches=1, num_steps=2) as attachment:
+        forward(model, first)
+        with monkeypatch.context() as patch:
+            patch.setattr(inner_modules(model)[0], "forward", _broken)
+            with pytest.raises(RuntimeError, match="in between"):
+                forward(model, second)
+        forward(model, second)  # not step 1 of the run that failed
+        forward(model, third)
+        assert attachment.trace.depths.tolist() == [[1, 4, 2], [4, 3, 0]]
+        with pytest.raises(ValueError, match="forward 3 of a run of 2 steps"):
+            forward(model, inputs_of(name, IMAGES, time=200.0))
+
+
+# --- what does not fit
+
+
+def test_misuse_is_refused_before_work():
+    one, policy = pipe("dit"), Policy(Threshold(0.5))
+    exits = exits_for(one.transformer)
+    with pytest.raises(ValueError, match="no exits are attached"):
+        summary(one)
+    with pytest.raises(ValueError, match=r"needs branches= .* and num_steps="):
+        attach(one.transformer, exits, policy)
+    with pytest.raises(ValueError, match=r"policy=0\.2, expected a Policy"):
+        attach(one, exits, 0.2)
+    with pytest.raises(ValueError, match="branches=0, num_steps=None, expected at least 1"):
+        attach(one, exits, policy, branches=0)
+    with pytest.raises(ValueError, match="without a policy"):
+        attach(one, exits, branches=2)
+    with pytest.raises(ValueError, match="has no transformer"):
+        attach("a pipeline", exits, policy)
+    with attach(one, exits, policy) as attachment:
+        assert "no run yet" in summary(one)
+        with pytest.raises(ValueError, match="attached to this DiTTransformer2DModel already"):
+            attach(one, exits, policy)
+        assert attachment.trace is None
+    with pytest.raises(ValueError, match="no exits are attached"):
+        detach(one)
+    with attach(one, exits, policy, branches=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
+        images_of(one, call_of("dit", IMAGES))
+    with attach(one, exits, Policy(Planned(((1, 2, 0),)))), pytest.raises(ValueError, match="the plan has 1 steps"):
+        images_of(one, call_of("dit", IMAGES))
+    assert "progress_bar" not in one.__dict__
+
+
+def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
+    one = pipe("pixart")
+    with attach(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
+        patch.setattr(one, "encode_prompt", functools.partial(type(one).encode_prompt, one))
+        with pytest.raises(ValueError, match="does not say whether it guides: attach with branches="):
+            images_of(one, call_of("pixart", IMAGES))
