@@ -18,7 +18,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import CLASSES, LAYERS, NAMES, ROWS, WORDS, batch_for, exits_for, model_named
+from tiny_classifiers import CLASSES, LAYERS, NAMES, ROWS, WORDS, batch_for, exits_for, model_named
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.attach import attach

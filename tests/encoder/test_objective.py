@@ -11,7 +11,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_named
+from tiny_classifiers import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_named
 
 from ee_diffusion.core import classifier_losses as losses
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
