@@ -9,12 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertTokenizer,
-    ViTImageProcessorPil,
-    pipeline,
-)
+from transformers import AutoModelForSequenceClassification, BertTokenizer, ViTImageProcessorPil, pipeline
 
 sys.path.insert(0, str(Path(__file__).parent))
 
