@@ -154,7 +154,12 @@ def curve(judge: Judge, rule: Callable[[float], Policy], points: int) -> list[di
     for value in values.unique().tolist():
         taken = judge.seen.taken(rule(value))
         found.append(
-            {"value": value, **judge(taken), "shuffled_accuracy": judge.shuffled(taken), **judge.conformal(taken)}
+            {
+                "value": value,
+                **judge(taken, score=score),
+                "shuffled_accuracy": judge.shuffled(taken),
+                **judge.conformal(taken),
+            }
         )
     return found
 

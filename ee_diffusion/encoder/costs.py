@@ -20,7 +20,8 @@ from ee_diffusion.encoder.tokens import TokenTrace, check_pruning
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one text of n tokens. block: one layer; judge: one score; answer: an exit's answer where the score did not make it already; tail: the model's own end."""
+    """FLOPs of one text of n tokens. block: one layer; judge: one score; answer: an exit's answer, 0 where the score is made of it;
+    tail: the model's own end."""
 
     block: float
     answer: float
