@@ -31,7 +31,8 @@ def counted(model, exits, policy: Policy):
 
 @pytest.mark.parametrize("name", ["Bert", "Albert", "DistilBert"])
 @pytest.mark.parametrize(
-    "method, policy", [("palbert", palbert(0.6)), ("jei_dnn", jei_dnn(0.5)), ("pabee", confidence(0.9))]
+    "method, policy",
+    [("palbert", palbert(0.6)), ("palbert", confidence(0.6)), ("jei_dnn", jei_dnn(0.5)), ("pabee", confidence(0.9))],
 )
 def test_the_formula_is_what_torch_counts(name: str, method: str, policy: Policy):
     """Eager attention, so that both of its products are counted. ALBERT's embedding projection is no part of a layer."""

@@ -45,7 +45,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("method, rules", [("palbert", {"palbert"}), ("jei_dnn", {"jei_dnn"}), ("pabee", set())])
+@pytest.mark.parametrize(
+    "method, rules",
+    [
+        ("palbert", {"palbert"}),
+        pytest.param("jei_dnn", {"jei_dnn"}, marks=pytest.mark.slow),
+        pytest.param("pabee", set(), marks=pytest.mark.slow),
+    ],
+)
 def test_a_report_holds_every_rule_and_control(tmp_path: Path, monkeypatch, method: str, rules: set[str]):
     made(tmp_path, method)
     call(
