@@ -72,6 +72,7 @@ def test_the_way_to_each_answer_grows_and_ends_above_one():
     assert bool((ways.diff() > 0).all())
     whole = LAYERS * costs.block + costs.tail
     assert ways[-1] == pytest.approx(1 + 3 * (2 * WIDTH * CLASSES + 8) / whole)
+    assert ways[1] == pytest.approx((2 * costs.block + 2 * (2 * WIDTH * CLASSES + 8)) / whole)
     assert ways[0] == pytest.approx((costs.block + 2 * WIDTH * CLASSES + 8) / whole)
 
 
