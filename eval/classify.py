@@ -86,24 +86,31 @@ class Judge:
         order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
         cut = int(n * config.calibration_share)
         self.calibration, self.test = order[:cut], order[cut:]
-        lengths = seen.tokens.unique().tolist()
-        pruned = classifier.pruning is not None  # FLOPs then depend on what is removed: not known from a look
-        ways = {} if pruned else {length: self._way(classifier, length) for length in lengths}
-        self.ways = None if pruned else torch.stack([ways[int(length)] for length in seen.tokens])  # (n, A)
+        self.classifier = classifier
+        self._ways: dict[str | None, Tensor] = {}
 
-    def _way(self, classifier: EarlyExitClassifier, tokens: int) -> Tensor:
-        costs = costs_of(classifier.model, classifier.exits, tokens)
-        whole = self.seen.num_layers * costs.block + costs.tail
-        return costs.up_to(self.seen.depths, self.seen.num_layers) * whole  # (A,) FLOPs
+    def ways(self, score: str | None) -> Tensor:
+        """(n, A) FLOPs of the whole way to each answer of each text, under rules that look at `score`."""
+        if score not in self._ways:
+            seen, model, exits = self.seen, self.classifier.model, self.classifier.exits
+            lengths, where = seen.tokens.unique(return_inverse=True)
+            per_length = []
+            for tokens in lengths.tolist():
+                costs = costs_of(model, exits, tokens, score=score)
+                whole = seen.num_layers * costs.block + costs.tail
+                per_length.append(costs.up_to(seen.depths, seen.num_layers) * whole)
+            self._ways[score] = torch.stack(per_length)[where]
+        return self._ways[score]
 
-    def __call__(self, taken: Tensor) -> dict:
-        """taken (n,) -> figures of the test texts, mean layers, FLOPs in parts of the full model's."""
+    def __call__(self, taken: Tensor, *, score: str | None) -> dict:
+        """taken (n,) under a rule that looks at `score` -> figures of the test texts, mean layers, FLOPs in parts of the full model's
+        (not where tokens are pruned: a look does not count them)."""
         seen, test = self.seen, self.test
         depths = torch.tensor([*seen.depths, seen.num_layers])[taken[test]].double()
         found = figures(seen.given(taken)[test], seen.labels[test]) | {"layers": depths.mean().item()}
-        if self.ways is not None:
-            used = self.ways[test, taken[test]].sum() / self.ways[test, -1].sum()
-            found["flops_fraction"] = used.item()
+        if self.classifier.pruning is None:
+            used, whole = self.ways(score)[test, taken[test]].sum(), self.ways(None)[test, -1].sum()
+            found["flops_fraction"] = (used / whole).item()
         return found
 
     def conformal(self, taken: Tensor) -> dict:
@@ -124,7 +131,9 @@ class Judge:
     def shuffled(self, taken: Tensor) -> float:
         """Mean accuracy of random exits with the same histogram."""
         generator = torch.Generator().manual_seed(self.config.seed)
-        drawn = [self(shuffled_overall(taken[None], generator)[0])["accuracy"] for _ in range(self.config.draws)]
+        drawn = [
+            self(shuffled_overall(taken[None], generator)[0], score=None)["accuracy"] for _ in range(self.config.draws)
+        ]
         return sum(drawn) / len(drawn)
 
 
@@ -136,7 +145,8 @@ def rules(classifier: EarlyExitClassifier) -> dict[str, Callable[[float], Policy
 
 def curve(judge: Judge, rule: Callable[[float], Policy], points: int) -> list[dict]:
     """One rule at thresholds spread over the quantiles of its own scores."""
-    scores = judge.seen.scores[rule(0.5).criterion.score]
+    score = rule(0.5).criterion.score
+    scores = judge.seen.scores[score]
     if rule is palbert:  # its threshold is on the cumulated probability
         scores = 1 - (1 - scores).cumprod(0)
     values = scores.flatten().double().quantile(torch.linspace(0, 1, points, dtype=torch.float64)).clamp(0, 1)
@@ -144,7 +154,12 @@ def curve(judge: Judge, rule: Callable[[float], Policy], points: int) -> list[di
     for value in values.unique().tolist():
         taken = judge.seen.taken(rule(value))
         found.append(
-            {"value": value, **judge(taken), "shuffled_accuracy": judge.shuffled(taken), **judge.conformal(taken)}
+            {
+                "value": value,
+                **judge(taken, score=score),
+                "shuffled_accuracy": judge.shuffled(taken),
+                **judge.conformal(taken),
+            }
         )
     return found
 
@@ -152,11 +167,15 @@ def curve(judge: Judge, rule: Callable[[float], Policy], points: int) -> list[di
 def controls(judge: Judge, classifier: EarlyExitClassifier, config: EvalConfig) -> dict:
     seen = judge.seen
     n, answers = len(seen.labels), (*seen.depths, seen.num_layers)
-    constant = [{"depth": depth, **judge(torch.full((n,), place))} for place, depth in enumerate(answers)]
-    found = {"constant_depth": constant, "oracle": judge(seen.oracle())}
-    found["pabee"] = [{"patience": t, **judge(seen.taken(pabee(t)))} for t in range(1, len(seen.depths))]
+    constant = [{"depth": depth, **judge(torch.full((n,), place), score=None)} for place, depth in enumerate(answers)]
+    found = {"constant_depth": constant, "oracle": judge(seen.oracle(), score=None)}
+    found["pabee"] = [
+        {"patience": t, **judge(seen.taken(pabee(t)), score="agreement")} for t in range(1, len(seen.depths))
+    ]
     if classifier.exits.judge in ("halting", "linear_halting"):
-        found["sampled"] = [judge(seen.taken(pondernet(config.seed + draw))) for draw in range(config.draws)]
+        found["sampled"] = [
+            judge(seen.taken(pondernet(config.seed + draw)), score="judged") for draw in range(config.draws)
+        ]
     return found
 
 
@@ -190,8 +209,9 @@ def evaluate(classifier: EarlyExitClassifier, source: TextSource, config: EvalCo
     report["controls"] = controls(judge, classifier, config)
     if config.budget is not None:
         name, rule = next(iter(known.items()))
-        choice = value_for_budget(seen.trace(rule(0.5).criterion.score), rule, budget=config.budget, low=0.0, high=1.0)
-        taken = judge(seen.taken(rule(choice.value)))
+        score = rule(0.5).criterion.score
+        choice = value_for_budget(seen.trace(score), rule, budget=config.budget, low=0.0, high=1.0)
+        taken = judge(seen.taken(rule(choice.value)), score=score)
         timed = seconds(classifier, source, rule(choice.value), config)
         report["budgeted"] = {"rule": name, **asdict(choice), **taken, "seconds": timed}
     return report

@@ -44,22 +44,26 @@ def attach(
     one threshold per layer (tokens.py); what was removed is appended to `token_traces`.
 
     Raises:
-        ValueError: an unknown class; exits of another model; a score that these exits cannot give; in a forward: an input longer than
-            the model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows; thresholds of
-            the wrong number or range, or a class whose tokens cannot be removed.
+        ValueError: an unknown class; exits of another model, or attached already; a score that these exits cannot give; thresholds of
+            the wrong number or range, or a class whose tokens cannot be removed; in a forward: an input longer than the model, hidden
+            states or attentions asked for while rows may leave, attention masks that cannot be cut by rows.
     """
     exits.check_fits(model)
     check_policy(policy, exits)
     if pruning is not None:
         check_pruning(model, pruning)
+    if "_ee_attached" in model.__dict__:
+        raise ValueError(f"exits are attached to this {type(model).__name__} already")
     run = _Run(model, exits, policy, elements, pruning=pruning)
     run.token_traces = [] if token_traces is None else token_traces
     blocks = run.family.blocks(model)
     interceptions = [Interception(block, functools.partial(run.block, block)) for block in blocks]
     interceptions.append(Interception(model, run.forward))
+    model.__dict__["_ee_attached"] = True
     try:
         yield run.traces
     finally:
+        del model.__dict__["_ee_attached"]
         for interception in reversed(interceptions):
             interception.restore()
 

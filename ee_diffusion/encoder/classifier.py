@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
@@ -91,7 +92,8 @@ class EarlyExitClassifier(PreTrainedModel):
         task = {name: getattr(model.config, name) for name in TASK}
         base.pop("_name_or_path", None)
         config = EarlyExitConfig(base=base, exits=exits.settings(), **task)
-        classifier = cls(config)
+        with torch.device("meta"):  # the two modules are replaced at once
+            classifier = cls(config)
         classifier.model, classifier.exits = model, exits
         return classifier.train(model.training)
 

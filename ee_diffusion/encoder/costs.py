@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ee_diffusion.core.scores import score_named
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import family_of
@@ -19,7 +20,8 @@ from ee_diffusion.encoder.tokens import TokenTrace, check_pruning
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one text of n tokens. block: one layer; answer, judge: one exit's answer and one score; tail: the model's own end."""
+    """FLOPs of one text of n tokens. block: one layer; judge: one score; answer: an exit's answer, 0 where the score is made of it;
+    tail: the model's own end."""
 
     block: float
     answer: float
@@ -48,12 +50,15 @@ def saliency_flops(tokens: int, *, hidden_size: int) -> float:
     return float(4 * tokens * hidden_size**2 + 2 * tokens**2 * hidden_size)
 
 
-def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int) -> Costs:
-    """FLOPs for a text of so many tokens. A score made of the answer costs an answer and its judge.
+def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: str | None) -> Costs:
+    """FLOPs for a text of so many tokens under a policy that looks at `score` (None: at nothing). A score made of the answer costs an
+    answer, which then is there to be given; `judged` and `certainty` cost what the exits' judge does.
 
     Raises:
-        ValueError: an unknown class, a gated feed-forward part (ModernBERT), or no tokens.
+        ValueError: an unknown class or score, a gated feed-forward part (ModernBERT), or no tokens.
     """
+    if score is not None:
+        score_named(score)
     if tokens < 1:
         raise ValueError(f"tokens={tokens}, expected at least 1")
     family, config = family_of(model), model.config
@@ -65,15 +70,17 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int) -> Costs:
     own = pool + 2 * width * labels
     answer = {"shared": own, "pooled": 2 * width**2 + 2 * width * labels, "linear": 2 * width * labels}[exits.head]
     judge = {
-        "none": answer,  # a score of the answer
+        "none": 0,
         "halting": pool + 3 * 2 * (2 * width) ** 2 + 2 * 2 * width,
         "linear_halting": pool + 2 * width,
         "correctness": 2 * width,
         "statistics": answer + 2 * 4,
     }[exits.judge]
-    from_answer = exits.judge in ("none", "statistics")
+    learned = score in ("judged", "certainty")
+    measured = judge if learned else 0 if score is None else answer
+    from_answer = exits.judge == "statistics" if learned else score is not None
     block = block_flops(tokens, hidden_size=width, inner_size=inner)
-    return Costs(block, 0.0 if from_answer else float(answer), float(judge), float(own))
+    return Costs(block, 0.0 if from_answer else float(answer), float(measured), float(own))
 
 
 def flops_of(trace: Trace, costs: Costs) -> Tensor:

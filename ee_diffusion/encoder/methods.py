@@ -88,7 +88,7 @@ def fastbert(speed: float) -> Policy:
 
 
 def berxit(certainty: float) -> Policy:
-    """BERxiT (EACL 2021): stop at the first exit whose learned-to-exit module says `certainty` or more of being right; larger is safer.
+    """BERxiT (EACL 2021): stop at the first exit whose learned-to-exit module gives more than `certainty` to being right; larger is safer.
 
     Raises:
         ValueError: a certainty outside [0, 1].

@@ -230,7 +230,9 @@ def _jei(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
         weigh = losses.released_exit_weighted_loss if weights.released else losses.exit_weighted_loss
         return {"loss": weigh(each, losses.gate_probabilities(seen.judge.sigmoid()))}
     model = objective.classifier.model
-    costs = costs_of(model, exits, seen.tokens).up_to(exits.depths, family_of(model).num_layers(model))  # (A,)
+    costs = costs_of(model, exits, seen.tokens, score="judged").up_to(
+        exits.depths, family_of(model).num_layers(model)
+    )  # (A,)
     targets = losses.gate_targets(each, costs, trade_off=weights.trade_off)  # (K, B)
     return {"loss": losses.gate_loss(seen.judge, targets), "targets": targets.mean()}
 

@@ -161,6 +161,7 @@ class Carrying(nn.Module):
     def judge(self, observation):
         own = observation.hidden[:, 0, 0].round()  # (R,) the row's number, which the blocks keep
         before = observation.context.get("own")
+        assert (before is None) == (observation.exit == 0)
         assert before is None or torch.equal(before, own), "somebody else's memory"
         observation.carried["own"] = own
         self.seen.append(own.tolist())

@@ -13,18 +13,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import CLASSES, LAYERS, NAMES, ROWS, batch_for, exits_for, model_named
+from tiny_classifiers import CLASSES, LAYERS, NAMES, ROWS, batch_for, exits_for, model_named
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.scores import Observation
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder import methods
-from ee_diffusion.encoder.attach import attach, positions, watching
+from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
-from ee_diffusion.encoder.families import Family, family_of, register_family
+from ee_diffusion.encoder.families import family_of
 
 METHODS = {
     "palbert": lambda value: methods.palbert(value),
@@ -262,108 +261,3 @@ def test_training_sees_what_inference_sees():
             observation = Observation(heads, exit, states[depth], context)
             torch.testing.assert_close(heads.judge(observation), everything.scores[0, exit])
             context |= observation.carried
-
-
-class TestRefused:
-    """Bad input ends in words, before work is done."""
-
-    @pytest.fixture
-    def model(self) -> nn.Module:
-        return model_named("Bert")
-
-    @pytest.fixture
-    def exits(self, model) -> ClassifierExits:
-        return exits_for(model, head="pooled", judge="none")
-
-    def test_unknown_class(self):
-        with pytest.raises(ValueError, match="no family for Linear"):
-            family_of(nn.Linear(1, 1))
-
-    def test_known_class_registered_again(self):
-        with pytest.raises(ValueError, match="already"):
-            register_family(Family("BertForSequenceClassification", "", None, None))
-
-    @pytest.mark.parametrize("changes", [{"hidden_size": 24}, {"num_labels": 2}, {"num_hidden_layers": 2}])
-    def test_exits_of_another_model(self, exits, changes):
-        with (
-            pytest.raises(ValueError, match=r"another model|exits at depths"),
-            attach(model_named("Bert", **changes), exits, Policy()),
-        ):
-            pass
-
-    def test_rows_may_not_leave_before_debertas_convolution(self):
-        with pytest.raises(ValueError, match=r"takes 1\.\.3"):
-            exits_for(model_named("DebertaV2"), (0, 1), head="pooled", judge="none")
-
-    @pytest.mark.parametrize(
-        "policy, words",
-        [
-            (methods.palbert(0.5), "no learned judge"),
-            (Policy(methods.Threshold((0.5, 0.5), score="margin")), "2 thresholds, expected one for each of 3"),
-        ],
-    )
-    def test_policies_that_do_not_fit(self, model, exits, policy, words):
-        with pytest.raises(ValueError, match=words), attach(model, exits, policy):
-            pass
-
-    def test_entropy_of_a_regression(self):
-        model = model_named("Bert", num_labels=1)
-        exits = exits_for(model, head="pooled", judge="none")
-        with pytest.raises(ValueError, match="about classes"), attach(model, exits, methods.fastbert(0.5)):
-            pass
-
-    def test_longer_than_the_model(self, model, exits):
-        with attach(model, exits, Policy()), pytest.raises(ValueError, match="17 tokens, the model takes at most 16"):
-            model(input_ids=torch.ones(1, 17, dtype=torch.long))
-        assert positions(model_named("Roberta")) == 17
-
-    def test_hidden_states_of_rows_that_left(self, model, exits):
-        with attach(model, exits, Policy()), pytest.raises(ValueError, match="output_hidden_states"):
-            model(**batch_for("Bert"), output_hidden_states=True)
-
-    def test_no_inputs_and_no_rows(self, model, exits):
-        with attach(model, exits, Policy()):
-            with pytest.raises(ValueError, match="without inputs"):
-                model(attention_mask=torch.ones(1, 2))
-            with pytest.raises(ValueError, match="the batch is empty"):
-                model(input_ids=torch.ones(0, 2, dtype=torch.long))
-
-    def test_too_few_columns_in_a_plan(self, model, exits):
-        with (
-            attach(model, exits, Policy(Planned(((1, 2),)))),
-            pytest.raises(ValueError, match="need columns in a plan"),
-        ):
-            model(**batch_for("Bert"))
-
-    def test_an_error_inside_leaves_the_model_as_it_was(self, model, exits):
-        before = model(**batch_for("Bert")).logits
-        with pytest.raises(ValueError, match="columns"), attach(model, exits, Policy(Planned(((1, 2),)))):
-            model(**batch_for("Bert"))
-        assert torch.equal(model(**batch_for("Bert")).logits, before)
-
-    @pytest.mark.parametrize(
-        "settings, words",
-        [
-            ({"depths": ()}, "at least one"),
-            ({"depths": (2, 1)}, "ascending"),
-            ({"head": "big"}, "head='big'"),
-            ({"judge": "jury"}, "judge='jury'"),
-            ({"judge": "statistics", "num_labels": 1}, "class probabilities"),
-        ],
-    )
-    def test_exits_that_cannot_be(self, settings, words):
-        values = {"depths": (1,), "hidden_size": 4, "num_labels": 2, "head": "linear", "judge": "none"} | settings
-        with pytest.raises(ValueError, match=words):
-            ClassifierExits(**values)
-
-    def test_methods_out_of_range(self):
-        for call in (
-            lambda: methods.palbert(1.5),
-            lambda: methods.pabee(0),
-            lambda: methods.deebert(1.0, num_labels=2),
-            lambda: methods.deebert(0.1, num_labels=1),
-            lambda: methods.fastbert(-0.1),
-            lambda: methods.pabee_regression(1, tolerance=0.0),
-        ):
-            with pytest.raises(ValueError, match=r"expected|outside"):
-                call()

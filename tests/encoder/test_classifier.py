@@ -9,16 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertTokenizer,
-    ViTImageProcessorPil,
-    pipeline,
-)
+from transformers import AutoModelForSequenceClassification, BertTokenizer, ViTImageProcessorPil, pipeline
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import CLASSES, LAYERS, NAMES, ROWS, WORDS, batch_for, exits_for, model_named
+from tiny_classifiers import CLASSES, LAYERS, NAMES, ROWS, WORDS, batch_for, exits_for, model_named
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.attach import attach

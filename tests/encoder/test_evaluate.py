@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_named
+from tiny_classifiers import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_named
 
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
+from tiny_classifiers import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.attach import attach, watching
