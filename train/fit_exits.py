@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers import DiffusionPipeline
 from fit_settings import FitConfig
 from fit_supply import build_supply, held_out_states
@@ -183,7 +183,8 @@ def machine() -> dict[str, Any]:
 
 def run(fit: FitConfig, data: ImageDataConfig, train: TrainConfig) -> dict:
     """Fit, and say what it cost and gained; empty on ranks other than the first."""
-    state, folder = PartialState(), Path(train.output_dir)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the Trainer's Accelerator will find it
+    folder = Path(train.output_dir)
     pipeline, policy = load_pipeline(fit).to(state.device), rule_of(fit)
     set_seed(train.seed)
     exits = build_exits(fit, pipeline.transformer).to(state.device)

@@ -26,8 +26,10 @@ def in_turn(conditions: list | None, count: int) -> list | None:
     return None if conditions is None else [conditions[i % len(conditions)] for i in range(count)]
 
 
-def stored_states(fit: FitConfig, pipeline: DiffusionPipeline, given: dict, *, folder: Path) -> tuple[States, Parts]:
-    """Every rank walks the parts that are its own and not there yet; then all read all of them."""
+def stored_states(
+    fit: FitConfig, pipeline: DiffusionPipeline, given: dict, *, folder: Path
+) -> tuple[States, Parts, int]:
+    """Every rank walks the parts that are its own and not there yet; then all read all of them. Also: how many were not there."""
     state, size = PartialState(), fit.collect_batch_size
     chosen, given = seeds("fit", fit.num_trajectories), dict(given)
     turn = in_turn(given.pop("conditions"), len(chosen))
@@ -39,7 +41,7 @@ def stored_states(fit: FitConfig, pipeline: DiffusionPipeline, given: dict, *, f
         part = slice(number * size, (number + 1) * size)
         parts.write(number, walk(pipeline, chosen[part], turn and turn[part], **given).to_tensors())
     state.wait_for_everyone()
-    return States.concatenate([States.from_tensors(tensors) for tensors in parts.read()]), parts
+    return States.concatenate([States.from_tensors(tensors) for tensors in parts.read()]), parts, len(missing)
 
 
 class Timed:
@@ -69,10 +71,10 @@ def build_supply(
 ) -> Supply:
     if fit.states == "stored":
         begun = time.perf_counter()
-        states, parts = stored_states(fit, pipeline, given, folder=folder)
+        states, parts, walked = stored_states(fit, pipeline, given, folder=folder)
         trajectories, calls, rows = states.shape
         cost = {"samples": len(states), "trajectories": trajectories, "calls": calls, "rows": rows}
-        cost |= {"seconds": round(time.perf_counter() - begun, 2)}
+        cost |= {"seconds": round(time.perf_counter() - begun, 2), "parts": parts.count, "parts_walked_now": walked}
         cost |= {"bytes_on_disk": parts.nbytes, "bytes_in_memory": states.nbytes}
         return Supply(TableSource(states, json.dumps(parts.identity, sort_keys=True)), cost)
     if fit.states == "fresh":

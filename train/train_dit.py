@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from transformers import HfArgumentParser
 
@@ -181,7 +181,8 @@ def main() -> None:
     if dry_run:
         print(json.dumps(resolved, indent=2))
         return
-    state, folder = PartialState(), Path(train.output_dir)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the Trainer's Accelerator will find it
+    folder = Path(train.output_dir)
     vae = load_taesd(find_data_files(model.vae)[0]).to(state.device)
     source = load_image_source(data, model.num_classes)
     where = Path(model.latents_dir or folder / "latents")

@@ -130,7 +130,10 @@ class DistillationObjective(nn.Module):
         inputs = rows_of(batch)
         teacher, prediction, hidden = self.both(inputs)
         answers, maps = self.exits_on(hidden, inputs)
-        uncertainty, layerwise = deediff_terms(self.exits, answers, maps, target=teacher)
+        if maps.shape == answers.shape:
+            uncertainty, layerwise = deediff_terms(self.exits, answers, maps, target=teacher)
+        else:  # one value a token, not one a pixel
+            uncertainty, layerwise = row_terms(answers, maps, target=teacher)
         terms = {"uncertainty": uncertainty, "layerwise": layerwise}
         loss = self.uncertainty_weight * uncertainty + self.layerwise_weight * layerwise
         if self.adapted:
@@ -148,13 +151,26 @@ class DistillationObjective(nn.Module):
             return self.transformer(**inputs).sample.float(), prediction, hidden
 
     def exits_on(self, hidden: list[Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """K hidden states (R, N, D) -> answers and uncertainty (released variant: certainty) maps, both (K, R, C, H, W)."""
+        """K hidden states (R, N, D) -> answers (K, R, C, H, W) and uncertainty (released variant: certainty) maps, of the same shape or
+        with one value a token (K, R, N)."""
         exits, context = self.exits, {"timestep": inputs["timestep"]}
         answers = [exits.answer(exit, one, context) for exit, one in enumerate(hidden)]
         if exits.space == "hidden":
             answers = [through_tail(self.transformer, answer, inputs) for answer in answers]
         maps = [exits.uncertainty_map(exit, one, inputs["timestep"]) for exit, one in enumerate(hidden)]
         return torch.stack(answers), torch.stack(maps)
+
+
+def row_terms(predictions: Tensor, maps: Tensor, *, target: Tensor) -> tuple[Tensor, Tensor]:
+    """L_u and L_UAL row by row, for maps of any shape: predictions (K, R, C, H, W), maps (K, R, ...), target (R, C, H, W).
+
+    Deviation from DeeDiff: `u_i` and its target are means over a row, not pixel by pixel.
+    """
+    predictions, said = predictions.float(), _per_row(maps.float())  # (K, R)
+    gap, error = (
+        _per_row(v) for v in (losses.uncertainty_target(predictions, target), (predictions - target).square())
+    )
+    return (said - gap).square().mean(1).sum(), ((1 - said.detach()) * error).mean(1).sum()
 
 
 def rows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -222,7 +238,7 @@ def _row_errors(objective: DistillationObjective, inputs: dict[str, Tensor]) -> 
     teacher, _, hidden = objective.both(inputs)
     answers, maps = objective.exits_on(hidden, inputs)
     tails = torch.stack([through_tail(objective.transformer, one, inputs) for one in hidden])
-    released = objective.exits.config.variant == "released"
+    released = objective.exits.config.get("variant") == "released"
     gaps = losses.uncertainty_target(answers.float(), teacher)
     return {
         "error": _per_row((answers.float() - teacher).square()),

@@ -37,7 +37,7 @@ def deediff_terms(
 ) -> tuple[Tensor, Tensor]:
     """L_u and the layer-wise loss of the exits' variant: predictions and maps (K, B, C, H, W), target (B, C, H, W), weights (B,)."""
     predictions, maps = predictions.float(), maps.float()
-    if exits.config.variant == "released":
+    if exits.config.get("variant") == "released":
         return (
             losses.released_uncertainty_loss(maps, predictions, target),
             losses.released_layerwise_loss(maps, predictions, target),

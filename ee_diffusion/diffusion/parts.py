@@ -51,7 +51,9 @@ class Parts:
         path = self._path(number)
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.partial")
-        metadata = {"format": _FORMAT, "identity": json.dumps(self.identity)}
+        metadata = {
+            _FORMAT: json.dumps(self.identity, sort_keys=True)
+        }  # one entry: the order of several is left to chance
         save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=metadata)
         with beside.open("rb") as written:
             os.fsync(written.fileno())
@@ -85,9 +87,9 @@ class Parts:
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a readable part: {error}") from error
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no part of a table: format {metadata.get('format')!r}, expected {_FORMAT!r}")
-        theirs, ours = json.loads(metadata["identity"]), self.identity
+        if _FORMAT not in metadata:
+            raise ValueError(f"{path} is no part of a table: its metadata has {sorted(metadata)}, expected {_FORMAT!r}")
+        theirs, ours = json.loads(metadata[_FORMAT]), self.identity
         differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
         if differ:
             told = "; ".join(f"{name}: came {ours.get(name)!r}, the part has {theirs.get(name)!r}" for name in differ)

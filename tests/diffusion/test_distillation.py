@@ -207,6 +207,46 @@ def test_released_exits_say_certainty_and_answer_through_the_tail():
     torch.testing.assert_close(errors.said.float(), 1 - maps.flatten(1).mean(1))
 
 
+class TokenExits(torch.nn.Module):
+    """Heads in space hidden that shift the hidden states, and say one uncertainty a token."""
+
+    def __init__(self):
+        super().__init__()
+        self.depths, self.space, self.config = DEPTHS, "hidden", {}
+        self.shifts = torch.nn.ParameterList(torch.nn.Parameter(torch.full((16,), 0.1)) for _ in DEPTHS)
+        self.uncertainty_modules = torch.nn.ModuleList(torch.nn.Linear(16, 1) for _ in DEPTHS)
+
+    def answer(self, exit: int, hidden: torch.Tensor, context) -> torch.Tensor:
+        return hidden + self.shifts[exit]
+
+    def uncertainty_map(self, exit: int, hidden: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(self.uncertainty_modules[exit](hidden.detach()))[..., 0]  # (R, N)
+
+    def check_fits(self, model: torch.nn.Module) -> None:
+        """Anything fits."""
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_heads_before_the_tail_with_one_uncertainty_a_token(kind: str):
+    model, inputs = MODELS[kind](), inputs_of()
+    objective = DistillationObjective(model, TokenExits(), uncertainty_weight=0.7, layerwise_weight=0.3)
+    found = objective(batch_of())
+    found["loss"].backward()
+    assert all(parameter.grad.any() for parameter in objective.exits.parameters())
+    with torch.no_grad():
+        teacher = model(**inputs).sample
+        uncertainty = layerwise = 0.0
+        for exit, hidden in enumerate(hidden_at(model, DEPTHS, inputs)):
+            answer = through_tail(model, hidden + 0.1, inputs)
+            said = objective.exits.uncertainty_map(exit, hidden, inputs["timestep"])
+            for row in range(4):
+                u, apart = float(said[row].mean()), (answer[row] - teacher[row]).abs()
+                uncertainty += (u - float(apart.tanh().mean())) ** 2 / 4
+                layerwise += (1 - u) * float(apart.square().mean()) / 4
+    assert float(found["uncertainty"]) == pytest.approx(uncertainty, rel=1e-3)
+    assert float(found["layerwise"]) == pytest.approx(layerwise, rel=1e-3)
+
+
 def test_what_makes_no_sense_is_refused():
     model = uvit()
     exits = exits_for(model, DEPTHS)
