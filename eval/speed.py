@@ -25,7 +25,8 @@ from torch import Tensor
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import Attachment, attach
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline

@@ -17,7 +17,8 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.heads import Space
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.attach import DenoiserHeads, attach
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.attachment import DenoiserHeads
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.lora import lora_off
 from ee_diffusion.diffusion.objective import deediff_terms

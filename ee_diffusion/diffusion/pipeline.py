@@ -23,7 +23,8 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Report, Trace
-from ee_diffusion.diffusion.attach import Attachment, attach
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
-from ee_diffusion.diffusion.attach import Attachment, DenoiserHeads, attach
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.attachment import Attachment, DenoiserHeads
 from ee_diffusion.diffusion.states import States, row_inputs
 
 Conditions = Sequence[int] | Sequence[str] | None
