@@ -28,7 +28,7 @@ class SamplingOptions:
     output_dir: str | None = flag("Where results go.")
     sampler: str = flag("ddim, ddpm, dpm, unipc, euler or heun.", "ddim")
     num_inference_steps: int = flag("Denoising steps.", 50)
-    guidance_scale: float = flag("Classifier-free guidance.", 3.0)
+    guidance_scale: float = flag("Classifier-free guidance.", 4.0)
     batch_size: int = flag("Images per forward (twice the rows under guidance).", 64)
     dtype: str = flag("float32, bfloat16 or float16.", "float32")
     device: str | None = flag("cpu, cuda, ...; none: cuda if there is one.")

@@ -31,7 +31,7 @@ def flags() -> argparse.Namespace:
     )
     parser.add_argument("--count", type=int, default=64, help="Calibration images.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps while calibrating.")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Guidance while calibrating.")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="Guidance while calibrating.")
     parser.add_argument("--max_shard_size", default="14MB", help="Largest weight file.")
     return parser.parse_args()
 

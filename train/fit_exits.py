@@ -30,7 +30,7 @@ from transformers import HfArgumentParser
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.distillation import DistillationObjective, ExitErrors, exit_errors
-from ee_diffusion.diffusion.families import family_of
+from ee_diffusion.diffusion.families import blocks_of
 from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.lora import add_lora, merged
@@ -90,7 +90,7 @@ def load_pipeline(fit: FitConfig) -> DiffusionPipeline:
 
 def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> DenoisingExits:
     if fit.init_exits is None:
-        layers = len(getattr(transformer, family_of(transformer).blocks))
+        layers = len(blocks_of(transformer))
         depths = tuple(fit.exit_depths or range(1, layers))
         return DenoisingExits.for_transformer(transformer, depths, fit.exit_variant)
     exits = DenoisingExits.from_pretrained(fit.init_exits)

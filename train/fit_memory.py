@@ -33,7 +33,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--skip", type=float, default=0.6, help="Probability that a step is answered from memory.")
     parser.add_argument("--count", type=int, default=64, help="Images of each walk.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="Classifier-free guidance.")
+    parser.add_argument("--guidance_scale", type=float, default=4.0, help="Classifier-free guidance.")
     parser.add_argument("--iterations", type=int, default=1000, help="Optimiser steps, each on the whole walk.")
     return parser.parse_args()
 
