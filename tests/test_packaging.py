@@ -71,7 +71,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfi
     if full:
         constraints = ("-c", ROOT / "constraints.txt")
         _run(*pip, *constraints, "torch", cwd=environment)
-        _run(*pip, *constraints, wheel, cwd=environment)
+        _run(*pip, *constraints, f"{wheel}[decoding,encoder]", cwd=environment)  # the sides that name model libraries
         return python
     _run(*pip, "--no-deps", wheel, cwd=environment)
     inside = Path(
