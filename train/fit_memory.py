@@ -52,7 +52,8 @@ def figures(exits: MemoryExits, seen: Walk) -> dict[str, float]:
 
 def main() -> None:
     options = flags()
-    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     if pipeline.transformer.config.null_class is None:
         raise ValueError("this script walks under guidance: expected a transformer with a null class")
     exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, length=options.length)

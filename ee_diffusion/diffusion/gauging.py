@@ -52,10 +52,11 @@ def walk(
     if not 0 <= skip < 1 or states not in STATES:
         raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
     transformer, scheduler, count = pipeline.transformer, pipeline.scheduler, len(class_labels)
-    labels = torch.tensor([*class_labels, *[transformer.config.null_class] * count])  # (R,)
+    device = transformer.device
+    labels = torch.tensor([*class_labels, *[transformer.config.null_class] * count], device=device)  # (R,)
     size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
-    scheduler.set_timesteps(num_inference_steps)
-    latents = torch.randn(size, generator=generator) * scheduler.init_noise_sigma
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
     memory: Memory | None = None
     seen: list[tuple[Tensor, Tensor, int]] = []
     for index, time in enumerate(scheduler.timesteps):
@@ -66,7 +67,7 @@ def walk(
         ready = known["features"][:, 0].isfinite()  # (R,)
         wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
         seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
-        skipped = (torch.rand(count, generator=generator) < skip).repeat(2) & ready  # (R,)
+        skipped = (torch.rand(count, generator=generator) < skip).repeat(2).to(device) & ready  # (R,)
         memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
         if states == "exited":
             output = torch.where(skipped[:, None, None, None], known["recalled"], output)
