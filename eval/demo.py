@@ -34,7 +34,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16, help="Images per batch.")
     parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="Classifier-free guidance.")
-    parser.add_argument("--error", type=float, default=0.005, help="Error per step allowed to answers from memory.")
+    parser.add_argument("--error", type=float, default=0.001, help="Error per step allowed to answers from memory.")
     return parser.parse_args()
 
 

@@ -48,7 +48,7 @@ class FrontierOptions:
     reference_count: int = flag("Real images behind the FD.", 10_000)
     cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     errors: list[float] = field(
-        default_factory=lambda: [0.0025, 0.004, 0.006, 0.01, 0.018],
+        default_factory=lambda: [0.0004, 0.0008, 0.0015, 0.003],
         metadata={"help": "Errors allowed per step (rms, data in [-1, 1])."},
     )
     periods: list[int] = field(default_factory=lambda: [2, 3, 4, 5], metadata={"help": "Periods of the fixed cache."})

@@ -67,6 +67,8 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         if variant not in ("paper", "released"):
             raise ValueError(f"variant={variant!r}, expected 'paper' or 'released'")
         self.depths = tuple(depths)
+        # read at every exit of every step: plain attributes, since a config's look-ups are slow
+        self.paper, self.hidden_dim, self.num_prefix_tokens = variant == "paper", hidden_dim, num_prefix_tokens
         self.space: Space = "output" if variant == "paper" else "hidden"
         width, values = hidden_dim * (2 if variant == "paper" else 1), patch_size**2 * out_channels
         self.uncertainty_modules = nn.ModuleList(nn.Linear(width, values) for _ in depths)
@@ -123,7 +125,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         Mean over C, H, W of `uncertainty_map`.
         """
         said = self._uncertainty_logits(exit, hidden, context).sigmoid().mean((1, 2))  # (R,)
-        return 1 - said if self.config.variant == "paper" else said
+        return 1 - said if self.paper else said
 
     def uncertainty_map(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
         """hidden (R, N, D), timestep (R,) -> (R, C, H, W) in (0, 1): u (paper) or the certainty (released), pixel by pixel."""
@@ -134,10 +136,10 @@ class DenoisingExits(ModelMixin, ConfigMixin):
 
     def _uncertainty_logits(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         linear, patches = self.uncertainty_modules[exit], self._patches(hidden)
-        if self.config.variant == "released":
+        if not self.paper:
             return linear(patches.detach())  # (R, P, p*p*C)
         # Linear([h ; e]) = Linear_h(h) + Linear_e(e): the same e for all patches of a row is multiplied only once.
-        dim = self.config.hidden_dim
+        dim = self.hidden_dim
         if "time_part" in context:
             for_time = context["time_part"][:, exit]  # (R, p*p*C)
         else:
@@ -146,7 +148,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         return nn.functional.linear(patches, linear.weight[:, :dim]) + for_time[:, None]
 
     def _patches(self, hidden: Tensor) -> Tensor:
-        return hidden[:, self.config.num_prefix_tokens :]  # (R, P, D)
+        return hidden[:, self.num_prefix_tokens :]  # (R, P, D)
 
 
 def _sizes(transformer: ModelMixin) -> dict[str, int]:
