@@ -68,9 +68,10 @@ class Memory:
     def expected_error(self, time: Tensor) -> Tensor:
         """`bend * remainder` at time (R,) -> (R,), root mean square: the error of recall if the course goes on bending as it did.
 
-        NaN for a row whose recall has never been compared with a value, or whose memory is not full: its polynomial changes its degree.
+        NaN for a row whose recall has never been compared with a value, whose memory is not full (its polynomial changes its degree), or
+        that is asked again at the time of its newest value: a solver's second stage has another input, of which memory knows nothing.
         """
-        full = self.count == self.times.shape[1]
+        full = (self.count == self.times.shape[1]) & (time != self.times[:, 0])
         return torch.where(full, self.bend * self.remainder(time), torch.nan)
 
     def remember(self, rows: Tensor, value: Tensor, time: Tensor) -> Memory:

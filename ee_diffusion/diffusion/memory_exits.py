@@ -33,8 +33,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
     `u = exp(log e + MLP(log e, log distance, log-SNR))` where `e` is what the interpolation's remainder predicts from the error that this
     very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `certainty = 1 - min(u, 1)`; 0 while memory is not full.
 
-    Args:
-        alphas_cumprod: (T,) of the noise schedule the model was trained on.
+    Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32.
 
     Raises:
         ValueError: a length below 1, or an unknown prediction type.
@@ -42,6 +41,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
 
     space: Space = "output"
     depths = (0,)
+    _keep_in_fp32_modules = ["alphas_cumprod", "gauge"]
 
     @register_to_config
     def __init__(
@@ -61,15 +61,20 @@ class MemoryExits(ModelMixin, ConfigMixin):
         self.gauge = nn.Sequential(nn.Linear(FEATURES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
         nn.init.zeros_(self.gauge[2].weight)
         nn.init.zeros_(self.gauge[2].bias)
-        self.register_buffer("alphas_cumprod", torch.ones(num_train_timesteps, dtype=torch.float32))
+        self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), torch.nan))
 
     @classmethod
     def for_pipeline(cls, transformer: ModelMixin, scheduler: SchedulerMixin, *, length: int = 2) -> MemoryExits:
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
         Raises:
-            ValueError: a length below 1, or a scheduler that predicts something unknown.
+            ValueError: a length below 1, a scheduler without `alphas_cumprod` (flow matching) or that predicts something unknown, a model
+                that puts out something else than its input's channels.
         """
+        if getattr(scheduler, "alphas_cumprod", None) is None:
+            raise ValueError(
+                f"{type(scheduler).__name__} has no alphas_cumprod, expected a variance-preserving scheduler"
+            )
         exits = cls(
             num_train_timesteps=len(scheduler.alphas_cumprod),
             prediction_type=scheduler.config.prediction_type,
@@ -78,6 +83,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
             length=length,
         )
         exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
+        exits.check_fits(transformer)
         return exits.to(transformer.device)
 
     @classmethod
@@ -93,6 +99,20 @@ class MemoryExits(ModelMixin, ConfigMixin):
                     f"heads of another model: {name} is {self.config[name]}, the model's is {model.config[name]}"
                 )
 
+        if model.config.get("out_channels") not in (None, self.config.in_channels):
+            raise ValueError(
+                f"the model puts out {model.config['out_channels']} channels, expected the {self.config.in_channels} of its input"
+            )
+        if bool(self.alphas_cumprod.isnan().any()):
+            raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
+
+    def _apply(self, fn, recurse=True):
+        table = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        if self.alphas_cumprod.dtype != table.dtype:  # half precision rounds 0.9999 to 1, and its log-SNR to infinity
+            self.alphas_cumprod = table.to(self.alphas_cumprod.device)
+        return self
+
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
         """Without a memory there is nothing but the time."""
         return {"timestep": timestep}
@@ -102,7 +122,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
         """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, C, H, W), the output that follows
         from memory, `remembers` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
         if memory is None:
-            memory = Memory.empty(sample, length=self.config.length)
+            memory = Memory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
         clean = memory.recall(time)
         return {
@@ -118,7 +138,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
     ) -> Memory:
         """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, C, H, W)."""
         if memory is None:
-            memory = Memory.empty(sample, length=self.config.length)
+            memory = Memory.empty(sample.float(), length=self.config.length)
         rows = rows.to(sample.device)
         sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
         return memory.remember(rows, self.clean_of(sample, output, timestep).to(memory.values.dtype), timestep.double())
@@ -151,7 +171,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
 
     def _log_snr(self, time: Tensor) -> Tensor:
         """log(a_t / s_t) at time (R,), which need not be whole: linear between the training timesteps."""
-        table = self.alphas_cumprod.double()
+        table = self.alphas_cumprod.double().clamp(2**-24, 1 - 2**-24)  # finite at zero terminal SNR
         table = (table / (1 - table)).log() / 2  # (T,)
         time = time.clamp(0, len(table) - 1)
         below = time.floor().long()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from ee_diffusion.core.criteria import Patience, Threshold
@@ -57,17 +58,18 @@ def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
 
 
 def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
-    """Answer from memory, per image, where that adds at most `error` to the next sample: `sensitivity_step * u <= error`.
+    """Answer from memory, per image, where that is expected to add at most `error` to the next sample: `sensitivity_step * u <= error`.
 
     Ours, for `MemoryExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
-    `solver.step_sensitivity`: what matters is the error of the step, not of the prediction.
+    `solver.step_sensitivity`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst
+    of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample.
 
     Raises:
         ValueError: an error that is not positive, or no sensitivities.
     """
-    if not error > 0 or not sensitivity:
+    if not error > 0 or not sensitivity or not all(math.isfinite(weight) for weight in sensitivity):
         raise ValueError(
-            f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step"
+            f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step, all sensitivities finite"
         )
     return Policy(Threshold(tuple((max(0.0, 1 - error / max(weight, error)),) for weight in sensitivity)), exits=(0,))
 

@@ -26,10 +26,11 @@ def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inferenc
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
     walked = copy.deepcopy(scheduler)
     walked.set_timesteps(num_inference_steps)
-    zero, found = torch.zeros(1, 1, 1, 1), []
+    zero, there, found = torch.zeros(1, 1, 1, 1), exits.alphas_cumprod.device, []
     for index, time in enumerate(walked.timesteps):
         erred = copy.deepcopy(walked)
-        wrong = exits.output_of(zero, torch.full_like(zero, PROBE), time.reshape(1)).to(zero.dtype)
+        probe = torch.full_like(zero, PROBE, device=there)
+        wrong = exits.output_of(zero.to(there), probe, time.reshape(1).to(there)).to(zero)
         right = _step(walked, zero, time)
         moved = _step(erred, wrong, time) - right
         after = walked.timesteps[index + 1] if index + 1 < len(walked.timesteps) else None

@@ -97,6 +97,10 @@ class TrainConfig:
         for name in ("adam_weight_decay", "max_grad_norm"):
             self._expect(name, "a finite number of at least 0", lambda v: 0 <= v < math.inf)
         self._expect("optimizer", f"one of {OPTIMIZERS}", lambda v: v in OPTIMIZERS)
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError(
+                "mixed_precision='fp16' with optimizer='muon', expected 'bf16' or 'no': one loss scale serves one optimizer"
+            )
         self._expect("mixed_precision", f"one of {PRECISIONS}", lambda v: v in PRECISIONS)
         self._expect("report_to", f"one of {TRACKERS}", lambda v: v in TRACKERS)
 

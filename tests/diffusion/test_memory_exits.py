@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from factories import CLASSES, NULL_CLASS, pipeline, uvit
 from torch import Tensor
 
@@ -16,7 +17,9 @@ from ee_diffusion.core.schedules import FixedDepth, Periodic
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import step_sensitivity
 
 STEPS = 8
 
@@ -193,6 +196,45 @@ def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline
     torch.testing.assert_close(pipe.exits.certainty(0, None, context), 1 - expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_finite(dtype: torch.dtype, tmp_path: Path):
+    """The schedule's table and what is remembered are not rounded: their logarithm and small differences matter."""
+    pipe = pipeline()
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
+    pipe.exits.save_pretrained(tmp_path)
+    loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=dtype)
+    pipe = pipe.to(dtype)
+    rows, time, zero = torch.tensor([0, 1]), torch.tensor([9, 9]), torch.zeros(2, 3, 8, 8, dtype=dtype)
+    for exits in (pipe.exits, loaded):
+        assert exits.alphas_cumprod.dtype == torch.float32
+        assert step_sensitivity(exits, pipe.scheduler, STEPS) == sensitivity
+        assert exits.remember(None, rows, sample=zero, timestep=time, output=zero).values.dtype == torch.float32
+    pipe.exits = loaded
+    images, trace = draw(pipe, remembered(0.5, sensitivity=sensitivity))
+    assert images.isfinite().all()
+    assert (trace.depths == 0).any()
+
+
+def test_a_solvers_second_question_at_one_time_is_answered_in_full():
+    pipe = pipeline()
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    use_sampler(pipe, "heun")
+    trace = draw(pipe, Policy(Threshold(0.0)))[1]
+    again = [step for step in range(1, len(trace.times)) if trace.times[step] == trace.times[step - 1]]
+    after_full = [(step, image) for step in again for image in range(3) if trace.depths[step - 1, image] > 0]
+    assert after_full
+    assert all(trace.depths[step, image] > 0 for step, image in after_full)
+
+
+def test_zero_terminal_snr_is_finite():
+    pipe = pipeline()
+    scheduler = type(pipe.scheduler)(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
+    pipe.register_modules(scheduler=scheduler)
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, scheduler)
+    assert draw(pipe, Policy(schedule=Periodic(2, 2)))[0].isfinite().all()
+
+
 def test_bad_input(pipe: EarlyExitPipeline):
     with pytest.raises(ValueError, match="length=0, expected at least 1"):
         MemoryExits(length=0)
@@ -200,3 +242,11 @@ def test_bad_input(pipe: EarlyExitPipeline):
         MemoryExits(prediction_type="flow")
     with pytest.raises(ValueError, match="sample_size is 16, the model's is 8"):
         MemoryExits(sample_size=16).check_fits(pipe.transformer)
+    with pytest.raises(ValueError, match="know no noise schedule"):
+        MemoryExits(sample_size=8).check_fits(pipe.transformer)
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
+        MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="puts out 6 channels, expected the 3"):
+        MemoryExits.for_pipeline(
+            DiTTransformer2DModel(2, 8, 3, 6, num_layers=1, sample_size=8, patch_size=2), pipe.scheduler
+        )

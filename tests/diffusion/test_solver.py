@@ -25,6 +25,19 @@ def test_ddim_is_what_its_formula_says():
         assert found == pytest.approx(slope.item(), rel=2e-3)
 
 
+def test_euler_is_compared_in_the_scale_the_model_sees():
+    """Its samples are x_0 + sigma eps; the model sees them over sqrt(1 + sigma^2)."""
+    pipe = pipeline()
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    use_sampler(pipe, "euler")
+    measured = step_sensitivity(exits, pipe.scheduler, 10)
+    pipe.scheduler.set_timesteps(10)
+    sigmas = pipe.scheduler.sigmas.double()
+    for now, then, found in zip(sigmas, sigmas[1:], measured, strict=False):
+        slope = (now - then) / now / (1 + then**2).sqrt()
+        assert found == pytest.approx(slope.item(), rel=1e-2)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_a_positive_number_for_each_model_call(name: str):
     pipe = pipeline()
@@ -42,6 +55,8 @@ def test_the_policy_asks_more_certainty_where_a_step_is_sensitive():
     policy = remembered(0.01, sensitivity=(0.001, 0.02, 0.1))
     assert policy.criterion.threshold == ((0.0,), (0.5,), (pytest.approx(0.9),))
     assert policy.exits == (0,)
+    with pytest.raises(ValueError, match="all sensitivities finite"):
+        remembered(0.1, sensitivity=(0.1, float("nan")))
     for bad in (0.0, float("nan")):
         with pytest.raises(ValueError, match="expected a positive number"):
             remembered(bad, sensitivity=(0.1,))

@@ -40,6 +40,11 @@ def test_values_out_of_range_are_named(bad):
         TrainConfig(**bad)
 
 
+def test_one_loss_scale_serves_one_optimizer():
+    with pytest.raises(ValueError, match="mixed_precision='fp16' with optimizer='muon'"):
+        TrainConfig(optimizer="muon", mixed_precision="fp16")
+
+
 def test_endless_schedules_leave_the_number_of_steps_out_of_the_maths():
     assert "max_train_steps" not in TrainConfig().maths()
     assert TrainConfig(lr_scheduler="cosine").maths()["max_train_steps"] == 10_000
