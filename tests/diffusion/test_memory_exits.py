@@ -15,6 +15,7 @@ from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, Periodic
 from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import remembered
@@ -194,6 +195,26 @@ def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline
     expected = torch.tensor([1e-4 * 20 * 40, 2e-4 * 20 * 60])
     torch.testing.assert_close(pipe.exits.expected_error(context["features"]), expected)
     torch.testing.assert_close(pipe.exits.certainty(0, None, context), 1 - expected)
+
+
+@torch.no_grad()
+def test_the_second_call_of_guidance_has_a_memory_of_its_own(pipe: EarlyExitPipeline):
+    model, exits, sample = pipe.transformer, pipe.exits, torch.randn(2, 3, 8, 8)
+    times, labels = (900, 800, 700), (torch.tensor([0, 1]), torch.full((2,), NULL_CLASS))
+    with attach(model, exits) as attachment:
+        session = attachment.start(Policy(schedule=Periodic(3, 2)), rows=torch.arange(2), num_steps=3)
+        for index, time in enumerate(times):
+            for step, label in zip((lambda: session.step(index, time), session.follow), labels, strict=True):  # noqa: B023
+                with attachment.use(step()):
+                    said = model(sample, torch.full((2,), time), label).sample
+    memory = None
+    for time in times[:2]:
+        timestep = torch.full((2,), time)
+        output = model(sample, timestep, labels[1]).sample
+        memory = exits.remember(memory, torch.tensor([0, 1]), sample=sample, timestep=timestep, output=output)
+    torch.testing.assert_close(session.memories[1].values, memory.values)
+    assert not torch.allclose(session.memories[0].values, memory.values)
+    torch.testing.assert_close(said, exits.recall(memory, sample, torch.full((2,), 700))["recalled"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
