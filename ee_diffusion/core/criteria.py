@@ -1,6 +1,6 @@
 """Criteria: when to stop. `decide` is pure: scores and state in, stops and state out; every tensor has leading E elements.
 
-Here: the rules. Not here: measuring (scores.py), which layers may run (schedules.py), who drives (policy.py).
+Here: the rules. Not here: their numbers (thresholds.py), measuring (scores.py), which layers may run (schedules.py).
 E elements, K exits of the policy, S steps.
 """
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.scores import Observation, score_named
+from ee_diffusion.core.thresholds import Thresholds, check_lengths, check_range, threshold_at
 
-Thresholds = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 State = dict[str, Tensor]
 
 
@@ -66,10 +66,10 @@ class Threshold(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
-        _check_range(self.threshold, self.score)
+        check_range(self.threshold, self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
-        _check_lengths(self.threshold, num_steps, num_exits)
+        check_lengths(self.threshold, num_steps, num_exits)
 
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         return {}
@@ -78,7 +78,7 @@ class Threshold(Criterion):
         return score_named(self.score).measure(observation)
 
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
-        return score > _at(self.threshold, where), state
+        return score > threshold_at(self.threshold, where.step, where.exit), state
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,13 @@ class Patience(Criterion):
     consecutive: bool = True
 
     def __post_init__(self) -> None:
-        _check_range(self.threshold, self.score)
+        check_range(self.threshold, self.score)
         counts = self.patience if isinstance(self.patience, tuple) else (self.patience,)
         if not counts or min(counts) < 1:
             raise ValueError(f"patience={self.patience}, expected 1 or more crossings")
 
     def validate(self, num_steps: int, num_exits: int) -> None:
-        _check_lengths(self.threshold, num_steps, num_exits)
+        check_lengths(self.threshold, num_steps, num_exits)
         if isinstance(self.patience, tuple) and len(self.patience) != num_exits:
             raise ValueError(f"patience has {len(self.patience)} values, expected one or {num_exits} (exits)")
 
@@ -112,7 +112,7 @@ class Patience(Criterion):
         return score_named(self.score).measure(observation)
 
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
-        crossed = score > _at(self.threshold, where)  # (E,)
+        crossed = score > threshold_at(self.threshold, where.step, where.exit)  # (E,)
         crossings = state["crossings"] + crossed
         if self.consecutive:
             crossings = torch.where(crossed, crossings, 0)
@@ -186,7 +186,7 @@ class Gate(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
-        _check_range(self.threshold, self.score)
+        check_range(self.threshold, self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
         """Any number of steps and exits fits one threshold."""
@@ -254,7 +254,7 @@ class DecayingThreshold(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
-        _check_range(self.threshold, self.score)
+        check_range(self.threshold, self.score)
         if self.horizon < 1 or not self.rate >= 0:
             raise ValueError(f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a rate >= 0")
 
@@ -275,38 +275,3 @@ class DecayingThreshold(Criterion):
 CRITERIA: dict[str, type[Criterion]] = {
     kind.__name__: kind for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Sampled, Gate, Planned)
 }
-
-
-def _at(thresholds: Thresholds, where: Where) -> float:
-    if not isinstance(thresholds, tuple):
-        return thresholds
-    row = thresholds[where.step] if isinstance(thresholds[0], tuple) else thresholds
-    return row[where.exit]
-
-
-def _check_range(thresholds: Thresholds, name: str) -> None:
-    score = score_named(name)
-    rows = thresholds if isinstance(thresholds, tuple) else (thresholds,)
-    if len({isinstance(row, tuple) for row in rows}) > 1:
-        raise ValueError(f"thresholds {thresholds} mix numbers and rows of numbers")
-    values = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
-    if not values:
-        raise ValueError("thresholds are empty, expected one number, one per exit, or one per step and exit")
-    for value in values:
-        if not isinstance(value, int | float):
-            raise ValueError(
-                f"threshold {value!r} is no number; expected numbers, or tuples of them (to be off, give no criterion)"
-            )
-        if math.isnan(value) or not score.low <= value <= score.high:
-            raise ValueError(f"threshold {value} is outside [{score.low}, {score.high}], the range of score {name!r}")
-
-
-def _check_lengths(thresholds: Thresholds, num_steps: int, num_exits: int) -> None:
-    if not isinstance(thresholds, tuple):
-        return
-    rows = [row for row in thresholds if isinstance(row, tuple)]
-    if rows and len(thresholds) != num_steps:
-        raise ValueError(f"thresholds for {len(thresholds)} steps, this run has {num_steps}")
-    for length in {len(row) for row in rows} or {len(thresholds)}:
-        if length != num_exits:
-            raise ValueError(f"{length} thresholds, expected one for each of {num_exits} exits")

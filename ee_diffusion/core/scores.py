@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.heads import ExitHeads, JudgingHeads, PrunableHeads
+from ee_diffusion.core.registry import add_row
 
 
 class Observation:
@@ -141,9 +142,7 @@ def register_score(name: str, measure: Callable[[Observation], Tensor], *, low: 
     Raises:
         ValueError: the name is taken.
     """
-    if name in SCORES:
-        raise ValueError(f"a score named {name!r} exists already; known: {sorted(SCORES)}")
-    SCORES[name] = Score(measure, low, high)
+    add_row(SCORES, name, Score(measure, low, high), called="the table of scores")
 
 
 def score_named(name: str) -> Score:

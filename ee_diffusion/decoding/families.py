@@ -13,6 +13,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb  # rotates whole heads and parts of them
 
+from ee_diffusion.core.registry import add_row, family_row
+
 Rotary = tuple[Tensor, Tensor] | None
 
 
@@ -122,9 +124,7 @@ def register_family(family: Family) -> None:
     Raises:
         ValueError: the class is known already.
     """
-    if family.class_name in FAMILIES:
-        raise ValueError(f"{family.class_name} is in the family table already")
-    FAMILIES[family.class_name] = family
+    add_row(FAMILIES, family.class_name, family, called="the family table")
 
 
 def family_of(model: PreTrainedModel) -> Family:
@@ -136,8 +136,7 @@ def family_of(model: PreTrainedModel) -> Family:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder, expected a decoder-only causal language model")
-    if name not in FAMILIES:
-        raise ValueError(f"no family for {name}; known: {sorted(FAMILIES)}. Add one with register_family(Family(...))")
+    family = family_row(FAMILIES, model)
     kinds = {
         type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer
     }
@@ -145,7 +144,7 @@ def family_of(model: PreTrainedModel) -> Family:
         raise ValueError(
             f"{name} has cache layers {sorted(kinds)} (a sliding window?), expected layers that keep every position"
         )
-    return FAMILIES[name]
+    return family
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ee_diffusion.core.registry import add_row, family_row
+
 Returns = Literal["image", "text, image", "image, text"]
 
 
@@ -231,9 +233,7 @@ def register_family(family: Family) -> None:
     Raises:
         ValueError: the class is known already.
     """
-    if family.class_name in FAMILIES:
-        raise ValueError(f"{family.class_name} is in the family table already")
-    FAMILIES[family.class_name] = family
+    add_row(FAMILIES, family.class_name, family, called="the family table")
 
 
 def family_of(transformer: nn.Module) -> Family:
@@ -242,10 +242,7 @@ def family_of(transformer: nn.Module) -> Family:
     Raises:
         ValueError: its class is unknown.
     """
-    name = type(transformer).__name__
-    if name not in FAMILIES:
-        raise ValueError(f"no family for {name}; known: {sorted(FAMILIES)}. Add one with register_family(Family(...))")
-    return FAMILIES[name]
+    return family_row(FAMILIES, transformer)
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:

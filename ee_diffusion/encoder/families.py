@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ee_diffusion.core.registry import add_row, family_row
+
 Mask = Tensor | None
 
 
@@ -130,9 +132,7 @@ def register_family(family: Family) -> None:
     Raises:
         ValueError: the class is known already.
     """
-    if family.class_name in FAMILIES:
-        raise ValueError(f"{family.class_name} is in the family table already")
-    FAMILIES[family.class_name] = family
+    add_row(FAMILIES, family.class_name, family, called="the family table")
 
 
 def family_of(model: nn.Module) -> Family:
@@ -141,7 +141,4 @@ def family_of(model: nn.Module) -> Family:
     Raises:
         ValueError: its class is unknown.
     """
-    name = type(model).__name__
-    if name not in FAMILIES:
-        raise ValueError(f"no family for {name}; known: {sorted(FAMILIES)}. Add one with register_family(Family(...))")
-    return FAMILIES[name]
+    return family_row(FAMILIES, model)

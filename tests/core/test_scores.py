@@ -79,7 +79,7 @@ def test_names(monkeypatch):
         score_named("sureness")
     register_score("sureness", lambda observation: observation.hidden.sum((1, 2)), low=-1.0, high=2.0)
     assert score_named("sureness").high == 2.0
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match="in the table of scores already"):
         register_score("sureness", lambda observation: observation.hidden, low=0, high=1)
 
 
