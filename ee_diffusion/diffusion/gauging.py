@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import accepted
 
 STATES = ("exited", "full")
 
@@ -56,6 +57,7 @@ def walk(
     labels = torch.tensor([*class_labels, *[transformer.config.null_class] * count], device=device)  # (R,)
     size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
     scheduler.set_timesteps(num_inference_steps, device=device)
+    noise = accepted(scheduler, generator=generator)
     latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
     memory: Memory | None = None
     seen: list[tuple[Tensor, Tensor, int]] = []
@@ -73,7 +75,7 @@ def walk(
             output = torch.where(skipped[:, None, None, None], known["recalled"], output)
         conditional, unconditional = output.chunk(2)
         guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, time, latents).prev_sample
+        latents = scheduler.step(guided, time, latents, **noise).prev_sample
     steps = [torch.full((len(errors),), index) for _, errors, index in seen]
     return Walk(torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen]), torch.cat(steps))
 

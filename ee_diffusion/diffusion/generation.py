@@ -109,18 +109,24 @@ def generate(
     return joined(parts)
 
 
-def controls_of(trace: Trace, *, seed: int) -> dict[str, Policy]:
+def controls_of(trace: Trace, *, seed: int, warm_up: int = 0) -> dict[str, Policy]:
     """What a learned exit must beat, made of its own trace (ids 0..n-1): `static`, a schedule with the policy's own mean depth per
-    step; `random_per_step`, exits dealt out anew among the images of each step; `random_overall`, among all steps and images."""
+    step; `random_per_step`, exits dealt out anew among the images of each step; `random_overall`, among all steps and images.
+
+    The first `warm_up` steps stay as they were (an answer from memory needs full steps before it).
+    """
     depths, num_layers = trace.depths.long(), trace.planned.shape[1]
+    first, rest = depths[:warm_up], depths[warm_up:]
     generator = torch.Generator().manual_seed(seed)
 
     def planned(table: Tensor) -> Policy:
         return Policy(Planned(tuple(tuple(row) for row in table.tolist())))
 
     exits = tuple(trace.exits.tolist())
+    begun = (static_depths(row[None], exits, num_layers=num_layers)[0] for row in first)
+    static = (*begun, *static_depths(rest, exits, num_layers=num_layers))
     return {
-        "static": Policy(schedule=DepthPerStep(static_depths(depths, exits, num_layers=num_layers))),
-        "random_per_step": planned(shuffled_per_step(depths, generator)),
-        "random_overall": planned(shuffled_overall(depths, generator)),
+        "static": Policy(schedule=DepthPerStep(static)),
+        "random_per_step": planned(torch.cat([first, shuffled_per_step(rest, generator)])),
+        "random_overall": planned(torch.cat([first, shuffled_overall(rest, generator)])),
     }

@@ -69,8 +69,13 @@ class MemoryExits(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: a length below 1, a scheduler without `alphas_cumprod` (flow matching) or that predicts something unknown, a model
-                that puts out something else than its input's channels.
+                that puts out something else than its input's channels or whose samples are not square images (no `sample_size`).
         """
+        for name in ("in_channels", "sample_size"):
+            if not isinstance(transformer.config.get(name), int):
+                raise ValueError(
+                    f"{type(transformer).__name__} has {name}={transformer.config.get(name)!r}, expected a number: images (C, H, H)"
+                )
         if getattr(scheduler, "alphas_cumprod", None) is None:
             raise ValueError(
                 f"{type(scheduler).__name__} has no alphas_cumprod, expected a variance-preserving scheduler"
@@ -94,9 +99,9 @@ class MemoryExits(ModelMixin, ConfigMixin):
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another model's sizes."""
         for name in ("in_channels", "sample_size"):
-            if self.config[name] != model.config[name]:
+            if self.config[name] != model.config.get(name):
                 raise ValueError(
-                    f"heads of another model: {name} is {self.config[name]}, the model's is {model.config[name]}"
+                    f"heads of another model: {name} is {self.config[name]}, the model's is {model.config.get(name)}"
                 )
 
         if model.config.get("out_channels") not in (None, self.config.in_channels):
@@ -154,9 +159,10 @@ class MemoryExits(ModelMixin, ConfigMixin):
         return context["recalled"]
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """`1 - min(u, 1)` (R,); 0 where memory is not full yet or was never put to the test."""
+        """`1 - min(u, 1)` (R,); 0 where memory is not full yet or was never put to the test; NaN where what it remembers is not finite."""
         error = self.expected_error(context["features"])
-        return torch.where(error.isnan(), 0.0, 1 - error.clamp(max=1.0))
+        finite = context["recalled"].flatten(1).isfinite().all(1)  # (R,)
+        return torch.where(error.isnan(), 0.0, 1 - error.clamp(max=1.0)).where(finite, torch.nan)
 
     def expected_error(self, features: Tensor) -> Tensor:
         """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""

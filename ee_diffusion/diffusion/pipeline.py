@@ -28,6 +28,7 @@ from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff
+from ee_diffusion.diffusion.solver import accepted
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -121,9 +122,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         labels = labels if labels is None else labels.to(device)
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.null_class)])  # (2B,)
-        step_arguments = {"generator": generator, "eta": eta}
-        accepted = inspect.signature(self.scheduler.step).parameters
-        step_arguments = {name: value for name, value in step_arguments.items() if name in accepted}
+        step_arguments = accepted(self.scheduler, generator=generator, eta=eta)
 
         with self._exits_on(policy) as attachment:
             session = self._session(attachment, policy, count, guided=guided, num_steps=len(times), image_ids=image_ids)

@@ -1,9 +1,11 @@
-"""What an error of the prediction does to a solver's step. Here: measuring it on the scheduler itself. Not here: predicting the error."""
+"""A solver's step: what it accepts, and what an error of the prediction does to it, measured on the scheduler itself. Not here: predicting
+the error."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -11,6 +13,12 @@ from diffusers import SchedulerMixin
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 
 PROBE = 1e-3  # small, so that no clipping of the clean image interferes
+
+
+def accepted(scheduler: SchedulerMixin, **offered: Any) -> dict[str, Any]:
+    """Those of the `offered` arguments that the scheduler's `step` has (not every one draws noise or knows `eta`)."""
+    known = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in offered.items() if name in known}
 
 
 def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[float, ...]:
@@ -42,7 +50,5 @@ def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inferenc
 
 def _step(scheduler: SchedulerMixin, output: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     scheduler.scale_model_input(torch.zeros_like(output), time)  # some schedulers find their place by this call
-    noise = {"generator": torch.Generator().manual_seed(0)}
-    accepted = inspect.signature(scheduler.step).parameters
-    noise = {name: value for name, value in noise.items() if name in accepted}
+    noise = accepted(scheduler, generator=torch.Generator().manual_seed(0))
     return scheduler.step(output, time, torch.zeros_like(output), **noise).prev_sample

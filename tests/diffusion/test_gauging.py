@@ -7,6 +7,7 @@ import torch
 from factories import pipeline
 
 from ee_diffusion.diffusion.gauging import Walk, fit_gauge, walk
+from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 
@@ -41,6 +42,47 @@ def test_without_skipping_the_errors_are_those_of_the_line_through_the_last_two_
     ]
     torch.testing.assert_close(found.errors, torch.cat(true), rtol=1e-3, atol=1e-4)
     assert found.steps.unique().tolist() == list(range(3, 10))
+
+
+def test_rows_are_the_images_with_their_labels_then_without(pipe: EarlyExitPipeline):
+    """Both rows of an image are remembered, or neither; the first half of a step's rows is conditional; the walk is guided by both."""
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+    kept: list[torch.Tensor] = []
+    remember = exits.remember
+
+    def watch(module, args, kwargs, output):
+        asked.append((args[0], args[2], output.sample))
+
+    def remembering(memory, rows, **said):
+        kept.append(rows)
+        return remember(memory, rows, **said)
+
+    hook = pipe.transformer.register_forward_hook(watch, with_kwargs=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exits, "remember", remembering)
+            seen(pipe, exits, states="full")
+    finally:
+        hook.remove()
+    assert any(0 < len(rows) < 6 for rows in kept)
+    assert all(sorted(rows[rows < 3].tolist()) == sorted((rows[rows >= 3] - 3).tolist()) for rows in kept)
+    assert all(labels.tolist() == [0, 1, 2, *[pipe.transformer.config.null_class] * 3] for _, labels, _ in asked)
+    scheduler = sampler("ddim", like=pipe.scheduler)
+    scheduler.set_timesteps(10)
+    (sample, _, output), (after, _, _) = asked[:2]
+    guided = output[3:] + 2.0 * (output[:3] - output[3:])
+    moved = scheduler.step(guided, scheduler.timesteps[0], sample[:3]).prev_sample
+    torch.testing.assert_close(after, torch.cat([moved, moved]))
+
+
+def test_a_seed_repeats_a_walk_whose_scheduler_draws_noise(pipe: EarlyExitPipeline):
+    noisy = EarlyExitPipeline(pipe.transformer, sampler("ddpm", like=pipe.scheduler), pipe.exits)
+    exits = MemoryExits.for_pipeline(pipe.transformer, noisy.scheduler)
+    torch.manual_seed(1)
+    first = seen(noisy, exits)
+    torch.manual_seed(2)
+    assert torch.equal(seen(noisy, exits).errors, first.errors)
 
 
 def test_states_differ_only_in_where_the_walk_leads(pipe: EarlyExitPipeline):

@@ -9,6 +9,7 @@ from factories import CLASSES, pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.generation import SAMPLERS, controls_of, generate, use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
 
 SEEDS, LABELS = [5, 9, 2, 7, 1], [index % CLASSES for index in range(5)]
 
@@ -54,6 +55,22 @@ def test_controls_of_a_trace():
     assert torch.equal(found["random_per_step"].sort(1).values, trace.depths.sort(1).values)
     assert torch.equal(found["random_overall"].flatten().sort().values, trace.depths.flatten().sort().values)
     assert not torch.equal(found["random_per_step"], trace.depths)
+
+
+def test_controls_leave_the_warm_up_as_it_was():
+    """Full steps before the first answer from memory: under a plain static schedule the first would fall to depth 0."""
+    pipe = pipeline()
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    call = {"batch_size": 2, "num_inference_steps": 8, "guidance_scale": 1.5}
+    trace = generate(pipe, SEEDS, LABELS, exit_policy=Policy(Threshold(0.4)), **call).trace
+    layers = trace.planned.shape[1]
+    assert (trace.depths == 0).any()
+    for policy in controls_of(trace, seed=0, warm_up=2).values():
+        depths = generate(pipe, SEEDS, LABELS, exit_policy=policy, **call).trace.depths
+        assert (depths[:2] == layers).all()
+        assert abs(float(depths.float().mean() - trace.depths.float().mean())) <= layers / 8
+    with pytest.raises(ValueError, match="before the first full step"):
+        generate(pipe, SEEDS, LABELS, exit_policy=controls_of(trace, seed=0)["random_overall"], **call)
 
 
 def test_ids_begin_where_they_are_told_to():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from factories import CLASSES, NULL_CLASS, pipeline, uvit
+from tiny_families import model_named
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Threshold
@@ -204,9 +205,10 @@ def test_the_second_call_of_guidance_has_a_memory_of_its_own(pipe: EarlyExitPipe
     with attach(model, exits) as attachment:
         session = attachment.start(Policy(schedule=Periodic(3, 2)), rows=torch.arange(2), num_steps=3)
         for index, time in enumerate(times):
-            for step, label in zip((lambda: session.step(index, time), session.follow), labels, strict=True):  # noqa: B023
-                with attachment.use(step()):
-                    said = model(sample, torch.full((2,), time), label).sample
+            with attachment.use(session.step(index, time)):
+                model(sample, torch.full((2,), time), labels[0])
+            with attachment.use(session.follow()):
+                said = model(sample, torch.full((2,), time), labels[1]).sample
     memory = None
     for time in times[:2]:
         timestep = torch.full((2,), time)
@@ -248,6 +250,35 @@ def test_a_solvers_second_question_at_one_time_is_answered_in_full():
     assert all(trace.depths[step, image] > 0 for step, image in after_full)
 
 
+def test_a_broken_output_is_not_remembered_in_silence(pipe: EarlyExitPipeline):
+    """A model that says NaN at its second step: the score of the next is NaN and raises, instead of full steps that hide it."""
+    calls = []
+
+    def nan_once(module, args, output):
+        calls.append(len(args[0]))
+        return output * torch.nan if len(calls) == 2 else output
+
+    hook = pipe.transformer.proj_out.register_forward_hook(nan_once)
+    try:
+        with pytest.raises(ValueError, match="NaN score at step 2"):
+            draw(pipe, Policy(Threshold(0.5)))
+    finally:
+        hook.remove()
+    assert calls == [6, 6, 6]
+
+
+def test_the_features_by_hand(pipe: EarlyExitPipeline):
+    """log(bend |t - t_0| |t - t_1|), log(|t - t_0| / 20), l / 5 and its square, l = log(a_t / s_t)."""
+    memory = Memory(torch.zeros(1, 2, 3, 8, 8), torch.tensor([[520.0, 560.0]]).double(), torch.tensor([1e-4]).double())
+    said = pipe.exits.recall(memory, torch.zeros(1, 3, 8, 8), torch.tensor([480]))["features"]
+    alpha = pipe.scheduler.alphas_cumprod[480].double()
+    ratio = (alpha / (1 - alpha)).log() / 2 / 5
+    expected = torch.stack(
+        [torch.tensor(1e-4 * 40 * 80).double().log(), torch.tensor(2.0).double().log(), ratio, ratio**2]
+    )
+    torch.testing.assert_close(said[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_zero_terminal_snr_is_finite():
     pipe = pipeline()
     scheduler = type(pipe.scheduler)(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
@@ -267,6 +298,8 @@ def test_bad_input(pipe: EarlyExitPipeline):
         MemoryExits(sample_size=8).check_fits(pipe.transformer)
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
         MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="WanTransformer3DModel has sample_size=None, expected a number"):
+        MemoryExits.for_pipeline(model_named("WanTransformer3DModel"), pipe.scheduler)
     with pytest.raises(ValueError, match="puts out 6 channels, expected the 3"):
         MemoryExits.for_pipeline(
             DiTTransformer2DModel(2, 8, 3, 6, num_layers=1, sample_size=8, patch_size=2), pipe.scheduler

@@ -38,6 +38,14 @@ def test_euler_is_compared_in_the_scale_the_model_sees():
         assert found == pytest.approx(slope.item(), rel=1e-2)
 
 
+def test_clipping_of_the_clean_image_does_not_hide_the_error():
+    """The probe is small and starts from zero, so that a scheduler that clips gives the numbers of one that does not."""
+    pipe = pipeline()
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    clipping = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=True)
+    assert step_sensitivity(exits, clipping, 10) == pytest.approx(step_sensitivity(exits, pipe.scheduler, 10), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_a_positive_number_for_each_model_call(name: str):
     pipe = pipeline()
