@@ -13,17 +13,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
-from options import SamplingOptions, flag, load, parse
+from options import SamplingOptions, flag, load, parse, results_folder
 from tradeoff import Candidate, Draw, in_turns, judge_of, row
 
-from ee_diffusion.core.calibrate import shuffled_overall, shuffled_per_step, static_depths
-from ee_diffusion.core.criteria import Planned
-from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.generation import Generated, controls_of, generate
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff, periodic_cache, remembered
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -100,23 +95,10 @@ def candidates_of(options: FrontierOptions, sensitivity: tuple[float, ...]) -> l
 
 def controls(candidate: Candidate, trace: Trace, *, seed: int) -> list[Candidate]:
     """What knowing the image must beat: the same numbers of full steps, dealt out without looking at it."""
-    depths, num_layers = trace.depths.long(), trace.planned.shape[1]
-    generator = torch.Generator().manual_seed(seed)
-    first, rest = depths[:WARM_UP], depths[WARM_UP:]
-    static = static_depths(rest, (0,), num_layers=num_layers)
-    policies = {
-        "static": Policy(schedule=DepthPerStep((*[num_layers] * WARM_UP, *static)), exits=(0,)),
-        "random_per_step": _planned(torch.cat([first, shuffled_per_step(rest, generator)])),
-        "random_overall": _planned(torch.cat([first, shuffled_overall(rest, generator)])),
-    }
     return [
         Candidate(f"{kind} {candidate.budget}", kind, candidate.budget, policy, candidate.steps)
-        for kind, policy in policies.items()
+        for kind, policy in controls_of(trace, seed=seed, warm_up=WARM_UP).items()
     ]
-
-
-def _planned(table: torch.Tensor) -> Policy:
-    return Policy(Planned(tuple(tuple(line) for line in table.tolist())), exits=(0,))
 
 
 def picture(rows: list[dict], path: Path) -> None:
@@ -146,11 +128,7 @@ def verdict(rows: list[dict]) -> str:
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, FrontierOptions, description=__doc__)
-    if sampling.output_dir is None:
-        raise ValueError("--output_dir is missing, expected a folder for the results")
-    folder = Path(sampling.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline = load(sampling)
+    folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from options import SamplingOptions, flag, load, parse
+from options import SamplingOptions, flag, load, parse, results_folder
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
@@ -62,8 +62,7 @@ def write(folder: Path, parts: list[Generated], chosen: list[int], labels: list[
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, GenerateOptions, description=__doc__)
-    if sampling.output_dir is None:
-        raise ValueError("--output_dir is missing, expected a folder for the results")
+    folder = results_folder(sampling)
     chosen, policy, state = (
         seeds(options.split, options.count),
         policy_of(options),
@@ -86,8 +85,6 @@ def main() -> None:
         )
     parts = gather_object([part])
     if state.is_main_process:
-        folder = Path(sampling.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", asdict(sampling) | asdict(options))
         write(
             folder,

@@ -10,6 +10,7 @@ equal counts only. Writes metrics.md, config.json and report.json.
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -112,6 +113,14 @@ def measured(options: MetricsOptions, images: Tensor, labels: Tensor | None, dev
     return found
 
 
+def drawn_with(images: str) -> dict | None:
+    """The settings that eval/generate.py wrote beside its samples; None for images of another origin."""
+    beside = Path(images).parent / "config.json"
+    if Path(images).is_dir() or not beside.exists():
+        return None
+    return json.loads(beside.read_text(encoding="utf-8"))
+
+
 def lines(found: dict[str, object]) -> list[dict]:
     made = []
     for name, result in found.items():
@@ -132,7 +141,8 @@ def main() -> None:
     folder = Path(options.output_dir)
     write_json(folder / "config.json", asdict(options))
     found = measured(options, images, labels, device)
-    write_report(folder / "report.json", {"reference": f"cifar10 {options.reference}", **found}, device=device)
+    facts = {"samples": drawn_with(options.images), "reference": f"cifar10 {options.reference}"}
+    write_report(folder / "report.json", facts | found, device=device)
     write_text(folder / "metrics.md", markdown_table(lines(found)))
     print((folder / "metrics.md").read_text(encoding="utf-8"))
 

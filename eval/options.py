@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
@@ -46,6 +47,15 @@ def parse(*kinds: type, description: str) -> tuple:
         print(json.dumps({name: value for option in options for name, value in asdict(option).items()}, indent=2))
         raise SystemExit(0)
     return tuple(options)
+
+
+def results_folder(options: SamplingOptions) -> Path:
+    """The folder that --output_dir names, made. Raises ValueError if there is none."""
+    if options.output_dir is None:
+        raise ValueError("--output_dir is missing, expected a folder for the results")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def load(options: SamplingOptions) -> EarlyExitPipeline:

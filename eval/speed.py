@@ -15,11 +15,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 
 import torch
-from options import SamplingOptions, flag, load, parse
+from options import SamplingOptions, flag, load, parse, results_folder
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Threshold
@@ -234,10 +233,7 @@ def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int)
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
-    if sampling.output_dir is None:
-        raise ValueError("--output_dir is missing, expected a folder for the results")
-    pipeline, folder = load(sampling), Path(sampling.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, pipeline = results_folder(sampling), load(sampling)
     ideal = Ideal(pipeline, options.repeats)
     overheads = [overhead(pipeline, rows, options, sampling.seed) for rows in options.batch_sizes]
     gains = [

@@ -18,7 +18,7 @@ from statistics import median
 
 import torch
 from matplotlib.figure import Figure
-from options import SamplingOptions, flag, load, parse
+from options import SamplingOptions, flag, load, parse, results_folder
 from tqdm.auto import tqdm
 
 from ee_diffusion.core.calibrate import value_for_budget
@@ -173,11 +173,7 @@ def picture(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, TradeoffOptions, description=__doc__)
-    if sampling.output_dir is None:
-        raise ValueError("--output_dir is missing, expected a folder for the results")
-    folder = Path(sampling.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    pipeline = load(sampling)
+    folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
     draw, judge = (
         drawer(pipeline, sampling),

@@ -11,10 +11,9 @@ Also the rank correlation over everything pooled, which a table of constants wou
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from options import SamplingOptions, flag, load, parse
+from options import SamplingOptions, flag, load, parse, results_folder
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
@@ -94,9 +93,7 @@ def table(said: Tensor, error: Tensor, times: list[int], depths: tuple[int, ...]
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, UncertaintyOptions, description=__doc__)
-    if sampling.output_dir is None:
-        raise ValueError("--output_dir is missing, expected a folder for the results")
-    pipeline = load(sampling)
+    folder, pipeline = results_folder(sampling), load(sampling)
     images, labels = held_out(options, pipeline.transformer.config.num_classes)
     total = pipeline.scheduler.config.num_train_timesteps
     times = [round((i + 0.5) * total / options.timesteps) for i in range(options.timesteps)]
@@ -111,8 +108,6 @@ def main() -> None:
         "u_mean": said.mean(2).tolist(),
         "error_to_noise_mean": to_noise.mean(2).tolist(),
     }
-    folder = Path(sampling.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     facts = {"settings": asdict(sampling) | asdict(options), "environment": environment(), "times": times}
     write_json(folder / "uncertainty.json", facts | {"rows": rows, "spread": spread})
     text = "".join(

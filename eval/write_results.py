@@ -30,9 +30,13 @@ def environment(report: dict) -> str:
 
 
 def settings(report: dict) -> str:
+    return f"Settings: {listed(report['settings'])}.\n"
+
+
+def listed(values: dict) -> str:
+    """Settings in a line, without places on a disk."""
     places = ("model", "output_dir", "cache_dir", "data", "data_files", "device")
-    shown = {name: value for name, value in report["settings"].items() if name not in places and value is not None}
-    return "Settings: " + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".\n"
+    return ", ".join(f"{name} {value}" for name, value in values.items() if name not in places and value is not None)
 
 
 def training(report: dict) -> str:
@@ -48,7 +52,9 @@ def metrics(report: dict) -> str:
             facts = report[name]
             value, against = facts.get("value", facts.get("mean")), facts.get("reference_count")
             rows.append({"figure": name, "value": value, "images": facts["count"], "reference images": against})
-    return markdown_table(rows) + f"\nReference: {report['reference']}. {environment(report)}"
+    drawn = report.get("samples")
+    samples = "Samples: not said how they were drawn.\n" if drawn is None else f"Samples drawn with: {listed(drawn)}.\n"
+    return markdown_table(rows) + f"\n{samples}Reference: {report['reference']}. {environment(report)}"
 
 
 def tradeoff(report: dict) -> str:
@@ -114,16 +120,28 @@ def demo(report: dict) -> str:
 
 
 SECTIONS = {
-    "train-": ("Training", "accelerate launch train/train_uvit.py --preset ...", training),
+    "train-": ("Training", "accelerate launch train/train_uvit.py --preset NAME", training),
     "metrics": (
         "The full-depth generator",
-        "python eval/metrics.py --images ... --metrics fd fid kid accuracy",
+        "python eval/metrics.py --images runs/samples/samples.safetensors --output_dir runs/metrics --metrics fd fid kid accuracy",
         metrics,
     ),
-    "tradeoff": ("DeeDiff's trade-off beside its controls", "python eval/tradeoff.py --output_dir ...", tradeoff),
-    "frontier": ("Answers from memory beside what is simpler", "python eval/frontier.py --output_dir ...", frontier),
-    "speed": ("The clock of one forward", "python eval/speed.py --output_dir ...", speed),
-    "uncertainty": ("What the uncertainty modules know", "python eval/uncertainty.py --output_dir ...", uncertainty),
+    "tradeoff": (
+        "DeeDiff's trade-off beside its controls",
+        "python eval/tradeoff.py --output_dir runs/tradeoff",
+        tradeoff,
+    ),
+    "frontier": (
+        "Answers from memory beside what is simpler",
+        "python eval/frontier.py --output_dir runs/frontier",
+        frontier,
+    ),
+    "speed": ("The clock of one forward", "python eval/speed.py --output_dir runs/speed", speed),
+    "uncertainty": (
+        "What the uncertainty modules know",
+        "python eval/uncertainty.py --output_dir runs/uncertainty",
+        uncertainty,
+    ),
     "demo": ("The demo", "make demo", demo),
 }
 

@@ -57,17 +57,17 @@ def uvit(kind: str = "class", *, num_layers: int = 7, **config) -> UViTTransform
     return model.eval()
 
 
-def dit(num_layers: int = 5) -> DiTTransformer2DModel:
+def dit(num_layers: int = 5, *, channels: int = CHANNELS, classes: int = CLASSES) -> DiTTransformer2DModel:
     """A tiny DiT of diffusers, class-conditional with its null class."""
     model = DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=num_layers,
         sample_size=SIZE,
         patch_size=2,
-        num_embeds_ada_norm=CLASSES,
+        num_embeds_ada_norm=classes,
     )
     return randomise(model, seed=2).eval()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
-from factories import SIZE, randomise
+from diffusers import AutoencoderTiny, DDIMScheduler, DiTPipeline
+from factories import dit
 
 LATENT_CHANNELS = 4
 
@@ -23,16 +23,7 @@ def tiny_vae(times: int = 1) -> AutoencoderTiny:
 
 def dit_pipeline(num_layers: int = 4) -> DiTPipeline:
     """A stock DiTPipeline; its null class is 1000, as it is written into that class."""
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=LATENT_CHANNELS,
-        out_channels=LATENT_CHANNELS,
-        num_layers=num_layers,
-        sample_size=SIZE,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
-    made = DiTPipeline(randomise(transformer, seed=2).eval(), tiny_vae(), DDIMScheduler(clip_sample=False))
+    transformer = dit(num_layers, channels=LATENT_CHANNELS, classes=1000)
+    made = DiTPipeline(transformer, tiny_vae(), DDIMScheduler(clip_sample=False))
     made.set_progress_bar_config(disable=True)
     return made

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 
 import torch
-from torchmetrics.functional import spearman_corrcoef
 
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.gauges import gauge_figures
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
@@ -39,15 +39,8 @@ def flags() -> argparse.Namespace:
 
 
 @torch.no_grad()
-def figures(exits: MemoryExits, seen: Walk) -> dict[str, float]:
-    """`factor`: median of max(u / e, e / u); `bias`: median of u / e; `rank`: rank correlation of u with the true error e within a step,
-    mean over steps (a constant has 0)."""
-    said = exits.expected_error(seen.features)
-    ratio = (said / seen.errors.clamp(min=1e-6)).log()
-    places = [seen.steps == step for step in seen.steps.unique() if int((seen.steps == step).sum()) > 2]
-    ranks = [spearman_corrcoef(said[here], seen.errors[here]).item() for here in places]
-    facts = {"factor": ratio.abs().median().exp().item(), "bias": ratio.median().exp().item()}
-    return facts | {"rank": sum(ranks) / len(ranks), "moments": len(seen.errors)}
+def figures(exits: MemoryExits, seen: Walk) -> dict[str, float | int | None]:
+    return gauge_figures(exits.expected_error(seen.features), seen.errors, groups=seen.steps)
 
 
 def main() -> None:
