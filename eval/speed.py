@@ -121,7 +121,11 @@ class Ideal:
     """Ideal time of a forward from the median times of its parts, each measured once at each number of rows."""
 
     def __init__(self, pipeline: EarlyExitPipeline, repeats: int):
-        self.transformer, self.exits, self.repeats = pipeline.transformer, pipeline.exits, repeats
+        self.transformer, self.exits, self.repeats = (
+            pipeline.transformer,
+            pipeline.exits.packed(),
+            repeats,
+        )  # as in a run
         self.table: dict[tuple[str, int], float] = {}
         self.parts = {f"block {layer}": self._block(layer) for layer in range(len(self.transformer.transformer_blocks))}
         for exit in range(len(self.exits.depths)):

@@ -7,7 +7,6 @@ scores stay on their device, and one host sync per decision (marked) brings the 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,23 +14,13 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import Planned, State, Where
 from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.rows import Departure, repeats_of
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.scores import per_element
 from ee_diffusion.core.trace import Trace
 
 if TYPE_CHECKING:
     from ee_diffusion.core.policy import Policy
-
-
-@dataclass(frozen=True)
-class Departure:
-    """Rows that leave after an exit: `exit` among the heads; `leave` and `keep`: positions among the rows that were running;
-    `rows`: the leaving rows' places in the whole batch."""
-
-    exit: int
-    leave: Tensor
-    keep: Tensor
-    rows: Tensor
 
 
 class Session:
@@ -58,8 +47,12 @@ class Session:
         num_elements = int(rows.max()) + 1
         self.all_rows = torch.arange(len(rows))
         self.rows_per_element = torch.bincount(rows, minlength=num_elements).to(torch.int16)  # (E,)
-        self.repeats = _repeats(rows, num_elements)
+        self.repeats = repeats_of(rows, num_elements)
         self.elements_there = rows.to(self.device)  # (R,) as `rows`, on the device
+        self.all_alive = torch.ones(num_elements, dtype=torch.bool)
+        self.no_rows = torch.zeros(num_elements, dtype=torch.int16)
+        self.full_depths = torch.full((num_elements,), num_layers, dtype=torch.int16)
+        self.no_scores = torch.full((len(exits), num_elements), torch.nan)
         self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
@@ -150,25 +143,27 @@ class StepSession:
         self.session, self.index, self.time = session, index, time
         self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
         self.last = depth_of(self.layers)  # the depth at which everyone leaves
-        num_elements, num_exits = len(session.elements), len(session.exits)
+        num_exits = len(session.exits)
         self.rows = session.all_rows  # (r,) rows still running, as places in the whole batch
-        self.alive = torch.ones(num_elements, dtype=torch.bool)
-        self.depths = torch.full((num_elements,), num_layers, dtype=torch.int16)
+        self.alive, self.depths, self.scores = (
+            session.all_alive,
+            session.full_depths,
+            session.no_scores,
+        )  # replaced, never written to
         self.measured, self.answered = [0] * num_exits, [0] * num_exits  # rows
-        self.scores = torch.full((num_exits, num_elements), torch.nan)
         self._scores_there: dict[int, Tensor] = {}
         self._elements_there = session.elements_there  # (r,) element of each running row, on the device
-        self._ran = [torch.zeros(num_elements, dtype=torch.int16)] * num_layers  # for each layer (E,)
+        self._ran = [session.no_rows] * num_layers  # for each layer (E,)
         self._counts = session.rows_per_element  # (E,) running rows of each element
-        criterion, ids = policy.criterion, session.elements.to(session.device)
         self._state: State = {}
-        if criterion is not None and leader is None:
-            self._state = criterion.start(ids, step=index, previous=session.state)
+        if policy.criterion is not None and leader is None:
+            ids = session.elements.to(session.device)
+            self._state = policy.criterion.start(ids, step=index, previous=session.state)
 
     def leave_out(self, absent: Tensor) -> None:
         """Elements (E,) bool that have no part in this step: depth -1, no row runs."""
         self.alive = ~absent
-        self.depths[absent] = -1
+        self.depths = self.depths.masked_fill(absent, -1)
         self._counts = self._counts.masked_fill(absent, 0)
         self.rows = self.rows[self.alive[self.session.rows]]
         self._elements_there = self.session.rows[self.rows].to(self.session.device)
@@ -233,7 +228,7 @@ class StepSession:
         stop, self._state = criterion.decide(score, where, self._state)
         if self.session.policy.record_all:
             return None
-        return self._leave_where(stop.cpu(), depth)  # the host sync of this exit
+        return self._leave_where(stop if stop.is_cpu else stop.cpu(), depth)  # the host sync of this exit
 
     def close(self) -> None:
         """End the step: scores come to the host, the state goes to the session.
@@ -243,11 +238,14 @@ class StepSession:
         """
         self.session.require_open(self)
         if self._scores_there:
-            self.scores[list(self._scores_there)] = torch.stack(list(self._scores_there.values())).cpu()
+            said = torch.stack(list(self._scores_there.values())).cpu()  # in the order of the exits
+            if len(said) < len(self.scores):
+                said = self.scores.index_copy(0, torch.tensor(list(self._scores_there)), said)
+            self.scores = said
         if self.leader is None:
             self.session.state = self._state
         self.session.closed(self)
-        if bool(self.scores.isnan().any()):
+        if self._scores_there and bool(self.scores.isnan().any()):
             self._refuse_nan()
 
     def _refuse_nan(self) -> None:
@@ -266,7 +264,8 @@ class StepSession:
             return torch.full((num_elements,), torch.nan, device=self.session.device)
         repeats = self.session.repeats
         if repeats and len(rows) == len(self.session.rows):  # the usual case, cheaper than a scatter
-            score = rows.float() if repeats == 1 else rows.float().view(repeats, num_elements).amin(0)
+            score = rows if rows.dtype == torch.float32 else rows.float()
+            score = score if repeats == 1 else score.view(repeats, num_elements).amin(0)
         else:
             score = per_element(rows, self._elements_there, num_elements=num_elements)
         self._scores_there[exit] = score
@@ -274,6 +273,8 @@ class StepSession:
         return score  # (E,)
 
     def _leave_where(self, stopped: Tensor, depth: int) -> Departure | None:
+        if True not in stopped.tolist():  # the usual case; a list of few is quicker to search than a tensor
+            return None
         return self._leave(depth, stopped) if bool((stopped & self.alive).any()) else None
 
     def _leave(self, depth: int, stopped: Tensor) -> Departure:
@@ -281,8 +282,8 @@ class StepSession:
         leaving = stopped[elements]  # (r,) bool
         leave, keep = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
         departure = Departure(self.session.heads_exits[depth], leave, keep, self.rows[leave])
-        self.depths[stopped & self.alive] = depth
-        self.alive &= ~stopped
+        self.depths = self.depths.masked_fill(stopped & self.alive, depth)
+        self.alive = self.alive & ~stopped
         self._counts = self._counts.masked_fill(stopped, 0)
         self.rows = self.rows[keep]
         self._elements_there = elements[keep].to(self.session.device, non_blocking=True)
@@ -291,9 +292,3 @@ class StepSession:
     def answer_evaluated(self, depth: int, num_rows: int) -> None:
         """The driver says: the head at that depth was evaluated on so many rows."""
         self.answered[self.session.exits[depth]] += num_rows
-
-
-def _repeats(rows: Tensor, num_elements: int) -> int:
-    """n if rows (R,) are the elements in order, n times over (one row each, or guidance); else 0."""
-    times, rest = divmod(len(rows), num_elements)
-    return 0 if rest or not torch.equal(rows, torch.arange(num_elements).repeat(times)) else times

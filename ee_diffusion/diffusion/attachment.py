@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,15 @@ class RememberingHeads(DenoiserHeads, Protocol):
         ...
 
 
+@runtime_checkable
+class PackableHeads(DenoiserHeads, Protocol):
+    """Heads that have a faster form for a run without gradients."""
+
+    def packed(self) -> DenoiserHeads:
+        """The same answers and certainties, from the weights as they are now."""
+        ...
+
+
 class Attachment:
     """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
     compute exactly what they did before.
@@ -62,6 +72,9 @@ class Attachment:
         self.blocks = blocks_of(transformer)
         self.layers = layers_of(transformer, family)
         self.runs: Runs | None = None
+        self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
+        self._packed: WeakKeyDictionary[Session, DenoiserHeads] = WeakKeyDictionary()
+        self._packable = isinstance(heads, PackableHeads)
         self._passage: Passage | None = None
         self._step: StepSession | None = None
         self._signature = inspect.signature(type(transformer).forward)
@@ -174,17 +187,18 @@ class Attachment:
         sample = arguments["hidden_states"]
         self._check(step, sample)
         timestep = self._timestep(arguments, sample)  # (R,)
-        context = self._context(step, sample, timestep)
+        heads = self._heads_of(step.session)
+        context = self._context(heads, step, sample, timestep)
         if step.measures and self.family.image_tokens is not None:
             context["image_tokens"] = self.family.image_tokens(self.transformer, arguments)  # (R, N)
-        self._passage = Passage(Lane(step, self.heads, context), self.family, self.layers, arguments)
+        self._passage = Passage(Lane(step, heads, context), self.family, self.layers, arguments)
         output = original(*args, **kwargs)
         if self.heads.space == "output":
             if isinstance(output, tuple):
                 output = (self._passage.answers(output[0]), *output[1:])
             else:
                 output.sample = self._passage.answers(output.sample)
-        if isinstance(self.heads, RememberingHeads) and not step.finished:
+        if self._remembering and not step.finished:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
             memories = step.session.memories
@@ -192,11 +206,19 @@ class Attachment:
         step.close()
         return output
 
-    def _context(self, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+    def _heads_of(self, session: Session) -> DenoiserHeads:
+        """The heads, packed once for each run, where no gradient asks for their parameters."""
+        if not self._packable or torch.is_grad_enabled():
+            return self.heads
+        if session not in self._packed:
+            self._packed[session] = self.heads.packed()
+        return self._packed[session]
+
+    def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
-        if isinstance(self.heads, RememberingHeads) and step.may_exit:
-            return self.heads.recall(step.session.memories.get(step.call), sample, timestep)
-        return self.heads.context(timestep) if step.measures else {"timestep": timestep}
+        if self._remembering and step.may_exit:
+            return heads.recall(step.session.memories.get(step.call), sample, timestep)
+        return heads.context(timestep) if step.measures else {"timestep": timestep}
 
     def _check(self, step: StepSession, sample: Tensor) -> None:
         expected = len(step.session.rows)

@@ -49,6 +49,7 @@ class Passage:
         given = any(arguments.get(name) is not None for name in family.residuals)
         self.whole = bool(family.frozen) or given  # the parent holds R rows between blocks, not r
         self.num_text = arguments[TEXT].shape[1] if family.concatenated else 0
+        self._text_beside = family.returns != "image"
         self._rows_after: list[Tensor] = []  # rows that were running when block i returned
         self._taken: dict[
             int, tuple[Any, int, Any]
@@ -57,19 +58,18 @@ class Passage:
     def block(self, layer: int, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """One block: let rows leave, then run on the rest."""
         step, names = self.lane.step, self.layers[layer].names
-        given = dict(zip(names, args, strict=False)) | kwargs
-        hidden, text = given[names[0]], given[TEXT] if self._has_text(layer) else None
+        hidden = args[0] if args else kwargs[names[0]]
+        text = _given(TEXT, names, args, kwargs) if self._has_text(layer) else None
         running_hidden, running_text = self._offer(layer, hidden, text)
         self._rows_after.append(step.rows)
         if not step.runs(layer):
             return self._packed(layer, *((hidden, text) if self.whole else (running_hidden, running_text)))
-        if self.family.frozen:
-            output = original(*args, **kwargs)
-        else:
-            new = {names[0]: running_hidden} | ({} if text is None else {TEXT: running_text})
-            output = original(*self._arguments(layer, names, args, new), **self._keywords(layer, kwargs, new))
         step.executed(layer)
-        if not self.whole or self.family.frozen:
+        if self.family.frozen or len(step.rows) == self.lane.num_rows:  # all rows run: what the parent gave is theirs
+            return original(*args, **kwargs)
+        new = {names[0]: running_hidden} | ({} if text is None else {TEXT: running_text})
+        output = original(*self._arguments(layer, names, args, new), **self._keywords(layer, kwargs, new))
+        if not self.whole:
             return output
         new_hidden, new_text = self._unpacked(layer, output)
         return self._packed(layer, self._spread_over(hidden, new_hidden), self._spread_over(text, new_text))
@@ -87,7 +87,7 @@ class Passage:
         return self.lane.put_back(self.lane.running(sample) if self.whole or self.family.tail_takes_all else sample)
 
     def _has_text(self, layer: int) -> bool:
-        return self.family.returns != "image" and not self.layers[layer].concatenated
+        return self._text_beside and not self.layers[layer].concatenated
 
     def _offer(self, layer: int, hidden: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Show the heads the image tokens; -> image (or text and image) and text of the rows that go on."""
@@ -162,6 +162,12 @@ def take_rows(value: Any, rows: Tensor, num_rows: int, *, name: str) -> Any:
         )
     places = torch.cat([rows + num_rows * stack for stack in range(stacks)])
     return value.index_select(0, places.to(value.device))
+
+
+def _given(name: str, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The argument of that name, by place or by keyword."""
+    place = names.index(name)
+    return args[place] if place < len(args) else kwargs[name]
 
 
 def _those(values: Tensor, held: Tensor, rows: Tensor) -> Tensor:

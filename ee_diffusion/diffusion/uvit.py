@@ -20,14 +20,19 @@ from torch import Tensor, nn
 from ee_diffusion.diffusion.loading import load_strictly
 
 
-def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding `[cos(t w_k), sin(t w_k)]`, `w_k = 10000^(-k / (dim/2))` (as the official U-ViT orders it).
-
-    timestep (B,) in scheduler units, float or integer; returns (B, dim) in float32. `dim` must be even.
-    """
+def embedding_frequencies(dim: int, *, device: torch.device) -> Tensor:
+    """`w_k = 10000^(-k / (dim/2))` (dim/2,) in float32. `dim` must be even."""
     half = dim // 2
-    frequencies = torch.exp(-math.log(10000.0) * torch.arange(half, device=timestep.device, dtype=torch.float32) / half)
-    angles = timestep.float()[:, None] * frequencies[None]  # (B, dim/2)
+    return torch.exp(-math.log(10000.0) * torch.arange(half, device=device, dtype=torch.float32) / half)
+
+
+def timestep_embedding(timestep: Tensor, dim: int | Tensor) -> Tensor:
+    """Sinusoidal embedding `[cos(t w_k), sin(t w_k)]` (as the official U-ViT orders it).
+
+    timestep (B,) in scheduler units, float or integer; `dim`: its size, or the frequencies w_k at hand; returns (B, dim) in float32.
+    """
+    frequencies = dim if isinstance(dim, Tensor) else embedding_frequencies(dim, device=timestep.device)
+    angles = timestep.float()[:, None] * frequencies  # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
 
 

@@ -9,6 +9,7 @@ import torch
 from factories import (
     IMAGES,
     LAYOUTS,
+    SIZE,
     STEPS,
     AttachedDriver,
     answer_at,
@@ -20,13 +21,14 @@ from factories import (
     uvit,
 )
 from laws import counting
-from torch import nn
+from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
 from ee_diffusion.diffusion.attach import attach, detach
 from ee_diffusion.diffusion.families import FAMILIES, Family, family_of, register_family
+from ee_diffusion.diffusion.packed import PackedExits
 
 EVERY_DEPTH = tuple(range(7))
 EVERYBODY = list(range(IMAGES))
@@ -128,8 +130,8 @@ def test_rows_that_left_do_not_go_through_the_u_vits_tail():
 
 def test_the_times_part_of_the_scores_is_made_once_and_only_where_a_score_is_measured(monkeypatch):
     driver, made = driver_named("uvit-paper"), []
-    original = driver.heads.context
-    monkeypatch.setitem(driver.heads.__dict__, "context", lambda timestep: made.append(1) or original(timestep))
+    original = PackedExits.context
+    monkeypatch.setattr(PackedExits, "context", lambda exits, timestep: made.append(1) or original(exits, timestep))
     for policy, calls in (
         (plan(0, 7, 2, 5, 7, 7, 3), 0),
         (Policy(schedule=FixedDepth(5)), 0),
@@ -138,6 +140,29 @@ def test_the_times_part_of_the_scores_is_made_once_and_only_where_a_score_is_mea
         made.clear()
         run(driver, policy, SINGLE)
         assert len(made) == calls * STEPS
+
+
+def test_each_run_packs_the_weights_of_its_time_and_gradients_find_the_parameters():
+    model = uvit()
+    exits = exits_for(model, (1, 3))
+    policy, inputs = Policy(Threshold(1.0)), (torch.randn(3, 3, SIZE, SIZE), torch.full((3,), 500), torch.arange(3))
+
+    def scores(grad: bool = False) -> Tensor:
+        with attach(model, exits) as attachment, torch.set_grad_enabled(grad):
+            session = attachment.start(policy, rows=torch.arange(3), num_steps=1)
+            with attachment.use(session.step(0, 500.0)):
+                model(*inputs)
+            return session.trace().scores[0]
+
+    before = scores()
+    with torch.no_grad():
+        exits.uncertainty_modules[0].weight.mul_(-1)
+        exits.uncertainty_modules[1].bias.add_(1)
+    after = scores()
+    assert ((after - before).abs() > 1e-3).all()
+    torch.testing.assert_close(scores(grad=True).detach(), after, rtol=1e-5, atol=1e-6)
+    assert scores(grad=True).requires_grad
+    assert not after.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -48,6 +48,26 @@ def test_the_uncertainty_module_is_its_formula(variant: str):
                 assert float(said[row]) == pytest.approx(expected, abs=1e-5)
 
 
+@torch.no_grad()
+def test_packed_exits_say_the_same():
+    hidden, times = drawn()
+    for kind in ("class", "unconditional", "text"):
+        model = uvit(kind)
+        exits = exits_for(model, DEPTHS)
+        tokens = torch.randn(R, model.num_prefix_tokens + P, hidden.shape[2])
+        packed = exits.packed()
+        assert (packed.depths, packed.space) == (exits.depths, exits.space)
+        for exit in range(len(DEPTHS)):
+            expected = exits.certainty(exit, tokens, {"timestep": times})
+            said = packed.certainty(exit, tokens, packed.context(times))
+            torch.testing.assert_close(said, expected, rtol=1e-5, atol=1e-6)
+            alone = packed.certainty(exit, tokens[1:2], packed.context(times[1:2]))
+            torch.testing.assert_close(alone[0], said[1], rtol=1e-6, atol=1e-6)
+            assert torch.equal(packed.answer(exit, tokens, {}), exits.answer(exit, tokens, {}))
+    for same in (exits_for(uvit(), DEPTHS, "released"), exits.to(torch.bfloat16)):
+        assert same.packed() is same
+
+
 def test_prefix_tokens_are_not_looked_at_and_time_only_by_the_paper():
     hidden, times = drawn()
     other = torch.cat([hidden[:, :PREFIX] + 1, hidden[:, PREFIX:]], 1)

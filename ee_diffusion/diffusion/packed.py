@@ -1,0 +1,77 @@
+"""The exits of one run, laid out for the clock: the same uncertainty as heads.py, in half as many operations.
+
+Here: certainty without gradients in float32. Not here: parameters and answers, which stay those of the exits that were packed.
+R rows, X prefix tokens, P patches, N = X + P, D width, V = p*p*C values of a patch, K exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.core.heads import Space
+from ee_diffusion.diffusion.uvit import embedding_frequencies, timestep_embedding
+
+Answer = Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedExits:
+    """Uncertainty modules `u = sigmoid(W_h h + W_t e + b)` (DeeDiff eq. 4), cut in two once for a run.
+
+    A small model on a CPU waits for the number of operations, not for their size: what can be done for all exits at once, or
+    once for a run, is not done at each exit.
+    """
+
+    depths: tuple[int, ...]
+    space: Space
+    answer: Answer
+    check_fits: Callable[[nn.Module], None]
+    frequencies: Tensor  # (D / 2,) of the embedding e
+    for_hidden: tuple[Tensor, ...]  # for each exit (V, D)
+    for_time: Tensor  # (K V, D)
+    bias: Tensor  # (K V,)
+    minus_mean: Tensor  # (N V,): -1 / (P V) for every value of a patch, 0 for those of prefix tokens
+
+    @classmethod
+    def of(
+        cls,
+        exits,
+        modules: Sequence[nn.Linear],
+        *,
+        num_prefix_tokens: int,
+        num_patches: int,
+    ) -> PackedExits:
+        """W_h as views of the modules' weights (V, 2D), W_t of all modules as one copy."""
+        width = modules[0].in_features // 2
+        values = modules[0].out_features
+        one = modules[0].weight
+        minus_mean = one.new_full((num_prefix_tokens + num_patches, values), -1 / (num_patches * values))
+        minus_mean[:num_prefix_tokens] = 0
+        return cls(
+            exits.depths,
+            exits.space,
+            exits.answer,
+            exits.check_fits,
+            embedding_frequencies(width, device=one.device),
+            tuple(linear.weight.detach()[:, :width] for linear in modules),
+            torch.cat([linear.weight.detach()[:, width:] for linear in modules]),
+            torch.cat([linear.bias.detach() for linear in modules]),
+            minus_mean.flatten(),
+        )
+
+    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+        """timestep (R,) -> `timestep`, and the time's part of every uncertainty module, `time_part` (R, K, 1, V)."""
+        part = nn.functional.linear(
+            timestep_embedding(timestep, self.frequencies), self.for_time, self.bias
+        )  # (R, K V)
+        return {"timestep": timestep, "time_part": part.view(len(part), len(self.depths), 1, -1)}
+
+    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """hidden (R, N, D) -> `1 - mean u` (R,), the mean over patches alone."""
+        logits = nn.functional.linear(hidden, self.for_hidden[exit])  # (R, N, V)
+        said = logits.add_(context["time_part"][:, exit]).sigmoid_().flatten(1)  # (R, N V)
+        return torch.addmv(said.new_ones(1), said, self.minus_mean)  # (R,)
