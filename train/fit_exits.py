@@ -5,6 +5,7 @@ then along the trajectories of the exited model:
 accelerate launch train/fit_exits.py --model <pipeline folder> --guidance_scale 3.0 --trajectories exited --exit_threshold 0.1 \\
   --init_exits runs/fit/exits --output_dir runs/fit_exited
 
+`--exit_variant adapter --adapter_rank 32`: small adapters before the model's own tail, for any class of the family table.
 `--states fresh`: new trajectories for every batch (train_batch_size then counts trajectories); `--states dataset` with the data flags of
 train_uvit.py: noised images instead. `--lora_rank 8`: the backbone adapts, too. `--resume_from_checkpoint latest` goes on after a kill.
 Writes exits/ (the whole pipeline where it has a place for exits, or where it was adapted), config.json, report.json, log.jsonl.
@@ -29,6 +30,7 @@ from fit_supply import build_supply, held_out_states
 from transformers import HfArgumentParser
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.distillation import DistillationObjective, ExitErrors, exit_errors
 from ee_diffusion.diffusion.families import blocks_of
 from ee_diffusion.diffusion.generation import use_sampler
@@ -88,17 +90,24 @@ def load_pipeline(fit: FitConfig) -> DiffusionPipeline:
     return pipeline
 
 
-def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> DenoisingExits:
+def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> AdapterExits | DenoisingExits:
+    """Fresh exits, or those to go on from. Raises ValueError where the latter are not what the flags say."""
+    adapters = fit.exit_variant == "adapter"
     if fit.init_exits is None:
         layers = len(blocks_of(transformer))
         depths = tuple(fit.exit_depths or range(1, layers))
+        if adapters:
+            return AdapterExits.for_transformer(transformer, depths, rank=fit.adapter_rank)
         return DenoisingExits.for_transformer(transformer, depths, fit.exit_variant)
-    exits = DenoisingExits.from_pretrained(fit.init_exits)
-    asked = (tuple(fit.exit_depths or exits.depths), fit.exit_variant)
-    if asked != (exits.depths, exits.config.variant):
-        raise ValueError(
-            f"the exits in {fit.init_exits} are {(exits.depths, exits.config.variant)}, the flags say {asked}"
-        )
+    kind = AdapterExits if adapters else DenoisingExits
+    came = kind.load_config(fit.init_exits)["_class_name"]
+    if came != kind.__name__:
+        raise ValueError(f"the exits in {fit.init_exits} are {came}, the flags say {kind.__name__}")
+    exits = kind.from_pretrained(fit.init_exits)
+    there = (exits.depths, exits.config.rank if adapters else exits.config.variant)
+    asked = (tuple(fit.exit_depths or exits.depths), fit.adapter_rank if adapters else fit.exit_variant)
+    if asked != there:
+        raise ValueError(f"the exits in {fit.init_exits} are {there}, the flags say {asked}")
     return exits
 
 

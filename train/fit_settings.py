@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 STATES = ("stored", "fresh", "dataset")
 TRAJECTORIES = ("full", "exited")
-VARIANTS = ("paper", "released")
+VARIANTS = ("paper", "released", "adapter")
 
 
 def _flag(help: str, default=None):
@@ -42,7 +42,11 @@ class FitConfig:
     exit_policy: str | None = _flag("The same as a policy file.")
     init_exits: str | None = _flag("Folder of exits to go on from; none: fresh ones.")
     exit_depths: list[int] | None = _flag("Executed blocks at each exit; none: after every block but the last.")
-    exit_variant: str = _flag("paper or released.", "paper")
+    exit_variant: str = _flag(
+        "paper: DeeDiff's heads; released: the model's own tail; adapter: small adapters before it (any class of the family table).",
+        "paper",
+    )
+    adapter_rank: int | None = _flag("exit_variant=adapter: width inside the adapters; 0: uncertainty modules alone.")
     uncertainty_weight: float = _flag("Weight of the uncertainty modules' loss.", 1.0)
     layerwise_weight: float = _flag("Weight of the heads' loss.", 1.0)
     lora_rank: int | None = _flag("Also train adapters of this rank in the backbone's blocks (needs peft).")
@@ -58,6 +62,10 @@ class FitConfig:
         for name in ("num_inference_steps", "num_trajectories", "collect_batch_size", "held_out"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if (self.exit_variant == "adapter") != (self.adapter_rank is not None):
+            raise ValueError(
+                f"exit_variant={self.exit_variant!r}, adapter_rank={self.adapter_rank}: expected a rank for 'adapter', and for no other"
+            )
         if self.labels and self.prompts:
             raise ValueError("give labels or prompts, not both")
         rules = (self.exit_threshold is not None) + (self.exit_policy is not None)

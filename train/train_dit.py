@@ -65,6 +65,7 @@ class DiTConfig:
     image_size: int = _flag("Pixels that images are enlarged to before they are encoded.", 128)
     part_size: int = _flag("Images per file of latents.", 2048)
     encode_batch_size: int = _flag("Images per forward of the autoencoder.", 32)
+    encode_bf16: bool = _flag("Encode under bfloat16 autocast.", False)
     num_classes: int = _flag("Classes in the data.", 10)
     num_layers: int = _flag("Blocks.", 12)
     num_attention_heads: int = _flag("Attention heads.", 6)
@@ -108,6 +109,7 @@ def latents_of(
     images, size = source.images, config.part_size
     count = len(images) * (2 if mirrored else 1)
     what = {"images": source.fingerprint(), "vae": fingerprint(vae), "size": config.image_size, "mirrored": mirrored}
+    what |= {"encoder": "bfloat16"} if config.encode_bf16 else {}
     parts = Parts(folder, what | {"images_per_part": size}, count=-(-count // size))
     missing = parts.missing()
     state.wait_for_everyone()
@@ -126,7 +128,12 @@ def _encoded(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny, plac
     pixels = images[places % len(images)].to(vae.device).float() / 127.5 - 1  # (B, C, H, W)
     turned = (places >= len(images)).to(vae.device)[:, None, None, None]
     pixels = torch.where(turned, pixels.flip(-1), pixels)
-    return encode(vae, enlarged(pixels, config.image_size)).cpu().half()
+    return _latents(config, vae, enlarged(pixels, config.image_size)).cpu().half()
+
+
+def _latents(config: DiTConfig, vae: AutoencoderTiny, pixels: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.encode_bf16):
+        return encode(vae, pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
 
 
 def round_trip(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny) -> dict[str, float]:
@@ -135,7 +142,7 @@ def round_trip(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny) ->
     for some in images[:PSNR_IMAGES].split(config.encode_batch_size):
         pixels = some.to(vae.device).float() / 127.5 - 1
         large = enlarged(pixels, config.image_size)
-        back = decode(vae, encode(vae, large))
+        back = decode(vae, _latents(config, vae, large))
         shrunk = torch.nn.functional.interpolate(back, size=(small, small), mode="area")
         sizes.append(torch.stack([psnr(large, back), psnr(pixels, shrunk)]))
     large_db, small_db = torch.cat(sizes, dim=1).mean(1).tolist()
@@ -183,7 +190,7 @@ def main() -> None:
         return
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the Trainer's Accelerator will find it
     folder = Path(train.output_dir)
-    vae = load_taesd(find_data_files(model.vae)[0]).to(state.device)
+    vae = load_taesd(find_data_files(model.vae)[0]).to(state.device, memory_format=torch.channels_last)
     source = load_image_source(data, model.num_classes)
     where = Path(model.latents_dir or folder / "latents")
     latents, cost = latents_of(model, source, vae, mirrored=data.random_flip, folder=where)

@@ -17,6 +17,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.heads import Space
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.attachment import DenoiserHeads
 from ee_diffusion.diffusion.heads import DenoisingExits
@@ -102,7 +103,7 @@ class DistillationObjective(nn.Module):
     def __init__(
         self,
         transformer: nn.Module,
-        exits: DenoisingExits,
+        exits: AdapterExits | DenoisingExits,
         *,
         uncertainty_weight: float,
         layerwise_weight: float,

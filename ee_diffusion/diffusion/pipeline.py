@@ -23,6 +23,7 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.heads import DenoisingExits
@@ -63,7 +64,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         self,
         transformer: UViTTransformer2DModel,
         scheduler: SchedulerMixin,
-        exits: DenoisingExits | MemoryExits | None = None,
+        exits: AdapterExits | DenoisingExits | MemoryExits | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, exits=exits)

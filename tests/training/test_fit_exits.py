@@ -24,6 +24,7 @@ from tree import ROOT, python_blocks
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -97,6 +98,31 @@ def test_exits_for_a_stock_pipeline(folders, tmp_path, monkeypatch):
     exits, pipe = DenoisingExits.from_pretrained(tmp_path / "exits"), DiTPipeline.from_pretrained(folders["dit"])
     with attach(pipe.transformer, exits):
         assert exits.depths == (1, 3)
+
+
+@pytest.mark.parametrize("name", ["dit", pytest.param("uvit", marks=pytest.mark.slow)])
+def test_adapters_before_the_models_own_tail(name, folders, tmp_path, monkeypatch):
+    words = "--exit_variant adapter --adapter_rank 4 --exit_depths 1 2 --output_dir"
+    longer = "--max_train_steps 15 --learning_rate 2e-2 --ema_decay 0.5"
+    call(monkeypatch, "--model", folders[name], TINY, SHORT, longer, words, tmp_path / "fit")
+    gain = report_of(tmp_path / "fit")["gain"]["full"]
+    assert gain["before"]["error"] == pytest.approx(gain["before"]["tail_error"], rel=1e-5), "untrained: the own tail"
+    for before, after in zip(gain["before"]["error"], gain["after"]["error"], strict=True):
+        assert after < 0.9 * before
+    exits = AdapterExits.from_pretrained(tmp_path / "fit" / "exits")
+    assert (exits.depths, exits.config.rank) == ((1, 2), 4)
+    if name == "uvit":
+        assert isinstance(EarlyExitPipeline.from_pretrained(tmp_path / "fit").exits, AdapterExits)
+        return
+    onward = f"--init_exits {tmp_path / 'fit/exits'} --trajectories exited --exit_threshold 0.9"
+    call(monkeypatch, "--model", folders[name], TINY, SHORT, onward, words, tmp_path / "onward")
+    assert set(report_of(tmp_path / "onward")["gain"]) == {"full", "exited"}
+    for other, told in {"--adapter_rank 8": "the flags say", "--exit_depths 1": "the flags say"}.items():
+        with pytest.raises(ValueError, match=told):
+            call(monkeypatch, "--model", folders[name], TINY, SHORT, onward, words, tmp_path / "x", other)
+    plain = f"--init_exits {tmp_path / 'fit/exits'} --output_dir"
+    with pytest.raises(ValueError, match="are AdapterExits, the flags say DenoisingExits"):
+        call(monkeypatch, "--model", folders[name], TINY, SHORT, plain, tmp_path / "x")
 
 
 @pytest.mark.parametrize("states", ["stored", "fresh"])
@@ -210,6 +236,8 @@ def launch(words: str, *, processes: int) -> None:
         ("--model m --states here", "states='here', expected"),
         ("--model m --trajectories sideways", "trajectories='sideways', expected"),
         ("--model m --exit_variant other", "exit_variant='other', expected"),
+        ("--model m --exit_variant adapter", "expected a rank"),
+        ("--model m --adapter_rank 4", "expected a rank"),
         ("--model m --num_trajectories 0", "num_trajectories=0, expected"),
         ("--model m --held_out 0", "held_out=0, expected"),
         ("--model m --labels 1 --prompts p.txt", "labels or prompts"),
@@ -234,6 +262,7 @@ def test_what_contradicts_the_model_ends_in_words(folders, tmp_path, monkeypatch
     for words, told in {
         "--exit_depths 9": r"exits at depths \(9,\), expected",
         "--labels 99": "class_labels",
+        "--exit_variant adapter --adapter_rank -1": "rank=-1, expected",
         "--labels zero": "expected integers or a file",
         f"--labels {tmp_path / 'labels.txt'}": "expected integers or a file",
         f"--init_exits {tmp_path / 'e'} --exit_depths 1": "the flags say",
