@@ -5,13 +5,18 @@ Here: the user's interface. Not here: what an attachment does in a forward (atta
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attachment import Attachment, DenoiserHeads
 from ee_diffusion.diffusion.compatible import require_attachable
+from ee_diffusion.diffusion.compiled import Compiler, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.passage import layers_of
 from ee_diffusion.diffusion.runs import Runs
 
 
@@ -22,6 +27,7 @@ def attach(
     *,
     branches: int | None = None,
     num_steps: int | None = None,
+    compile_options: Mapping[str, Any] | None = None,
 ) -> Attachment:
     """Attach exits to a diffusers transformer, or to the transformer of a pipeline.
 
@@ -32,12 +38,15 @@ def attach(
         policy: when to stop; None: only forwards inside `Attachment.use(step)` run with exits.
         branches: rows an image has in a forward (2: guidance in one batch). Default: read from the pipeline's call.
         num_steps: forwards of a run. Default: read from the pipeline's scheduler.
+        compile_options: run compiled, with these options of `torch.compile` ({}: its own), see `compiled.Compiler`. Default: compiled if
+            the transformer was (by `torch.compile`, `.compile()`, or its blocks alone).
 
     Raises:
         ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width), a diffusers
             cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and `num_steps`.
     """
-    transformer = transformer_of(target)
+    wrapper = _held(target)
+    transformer = unwrapped(wrapper)
     family = family_of(transformer)
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     if "_ee_attachment" in transformer.__dict__:
@@ -50,7 +59,16 @@ def attach(
         )
     heads.check_fits(transformer)
     require_attachable(transformer, family)
-    attachment = Attachment(transformer, heads, family)
+    compiled = wrapper is not transformer or any(
+        one._compiled_call_impl is not None for one in (transformer, *blocks_of(transformer))
+    )
+    compiler = None
+    if compiled or compile_options is not None:
+        compiler = Compiler(
+            heads, family, layers_of(transformer, family), {} if compile_options is None else compile_options
+        )
+    held = None if wrapper is transformer else wrapper
+    attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held)
     if policy is not None:
         said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
         attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
@@ -109,11 +127,15 @@ def attachment_of(target: nn.Module | DiffusionPipeline) -> Attachment:
 
 
 def transformer_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
-    """A pipeline's component `transformer`, or the transformer itself.
+    """A pipeline's component `transformer`, or the transformer itself; out of what `torch.compile` made of it.
 
     Raises:
         ValueError: a pipeline without one, or something else.
     """
+    return unwrapped(_held(target))
+
+
+def _held(target: nn.Module | DiffusionPipeline) -> nn.Module:
     if isinstance(target, nn.Module):
         return target
     found = target.components.get("transformer") if isinstance(target, DiffusionPipeline) else None

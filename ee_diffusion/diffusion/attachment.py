@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -23,6 +23,7 @@ from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of
 from ee_diffusion.diffusion.passage import Passage, layers_of
 from ee_diffusion.diffusion.runs import Runs
@@ -67,10 +68,20 @@ class Attachment:
     A context manager: leaving it detaches. Made by `attach`.
     """
 
-    def __init__(self, transformer: nn.Module, heads: DenoiserHeads, family: Family):
+    def __init__(
+        self,
+        transformer: nn.Module,
+        heads: DenoiserHeads,
+        family: Family,
+        *,
+        compiler: Compiler | None = None,
+        wrapper: nn.Module | None = None,
+    ):
+        """wrapper: what `torch.compile(transformer)` returned, if the caller holds that."""
         self.transformer, self.heads, self.family = transformer, heads, family
         self.blocks = blocks_of(transformer)
         self.layers = layers_of(transformer, family)
+        self.compiler = compiler
         self.runs: Runs | None = None
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
         self._packed: WeakKeyDictionary[Session, DenoiserHeads] = WeakKeyDictionary()
@@ -83,6 +94,13 @@ class Attachment:
         ]
         self._interceptions.append(Interception(getattr(transformer, family.tail), self._tail))
         self._interceptions.append(Interception(transformer, self._forward))
+        if wrapper is not None:
+            self._interceptions.append(Interception(wrapper, self._wrapper))
+        self._suspended = {
+            module: call
+            for module in (transformer, *self.blocks)
+            if (call := module.__dict__.pop("_compiled_call_impl", None)) is not None
+        }
 
     def start(
         self,
@@ -121,6 +139,9 @@ class Attachment:
         for interception in reversed(self._interceptions):
             interception.restore()
         self._interceptions = []
+        for module, call in self._suspended.items():
+            module._compiled_call_impl = call
+        self._suspended = {}
         del self.transformer.__dict__["_ee_attachment"]
 
     def renew(self) -> None:
@@ -149,6 +170,8 @@ class Attachment:
         if self.runs is None:
             lines.append("no policy: only forwards inside use(step) run with exits")
         else:
+            if self.compiler is not None:
+                lines.append(f"compiled; {self.compiler.padded} rows x blocks were padding since it was attached")
             lines.append(f"policy: {self.runs.policy}")
             lines.append("no run yet" if self.trace is None else self.trace.report().summary())
         return "\n".join(lines)
@@ -191,13 +214,7 @@ class Attachment:
         context = self._context(heads, step, sample, timestep)
         if step.measures and self.family.image_tokens is not None:
             context["image_tokens"] = self.family.image_tokens(self.transformer, arguments)  # (R, N)
-        self._passage = Passage(Lane(step, heads, context), self.family, self.layers, arguments)
-        output = original(*args, **kwargs)
-        if self.heads.space == "output":
-            if isinstance(output, tuple):
-                output = (self._passage.answers(output[0]), *output[1:])
-            else:
-                output.sample = self._passage.answers(output.sample)
+        output = self._through(step, original, (heads, arguments, context), args, kwargs)
         if self._remembering and not step.finished:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
@@ -213,6 +230,19 @@ class Attachment:
         if session not in self._packed:
             self._packed[session] = self.heads.packed()
         return self._packed[session]
+
+    def _through(self, step: StepSession, original, given: tuple, args: tuple, kwargs: dict[str, Any]):
+        """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
+        heads, arguments, context = given
+        if self.compiler is not None and self.compiler.takes(step):
+            output, answer = self.compiler.whole(step, original, (arguments, context), args, kwargs)
+            return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
+        lane, rows_for = Lane(step, heads, context), None if self.compiler is None else bucket
+        self._passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for)
+        output = original(*args, **kwargs)
+        if self.compiler is not None:
+            self.compiler.padded += self._passage.padded
+        return _with(output, self._passage.answers) if self.heads.space == "output" else output
 
     def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
@@ -243,12 +273,32 @@ class Attachment:
         timestep = timestep if (scale, offset) == (1.0, 0.0) else timestep.float() * scale + offset
         return timestep.expand(len(sample))
 
+    def _wrapper(self, original, *args, **kwargs):
+        """What `torch.compile` returned is called: exits are on the module inside; without exits, as compiled as ever."""
+        idle = self._step is None and self.runs is None
+        return original(*args, **kwargs) if idle else self.transformer(*args, **kwargs)
+
     def _block(self, layer: int, original, *args, **kwargs):
+        compiler = self.compiler
+        if compiler is not None and compiler.plan is not None:
+            return compiler.block_in_graph(layer, original, args, kwargs)
         if self._passage is None:
             return original(*args, **kwargs)
+        if compiler is not None:
+            original = compiler.block(layer, original)
         return self._passage.block(layer, original, args, kwargs)
 
     def _tail(self, original, hidden: Tensor, *args, **kwargs):
-        if self._passage is not None:
+        if self.compiler is not None and self.compiler.plan is not None:
+            hidden = self.compiler.tail_in_graph(hidden)
+        elif self._passage is not None:
             hidden = self._passage.to_tail(hidden)
         return original(hidden, *args, **kwargs)
+
+
+def _with(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A forward's output with another sample."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    output.sample = change(output.sample)
+    return output

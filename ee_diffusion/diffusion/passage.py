@@ -44,12 +44,23 @@ class Passage:
     between blocks (`Family.residuals`), it gets R rows back, those that stopped as they were. A frozen family's blocks run on all R rows.
     """
 
-    def __init__(self, lane: Lane, family: Family, layers: list[Layer], arguments: Mapping[str, Any]):
+    def __init__(
+        self,
+        lane: Lane,
+        family: Family,
+        layers: list[Layer],
+        arguments: Mapping[str, Any],
+        *,
+        rows_for: Callable[[int, int], int] | None = None,
+    ):
+        """rows_for: (r, R) -> how many rows a block gets while r of R run, the first of them repeated; None: r."""
         self.lane, self.family, self.layers = lane, family, layers
         given = any(arguments.get(name) is not None for name in family.residuals)
         self.whole = bool(family.frozen) or given  # the parent holds R rows between blocks, not r
         self.num_text = arguments[TEXT].shape[1] if family.concatenated else 0
         self._text_beside = family.returns != "image"
+        self._rows_for = rows_for
+        self.padded = 0  # rows x blocks that ran for no image
         self._rows_after: list[Tensor] = []  # rows that were running when block i returned
         self._taken: dict[
             int, tuple[Any, int, Any]
@@ -67,8 +78,9 @@ class Passage:
         step.executed(layer)
         if self.family.frozen or len(step.rows) == self.lane.num_rows:  # all rows run: what the parent gave is theirs
             return original(*args, **kwargs)
-        new = {names[0]: running_hidden} | ({} if text is None else {TEXT: running_text})
+        new = {names[0]: self._padded(running_hidden)} | ({} if text is None else {TEXT: self._padded(running_text)})
         output = original(*self._arguments(layer, names, args, new), **self._keywords(layer, kwargs, new))
+        output = self._unpadded(output)
         if not self.whole:
             return output
         new_hidden, new_text = self._unpacked(layer, output)
@@ -85,6 +97,23 @@ class Passage:
     def answers(self, sample: Tensor) -> Tensor:
         """The tail's output (r or R, ...) -> (R, ...) with the answers of the rows that left; for heads in space `output`."""
         return self.lane.put_back(self.lane.running(sample) if self.whole or self.family.tail_takes_all else sample)
+
+    def _padded(self, values: Tensor) -> Tensor:
+        """values (r, ...) -> (rows_for(r, R), ...), the first row repeated."""
+        missing = self._missing()
+        return values if not missing else torch.cat([values, values[:1].expand(missing, *values.shape[1:])])
+
+    def _unpadded(self, output: Any) -> Any:
+        """What a block returned, without the rows that were repeated."""
+        missing, rows = self._missing(), len(self.lane.step.rows)
+        self.padded += missing
+        if not missing:
+            return output
+        return output[:rows] if isinstance(output, Tensor) else tuple(None if o is None else o[:rows] for o in output)
+
+    def _missing(self) -> int:
+        rows = len(self.lane.step.rows)
+        return 0 if self._rows_for is None else self._rows_for(rows, self.lane.num_rows) - rows
 
     def _has_text(self, layer: int) -> bool:
         return self._text_beside and not self.layers[layer].concatenated
@@ -111,17 +140,20 @@ class Passage:
 
     def _rows_of(self, layer: int, name: str, value: Any) -> Any:
         """The running rows of one argument, as the family table says; anything else is passed on as it is."""
-        rows = self.lane.step.rows
+        running = rows = self.lane.step.rows
         if len(rows) == self.lane.num_rows:
             return value
+        if self._missing():
+            rows = torch.cat([rows, rows[:1].expand(self._missing())])
         if name in self.family.row_arguments:
-            if id(value) not in self._taken or self._taken[id(value)][1] != len(rows):
-                self._taken[id(value)] = (value, len(rows), take_rows(value, rows, self.lane.num_rows, name=name))
+            if id(value) not in self._taken or self._taken[id(value)][1] != len(running):
+                self._taken[id(value)] = (value, len(running), take_rows(value, rows, self.lane.num_rows, name=name))
             return self._taken[id(value)][2]
         source = self.family.earlier[name](layer, len(self.layers)) if name in self.family.earlier else None
         if source is None or value is None:
             return value
-        return self.lane.running(value) if self.whole else _those(value, self._rows_after[source], rows)
+        held = self.lane.running(value) if self.whole else _those(value, self._rows_after[source], running)
+        return self._padded(held)
 
     def _spread_over(self, whole: Tensor | None, values: Tensor | None) -> Tensor | None:
         """values (r, ...) in their places, the rows that stopped as in whole (R, ...)."""

@@ -1,0 +1,223 @@
+"""Compiled with exits: same answers and records as without; one whole graph per distinct depth, or one per number of rows; no breaks.
+
+Graphs are counted with the backend `eager` (dynamo's own part, no code generation); the slow test runs the real one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from stock import dit_pipeline
+from tiny_families import TINY, exits_for, forward, inner_modules, inputs_of, model_named, residuals_of
+from torch._dynamo.utils import counters
+
+from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary
+from ee_diffusion.diffusion.compiled import bucket
+from ee_diffusion.diffusion.families import blocks_of
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import periodic_cache
+
+ROWS = [0, 1, 2, 3, 4, 5]
+COUNTED = {"backend": "eager"}
+QUICK = ("DiTTransformer2DModel", "SD3Transformer2DModel")
+# Its own forward asks the host how long each text is: no exit is needed to break that graph.
+OPEN = ("Lumina2Transformer2DModel",)
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> tuple[int, int]:
+    """Graphs made and graph breaks since the test began."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def generate(model, exits, policy: Policy, options: dict | None, *, steps: int = 3, residuals: bool = False):
+    """A run of `steps` forwards -> outputs (S, R, ...), the trace, and rows x blocks of padding."""
+    name, outputs = type(model).__name__, []
+    with attach(model, exits, compile_options=options) as attachment:
+        session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=steps)
+        for step in range(steps):
+            extra = residuals_of(name, ROWS) if residuals and TINY[name].residuals else {}
+            with attachment.use(session.step(step, 700.0 - step)):
+                outputs.append(forward(model, inputs_of(name, ROWS, time=700.0 - step) | extra))
+        return torch.stack(outputs), session.trace(), attachment.compiler.padded if attachment.compiler else 0
+
+
+def same(one: Trace, other: Trace) -> bool:
+    return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("depths", "ran", "answered"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_schedule_is_one_whole_graph_per_distinct_depth(name: str):
+    if name in OPEN:
+        pytest.skip("diffusers' own forward of this class cannot be one graph")
+    model = model_named(name)
+    layers = len(blocks_of(model))
+    exits, policy = exits_for(model), Policy(schedule=DepthPerStep((1, layers, 1)))
+    plain, trace, _ = generate(model, exits, policy, None, residuals=True)
+    with attach(model, exits, compile_options=COUNTED) as attachment:
+        for run in range(2):
+            session, outputs = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=3), []
+            for step in range(3):
+                extra = residuals_of(name, ROWS) if TINY[name].residuals else {}
+                with attachment.use(session.step(step, 700.0 - step)):
+                    outputs.append(forward(model, inputs_of(name, ROWS, time=700.0 - step) | extra))
+            torch.testing.assert_close(torch.stack(outputs), plain, rtol=1e-4, atol=1e-5)
+            assert same(session.trace(), trace)
+            assert graphs() == (2, 0), f"run {run}: one for depth 1, one for depth {layers}, none after the warm-up"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_threshold_compiles_blocks_one_graph_per_number_of_rows(name: str):
+    model = model_named(name)
+    layers = len(blocks_of(model))
+    kinds = len({type(block) for block in blocks_of(model)})
+    exits, policy = exits_for(model), Policy(Planned(((0, 1, 2, layers, layers, 1),) * 3))  # 5, 3 and 2 rows run
+    plain, trace, _ = generate(model, exits, policy, None, residuals=True)
+    again, record, padded = generate(model, exits, policy, COUNTED, residuals=True)
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+    assert same(record, trace), "padding is not counted as an image's work"
+    assert padded == 3 * (1 + 1), "5 rows run as 6 (the whole batch), 3 as 4, 2 as 2"
+    made, breaks = graphs()
+    # a class of block may hold blocks of several shapes (with or without a skip, the last one without text)
+    assert 3 <= made <= 3 * kinds + 2
+    assert breaks == 0
+
+
+def test_rows_are_counted_inside_the_blocks():
+    model, rows = model_named("DiTTransformer2DModel"), []
+    exits, policy = exits_for(model), Policy(Planned(((0, 1, 2, 5, 5, 1),)))
+
+    def count(module, args, kwargs) -> None:
+        rows.append(len(args[0] if args else kwargs["hidden_states"]))
+
+    hooks = [inner.register_forward_pre_hook(count, with_kwargs=True) for inner in inner_modules(model)]
+    generate(model, exits, policy, {"backend": "eager", "fullgraph": False}, steps=1)
+    assert rows == [6, 4, 2, 2, 2]
+    for hook in hooks:
+        hook.remove()
+
+
+def test_padding():
+    assert [bucket(rows, 6) for rows in range(7)] == [0, 1, 2, 4, 4, 6, 6]
+    assert [bucket(rows, 64) for rows in (1, 5, 33, 64)] == [1, 8, 64, 64]
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+def test_heads_with_a_tail_of_their_own_and_layers_left_out(variant: str):
+    model = model_named("DiTTransformer2DModel")
+    exits = DenoisingExits.for_transformer(model, (1, 3), variant).eval()
+    policies = [Policy(schedule=DepthPerStep((1, 5, 3))), Policy(Planned(((1, 3, 5, 5, 1, 3),) * 3))]
+    for policy in [*policies, Policy(schedule=FixedLayers((0, 2, 3)))]:
+        plain, trace, _ = generate(model, exits, policy, None)
+        again, record, _ = generate(model, exits, policy, COUNTED)
+        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+        assert same(record, trace)
+    assert graphs()[1] == 0
+
+
+@pytest.mark.slow
+def test_answers_from_memory_and_a_criterion_in_a_pipeline():
+    pipe = dit_pipeline()
+    call = {"class_labels": [0, 1, 2], "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
+    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    adapters = exits_for(pipe.transformer)
+    for exits, policy in ((memory, periodic_cache(2, warm_up=2)), (adapters, Policy(Threshold(0.5)))):
+        images = []
+        for options in (None, COUNTED):
+            with attach(pipe, exits, policy, compile_options=options) as attachment:
+                drawn = pipe(generator=[torch.Generator().manual_seed(i) for i in range(3)], **call).images
+                images.append((torch.from_numpy(drawn), attachment.trace))
+                assert ("compiled;" in summary(pipe)) == (options is not None)
+        torch.testing.assert_close(images[0][0], images[1][0], rtol=1e-3, atol=1e-4)
+        assert same(images[0][1], images[1][1])
+    assert graphs()[1] == 0
+
+
+def _wrapped(model):
+    return torch.compile(model, backend="eager")
+
+
+def _in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def _by_block(model):
+    for block in blocks_of(model):
+        block.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compiled", [_wrapped, pytest.param(_in_place, marks=pytest.mark.slow), _by_block])
+def test_attaching_to_what_is_compiled_already(compiled):
+    model, name = model_named("DiTTransformer2DModel"), "DiTTransformer2DModel"
+    exits, policy = exits_for(model), Policy(schedule=FixedDepth(2))
+    off = forward(model, inputs_of(name, ROWS))
+    expected, trace, _ = generate(model, exits, policy, None, steps=1)
+    held = compiled(model)
+    torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
+    own = {one: one.__dict__.get("_compiled_call_impl") for one in (model, *blocks_of(model))}
+    attachment = attach(held, exits, compile_options=COUNTED)
+    assert attachment_of(held) is attachment
+    torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
+    session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=1)
+    before = counters["stats"]["unique_graphs"]
+    with attachment.use(session.step(0, 700.0)):
+        found = forward(held, inputs_of(name, ROWS, time=700.0))
+    assert counters["stats"]["unique_graphs"] == before + 1
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+    assert same(session.trace(), trace)
+    detach(held)
+    assert {one: one.__dict__.get("_compiled_call_impl") for one in own} == own
+    torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
+
+
+def test_a_compiled_pipeline_stays_compiled_with_exits():
+    pipe = dit_pipeline()
+    exits, call = exits_for(pipe.transformer), {"num_inference_steps": 2, "output_type": "np"}
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with attach(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
+        assert attachment.compiler is not None
+        attachment.compiler._whole = torch.compile(attachment.compiler._traced, **COUNTED, fullgraph=True)
+        pipe([1, 2], **call)
+        assert attachment.report.mean_executed == 1
+
+
+def test_more_depths_than_graphs_are_refused(monkeypatch):
+    model = model_named("DiTTransformer2DModel")
+    monkeypatch.setattr("ee_diffusion.diffusion.compiled._graph_limit", lambda: 2)
+    with pytest.raises(ValueError, match="more than 2 distinct depths"):
+        generate(model, exits_for(model), Policy(schedule=DepthPerStep((1, 2, 3))), COUNTED)
+    assert "forward" not in model.__dict__, "detached after the refusal"
+
+
+@pytest.mark.parametrize("options", ["eager", 3, ["backend"]])
+def test_options_that_are_none_are_refused(options):
+    model = model_named("DiTTransformer2DModel")
+    with pytest.raises(ValueError, match="compile_options"):
+        attach(model, exits_for(model), compile_options=options)
+    assert "forward" not in model.__dict__
+
+
+@pytest.mark.slow
+def test_generated_code_says_the_same():
+    model = model_named("DiTTransformer2DModel")
+    exits = exits_for(model)
+    for policy in (Policy(schedule=DepthPerStep((1, 5, 3))), Policy(Planned(((0, 1, 2, 5, 5, 1),) * 3))):
+        plain, trace, _ = generate(model, exits, policy, None)
+        again, record, _ = generate(model, exits, policy, {})
+        torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)
+        assert same(record, trace)

@@ -1,0 +1,78 @@
+"""A truncated model is a stock model: saved and loaded by its own class, it says what an exit at that depth says, bit for bit."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from diffusers.utils import is_peft_available
+from tiny_families import TINY, exits_for, forward, inputs_of, model_named
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.diffusion.attach import attach, summary
+from ee_diffusion.diffusion.families import blocks_of
+from ee_diffusion.diffusion.lora import add_lora
+from ee_diffusion.diffusion.truncation import truncate
+
+SKIPPING = ("UViTTransformer2DModel", "HunyuanDiT2DModel")
+ROWS = [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name not in SKIPPING])
+def test_it_is_the_exit_at_that_depth_as_a_stock_model(name: str, tmp_path):
+    model, arguments = model_named(name), inputs_of(name, ROWS)
+    for depth in {1, len(blocks_of(model)) // 2 + 1, len(blocks_of(model)) - 1}:
+        with attach(model, exits_for(model, rank=0)) as attachment:
+            session = attachment.start(Policy(schedule=FixedDepth(depth)), rows=torch.arange(len(ROWS)), num_steps=1)
+            with attachment.use(session.step(0, 700.0)):
+                expected = forward(model, arguments)
+            shallow = truncate(model, depth)
+        shallow.save_pretrained(tmp_path / str(depth))
+        loaded = getattr(diffusers, name).from_pretrained(tmp_path / str(depth))
+        assert len(blocks_of(loaded)) == depth
+        assert torch.equal(forward(loaded, arguments), expected)
+
+
+def test_it_shares_nothing_and_keeps_dtype_and_mode():
+    model = model_named("DiTTransformer2DModel").to(torch.bfloat16)
+    before = [parameter.clone() for parameter in model.parameters()]
+    shallow = truncate(model, 2)
+    assert {parameter.dtype for parameter in shallow.parameters()} == {torch.bfloat16}
+    assert not shallow.training
+    with torch.no_grad():
+        for parameter in shallow.parameters():
+            parameter.zero_()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_exits_stay_where_they_are():
+    model = model_named("DiTTransformer2DModel")
+    with attach(model, exits_for(model)):
+        assert len(blocks_of(truncate(model, 2))) == 2
+        assert "exits after 0, 1" in summary(model)
+
+
+@pytest.mark.parametrize("depth", [0, 5, 6, -1, 2.0, True, "2", None])
+def test_depths_that_are_none_are_refused(depth):
+    with pytest.raises(ValueError, match=r"depth=.* expected an integer in 1\.\.4"):
+        truncate(model_named("DiTTransformer2DModel"), depth)
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+def test_long_skips_are_refused(name: str):
+    with pytest.raises(ValueError, match="long skips"):
+        truncate(model_named(name), 2)
+
+
+def test_what_is_no_transformer_is_refused():
+    with pytest.raises(ValueError, match="no family for Linear"):
+        truncate(torch.nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="str has no transformer"):
+        truncate("dit", 1)
+
+
+@pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
+def test_adapters_are_refused():
+    with pytest.raises(ValueError, match="merge adapters first"):
+        truncate(add_lora(model_named("DiTTransformer2DModel"), rank=2), 2)
