@@ -28,7 +28,7 @@ class Plan:
     """What one whole graph is made for: the layers that run, and the exit (among the heads) at which all rows leave; None: none."""
 
     layers: tuple[bool, ...]
-    depth: int
+    depth: int | None
     exit: int | None
 
 
@@ -72,7 +72,7 @@ class Compiler:
 
     def takes(self, step: StepSession) -> bool:
         """Whether a step is known before it begins, and runs a block."""
-        return step.session.policy.criterion is None and step.last > 0
+        return step.session.policy.criterion is None and step.last != 0
 
     def whole(
         self,
@@ -89,12 +89,15 @@ class Compiler:
         """
         arguments, self._context = given
         self._num_text = arguments[TEXT].shape[1] if self.family.concatenated else 0
-        exit = None if step.last == len(self.layers) else step.session.heads_exits[step.last]
+        exits = step.session.heads_exits
+        exit = (
+            None if step.last in (None, len(self.layers)) else exits[step.last]
+        )  # None: layers are left out in between
         plan = Plan(tuple(step.layers), step.last, exit)
         limit = _graph_limit()
         if len(self._plans | {plan}) > limit:
             raise ValueError(
-                f"a schedule of more than {limit} distinct depths, each a graph of its own: use fewer, or raise torch._dynamo.config.{_LIMIT}"
+                f"more than {limit} distinct depths, each a graph of its own: use fewer, or raise torch._dynamo.config.{_LIMIT}"
             )
         self._plans.add(plan)
         self.plan = plan
