@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _HOMES = {
     "checkpoint": "checkpoints",
+    "Accumulated": "core.criteria",
     "Criterion": "core.criteria",
     "Cumulative": "core.criteria",
     "DecayingThreshold": "core.criteria",
@@ -48,6 +49,9 @@ _HOMES = {
     "register_family": "diffusion.families",
     "DenoisingExits": "diffusion.heads",
     "MemoryExits": "diffusion.memory_exits",
+    "influence": "diffusion.gains",
+    "step_gains": "diffusion.gains",
+    "budgeted": "diffusion.methods",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
     "periodic_cache": "diffusion.methods",
@@ -75,6 +79,7 @@ __all__ = ["__version__", *sorted(_HOMES)]
 if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.checkpoints import checkpoint
     from ee_diffusion.core.criteria import (
+        Accumulated,
         Criterion,
         Cumulative,
         DecayingThreshold,
@@ -112,9 +117,10 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.adapters import AdapterExits
     from ee_diffusion.diffusion.attach import attach, detach, summary
     from ee_diffusion.diffusion.families import Family, register_family
+    from ee_diffusion.diffusion.gains import influence, step_gains
     from ee_diffusion.diffusion.heads import DenoisingExits
     from ee_diffusion.diffusion.memory_exits import MemoryExits
-    from ee_diffusion.diffusion.methods import deediff, deediff_released, periodic_cache, remembered
+    from ee_diffusion.diffusion.methods import budgeted, deediff, deediff_released, periodic_cache, remembered
     from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
     from ee_diffusion.diffusion.pipelines import (
         EarlyExitDiTPipeline,

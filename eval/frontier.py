@@ -2,9 +2,10 @@
 
 python eval/frontier.py --output_dir runs/frontier --count 128
 
-Candidates: fewer steps; a cache of fixed period (memory without uncertainty); answers from memory per image (memory with uncertainty)
-and, for each of those, a static schedule and random exits made of its own trace; DeeDiff (uncertainty without memory), if the pipeline
-has trained exits. They take turns batch by batch; a time is the median over batches of (candidate / full model).
+Candidates: fewer steps; a cache of fixed period (memory without uncertainty); answers from memory per image (memory with uncertainty),
+bounded step by step (`remembered`) or by what adds up (`budgeted`); and, for each of those, a static schedule and random exits made of
+its own trace; DeeDiff (uncertainty without memory), if the pipeline has trained exits. They take turns batch by batch; a time is the
+median over batches of (candidate / full model).
 Writes frontier.json, frontier.md and frontier.png.
 """
 
@@ -13,14 +14,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from options import SamplingOptions, flag, load, parse, results_folder
 from tradeoff import Candidate, Draw, in_turns, judge_of, row
 
 from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.gains import influence, step_gains
 from ee_diffusion.diffusion.generation import Generated, controls_of, generate
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.methods import deediff, periodic_cache, remembered
+from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.measure.pictures import save_figure
@@ -28,6 +31,7 @@ from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
 
+OURS = ("remembered", "budgeted")
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
 
@@ -46,6 +50,14 @@ class FrontierOptions:
         default_factory=lambda: [0.0004, 0.0008, 0.0015, 0.003],
         metadata={"help": "Errors allowed per step (rms, data in [-1, 1])."},
     )
+    budgets: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Budgets of accumulated error; the model's gains are measured first. None: leave it out."},
+    )
+    decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
+    power: float = flag("How far the measured gains are trusted, 0 to 1.", 0.5)
+    gain_images: int = flag("Images on which gains are measured (fitting seeds).", 8)
+    gain_every: int = flag("Gains are measured at every so many steps.", 4)
     periods: list[int] = field(default_factory=lambda: [2, 3, 4, 5], metadata={"help": "Periods of the fixed cache."})
     fractions: list[float] = field(
         default_factory=lambda: [0.66, 0.5, 0.4, 0.3, 0.24], metadata={"help": "Fewer steps: fractions of the steps."}
@@ -77,9 +89,31 @@ def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions, memory: Memor
     return draw
 
 
-def candidates_of(options: FrontierOptions, sensitivity: tuple[float, ...]) -> list[Candidate]:
+def weights_of(
+    pipeline: EarlyExitPipeline, memory: MemoryExits, sampling: SamplingOptions, options: FrontierOptions
+) -> tuple[float, ...]:
+    """What an error of each step does to the final image, with gains measured on fitting seeds."""
+    gains = step_gains(
+        pipeline,
+        memory,
+        balanced_labels(options.gain_images, pipeline.transformer.config.null_class),
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        every=options.gain_every,
+        generator=torch.Generator().manual_seed(seeds("fit", 1)[0]),
+    )
+    sensitivity = step_sensitivity(memory, pipeline.scheduler, sampling.num_inference_steps)
+    return influence(sensitivity, gains, power=options.power)
+
+
+def candidates_of(
+    options: FrontierOptions, sensitivity: tuple[float, ...], weights: tuple[float, ...]
+) -> list[Candidate]:
     """The full model and everything that needs no trace."""
     steps, found = len(sensitivity), []
+    for budget in options.budgets:
+        policy = budgeted(budget, weights=weights, decay=options.decay)
+        found.append(Candidate(f"budgeted {budget}", "budgeted", budget, policy, steps))
     for error in options.errors:
         policy = remembered(error, sensitivity=sensitivity)
         found.append(Candidate(f"remembered {error}", "remembered", error, policy, steps))
@@ -96,7 +130,9 @@ def candidates_of(options: FrontierOptions, sensitivity: tuple[float, ...]) -> l
 def controls(candidate: Candidate, trace: Trace, *, seed: int) -> list[Candidate]:
     """What knowing the image must beat: the same numbers of full steps, dealt out without looking at it."""
     return [
-        Candidate(f"{kind} {candidate.budget}", kind, candidate.budget, policy, candidate.steps)
+        Candidate(
+            f"{kind} of {candidate.name}", f"{kind} of {candidate.kind}", candidate.budget, policy, candidate.steps
+        )
         for kind, policy in controls_of(trace, seed=seed, warm_up=WARM_UP).items()
     ]
 
@@ -116,8 +152,8 @@ def picture(rows: list[dict], path: Path) -> None:
 def verdict(rows: list[dict]) -> str:
     """For each point of ours: the best other candidate that takes no longer (2 % are the clock's)."""
     lines = []
-    for ours in (r for r in rows if r["kind"] == "remembered"):
-        others = [r for r in rows if r["kind"] not in ("remembered", "full") and r["time"] <= 1.02 * ours["time"]]
+    for ours in (r for r in rows if r["kind"] in OURS):
+        others = [r for r in rows if r["kind"] not in (*OURS, "full") and r["time"] <= 1.02 * ours["time"]]
         best = max(others, key=lambda r: r["psnr"]["mean"], default=None)
         said = "nothing else is as fast" if best is None else f"{best['name']} {best['psnr']['mean']:.1f} dB"
         lines.append(
@@ -134,17 +170,19 @@ def main() -> None:
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 
     memory = load_memory(pipeline, options.memory)
-    first = candidates_of(options, step_sensitivity(memory, pipeline.scheduler, sampling.num_inference_steps))
+    sensitivity = step_sensitivity(memory, pipeline.scheduler, sampling.num_inference_steps)
+    weights = weights_of(pipeline, memory, sampling, options) if options.budgets else ()
+    first = candidates_of(options, sensitivity, weights)
     draw = drawer(pipeline, sampling, memory)
     drawn = in_turns(first, draw, chosen, labels, batch=sampling.batch_size)
     rows = [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in first]
-    ours = [c for c in first if c.kind == "remembered"]
+    ours = [c for c in first if c.kind in OURS]
     second = [other for c in ours for other in controls(c, drawn[c.name].trace, seed=sampling.seed)]
     drawn = in_turns([first[0], *second], draw, chosen, labels, batch=sampling.batch_size)
     rows += [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in second]
 
     rows.sort(key=lambda r: (r["kind"], -r["time"]))
-    settings = asdict(sampling) | asdict(options)
+    settings = asdict(sampling) | asdict(options) | ({"weights": weights} if weights else {})
     said = verdict(rows)
     write_json(
         folder / "frontier.json", {"settings": settings, "environment": environment(), "rows": rows, "verdict": said}

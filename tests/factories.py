@@ -17,7 +17,16 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Criterion, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criteria import (
+    Accumulated,
+    Criterion,
+    Cumulative,
+    DecayingThreshold,
+    Gate,
+    Patience,
+    Planned,
+    Threshold,
+)
 from ee_diffusion.core.loop import run_blocks
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession
@@ -421,6 +430,13 @@ def _planned(trace: Trace) -> Planned:
     return Planned(tuple(tuple(row) for row in choices[drawn].tolist()))
 
 
+def _accumulated(trace: Trace, quantile: float) -> Accumulated:
+    """Steps of unlike weight; the second is decided by what the first has left."""
+    steps = trace.scores.shape[0]
+    budget = 1 - float(trace.scores[trace.scores.isfinite()].quantile(quantile))
+    return Accumulated(max(budget, 1e-6), tuple(1.0 + 0.3 * (step % 2) for step in range(steps)), 0.5)
+
+
 _QUANTILES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9]
 _CRITERIA: dict[str, Callable[[Trace], Criterion]] = {
     "threshold": lambda trace: splitting(trace, Threshold, between(trace.scores)),
@@ -435,6 +451,7 @@ _CRITERIA: dict[str, Callable[[Trace], Criterion]] = {
     ),
     "cumulative": lambda trace: splitting(trace, Cumulative, between(1 - (1 - trace.scores).cumprod(1))),
     "gate": lambda trace: splitting(trace, Gate, between(trace.scores)),
+    "accumulated": lambda trace: splitting(trace, lambda q: _accumulated(trace, q), _QUANTILES),
     "planned": _planned,
 }
 CRITERIA = tuple(_CRITERIA)
@@ -476,6 +493,8 @@ def stricter(criterion: Criterion, num_layers: int) -> list[Criterion]:
         return [Cumulative(nearer_one(criterion.q, share)) for share in shares]
     if isinstance(criterion, Gate):
         return [Gate(nearer_one(criterion.threshold, share)) for share in shares]
+    if isinstance(criterion, Accumulated):
+        return [replace(criterion, budget=criterion.budget * share) for share in (0.95, 0.8, 0.5, 0.1)]
     assert isinstance(criterion, Planned)
     return [
         Planned(tuple(tuple(min(num_layers, depth + more) for depth in row) for row in criterion.depths))

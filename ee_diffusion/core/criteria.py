@@ -272,6 +272,48 @@ class DecayingThreshold(Criterion):
         return score > self.threshold * (0.9 + 0.1 * decay), state
 
 
+@dataclass(frozen=True)
+class Accumulated(Criterion):
+    """Errors that add up over the steps of a run are kept within a budget (ours).
+
+    `a_t = decay * a_{t-1} + w_t (1 - score)` where an element stops, `a_t = decay * a_{t-1}` where it runs to the end; it stops as long as
+    `a_t <= budget`. `weights`: w_t (S,), what an error of 1 at that step does. A score of 0 says that nothing is known: it never stops.
+    Law 5 holds within a step: a smaller budget may leave more of it to later ones.
+    """
+
+    budget: float
+    weights: tuple[float, ...]
+    decay: float
+    score: str = "certainty"
+
+    def __post_init__(self) -> None:
+        score_named(self.score)
+        if not (self.budget > 0 and math.isfinite(self.budget) and 0 <= self.decay <= 1):
+            raise ValueError(
+                f"budget={self.budget}, decay={self.decay}, expected a positive number and a factor in [0, 1]"
+            )
+        if not self.weights or not all(math.isfinite(weight) and weight >= 0 for weight in self.weights):
+            raise ValueError(f"weights={self.weights}, expected one finite number >= 0 for each step")
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        if len(self.weights) != num_steps:
+            raise ValueError(f"weights for {len(self.weights)} steps, this run has {num_steps}")
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        if previous is None:
+            return {"spent": torch.zeros(len(elements), device=elements.device)}  # (E,)
+        return {"spent": self.decay * previous["spent"]}
+
+    def measure(self, observation: Observation) -> Tensor:
+        return score_named(self.score).measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        after = state["spent"] + self.weights[where.step] * (1 - score)  # (E,)
+        stop = (score > 0) & (after <= self.budget)
+        return stop, {"spent": torch.where(stop, after, state["spent"])}
+
+
 CRITERIA: dict[str, type[Criterion]] = {
-    kind.__name__: kind for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Sampled, Gate, Planned)
+    kind.__name__: kind
+    for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Sampled, Gate, Accumulated, Planned)
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ee_diffusion.core.criteria import Patience, Threshold
+from ee_diffusion.core.criteria import Accumulated, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic, PiecewiseDepth
 
@@ -72,6 +72,18 @@ def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
             f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step, all sensitivities finite"
         )
     return Policy(Threshold(tuple((max(0.0, 1 - error / max(weight, error)),) for weight in sensitivity)), exits=(0,))
+
+
+def budgeted(budget: float, *, weights: tuple[float, ...], decay: float) -> Policy:
+    """Answers from memory while the errors they are expected to add up to stay within a budget, image by image (ours).
+
+    `a_t = decay a_{t-1} + w_t u_t` where memory answers, `u_t` the expected error of the recalled clean image (`MemoryExits`); memory
+    answers while `a_t <= budget`. `weights`: w_t for each step of the run, such as `gains.influence` of a model and its solver.
+
+    Raises:
+        ValueError: a budget or weights that are not positive and finite, a decay outside [0, 1].
+    """
+    return Policy(Accumulated(budget, tuple(weights), decay), exits=(0,))
 
 
 def periodic_cache(period: int, *, warm_up: int) -> Policy:

@@ -8,7 +8,17 @@ import random
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Sampled, Threshold, Where
+from ee_diffusion.core.criteria import (
+    Accumulated,
+    Cumulative,
+    DecayingThreshold,
+    Gate,
+    Patience,
+    Planned,
+    Sampled,
+    Threshold,
+    Where,
+)
 
 K, E, NAN = 4, 6, float("nan")
 
@@ -252,3 +262,42 @@ def test_a_decaying_threshold_decays():
     for wrong in ({"horizon": 0}, {"horizon": 5, "rate": -1.0}, {"horizon": 5, "rate": math.nan}):
         with pytest.raises(ValueError, match="horizon"):
             DecayingThreshold(0.6, **wrong)
+
+
+def test_accumulated_is_a_slow_loop():
+    """By hand, element by element: what is spent decays, grows where an element stops, and never passes the budget."""
+    scores = torch.rand(12, 5, generator=torch.Generator().manual_seed(3)).clamp(min=0.2)
+    scores[4, 1], scores[5, 2] = 0.0, torch.nan  # nothing known; not measured
+    weights = tuple(0.1 + 0.05 * step for step in range(12))
+    criterion = Accumulated(0.25, weights, 0.6)
+    criterion.validate(12, 1)
+    spent, previous, stopped = [0.0] * 5, None, 0
+    for step in range(12):
+        state = criterion.start(torch.arange(5), step=step, previous=previous)
+        stop, previous = criterion.decide(scores[step], Where(step, 12, 0.0, 0, 0), state)
+        for element in range(5):
+            spent[element] *= 0.6 if step else 1.0
+            score = scores[step, element].item()
+            after = spent[element] + weights[step] * (1 - score)
+            may = score > 0 and after <= 0.25
+            assert bool(stop[element]) == may
+            spent[element] = after if may else spent[element]
+            assert previous["spent"][element].item() == pytest.approx(spent[element], rel=1e-5)
+        stopped += int(stop.sum())
+    assert 0 < stopped < 58
+
+
+def test_accumulated_refuses_what_makes_no_budget():
+    for budget, weights, decay in (
+        (0.0, (1.0,), 0.5),
+        (math.nan, (1.0,), 0.5),
+        (1.0, (1.0,), 1.5),
+        (math.inf, (1.0,), 0),
+    ):
+        with pytest.raises(ValueError, match="expected a positive number and a factor"):
+            Accumulated(budget, weights, decay)
+    for weights in ((), (math.nan,), (-1.0,)):
+        with pytest.raises(ValueError, match="expected one finite number >= 0 for each step"):
+            Accumulated(1.0, weights, 0.5)
+    with pytest.raises(ValueError, match="weights for 2 steps, this run has 3"):
+        Accumulated(1.0, (1.0, 1.0), 0.5).validate(3, 1)

@@ -132,18 +132,35 @@ def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
 
 def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     words = ["--model", model, "--output_dir", tmp_path, "--count", 6, "--batch_size", 3, "--num_inference_steps", 8]
-    words += ["--errors", 0.02, "--periods", 2, "--fractions", 0.5, "--thresholds", 0.5]
+    words += [
+        "--errors",
+        0.02,
+        "--budgets",
+        0.05,
+        "--gain_images",
+        2,
+        "--periods",
+        2,
+        "--fractions",
+        0.5,
+        "--thresholds",
+        0.5,
+    ]
     call(monkeypatch, frontier, *words)
     rows = {row["name"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
     ours = rows["remembered 0.02"]["report"]
     assert 0 < ours["mean_executed"] < 5
     assert ours["executed_per_step"][:2] == [5, 5]
-    assert rows["random_per_step 0.02"]["report"]["executed_per_step"] == pytest.approx(ours["executed_per_step"])
-    assert rows["random_overall 0.02"]["report"]["mean_executed"] == pytest.approx(ours["mean_executed"])
-    assert rows["static 0.02"]["report"]["mean_executed"] == pytest.approx(ours["mean_executed"], abs=5 / 8)
+    assert rows["random_per_step of remembered 0.02"]["report"]["executed_per_step"] == pytest.approx(
+        ours["executed_per_step"]
+    )
+    assert rows["random_overall of remembered 0.02"]["report"]["mean_executed"] == pytest.approx(ours["mean_executed"])
+    assert rows["static of remembered 0.02"]["report"]["mean_executed"] == pytest.approx(
+        ours["mean_executed"], abs=5 / 8
+    )
     assert rows["periodic cache 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
     assert rows["4 steps"]["steps"] == 4
-    assert "deediff 0.5" in rows
+    assert {"deediff 0.5", "budgeted 0.05", "static of budgeted 0.05"} <= set(rows)
     assert "remembered 0.02" in capsys.readouterr().out
     call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
     assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()

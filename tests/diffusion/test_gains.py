@@ -1,0 +1,132 @@
+"""Gains are what a run that took one answer from memory shows at its end, found here run by run; influence weighs them in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import pipeline
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import DepthPerStep
+from ee_diffusion.diffusion.gains import influence, step_gains
+from ee_diffusion.diffusion.generation import SAMPLERS, use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import budgeted
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import step_sensitivity
+
+STEPS, CALL = 9, {"num_inference_steps": 9, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> EarlyExitPipeline:
+    made = pipeline()
+    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    return made
+
+
+def gains(pipe: EarlyExitPipeline, every: int, labels: list[int]) -> tuple[float, ...]:
+    return step_gains(pipe, pipe.exits, labels, every=every, generator=torch.Generator().manual_seed(5), **CALL)
+
+
+def final(pipe: EarlyExitPipeline, skipped: int | None) -> torch.Tensor:
+    """The sample of one image, memory answering at one step; the range of pixels is not cut."""
+    layers, seen = len(pipe.transformer.transformer_blocks), []
+    depths = [0 if step == skipped else layers for step in range(STEPS)]
+    policy = Policy(schedule=DepthPerStep(tuple(depths)), exits=(0,))
+
+    def keep(pipe, index, time, values):
+        seen.append(values["latents"])
+        return values
+
+    pipe([1], exit_policy=policy, generator=torch.Generator().manual_seed(5), callback_on_step_end=keep, **CALL)
+    return seen[-1]
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm"])
+def test_a_gain_is_the_final_distance_over_the_first(name: str):
+    pipe = pipeline()
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    use_sampler(pipe, name)
+    found = gains(pipe, 1, [1])
+    sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
+    plain, errors = final(pipe, None), true_errors(pipe)
+    for step in (3, 5, 8):
+        moved = (final(pipe, step) - plain).square().mean().sqrt().item()
+        assert found[step] == pytest.approx(moved / (sensitivity[step] * errors[step]), rel=1e-3)
+    assert found[0] == found[1] == found[2] == found[3]
+
+
+def true_errors(pipe: EarlyExitPipeline) -> dict[int, float]:
+    """Root mean square error of the recalled clean image at each step of a full run, mean over the two rows of guidance."""
+    exits, memory, errors = pipe.exits, None, {}
+
+    def look(module, args, kwargs, output):
+        nonlocal memory
+        sample, timestep = args[0], args[1]
+        if memory is not None:
+            recalled = exits.recall(memory, sample, timestep)["recalled"]
+            wrong = exits.clean_of(sample, recalled, timestep) - exits.clean_of(sample, output.sample, timestep)
+            errors[len(errors) + 1] = wrong.flatten(1).square().mean(1).sqrt().mean().item()
+        memory = exits.remember(memory, torch.arange(2), sample=sample, timestep=timestep, output=output.sample)
+
+    hook = pipe.transformer.register_forward_hook(look, with_kwargs=True)
+    try:
+        pipe([1], generator=torch.Generator().manual_seed(5), **CALL)
+    finally:
+        hook.remove()
+    return errors
+
+
+def test_between_measured_steps_gains_are_log_linear(pipe: EarlyExitPipeline):
+    every, some = gains(pipe, 1, [0, 2]), gains(pipe, 4, [0, 2])
+    assert some[3] == pytest.approx(every[3], rel=1e-4)
+    assert some[7] == pytest.approx(every[7], rel=1e-4)
+    assert some[5] == pytest.approx((every[3] * every[7]) ** 0.5, rel=1e-4)
+    assert some[8] == some[7]
+
+
+def test_nothing_is_left_on_the_scheduler(pipe: EarlyExitPipeline):
+    before = dict(pipe.scheduler.__dict__)
+    gains(pipe, 3, [0])
+    assert pipe.scheduler.__dict__ == before
+
+
+def test_influence_and_bad_input(pipe: EarlyExitPipeline):
+    assert influence((0.1, 0.2), (4.0, 9.0), power=0.5) == pytest.approx((0.2, 0.6))
+    assert influence((0.1, 0.2), (4.0, 9.0), power=0) == (0.1, 0.2)
+    for sensitivity, power in (((0.1,), 0.5), ((0.1, 0.2), 1.5)):
+        with pytest.raises(ValueError, match="expected as many, and a power in"):
+            influence(sensitivity, (4.0, 9.0), power=power)
+    with pytest.raises(ValueError, match="every=0"):
+        gains(pipe, 0, [0])
+    with pytest.raises(ValueError, match="more than 3 steps"):
+        step_gains(
+            pipe, pipe.exits, [0], num_inference_steps=3, guidance_scale=2.0, every=1, generator=torch.Generator()
+        )
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_budget_spends_what_it_has(pipe: EarlyExitPipeline, name: str):
+    """Larger budgets answer more steps from memory; the sum never passes the budget."""
+    made = pipeline()
+    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    use_sampler(made, name)
+    made.scheduler.set_timesteps(12)
+    weights = (0.5,) * len(made.scheduler.timesteps)
+    shares = []
+    for budget in (0.05, 0.2, 1.0):
+        trace = made(
+            [0, 1, 2],
+            12,
+            2.0,
+            exit_policy=budgeted(budget, weights=weights, decay=0.7),
+            generator=torch.Generator().manual_seed(0),
+        ).trace
+        shares.append((trace.depths == 0).float().mean().item())
+        spent = torch.zeros(3)
+        for depths, scores in zip(trace.depths, trace.scores[:, 0], strict=True):
+            spent = 0.7 * spent + torch.where(depths == 0, 0.5 * (1 - scores), 0.0)
+            assert (spent <= budget * 1.0001).all()
+    assert shares == sorted(shares)
+    assert shares[-1] > shares[0]
