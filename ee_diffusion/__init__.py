@@ -35,6 +35,8 @@ _HOMES = {
     "AdapterExits": "diffusion.adapters",
     "attach": "diffusion.attach",
     "detach": "diffusion.attach",
+    "set_attention": "diffusion.attention",
+    "truncate": "diffusion.truncation",
     "early_exit_generate": "decoding.generate",
     "LearnedExits": "decoding.heads",
     "lossless_generate": "decoding.lossless",
@@ -116,6 +118,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     )
     from ee_diffusion.diffusion.adapters import AdapterExits
     from ee_diffusion.diffusion.attach import attach, detach, summary
+    from ee_diffusion.diffusion.attention import set_attention
     from ee_diffusion.diffusion.families import Family, register_family
     from ee_diffusion.diffusion.gains import influence, step_gains
     from ee_diffusion.diffusion.heads import DenoisingExits
@@ -129,6 +132,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         EarlyExitSD3Pipeline,
     )
     from ee_diffusion.diffusion.solver import step_sensitivity
+    from ee_diffusion.diffusion.truncation import truncate
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier
     from ee_diffusion.encoder.exits import ClassifierExits

@@ -2,7 +2,8 @@
 
 python eval/write_results.py
 
-Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, speed*, uncertainty* and demo*.json (eval/).
+Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, dit-journey*, speed*,
+uncertainty* and demo*.json (eval/).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def settings(report: dict) -> str:
 
 def listed(values: dict) -> str:
     """Settings in a line, without places on a disk."""
-    places = ("model", "output_dir", "cache_dir", "data", "data_files", "device")
+    places = ("model", "exits", "fit_report", "output_dir", "cache_dir", "data", "data_files", "device")
     return ", ".join(f"{name} {value}" for name, value in values.items() if name not in places and value is not None)
 
 
@@ -97,6 +98,31 @@ def frontier(report: dict) -> str:
     )
 
 
+def journey(report: dict) -> str:
+    columns = ["name", "steps", "time", "executed", *[name for name in COLUMNS if name in report["rows"][0]]]
+    rows = [{**row, "executed": row.get("report", {}).get("mean_executed"), **flat(row)} for row in report["rows"]]
+    parts = [markdown_table(rows, columns), f"{report['rows'][0]['psnr']['count']} images.\n"]
+    if report["fit"]:
+        gain = report["fit"]["gain"]["full"]
+        errors = zip(gain["depths"], gain["before"]["error"], gain["after"]["error"], strict=True)
+        power = gain["power"]
+        parts.append(
+            "Fit without data, squared error to the full model relative to its mean square, held-out trajectories:\n"
+        )
+        parts.append(markdown_table([{"depth": d, "unfitted": a / power, "fitted": b / power} for d, a, b in errors]))
+        walked, fitted = report["fit"]["states"], report["fit"]["fit"]
+        parts.append(
+            f"{walked['trajectories']} trajectories walked in {walked['seconds']:.0f} s, {fitted['samples']} samples fitted in "
+            f"{fitted['seconds']:.0f} s, at most {fitted['peak_memory']['process'] / 1e6:.0f} MB; {report['fit']['threads']} threads.\n"
+        )
+    again, found = report["reloaded"], report["calibration"]
+    parts.append(
+        f"Calibrated on {found['images']} images: {found['replayed']:.3f} of the blocks by replay, {found['live']:.3f} live. "
+        f"Saved, loaded in a new process: {again['images']} images, largest difference {again['largest_difference']:g}, same depths: {again['same_depths']}.\n"
+    )
+    return "\n".join([*parts, settings(report), environment(report)])
+
+
 def speed(report: dict) -> str:
     tables = [
         markdown_table(report["overhead"]),
@@ -135,6 +161,11 @@ SECTIONS = {
         "Answers from memory beside what is simpler",
         "python eval/frontier.py --output_dir runs/frontier",
         frontier,
+    ),
+    "dit-journey": (
+        "The journey of a stock DiT",
+        "python eval/journey.py --model ... --exits ... --fit_report ... --output_dir ...",
+        journey,
     ),
     "speed": ("The clock of one forward", "python eval/speed.py --output_dir runs/speed", speed),
     "uncertainty": (

@@ -77,7 +77,9 @@ def _is_on(module: nn.Module, backend: str | None) -> bool:
     chosen = getattr(processor, "_attention_backend", None)
     if backend is None:
         return chosen is None and not exchanged
-    return exchanged or chosen == AttentionBackendName(backend)
+    if backend == "native" and chosen is None and not exchanged and type(processor).__name__.endswith("2_0"):
+        return True  # torch's own attention is written into it
+    return (exchanged and backend == XFORMERS) or chosen == AttentionBackendName(backend)
 
 
 def _require_usable(backend: str, transformer: nn.Module) -> None:
