@@ -118,7 +118,8 @@ def journey(report: dict) -> str:
     again, found = report["reloaded"], report["calibration"]
     parts.append(
         f"Calibrated on {found['images']} images: {found['replayed']:.3f} of the blocks by replay, {found['live']:.3f} live. "
-        f"Saved, loaded in a new process: {again['images']} images, largest difference {again['largest_difference']:g}, same depths: {again['same_depths']}.\n"
+        f"Saved, loaded in a new process: {again['images']} images, largest difference {again['largest_difference']:g}, "
+        f"same depths: {again['same_depths']}.\n"
     )
     return "\n".join([*parts, settings(report), environment(report)])
 
