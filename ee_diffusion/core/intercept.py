@@ -20,6 +20,11 @@ class Interception:
         self.target, self.name, self._wrapper = target, name, wrapper
         self._take()
 
+    @property
+    def original(self) -> Callable[..., Any]:
+        """What the wrapper is given: the method as it was."""
+        return self._ours.args[-1]  # a wrapper that is a partial itself has its own before
+
     def renew(self) -> None:
         """Where something else replaced the method after us (an offload hook that was taken off and put on again), wrap that."""
         if self.target.__dict__.get(self.name) is not self._ours:

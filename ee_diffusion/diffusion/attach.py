@@ -14,7 +14,7 @@ from torch import nn
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attachment import Attachment, DenoiserHeads
 from ee_diffusion.diffusion.compatible import require_attachable
-from ee_diffusion.diffusion.compiled import Compiler, unwrapped
+from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
 from ee_diffusion.diffusion.passage import layers_of
 from ee_diffusion.diffusion.runs import Runs
@@ -64,9 +64,8 @@ def attach(
     )
     compiler = None
     if compiled or compile_options is not None:
-        compiler = Compiler(
-            heads, family, layers_of(transformer, family), {} if compile_options is None else compile_options
-        )
+        options = {} if compile_options is None else compile_options
+        compiler = compiler_for(transformer, heads, family, layers=layers_of(transformer, family), options=options)
     held = None if wrapper is transformer else wrapper
     attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held)
     if policy is not None:

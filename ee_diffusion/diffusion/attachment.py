@@ -82,6 +82,7 @@ class Attachment:
         self.blocks = blocks_of(transformer)
         self.layers = layers_of(transformer, family)
         self.compiler = compiler
+        self.padded = 0  # rows x blocks that ran for no image
         self.runs: Runs | None = None
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
         self._packed: WeakKeyDictionary[Session, DenoiserHeads] = WeakKeyDictionary()
@@ -171,7 +172,7 @@ class Attachment:
             lines.append("no policy: only forwards inside use(step) run with exits")
         else:
             if self.compiler is not None:
-                lines.append(f"compiled; {self.compiler.padded} rows x blocks were padding since it was attached")
+                lines.append(f"compiled; {self.padded} rows x blocks were padding since it was attached")
             lines.append(f"policy: {self.runs.policy}")
             lines.append("no run yet" if self.trace is None else self.trace.report().summary())
         return "\n".join(lines)
@@ -235,13 +236,15 @@ class Attachment:
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
         heads, arguments, context = given
         if self.compiler is not None and self.compiler.takes(step):
-            output, answer = self.compiler.whole(step, original, (arguments, context), args, kwargs)
+            places = self._interceptions[: len(self.blocks) + 1]
+            given = {"given": (arguments, context), "call": (args, kwargs)}
+            output, answer = self.compiler.whole(step, original, places, **given)
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
         lane, rows_for = Lane(step, heads, context), None if self.compiler is None else bucket
         self._passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for)
         output = original(*args, **kwargs)
         if self.compiler is not None:
-            self.compiler.padded += self._passage.padded
+            self.padded += self._passage.padded
         return _with(output, self._passage.answers) if self.heads.space == "output" else output
 
     def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
@@ -279,19 +282,14 @@ class Attachment:
         return original(*args, **kwargs) if idle else self.transformer(*args, **kwargs)
 
     def _block(self, layer: int, original, *args, **kwargs):
-        compiler = self.compiler
-        if compiler is not None and compiler.plan is not None:
-            return compiler.block_in_graph(layer, original, args, kwargs)
         if self._passage is None:
             return original(*args, **kwargs)
-        if compiler is not None:
-            original = compiler.block(layer, original)
+        if self.compiler is not None:
+            original = self.compiler.block(layer, original)
         return self._passage.block(layer, original, args, kwargs)
 
     def _tail(self, original, hidden: Tensor, *args, **kwargs):
-        if self.compiler is not None and self.compiler.plan is not None:
-            hidden = self.compiler.tail_in_graph(hidden)
-        elif self._passage is not None:
+        if self._passage is not None:
             hidden = self._passage.to_tail(hidden)
         return original(hidden, *args, **kwargs)
 

@@ -5,6 +5,9 @@ Graphs are counted with the backend `eager` (dynamo's own part, no code generati
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from stock import dit_pipeline
@@ -15,6 +18,7 @@ from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion import compiled
 from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary
 from ee_diffusion.diffusion.compiled import bucket
 from ee_diffusion.diffusion.families import blocks_of
@@ -23,6 +27,7 @@ from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import periodic_cache
 
 ROWS = [0, 1, 2, 3, 4, 5]
+ONE, MANY = Policy(schedule=FixedDepth(2)), Policy(schedule=DepthPerStep(tuple(range(1, 13))))
 COUNTED = {"backend": "eager"}
 QUICK = ("DiTTransformer2DModel",)
 # Its own forward asks the host how long each text is: no exit is needed to break that graph.
@@ -52,7 +57,7 @@ def generate(model, exits, policy: Policy, options: dict | None, *, steps: int =
             extra = residuals_of(name, ROWS) if residuals and TINY[name].residuals else {}
             with attachment.use(session.step(step, 700.0 - step)):
                 outputs.append(forward(model, inputs_of(name, ROWS, time=700.0 - step) | extra))
-        return torch.stack(outputs), session.trace(), attachment.compiler.padded if attachment.compiler else 0
+        return torch.stack(outputs), session.trace(), attachment.padded
 
 
 def same(one: Trace, other: Trace) -> bool:
@@ -171,13 +176,13 @@ def _by_block(model):
     return model
 
 
-@pytest.mark.parametrize("compiled", [_wrapped, pytest.param(_in_place, marks=pytest.mark.slow), _by_block])
-def test_attaching_to_what_is_compiled_already(compiled):
+@pytest.mark.parametrize("compile_it", [_wrapped, pytest.param(_in_place, marks=pytest.mark.slow), _by_block])
+def test_attaching_to_what_is_compiled_already(compile_it):
     model, name = model_named("DiTTransformer2DModel"), "DiTTransformer2DModel"
     exits, policy = exits_for(model), Policy(schedule=FixedDepth(2))
     off = forward(model, inputs_of(name, ROWS))
     expected, trace, _ = generate(model, exits, policy, None, steps=1)
-    held = compiled(model)
+    held = compile_it(model)
     torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
     own = {one: one.__dict__.get("_compiled_call_impl") for one in (model, *blocks_of(model))}
     attachment = attach(held, exits, compile_options=COUNTED)
@@ -201,17 +206,46 @@ def test_a_compiled_pipeline_stays_compiled_with_exits():
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
     with attach(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
         assert attachment.compiler is not None
-        attachment.compiler._whole = torch.compile(attachment.compiler._traced, **COUNTED, fullgraph=True)
+        attachment.compiler.options |= COUNTED
         pipe([1, 2], **call)
         assert attachment.report.mean_executed == 1
 
 
-def test_more_depths_than_graphs_are_refused(monkeypatch):
+@pytest.mark.parametrize("policy", [Policy(schedule=DepthPerStep((1, 5))), Policy(Planned(((0, 1, 2, 5, 5, 1),) * 2))])
+def test_attaching_again_makes_no_new_graph(policy: Policy):
     model = model_named("DiTTransformer2DModel")
-    monkeypatch.setattr("ee_diffusion.diffusion.compiled._graph_limit", lambda: 2)
-    with pytest.raises(ValueError, match="more than 2 distinct depths"):
-        generate(model, exits_for(model), Policy(schedule=DepthPerStep((1, 2, 3))), COUNTED)
-    assert "forward" not in model.__dict__, "detached after the refusal"
+    exits, made = exits_for(model), []
+    for _ in range(10):
+        generate(model, exits, policy, COUNTED, steps=2)
+        made.append(graphs())
+    assert set(made) == {made[0]}, "torch keeps 8 graphs of one function, and fails at the ninth"
+    generate(model, exits_for(model), policy, COUNTED, steps=2)
+    assert graphs()[0] == 2 * made[0][0], "other exits are other graphs"
+
+
+@pytest.mark.slow
+def test_many_depths_many_models():
+    """Each depth and each model has code of its own: neither uses up what torch keeps of a function."""
+    for _ in range(9):
+        generate(model_named("DiTTransformer2DModel"), exits_for(model_named("DiTTransformer2DModel")), ONE, COUNTED)
+    deep = model_named("DiTTransformer2DModel")
+    for _ in range(9):
+        deep.transformer_blocks.append(model_named("DiTTransformer2DModel").transformer_blocks[0])
+    exits = exits_for(deep)
+    plain, _, _ = generate(deep, exits, MANY, None, steps=12)
+    again, _, _ = generate(deep, exits, MANY, COUNTED, steps=12)
+    torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiler_does_not_keep_its_model():
+    model = model_named("DiTTransformer2DModel")
+    generate(model, exits_for(model), ONE, COUNTED)
+    assert model in compiled._COMPILERS
+    gone = weakref.ref(model)
+    torch._dynamo.reset()
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("options", ["eager", 3, ["backend"]])

@@ -53,9 +53,19 @@ def draw(pipe: DiffusionPipeline, policy: Policy | None = None) -> tuple[Tensor,
 
 
 def grouped(kind: str) -> Callable[[DiffusionPipeline], object]:
+    """Group offload; old versions of diffusers and torch together ask for an accelerator even to offload from the CPU to the CPU."""
     place = {"onload_device": torch.device("cpu"), "offload_device": torch.device("cpu"), "offload_type": kind}
     size = {"num_blocks_per_group": 1} if kind == "block_level" else {}
-    return lambda pipe: apply_group_offloading(pipe.transformer, **place, **size)
+
+    def treat(pipe: DiffusionPipeline) -> None:
+        try:
+            apply_group_offloading(pipe.transformer, **place, **size)
+        except RuntimeError as error:
+            if "accelerator" not in str(error):
+                raise
+            pytest.skip(f"group offload needs an accelerator here: {error}")
+
+    return treat
 
 
 def quantised(pipe: DiffusionPipeline) -> None:
