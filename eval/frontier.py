@@ -138,14 +138,19 @@ def controls(candidate: Candidate, trace: Trace, *, seed: int) -> list[Candidate
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(9.2, 4.6), layout="constrained")
     axes = figure.subplots()
     for kind in dict.fromkeys(r["kind"] for r in rows if r["kind"] != "full"):
-        points = sorted((r["time"], r["psnr"]["mean"]) for r in rows if r["kind"] == kind)
-        axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=kind.replace("_", " "))
+        points = sorted((r["time"], r["psnr"]["mean"], r["psnr"]["high"]) for r in rows if r["kind"] == kind)
+        times, means, highs = zip(*points, strict=True)
+        bars = [(high or mean) - mean for mean, high in zip(means, highs, strict=True)]  # 95 % over seeds
+        style = "--" if " of " in kind else "-"
+        axes.errorbar(
+            times, means, yerr=bars, marker="o", markersize=4, capsize=2, linestyle=style, label=kind.replace("_", " ")
+        )
     axes.set_xlabel("measured time / full model")
     axes.set_ylabel("PSNR to the full model (dB)")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     save_figure(figure, path)
 
 

@@ -124,6 +124,14 @@ def journey(report: dict) -> str:
     return "\n".join([*parts, settings(report), environment(report)])
 
 
+def guarantee(report: dict) -> str:
+    promise = (
+        f"Allowed to miss: {report['settings']['delta']}, with the resamplings' own spread {report['allowed']:.3f}.\n"
+    )
+    tables = [markdown_table(report["candidates"]), markdown_table(report["rows"])]
+    return "\n".join([*tables, promise, settings(report), environment(report)])
+
+
 def speed(report: dict) -> str:
     tables = [
         markdown_table(report["overhead"]),
@@ -167,6 +175,11 @@ SECTIONS = {
         "The journey of a stock DiT",
         "python eval/journey.py --model ... --exits ... --fit_report ... --output_dir ...",
         journey,
+    ),
+    "guarantee": (
+        "Does a certified policy keep its promise",
+        "python eval/guarantee.py --output_dir runs/guarantee",
+        guarantee,
     ),
     "speed": ("The clock of one forward", "python eval/speed.py --output_dir runs/speed", speed),
     "uncertainty": (

@@ -27,6 +27,7 @@ class Policy:
     """A schedule (which layers may run), a criterion (when to stop; None: never) and exits (depths; None: all that the heads have).
 
     `Policy()` is off: the model as it is. `record_all`: measure every exit but stop nobody, for calibration by replay.
+    `made_for`: (name, value) of what it was calibrated on; a pipeline that differs refuses it. Empty: for any model.
     `guidance`: whether the conditional and the unconditional row of an image leave `together` (the least safe decides) or `apart`.
 
     Raises:
@@ -38,6 +39,7 @@ class Policy:
     exits: tuple[int, ...] | None = None
     record_all: bool = False
     guidance: Literal["together", "apart"] = "together"
+    made_for: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.exits is not None and (
@@ -122,6 +124,7 @@ class Policy:
         )
         schedule = {"kind": type(self.schedule).__name__, **asdict(self.schedule)}
         values = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
+        values |= {"made_for": self.made_for} if self.made_for else {}
         # Through JSON, so that a fresh dictionary equals one that was read from a file.
         return json.loads(json.dumps(values | {"record_all": self.record_all, "guidance": self.guidance}))
 

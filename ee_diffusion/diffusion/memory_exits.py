@@ -59,6 +59,12 @@ class MemoryExits(ModelMixin, ConfigMixin):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
         self.gauge = nn.Sequential(nn.Linear(FEATURES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
+        with (
+            torch.no_grad()
+        ):  # always the same, so that unfitted exits made anywhere are the same exits (a policy may be made for them)
+            start = torch.randn(hidden_dim, FEATURES, generator=torch.Generator().manual_seed(0)) / math.sqrt(FEATURES)
+            self.gauge[0].weight.copy_(start)
+        nn.init.zeros_(self.gauge[0].bias)
         nn.init.zeros_(self.gauge[2].weight)
         nn.init.zeros_(self.gauge[2].bias)
         self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), torch.nan))

@@ -26,6 +26,7 @@ from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.attachment import Attachment
+from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff
@@ -116,6 +117,8 @@ class EarlyExitPipeline(DiffusionPipeline):
             timesteps=timesteps,
             output_type=output_type,
         )
+        steps = num_inference_steps if timesteps is None else len(timesteps)
+        check_made_for(policy, self, num_inference_steps=steps, guidance_scale=guidance_scale)
         self._check_callback(callback_on_step_end_tensor_inputs)
         device = self._execution_device
         times = self._timesteps(num_inference_steps, timesteps, device)

@@ -287,6 +287,16 @@ def test_zero_terminal_snr_is_finite():
     assert draw(pipe, Policy(schedule=Periodic(2, 2)))[0].isfinite().all()
 
 
+def test_unfitted_exits_are_the_same_wherever_they_are_made():
+    pipe = pipeline()
+    torch.manual_seed(1)
+    one = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
+    torch.manual_seed(2)
+    other = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert len(one["gauge.0.weight"].unique()) > 100
+
+
 def test_bad_input(pipe: EarlyExitPipeline):
     with pytest.raises(ValueError, match="length=0, expected at least 1"):
         MemoryExits(length=0)

@@ -17,6 +17,7 @@ from tree import ROOT
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 import demo
 import frontier
 import generate
+import guarantee
 import metrics
 import speed
 import tradeoff
@@ -166,6 +168,37 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_guarantee_and_results(model, tmp_path, monkeypatch, capsys):
+    pipeline = EarlyExitPipeline.from_pretrained(model)
+    MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler).save_pretrained(tmp_path / "memory")
+    words = [
+        "--model",
+        model,
+        "--memory",
+        tmp_path / "memory",
+        "--output_dir",
+        tmp_path,
+        "--count",
+        40,
+        "--batch_size",
+        20,
+    ]
+    words += ["--calibration_count", 10, "--resamplings", 50, "--num_inference_steps", 8, "--values", 0.001, 0.02, 0.5]
+    call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risk", 0.4, "--delta", 0.2)
+    report = json.loads((tmp_path / "guarantee.json").read_text())
+    rows = {row["rule"]: row for row in report["rows"]}
+    assert rows["learn then test"]["missed"] <= report["allowed"]
+    assert rows["conformal risk control"]["mean risk"] <= 0.4
+    assert rows["naive mean"]["none certified"] <= rows["learn then test"]["none certified"]
+    costs = [row["share of blocks"] for row in report["candidates"]]
+    assert costs == sorted(costs, reverse=True)
+    assert load_file(tmp_path / "losses.safetensors")["losses"].shape == (3, 40)
+    call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
+    assert "conformal risk control" in (tmp_path / "RESULTS.md").read_text()
+    with pytest.raises(ValueError, match=r"missing .'delta'.*expected all"):
+        call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risk", 0.4)
+
+
 def test_speed(model, tmp_path, monkeypatch, capsys):
     words = [
         "--model",
@@ -219,7 +252,7 @@ def test_demo(model, tmp_path, monkeypatch, capsys):
     assert "wall-clock ratio" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [frontier, generate, metrics, speed, tradeoff, uncertainty])
+@pytest.mark.parametrize("script", [frontier, generate, guarantee, metrics, speed, tradeoff, uncertainty])
 def test_dry_run_prints_the_options(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, script, "--dry-run", "--seed", 7)

@@ -1,0 +1,65 @@
+"""Policies that were calibrated for one model: candidates run live, a bound on what they lose, and a mark of what they were made for.
+
+Here: live runs and fingerprints. Not here: the bounds (core/risk.py), losses (measure). K candidates, the safest first; n images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.fingerprint import made_for_of
+from ee_diffusion.diffusion.generation import generate
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """`losses` (K, n) in [0, 1], `costs` (K,): mean share of the blocks executed."""
+
+    losses: Tensor
+    costs: Tensor
+
+
+def live_losses(
+    pipeline: EarlyExitPipeline,
+    policies: Sequence[Policy],
+    seeds: Sequence[int],
+    *,
+    class_labels: Sequence[int],
+    loss: Loss,
+    batch_size: int,
+    progress: Callable = lambda policies: policies,
+    **call: Any,
+) -> Live:
+    """Every candidate on every seed, against the full model at equal seeds. A bolder exit changes every later state, so nothing is
+    replayed. `loss(images, full)`: (n, C, H, W) twice -> (n,) in [0, 1]. `call` goes to the pipeline.
+
+    Raises:
+        ValueError: no policies; losses outside [0, 1]; as `generate`.
+    """
+    if not policies:
+        raise ValueError("no policies, expected at least one candidate")
+    full = generate(pipeline, seeds, class_labels, batch_size=batch_size, **call).images
+    losses, costs = [], []
+    for policy in progress(policies):
+        drawn = generate(pipeline, seeds, class_labels, batch_size=batch_size, exit_policy=policy, **call)
+        losses.append(loss(drawn.images, full))
+        costs.append(drawn.trace.report().fraction_executed)
+    found = torch.stack(losses)
+    if not bool(((found >= 0) & (found <= 1)).all()):
+        raise ValueError(f"losses from {float(found.min())} to {float(found.max())}, expected numbers in [0, 1]")
+    return Live(found, torch.tensor(costs))
+
+
+def marked(policy: Policy, pipeline: EarlyExitPipeline, *, num_inference_steps: int, guidance_scale: float) -> Policy:
+    """The policy with a mark of this model and these settings: a pipeline refuses it with any other."""
+    mark = made_for_of(pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    return replace(policy, made_for=mark)

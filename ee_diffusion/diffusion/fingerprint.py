@@ -1,0 +1,45 @@
+"""What a policy was made for: a fingerprint of weights, and the settings of sampling. Not here: who asks for it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ee_diffusion.core.policy import Policy
+
+
+def fingerprint(*modules: nn.Module | None) -> str:
+    """SHA-256 (16 hexadecimal digits) over names, shapes and values, in the precision in which they are held."""
+    digest = hashlib.sha256()
+    for place, module in enumerate(modules):
+        for name, tensor in {} if module is None else module.state_dict().items():
+            digest.update(f"{place}/{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def made_for_of(
+    pipeline: DiffusionPipeline, *, num_inference_steps: int, guidance_scale: float
+) -> tuple[tuple[str, str], ...]:
+    """What a policy calibrated on this pipeline with these settings was made for (`Policy.made_for`)."""
+    return (
+        ("weights", fingerprint(pipeline.transformer, pipeline.exits)),
+        ("scheduler", type(pipeline.scheduler).__name__),
+        ("num_inference_steps", str(num_inference_steps)),
+        ("guidance_scale", str(float(guidance_scale))),
+    )
+
+
+def check_made_for(
+    policy: Policy, pipeline: DiffusionPipeline, *, num_inference_steps: int, guidance_scale: float
+) -> None:
+    """Raises ValueError if the policy was calibrated on something else. One made for any model costs nothing here."""
+    if not policy.made_for:
+        return
+    here = dict(made_for_of(pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale))
+    for name, value in policy.made_for:
+        if here.get(name) != value:
+            raise ValueError(f"the policy was calibrated for {name} {value}, this run has {here.get(name)}")

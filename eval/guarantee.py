@@ -1,0 +1,130 @@
+"""Does a certified policy keep its promise? Calibrate again and again on real losses of live runs, and count how often it does not.
+
+python eval/guarantee.py --output_dir runs/guarantee --count 400 --cap 0.02 --risk 0.2 --delta 0.1
+
+Every candidate draws every image of a pool once, live (`budgeted` answers from memory, the safest first). Then, many times: draw a few
+images to calibrate on, choose by learn-then-test, by conformal risk control, and naively (the boldest whose mean on those images keeps
+to the risk: the control that promises nothing); the true risk is the mean over the rest of the pool. Writes guarantee.json, guarantee.md
+and the losses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+
+import torch
+from options import SamplingOptions, flag, load, parse, results_folder
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.risk import certified, in_expectation
+from ee_diffusion.diffusion.certify import live_losses
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import budgeted
+from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.measure.paired import relative_squared_error
+from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_tensors, write_text
+
+
+@dataclass(frozen=True)
+class GuaranteeOptions:
+    """The pool, the candidates, the promise."""
+
+    count: int = flag("Images of the pool.", 400)
+    calibration_count: int = flag("Images of one calibration; the pool should be 20 times as large.", 20)
+    resamplings: int = flag("Calibrations.", 400)
+    memory: str | None = flag("Folder of exits that remember; none: those of the package's checkpoint.")
+    values: list[float] = field(
+        default_factory=lambda: [0.002, 0.004, 0.008, 0.016, 0.032],
+        metadata={"help": "Budgets of accumulated error, the safest first."},
+    )
+    decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
+    cap: float | None = flag("Relative squared error that counts as loss 1.")
+    risk: float | None = flag("The target: the largest expected loss.")
+    delta: float | None = flag("How often it may be missed.")
+
+
+def calibrations(losses: Tensor, options: GuaranteeOptions, seed: int) -> dict[str, list[tuple[int | None, float]]]:
+    """losses (K, n) -> for each rule, of each resampling the choice and its true risk on the rest of the pool (0 if it chose none)."""
+    generator = torch.Generator().manual_seed(seed)
+    grown = losses.cummax(0).values
+    rules: dict[str, tuple[Callable[[Tensor], int | None], Tensor]] = {
+        "learn then test": (lambda own: _last(certified(own, risk=options.risk, delta=options.delta)), losses),
+        "conformal risk control": (partial(in_expectation, risk=options.risk), grown),
+        "naive mean": (lambda own: _last(own.mean(1) <= options.risk), losses),
+    }
+    found: dict[str, list[tuple[int | None, float]]] = {name: [] for name in rules}
+    for _ in range(options.resamplings):
+        order = torch.randperm(losses.shape[1], generator=generator)
+        own, rest = order[: options.calibration_count], order[options.calibration_count :]
+        for name, (choose, judged) in rules.items():
+            chosen = choose(losses[:, own])
+            found[name].append((chosen, 0.0 if chosen is None else float(judged[chosen, rest].mean())))
+    return found
+
+
+def _last(good: Tensor) -> int | None:
+    places = good.nonzero()[:, 0]
+    return int(places[-1]) if len(places) else None
+
+
+def line(name: str, found: list[tuple[int | None, float]], costs: Tensor, options: GuaranteeOptions) -> dict:
+    missed = sum(risk > options.risk for _, risk in found)
+    chosen = [choice for choice, _ in found if choice is not None]
+    return {
+        "rule": name,
+        "resamplings": len(found),
+        "missed": missed / len(found),
+        "mean risk": sum(risk for _, risk in found) / len(found),
+        "none certified": 1 - len(chosen) / len(found),
+        "mean share of blocks": float(costs[chosen].mean()) if chosen else None,
+    }
+
+
+def main() -> None:
+    sampling, options = parse(SamplingOptions, GuaranteeOptions, description=__doc__)
+    missing = [name for name in ("cap", "risk", "delta") if getattr(options, name) is None]
+    if missing or not 1 <= options.calibration_count < options.count:
+        raise ValueError(
+            f"missing {missing}, calibration_count={options.calibration_count} of {options.count}: expected all, and fewer than the pool"
+        )
+    folder, pipeline = results_folder(sampling), load(sampling)
+    pipeline.exits = MemoryExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
+    sensitivity = step_sensitivity(pipeline.exits, pipeline.scheduler, sampling.num_inference_steps)
+    live = live_losses(
+        pipeline,
+        [budgeted(value, weights=sensitivity, decay=options.decay) for value in options.values],
+        seeds("test", options.count),
+        class_labels=balanced_labels(options.count, pipeline.transformer.config.null_class),
+        loss=lambda images, full: (relative_squared_error(images, full) / options.cap).clamp(max=1),
+        batch_size=sampling.batch_size,
+        progress=partial(tqdm, desc="candidates"),
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+    )
+    write_tensors(folder / "losses.safetensors", {"losses": live.losses, "costs": live.costs})
+    found = calibrations(live.losses, options, sampling.seed)
+    rows = [line(name, several, live.costs, options) for name, several in found.items()]
+    spread = math.sqrt(options.delta * (1 - options.delta) / options.resamplings)
+    candidates = [
+        {"budget": value, "share of blocks": cost, "mean loss": loss}
+        for value, cost, loss in zip(options.values, live.costs.tolist(), live.losses.mean(1).tolist(), strict=True)
+    ]
+    facts = {
+        "settings": asdict(sampling) | asdict(options),
+        "environment": environment(),
+        "allowed": options.delta + 2 * spread,
+    }
+    write_json(folder / "guarantee.json", facts | {"rows": rows, "candidates": candidates})
+    text = markdown_table(candidates) + "\n" + markdown_table(rows)
+    write_text(folder / "guarantee.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

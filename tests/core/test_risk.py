@@ -1,0 +1,110 @@
+"""Bounds against slow float64 readings, and the promise itself: over many calibrations the risk passes the target as rarely as is said."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ee_diffusion.core.risk import certified, in_expectation, p_value, pareto_order, upper_bound
+
+RISK, DELTA, ROUNDS, COUNT = 0.2, 0.1, 400, 60
+
+
+def population(seed: int = 0) -> torch.Tensor:
+    """True losses (K, N) of 8 candidates on a large population, in part all-or-nothing, growing from safe to bold on the whole."""
+    generator = torch.Generator().manual_seed(seed)
+    hardness = torch.rand(COUNT * 20, generator=generator)  # (N,)
+    bold = torch.linspace(0.02, 0.6, 8)[:, None]
+    smooth = (bold * hardness * 1.2).clamp(max=1)
+    return torch.where(torch.rand(8, COUNT * 20, generator=generator) < 0.5, smooth, (hardness < bold).float())
+
+
+def test_the_p_value_by_hand():
+    losses = torch.tensor([0.0, 0.1, 0.0, 0.3, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0])
+    mean, risk, count = 0.06, 0.4, 10
+    divergence = mean * math.log(mean / risk) + (1 - mean) * math.log((1 - mean) / (1 - risk))
+    bentkus = math.e * sum(math.comb(count, k) * risk**k * (1 - risk) ** (count - k) for k in range(2))  # ceil(0.6) = 1
+    assert p_value(losses, risk) == pytest.approx(min(math.exp(-count * divergence), bentkus), rel=1e-6)
+    assert p_value(torch.zeros(20), 0.1) == pytest.approx(0.9**20, rel=1e-6)
+    assert p_value(torch.ones(20), 0.1) == 1.0
+
+
+def test_the_upper_bound_is_where_the_p_value_crosses():
+    losses = torch.rand(50, generator=torch.Generator().manual_seed(1)) * 0.3
+    bound = upper_bound(losses, DELTA)
+    assert p_value(losses, bound + 1e-6) <= DELTA < p_value(losses, bound - 1e-4)
+    assert upper_bound(torch.zeros(22), 0.1) == pytest.approx(1 - 0.1 ** (1 / 22), rel=1e-6)
+    assert upper_bound(torch.ones(5), 0.1) == 1.0
+
+
+def drawn(generator: torch.Generator, losses: torch.Tensor) -> torch.Tensor:
+    return losses[:, torch.randint(losses.shape[1], (COUNT,), generator=generator)]
+
+
+def too_many(failures: int) -> bool:
+    """More than a binomial with probability delta explains, at three standard deviations."""
+    return failures > ROUNDS * DELTA + 3 * math.sqrt(ROUNDS * DELTA * (1 - DELTA))
+
+
+def test_certified_candidates_keep_their_promise_and_naive_choice_does_not():
+    losses, generator = population(), torch.Generator().manual_seed(2)
+    true = losses.mean(1)
+    wrong = naive = none = 0
+    for _ in range(ROUNDS):
+        sample = drawn(generator, losses)
+        found = certified(sample, risk=RISK, delta=DELTA)
+        wrong += bool((true[found] > RISK).any())
+        none += not bool(found.any())
+        below = (sample.mean(1) <= RISK).nonzero()[:, 0]
+        naive += bool(len(below)) and bool(true[below[-1]] > RISK)
+    assert not too_many(wrong)
+    assert too_many(naive), "a control that must fail: the empirical mean promises nothing"
+    assert none < ROUNDS / 2
+
+
+def test_the_upper_bound_covers():
+    losses, generator = population(3), torch.Generator().manual_seed(4)
+    true = losses.mean(1)
+    wrong = sum(upper_bound(drawn(generator, losses)[4], DELTA) < true[4] for _ in range(ROUNDS))
+    assert not too_many(int(wrong))
+
+
+def test_conformal_risk_control_holds_in_the_mean():
+    losses, generator = population(5), torch.Generator().manual_seed(6)
+    grown = losses.cummax(0).values.mean(1)
+    risks = []
+    for _ in range(ROUNDS):
+        chosen = in_expectation(drawn(generator, losses), risk=RISK)
+        risks.append(0.0 if chosen is None else float(grown[chosen]))
+    assert sum(risks) / ROUNDS <= RISK
+    assert sum(risks) / ROUNDS > RISK / 3
+    by_hand = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.3, 0.0], [0.9, 0.0, 0.0]])
+    assert in_expectation(by_hand, risk=0.33) == 1  # (0.3 + 1) / 4; the third: (0.9 + 0.3 + 1) / 4
+    assert in_expectation(by_hand, risk=0.6) == 2
+    assert in_expectation(by_hand, risk=0.2) is None
+
+
+def test_pareto_order_keeps_what_nothing_beats():
+    costs = torch.tensor([1.0, 0.5, 0.5, 0.3, 0.4])
+    losses = torch.tensor([[0.0, 0.0], [0.1, 0.1], [0.3, 0.1], [0.4, 0.4], [0.5, 0.5]])
+    assert pareto_order(costs, losses, risk=0.6).tolist() == [0, 1, 3]
+    with pytest.raises(ValueError, match=r"costs \(2,\) and losses \(5, 2\)"):
+        pareto_order(costs[:2], losses, risk=0.6)
+
+
+@pytest.mark.parametrize("losses", [torch.tensor([[0.1, 1.1]]), torch.tensor([[math.nan]]), torch.tensor([[-0.1]])])
+def test_losses_out_of_range_are_refused(losses: torch.Tensor):
+    with pytest.raises(ValueError, match="expected numbers in"):
+        certified(losses, risk=0.1, delta=0.1)
+    with pytest.raises(ValueError, match="expected numbers in"):
+        in_expectation(losses, risk=0.1)
+
+
+def test_bad_numbers_are_refused():
+    for risk, delta in ((0.0, 0.1), (1.0, 0.1), (0.1, 0.0), (math.nan, 0.1), (0.1, math.nan)):
+        with pytest.raises(ValueError, match="expected both in"):
+            certified(torch.zeros(1, 3), risk=risk, delta=delta)
+    with pytest.raises(ValueError, match="at least one of each"):
+        certified(torch.zeros(2, 0), risk=0.1, delta=0.1)

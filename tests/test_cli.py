@@ -1,0 +1,80 @@
+"""`ee-diffusion calibrate` on a tiny pipeline: the file it writes, what it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from factories import pipeline
+
+from ee_diffusion.cli import main
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    pipeline().save_pretrained(folder)
+    return folder
+
+
+def words(model: Path, output: Path, *more: object) -> list[str]:
+    settings = ["--num_inference_steps", 6, "--guidance_scale", 2.0, "--count", 8, "--batch_size", 4]
+    return [str(word) for word in ("calibrate", "--model", model, "--output", output, *settings, *more)]
+
+
+def test_a_budget_takes_the_safest_within_it(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "policy.json"
+    values = ["--kind", "deediff", "--values", 0.33, 0.4, 0.45, 0.6]
+    assert main(words(model, output, *values, "--budget", 0.8)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("deediff")]
+    costs = [float(line.split(": ")[1].split(" ")[0]) for line in lines]
+    assert len(costs) == 4
+    first = next(place for place, cost in enumerate(costs) if cost <= 0.8)
+    assert first > 0
+    policy = Policy.load(output)
+    assert policy.criterion.threshold == pytest.approx(1 - [0.33, 0.4, 0.45, 0.6][first])
+    assert dict(policy.made_for)["num_inference_steps"] == "6"
+
+
+@pytest.mark.parametrize("kind", ["remembered", "budgeted"])
+def test_a_risk_takes_the_boldest_that_keeps_it(kind: str, model: Path, tmp_path: Path):
+    output = tmp_path / "policy.json"
+    goal = ["--kind", kind, "--values", 1e-6, 1e-5, 100.0, "--risk", 0.5, "--delta", 0.2, "--cap", 1e-8]
+    assert main(words(model, output, *goal)) == 0
+    number = {"remembered": "threshold", "budgeted": "budget"}[kind]
+    bold = Policy.load(output)
+    assert main(words(model, output, *goal[:-6], "--risk", 0.5, "--cap", 1e9)) == 0
+    boldest = Policy.load(output)
+    assert getattr(bold.criterion, number) != getattr(boldest.criterion, number)
+    pipe = pipeline()
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe([1], 6, 2.0, exit_policy=boldest)
+
+
+def test_none_certified_is_an_answer_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "policy.json"
+    assert main(words(model, output, "--kind", "deediff", "--risk", 0.01, "--delta", 0.1, "--cap", 1.0)) == 1
+    assert "none certified" in capsys.readouterr().out  # eight images cannot vouch for one in a hundred
+    assert not output.exists()
+
+
+def test_dry_run_prints_and_bad_flags_are_refused_before_work(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    output = tmp_path / "policy.json"
+    assert main(words(model, output, "--budget", 0.5, "--dry-run")) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "budgeted"
+    for more, message in (
+        (["--budget", 1.5], "expected a share of the blocks"),
+        (["--risk", 0.1], "expected a risk in"),
+        (["--risk", 0.1, "--cap", 1, "--delta", 2], "expected a probability"),
+        (["--budget", 0.5, "--delta", 0.1], "with --risk"),
+        (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
+        (["--budget", 0.5, "--count", 0], "at least 1 each"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main(words(model, output, *more))
+    assert not output.exists()
