@@ -123,7 +123,7 @@ class Policy:
             None if self.criterion is None else {"kind": type(self.criterion).__name__, **asdict(self.criterion)}
         )
         schedule = {"kind": type(self.schedule).__name__, **asdict(self.schedule)}
-        values = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
+        values: dict[str, Any] = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
         values |= {"made_for": self.made_for} if self.made_for else {}
         # Through JSON, so that a fresh dictionary equals one that was read from a file.
         return json.loads(json.dumps(values | {"record_all": self.record_all, "guidance": self.guidance}))
