@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "checkpoint": "checkpoints",
     "Accumulated": "core.criteria",
-    "Criterion": "core.criteria",
+    "Criterion": "core.criterion",
     "Cumulative": "core.criteria",
     "DecayingThreshold": "core.criteria",
     "Gate": "core.criteria",
@@ -82,7 +82,6 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.checkpoints import checkpoint
     from ee_diffusion.core.criteria import (
         Accumulated,
-        Criterion,
         Cumulative,
         DecayingThreshold,
         Gate,
@@ -91,6 +90,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         Sampled,
         Threshold,
     )
+    from ee_diffusion.core.criterion import Criterion
     from ee_diffusion.core.policy import Policy
     from ee_diffusion.core.schedules import (
         DepthPerStep,

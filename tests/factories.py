@@ -17,16 +17,8 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import (
-    Accumulated,
-    Criterion,
-    Cumulative,
-    DecayingThreshold,
-    Gate,
-    Patience,
-    Planned,
-    Threshold,
-)
+from ee_diffusion.core.criteria import Accumulated, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.loop import run_blocks
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession

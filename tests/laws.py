@@ -38,7 +38,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Accumulated, Criterion, Planned, Threshold
+from ee_diffusion.core.criteria import Accumulated, Planned, Threshold
+from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import CRITERIA, Criterion, Planned
+from ee_diffusion.core.criteria import CRITERIA, Planned
+from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned, State, Where
+from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criterion import State, Where
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.rows import Departure, repeats_of
 from ee_diffusion.core.schedules import depth_of

@@ -17,8 +17,8 @@ from ee_diffusion.core.criteria import (
     Planned,
     Sampled,
     Threshold,
-    Where,
 )
+from ee_diffusion.core.criterion import Where
 
 K, E, NAN = 4, 6, float("nan")
 

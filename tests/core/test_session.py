@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Patience, Planned, Threshold, Where
+from ee_diffusion.core.criteria import Patience, Planned, Threshold
+from ee_diffusion.core.criterion import Where
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.session import Session

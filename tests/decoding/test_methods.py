@@ -16,7 +16,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ee_diffusion.core.criteria import DecayingThreshold, Threshold, Where
+from ee_diffusion.core.criteria import DecayingThreshold, Threshold
+from ee_diffusion.core.criterion import Where
 from ee_diffusion.decoding.families import family_of
 from ee_diffusion.decoding.methods import (
     calm,
