@@ -285,6 +285,10 @@ def test_zero_terminal_snr_is_finite():
     pipe.register_modules(scheduler=scheduler)
     pipe.exits = MemoryExits.for_pipeline(pipe.transformer, scheduler)
     assert draw(pipe, Policy(schedule=Periodic(2, 2)))[0].isfinite().all()
+    last = Memory(torch.zeros(1, 2, 3, 8, 8), torch.tensor([[1019.0, 1039.0]]).double(), torch.tensor([1e-4]).double())
+    said = pipe.exits.recall(last, torch.zeros(1, 3, 8, 8), torch.tensor([999]))
+    assert said["features"].isfinite().all()
+    assert said["recalled"].isfinite().all()
 
 
 def test_unfitted_exits_are_the_same_wherever_they_are_made():
