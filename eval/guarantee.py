@@ -1,10 +1,10 @@
 """Does a certified policy keep its promise? Calibrate again and again on real losses of live runs, and count how often it does not.
 
-python eval/guarantee.py --output_dir runs/guarantee --count 400 --cap 0.02 --risk 0.2 --delta 0.1
+python eval/guarantee.py --output_dir runs/guarantee --count 400 --cap 0.02 --risks 0.1 0.2 0.3 --delta 0.1
 
 Every candidate draws every image of a pool once, live (`budgeted` answers from memory, the safest first). Then, many times: draw a few
 images to calibrate on, choose by learn-then-test, by conformal risk control, and naively (the boldest whose mean on those images keeps
-to the risk: the control that promises nothing); the true risk is the mean over the rest of the pool. Writes guarantee.json, guarantee.md
+to the risk: the control that promises nothing); the true risk is the mean over the pool. Writes guarantee.json, guarantee.md
 and the losses.
 """
 
@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 from options import SamplingOptions, flag, load, parse, results_folder
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -45,26 +46,32 @@ class GuaranteeOptions:
     )
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
     cap: float | None = flag("Relative squared error that counts as loss 1.")
-    risk: float | None = flag("The target: the largest expected loss.")
+    risks: list[float] = field(
+        default_factory=list, metadata={"help": "Targets: the largest expected loss, one or more."}
+    )
+    losses: str | None = flag(
+        "losses.safetensors of an earlier run with the same pool and candidates: nothing is drawn."
+    )
     delta: float | None = flag("How often it may be missed.")
 
 
-def calibrations(losses: Tensor, options: GuaranteeOptions, seed: int) -> dict[str, list[tuple[int | None, float]]]:
-    """losses (K, n) -> for each rule, of each resampling the choice and its true risk on the rest of the pool (0 if it chose none)."""
+def calibrations(
+    losses: Tensor, options: GuaranteeOptions, *, risk: float, seed: int
+) -> dict[str, list[tuple[int | None, float]]]:
+    """losses (K, n) -> for each rule, of each resampling the choice and its true risk (0 if it chose none)."""
     generator = torch.Generator().manual_seed(seed)
     grown = losses.cummax(0).values
     rules: dict[str, tuple[Callable[[Tensor], int | None], Tensor]] = {
-        "learn then test": (lambda own: _last(certified(own, risk=options.risk, delta=options.delta)), losses),
-        "conformal risk control": (partial(in_expectation, risk=options.risk), grown),
-        "naive mean": (lambda own: _last(own.mean(1) <= options.risk), losses),
+        "learn then test": (lambda own: _last(certified(own, risk=risk, delta=options.delta)), losses),
+        "conformal risk control": (partial(in_expectation, risk=risk), grown),
+        "naive mean": (lambda own: _last(own.mean(1) <= risk), losses),
     }
     found: dict[str, list[tuple[int | None, float]]] = {name: [] for name in rules}
     for _ in range(options.resamplings):
-        order = torch.randperm(losses.shape[1], generator=generator)
-        own, rest = order[: options.calibration_count], order[options.calibration_count :]
+        own = torch.randperm(losses.shape[1], generator=generator)[: options.calibration_count]
         for name, (choose, judged) in rules.items():
             chosen = choose(losses[:, own])
-            found[name].append((chosen, 0.0 if chosen is None else float(judged[chosen, rest].mean())))
+            found[name].append((chosen, 0.0 if chosen is None else float(judged[chosen].mean())))
     return found
 
 
@@ -73,27 +80,23 @@ def _last(good: Tensor) -> int | None:
     return int(places[-1]) if len(places) else None
 
 
-def line(name: str, found: list[tuple[int | None, float]], costs: Tensor, options: GuaranteeOptions) -> dict:
-    missed = sum(risk > options.risk for _, risk in found)
+def line(name: str, found: list[tuple[int | None, float]], costs: Tensor, *, risk: float) -> dict:
+    missed = sum(true > risk for _, true in found)
     chosen = [choice for choice, _ in found if choice is not None]
     return {
+        "risk": risk,
         "rule": name,
         "resamplings": len(found),
         "missed": missed / len(found),
-        "mean risk": sum(risk for _, risk in found) / len(found),
+        "mean true risk": sum(true for _, true in found) / len(found),
         "none certified": 1 - len(chosen) / len(found),
         "mean share of blocks": float(costs[chosen].mean()) if chosen else None,
     }
 
 
-def main() -> None:
-    sampling, options = parse(SamplingOptions, GuaranteeOptions, description=__doc__)
-    missing = [name for name in ("cap", "risk", "delta") if getattr(options, name) is None]
-    if missing or not 1 <= options.calibration_count < options.count:
-        raise ValueError(
-            f"missing {missing}, calibration_count={options.calibration_count} of {options.count}: expected all, and fewer than the pool"
-        )
-    folder, pipeline = results_folder(sampling), load(sampling)
+def drawn(sampling: SamplingOptions, options: GuaranteeOptions) -> tuple[Tensor, Tensor]:
+    """Losses (K, n) and costs (K,) of the candidates, live."""
+    pipeline = load(sampling)
     pipeline.exits = MemoryExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
     sensitivity = step_sensitivity(pipeline.exits, pipeline.scheduler, sampling.num_inference_steps)
     live = live_losses(
@@ -107,13 +110,38 @@ def main() -> None:
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
     )
-    write_tensors(folder / "losses.safetensors", {"losses": live.losses, "costs": live.costs})
-    found = calibrations(live.losses, options, sampling.seed)
-    rows = [line(name, several, live.costs, options) for name, several in found.items()]
+    return live.losses, live.costs
+
+
+def read(options: GuaranteeOptions) -> tuple[Tensor, Tensor]:
+    """Losses and costs of an earlier run. Raises ValueError if they are of other numbers of candidates and images."""
+    found = load_file(options.losses)
+    if found["losses"].shape != (len(options.values), options.count):
+        raise ValueError(
+            f"losses are {tuple(found['losses'].shape)}, expected ({len(options.values)}, {options.count}): candidates and images"
+        )
+    return found["losses"], found["costs"]
+
+
+def main() -> None:
+    sampling, options = parse(SamplingOptions, GuaranteeOptions, description=__doc__)
+    missing = [name for name in ("cap", "risks", "delta") if not getattr(options, name)]
+    if missing or not 1 <= options.calibration_count < options.count:
+        raise ValueError(
+            f"missing {missing}, calibration_count={options.calibration_count} of {options.count}: expected all, and fewer than the pool"
+        )
+    folder = results_folder(sampling)
+    losses, costs = drawn(sampling, options) if options.losses is None else read(options)
+    write_tensors(folder / "losses.safetensors", {"losses": losses, "costs": costs})
+    rows = [
+        line(name, several, costs, risk=risk)
+        for risk in options.risks
+        for name, several in calibrations(losses, options, risk=risk, seed=sampling.seed).items()
+    ]
     spread = math.sqrt(options.delta * (1 - options.delta) / options.resamplings)
     candidates = [
         {"budget": value, "share of blocks": cost, "mean loss": loss}
-        for value, cost, loss in zip(options.values, live.costs.tolist(), live.losses.mean(1).tolist(), strict=True)
+        for value, cost, loss in zip(options.values, costs.tolist(), losses.mean(1).tolist(), strict=True)
     ]
     facts = {
         "settings": asdict(sampling) | asdict(options),

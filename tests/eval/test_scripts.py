@@ -184,19 +184,24 @@ def test_guarantee_and_results(model, tmp_path, monkeypatch, capsys):
         20,
     ]
     words += ["--calibration_count", 10, "--resamplings", 50, "--num_inference_steps", 8, "--values", 0.001, 0.02, 0.5]
-    call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risk", 0.4, "--delta", 0.2)
+    call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risks", 0.4, "--delta", 0.2)
     report = json.loads((tmp_path / "guarantee.json").read_text())
     rows = {row["rule"]: row for row in report["rows"]}
     assert rows["learn then test"]["missed"] <= report["allowed"]
-    assert rows["conformal risk control"]["mean risk"] <= 0.4
+    assert rows["conformal risk control"]["mean true risk"] <= 0.4
     assert rows["naive mean"]["none certified"] <= rows["learn then test"]["none certified"]
     costs = [row["share of blocks"] for row in report["candidates"]]
     assert costs == sorted(costs, reverse=True)
-    assert load_file(tmp_path / "losses.safetensors")["losses"].shape == (3, 40)
+    losses = tmp_path / "losses.safetensors"
+    assert load_file(losses)["losses"].shape == (3, 40)
+    call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risks", 0.4, 0.6, "--delta", 0.2, "--losses", losses)
+    again = json.loads((tmp_path / "guarantee.json").read_text())["rows"]
+    assert again[:3] == report["rows"]
+    assert [row["risk"] for row in again] == [0.4] * 3 + [0.6] * 3
     call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
     assert "conformal risk control" in (tmp_path / "RESULTS.md").read_text()
     with pytest.raises(ValueError, match=r"missing .'delta'.*expected all"):
-        call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risk", 0.4)
+        call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risks", 0.4)
 
 
 def test_speed(model, tmp_path, monkeypatch, capsys):
