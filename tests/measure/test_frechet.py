@@ -16,7 +16,7 @@ from torch import nn
 from ee_diffusion.measure import references
 from ee_diffusion.measure.classifiers import CifarResNet
 from ee_diffusion.measure.features import ResNetFeatures, extract, fingerprint
-from ee_diffusion.measure.frechet import Statistics, frechet_distance, kernel_distance
+from ee_diffusion.measure.frechet import Statistics, frechet_distance, frechet_interval, kernel_distance
 from ee_diffusion.measure.references import reference, reference_path
 
 
@@ -237,3 +237,15 @@ def test_extract_does_not_depend_on_the_batch_size_and_runs_the_progress_bar(net
     assert whole.dtype == torch.float32
     with pytest.raises(ValueError, match="expected at least one"):
         extract(network, images[:0], batch_size=4)
+
+
+def test_the_bootstrap_interval_has_the_width_of_fresh_draws():
+    known = Statistics.of(features(2000, shift=0.3))
+    fresh = [frechet_distance(features(4000)[order], known).value for order in torch.arange(4000).split(100)]
+    found, low, high = frechet_interval(features(4000)[:100], known, resamples=60, seed=0)
+    assert found == frechet_distance(features(4000)[:100], known)
+    assert low < found.value < high
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(fresh, ddof=1), rel=0.5)
+    assert frechet_interval(features(4000)[:100], known, resamples=60, seed=0) == (found, low, high)
+    with pytest.raises(ValueError, match="resamples=1, expected at least 2"):
+        frechet_interval(features(100), known, resamples=1, seed=0)
