@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -22,24 +25,41 @@ def fingerprint(*modules: nn.Module | None) -> str:
 
 
 def made_for_of(
-    pipeline: DiffusionPipeline, *, num_inference_steps: int, guidance_scale: float
+    pipeline: DiffusionPipeline, *, num_inference_steps: int | Sequence[int], guidance_scale: float, eta: float = 0.0
 ) -> tuple[tuple[str, str], ...]:
-    """What a policy calibrated on this pipeline with these settings was made for (`Policy.made_for`)."""
+    """What a policy calibrated on this pipeline with these settings was made for (`Policy.made_for`).
+
+    num_inference_steps: their number, or the timesteps themselves where they are given by hand.
+    """
     return (
         ("weights", fingerprint(pipeline.transformer, pipeline.exits)),
         ("scheduler", type(pipeline.scheduler).__name__),
+        ("scheduler settings", _settings(pipeline.scheduler.config)),
         ("num_inference_steps", str(num_inference_steps)),
         ("guidance_scale", str(float(guidance_scale))),
+        ("eta", str(float(eta))),
     )
 
 
 def check_made_for(
-    policy: Policy, pipeline: DiffusionPipeline, *, num_inference_steps: int, guidance_scale: float
+    policy: Policy,
+    pipeline: DiffusionPipeline,
+    *,
+    num_inference_steps: int | Sequence[int],
+    guidance_scale: float,
+    eta: float = 0.0,
 ) -> None:
     """Raises ValueError if the policy was calibrated on something else. One made for any model costs nothing here."""
     if not policy.made_for:
         return
-    here = dict(made_for_of(pipeline, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale))
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
+    here = dict(made_for_of(pipeline, **call))
     for name, value in policy.made_for:
         if here.get(name) != value:
             raise ValueError(f"the policy was calibrated for {name} {value}, this run has {here.get(name)}")
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """A fingerprint of a scheduler's noise schedule, spacing and order; versions and defaults (`_...`) are left out."""
+    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -117,8 +117,8 @@ class EarlyExitPipeline(DiffusionPipeline):
             timesteps=timesteps,
             output_type=output_type,
         )
-        steps = num_inference_steps if timesteps is None else len(timesteps)
-        check_made_for(policy, self, num_inference_steps=steps, guidance_scale=guidance_scale)
+        steps = num_inference_steps if timesteps is None else timesteps
+        check_made_for(policy, self, num_inference_steps=steps, guidance_scale=guidance_scale, eta=eta)
         self._check_callback(callback_on_step_end_tensor_inputs)
         device = self._execution_device
         times = self._timesteps(num_inference_steps, timesteps, device)

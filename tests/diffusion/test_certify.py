@@ -46,9 +46,19 @@ def test_a_marked_policy_runs_where_it_was_made_and_nowhere_else(tmp_path: Path)
     for change, message in (
         ({"num_inference_steps": 4}, "num_inference_steps 3, this run has 4"),
         ({"guidance_scale": 2.5}, "guidance_scale 2.0, this run has 2.5"),
+        ({"eta": 1.0}, "eta 0.0, this run has 1.0"),
+        ({"timesteps": [900, 500, 100]}, r"num_inference_steps 3, this run has \[900, 500, 100\]"),
     ):
         with pytest.raises(ValueError, match=message):
             pipe([1], exit_policy=policy, **CALL | change)
+    other = pipeline()
+    for change in ({"beta_schedule": "squaredcos_cap_v2"}, {"timestep_spacing": "trailing"}):
+        other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **change)
+        with pytest.raises(ValueError, match="calibrated for scheduler settings"):
+            other([1], exit_policy=policy, **CALL)
+    pipe.scheduler.save_pretrained(tmp_path / "same")
+    other.scheduler = type(pipe.scheduler).from_pretrained(tmp_path / "same")
+    other([1], exit_policy=policy, **CALL)
     use_sampler(twin, "euler")
     with pytest.raises(ValueError, match="scheduler DDIMScheduler, this run has EulerDiscreteScheduler"):
         twin([1], exit_policy=policy, **CALL)
