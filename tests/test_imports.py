@@ -25,7 +25,8 @@ SIDE = CORE | {"numpy", "PIL", "ee_diffusion.core"}
 TABLE = {
     "core": CORE,
     "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib", "peft"},
-    "decoding": SIDE | {"transformers", "huggingface_hub"},
+    "decoding": SIDE
+    | {"transformers", "huggingface_hub", "grpc", "grpc_health", "google.protobuf", "prometheus_client"},
     "encoder": SIDE | {"transformers", "huggingface_hub"},
     # of diffusers the loop takes the learning rate schedules and the moving average, no model
     "training": SIDE | {"accelerate", "datasets", "tqdm", "diffusers.optimization", "diffusers.training_utils"},
@@ -35,6 +36,7 @@ TABLE = {
 # Folders and files that need extras of pyproject.toml; all others run on what `pip install ee-diffusion` brings.
 EXTRAS = {
     "decoding": {"decoding"},
+    "cloud": {"cloud"},
     "training": {"train"},
     "encoder": {"encoder"},
     "measure": {"eval"},
@@ -43,7 +45,13 @@ EXTRAS = {
     "train": {"train"},
     "eval": {"train", "eval", "plot"},
 }
-DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "huggingface_hub": "huggingface-hub",
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "google": "protobuf",
+}
 # Parts that may import every folder of the package (never each other's files, except their own).
 TOP = {"cli.py", "pipelines", "train", "eval"}
 HEAVY = ("diffusers", "transformers", "accelerate", "torchmetrics", "datasets", "matplotlib")

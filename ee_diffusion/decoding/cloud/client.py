@@ -1,0 +1,169 @@
+"""The edge's end of the line: uploads in the background, questions with a deadline, a new session after a loss.
+
+Here: what is kept and sent when. Not here: the bytes' way (a `Transport`: remote.py, or `LocalTransport` in this process).
+N positions, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ee_diffusion.decoding.cloud.context import ContextManager, Refused
+from ee_diffusion.decoding.cloud.encoding import decode, encode
+
+
+class CloudLost(Exception):
+    """The cloud did not answer, not in time, or not sensibly; the message says which."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """States of `count` positions from `first` on, encoded as `kind`."""
+
+    first: int
+    count: int
+    kind: str
+    payload: bytes
+
+
+class Transport(Protocol):
+    """One call each; `timeout` in seconds. Raises CloudLost for whatever goes wrong."""
+
+    def open(self, *, timeout: float) -> str:
+        """Begin a session -> its id."""
+        ...
+
+    def upload(self, session: str, upload: Upload, *, timeout: float) -> None:
+        """Hand over states."""
+        ...
+
+    def next(self, session: str, position: int, *, timeout: float) -> tuple[int, float]:
+        """The token after a position, and the seconds the cloud computed for it."""
+        ...
+
+    def close(self, session: str, *, timeout: float) -> None:
+        """End the session."""
+        ...
+
+
+class LocalTransport:
+    """The cloud in this process, for tests and for comparisons without a network."""
+
+    def __init__(self, manager: ContextManager, *, owner: str = "local"):
+        self.manager, self.owner = manager, owner
+
+    def open(self, *, timeout: float) -> str:
+        return self._call(self.manager.open, self.owner)
+
+    def upload(self, session: str, upload: Upload, *, timeout: float) -> None:
+        hidden = decode(upload.payload, upload.count, self.manager.width, kind=upload.kind)
+        self._call(self.manager.upload, self.owner, session, upload.first, hidden=hidden)
+
+    def next(self, session: str, position: int, *, timeout: float) -> tuple[int, float]:
+        begun = time.monotonic()
+        (answer,) = self.manager.answer([(self.owner, session, position)])
+        if isinstance(answer, Refused):
+            raise CloudLost(f"refused: {answer}")
+        return answer, time.monotonic() - begun
+
+    def close(self, session: str, *, timeout: float) -> None:
+        self._call(self.manager.close, self.owner, session)
+
+    @staticmethod
+    def _call(function: Callable, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Refused as refused:
+            raise CloudLost(f"refused: {refused}") from refused
+
+
+class CloudClient:
+    """One generation's use of a cloud. `deadline`: seconds a token may wait; `retry_after`: seconds without trying after a loss.
+
+    States are encoded and kept, sent once per cloud session by one background thread, in order. After a loss the next question that is
+    allowed to opens a new session and sends everything again. `payload`: bytes of states sent, framing apart. A context manager.
+    """
+
+    def __init__(
+        self, transport: Transport, *, kind: str, deadline: float, retry_after: float, clock: Callable = time.monotonic
+    ):
+        if not deadline > 0 or not retry_after >= 0:
+            raise ValueError(f"deadline={deadline}, retry_after={retry_after}, expected seconds > 0 and >= 0")
+        self.transport, self.kind, self.deadline, self.retry_after = transport, kind, deadline, retry_after
+        self.clock, self.payload = clock, 0
+        self._kept: list[Upload] = []
+        self._session: str | None = None
+        self._sent = 0  # of what is kept, in this session
+        self._not_before = -float("inf")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
+        self._sending: Future | None = None
+
+    def __enter__(self) -> CloudClient:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._session is not None:
+            try:
+                self.transport.close(self._session, timeout=self.deadline)
+            except CloudLost:
+                self._session = None  # it expires by itself
+
+    def upload(self, first: int, hidden: Tensor) -> None:
+        """Take the states (N, D) of positions first.. and return; they are sent while the caller goes on.
+
+        Raises:
+            ValueError: states that are not finite, or overflow the encoding.
+        """
+        self._kept.append(Upload(first, len(hidden), self.kind, encode(hidden, kind=self.kind)))
+        if self.clock() >= self._not_before:
+            self._sending = self._thread.submit(self._send)
+
+    def ask(self, position: int, *, vocabulary: int) -> tuple[int, float]:
+        """The token after `position`, and the cloud's own seconds.
+
+        Raises:
+            CloudLost: no sensible answer within the deadline, or a loss less than `retry_after` ago.
+        """
+        begun = self.clock()
+        if begun < self._not_before:
+            raise CloudLost("lost before, not tried again yet")
+        try:
+            if self._sending is None or self._sending.done():  # a new session after a loss sends what is kept
+                self._sending = self._thread.submit(self._send)
+            self._sending.result(timeout=self.deadline)
+            left = self.deadline - (self.clock() - begun)
+            if left <= 0 or self._session is None:
+                raise CloudLost("late: the states took the whole deadline")
+            token, seconds = self.transport.next(self._session, position, timeout=left)
+            if not 0 <= token < vocabulary:
+                raise CloudLost(f"wrong: token {token} of a vocabulary of {vocabulary}")
+        except (CloudLost, Late) as error:
+            self._session, self._not_before = None, self.clock() + self.retry_after
+            raise (
+                error if isinstance(error, CloudLost) else CloudLost("late: the states were not sent in time")
+            ) from error
+        return token, seconds
+
+    def _send(self) -> None:
+        """In the background thread: everything that this session has not had yet."""
+        try:
+            if self._session is None:
+                self._sent = 0
+                self._session = self.transport.open(timeout=self.deadline)
+            session = self._session
+            while self._sent < len(self._kept):
+                upload = self._kept[self._sent]
+                self.transport.upload(session, upload, timeout=self.deadline)
+                self._sent += 1
+                self.payload += len(upload.payload)
+        except CloudLost:
+            self._session, self._not_before = None, self.clock() + self.retry_after
+            raise

@@ -1,0 +1,241 @@
+"""The cloud's context manager: what each client session has uploaded, what was made of it, and the tokens that are asked for.
+
+Here: stores, limits, catch-up, batches; no network (server.py), no threads: the caller locks. CE-CoLLM (arXiv 2411.02829, sec. IV-C).
+B sessions of a batch, N positions, D width, H key-value heads, d width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from ee_diffusion.decoding.cloud.split import Part
+
+
+class Refused(ValueError):
+    """The cloud will not do that. `kind`: "unknown" (session), "limit", "invalid" or "missing" (states that were not uploaded yet)."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the cloud takes on before it refuses: sessions in all and per owner, bytes in all, positions of a session, idle seconds
+    until a session is forgotten."""
+
+    sessions: int
+    owner_sessions: int
+    total_bytes: int
+    positions: int
+    idle_seconds: float
+
+
+@dataclass
+class Context:
+    """One client session. `pending`: position -> state (D,) not yet processed; keys and values per layer (1, H, N, d) of those that are."""
+
+    owner: str
+    seen: float
+    pending: dict[int, Tensor] = field(default_factory=dict)
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+    processed: int = 0
+    answer: int | None = None  # the token after position processed - 1
+
+    @property
+    def positions(self) -> int:
+        return self.processed + len(self.pending)
+
+
+class ContextManager:
+    """Sessions of one cloud part. Every method takes the owner that authenticated: a session of another owner is as unknown as none."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        part: Part,
+        *,
+        limits: Limits,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        if part.side != "cloud":
+            raise ValueError(f"the {part.side} part, expected the cloud's")
+        self.model, self.part, self.limits, self.clock = model, part, limits, clock
+        config = model.config
+        self.width, self.vocabulary = config.hidden_size, config.vocab_size
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        numbers = self.width + 2 * len(part.layers) * config.num_key_value_heads * head_dim
+        self.bytes_per_position = numbers * model.dtype.itemsize  # its state, and its keys and values at every layer
+        self.positions_limit = min(limits.positions, config.max_position_embeddings)
+        self.sessions: dict[str, Context] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all sessions take or will take once their positions are processed."""
+        return self.bytes_per_position * sum(context.positions for context in self.sessions.values())
+
+    def open(self, owner: str) -> str:
+        """Begin a session -> its id, which nobody can guess. Raises Refused at the limits of sessions."""
+        self.expire()
+        mine = sum(context.owner == owner for context in self.sessions.values())
+        if len(self.sessions) >= self.limits.sessions or mine >= self.limits.owner_sessions:
+            raise Refused("limit", f"{len(self.sessions)} sessions are open, {mine} of them by this client")
+        session = secrets.token_hex(16)
+        self.sessions[session] = Context(owner, self.clock())
+        return session
+
+    def upload(self, owner: str, session: str, first: int, *, hidden: Tensor) -> int:
+        """Store the states (N, D) of positions first.. in any order -> how many were new; those that are there already stay.
+
+        Raises:
+            Refused: an unknown session; states of another width or type or not finite; positions or bytes beyond the limits.
+        """
+        context = self._context(owner, session)
+        if hidden.ndim != 2 or hidden.shape[1] != self.width or not hidden.is_floating_point():
+            raise Refused("invalid", f"states {tuple(hidden.shape)} {hidden.dtype}, expected (N, {self.width}) floats")
+        if not bool(hidden.isfinite().all()):
+            raise Refused("invalid", "states hold NaN or infinity, expected finite numbers")
+        if first < 0 or first + len(hidden) > self.positions_limit:
+            raise Refused("limit", f"positions {first}..{first + len(hidden) - 1}, at most {self.positions_limit} fit")
+        new = {first + place: state for place, state in enumerate(hidden.to(self.model.device, self.model.dtype))}
+        new = {at: state for at, state in new.items() if at >= context.processed and at not in context.pending}
+        if self.bytes + len(new) * self.bytes_per_position > self.limits.total_bytes:
+            raise Refused(
+                "limit", f"{self.bytes} bytes are held of {self.limits.total_bytes}: no room for {len(new)} more"
+            )
+        context.pending |= {at: state.clone() for at, state in new.items()}
+        return len(new)
+
+    def ready(self, owner: str, session: str, position: int) -> bool:
+        """Whether everything up to `position` has been uploaded. Raises Refused: an unknown session, a position that was passed."""
+        context = self._context(owner, session)
+        if not 0 <= position < self.positions_limit:
+            raise Refused("limit", f"position {position}, expected within 0..{self.positions_limit - 1}")
+        if position < context.processed - 1:
+            raise Refused(
+                "invalid", f"position {position} was passed, {context.processed} are processed: roll back first"
+            )
+        return all(at in context.pending for at in range(context.processed, position + 1))
+
+    def answer(self, requests: Sequence[tuple[str, str, int]]) -> list[int | Refused]:
+        """The tokens after (owner, session, position) of several clients in one pass; each catches up on all it has pending up to there.
+
+        A request that is asked again gets the same token. What is refused is refused alone.
+        """
+        answers: list[int | Refused] = [Refused("invalid", "the session is in this batch already")] * len(requests)
+        batch: list[tuple[int, Context, int]] = []
+        taken: set[str] = set()
+        for place, (owner, session, position) in enumerate(requests):
+            try:
+                if not self.ready(owner, session, position):
+                    raise Refused("missing", f"states up to position {position} are not all there")
+            except Refused as refused:
+                answers[place] = refused
+                continue
+            context = self.sessions[session]
+            if position == context.processed - 1 and context.answer is not None:
+                answers[place] = context.answer
+            elif session not in taken:
+                taken.add(session)
+                batch.append((place, context, position + 1))
+        if batch:
+            tokens = self._run([context for _, context, _ in batch], [end for _, _, end in batch])
+            for (place, context, _), token in zip(batch, tokens, strict=True):
+                answers[place] = context.answer = token
+        return answers
+
+    def rollback(self, owner: str, session: str, length: int) -> None:
+        """Forget positions from `length` on. Raises Refused: an unknown session, a negative length."""
+        context = self._context(owner, session)
+        if length < 0:
+            raise Refused("invalid", f"length {length}, expected 0 or more")
+        context.pending = {at: state for at, state in context.pending.items() if at < length}
+        if length < context.processed:
+            context.keys = [keys[:, :, :length].clone() for keys in context.keys]
+            context.values = [values[:, :, :length].clone() for values in context.values]
+            context.processed, context.answer = length, None
+
+    def close(self, owner: str, session: str) -> None:
+        """End a session and free what it held. Raises Refused: an unknown session."""
+        self._context(owner, session)
+        del self.sessions[session]
+
+    def expire(self) -> int:
+        """Forget sessions nobody has used for `idle_seconds` -> how many."""
+        limit = self.clock() - self.limits.idle_seconds
+        old = [session for session, context in self.sessions.items() if context.seen < limit]
+        for session in old:
+            del self.sessions[session]
+        return len(old)
+
+    def _context(self, owner: str, session: str) -> Context:
+        self.expire()
+        context = self.sessions.get(session)
+        if context is None or context.owner != owner:
+            raise Refused("unknown", "no such session of this client: it was never opened, was closed or has expired")
+        context.seen = self.clock()
+        return context
+
+    @torch.no_grad()
+    def _run(self, contexts: list[Context], ends: list[int]) -> list[int]:
+        """Positions processed..end of every session through the cloud's layers, of different lengths, -> the token after each end."""
+        past = [context.processed for context in contexts]
+        counts = [end - begun for end, begun in zip(ends, past, strict=True)]
+        longest, most = max(past), max(counts)
+        device, dtype = self.model.device, self.model.dtype
+        hidden = torch.zeros(len(contexts), most, self.width, dtype=dtype, device=device)  # (B, N, D)
+        seen = torch.zeros(len(contexts), 1, most, longest + most, dtype=torch.bool, device=device)
+        causal = torch.ones(most, most, dtype=torch.bool, device=device).tril()
+        for row, context in enumerate(contexts):
+            states = [context.pending[at] for at in range(past[row], ends[row])]
+            hidden[row, : counts[row]] = torch.stack(states)
+            seen[row, :, :, : past[row]] = True
+            seen[row, :, :, longest:] = causal  # what pads the end is seen by nobody before it
+        mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+        begun = torch.tensor(past, device=device)[:, None]  # (B, 1)
+        cache = self._padded(contexts, longest)
+        states = self.model.base_model(
+            inputs_embeds=hidden,
+            attention_mask=mask,
+            position_ids=begun + torch.arange(most, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state  # (B, N, D)
+        last = states[torch.arange(len(contexts), device=device), torch.tensor(counts, device=device) - 1]  # (B, D)
+        tokens = self.model.get_output_embeddings()(last).argmax(-1).tolist()
+        for row, context in enumerate(contexts):
+            self._keep(context, cache, row=row, start=longest, end=ends[row])
+        return tokens
+
+    def _padded(self, contexts: list[Context], longest: int) -> DynamicCache:
+        """The sessions' keys and values in one cache (B, H, N, d), padded at the end."""
+        cache = DynamicCache()
+        for layer in range(len(self.part.layers) if longest else 0):
+            one = next(context for context in contexts if context.processed).keys[layer]
+            keys, values = (one.new_zeros(len(contexts), one.shape[1], longest, one.shape[3]) for _ in range(2))
+            for row, context in enumerate(contexts):
+                if context.processed:
+                    keys[row, :, : context.processed] = context.keys[layer][0]
+                    values[row, :, : context.processed] = context.values[layer][0]
+            cache.update(keys, values, layer)
+        return cache
+
+    def _keep(self, context: Context, cache: DynamicCache, *, row: int, start: int, end: int) -> None:
+        """Add a session's new positions to its store; their states are needed no more."""
+        span = slice(start, start + end - context.processed)
+        keys = [layer.keys[row : row + 1, :, span] for layer in cache.layers]
+        values = [layer.values[row : row + 1, :, span] for layer in cache.layers]
+        if context.processed:
+            keys = [torch.cat(pair, dim=2) for pair in zip(context.keys, keys, strict=True)]
+            values = [torch.cat(pair, dim=2) for pair in zip(context.values, values, strict=True)]
+        context.keys, context.values = [one.clone() for one in keys], [one.clone() for one in values]
+        context.pending = {at: state for at, state in context.pending.items() if at >= end}
+        context.processed = end
