@@ -1,0 +1,312 @@
+"""The cloud's server: gRPC calls in threads, one worker that answers all ready questions in one pass.
+
+Threads and not asyncio: the pass holds a thread whatever is done around it (torch releases the interpreter lock), and calls do nothing but
+check, store and wait. Here: calls, batching, tokens, metrics, drain. Not here: what a session is (context.py).
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from ee_diffusion.decoding.cloud import wire_pb2 as wire
+from ee_diffusion.decoding.cloud.context import ContextManager, Refused
+from ee_diffusion.decoding.cloud.encoding import decode
+from ee_diffusion.decoding.cloud.remote import is_loopback
+from ee_diffusion.decoding.cloud.rpc import CALLS, ENCODINGS, SERVICE, STATUS, VERSION
+
+LOG = logging.getLogger("ee_diffusion.cloud")
+
+
+@dataclass
+class Metrics:
+    """What Prometheus is told; a registry of its own for each server."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        self.calls = Counter("ee_cloud_calls", "Calls by name and status", ["call", "status"], registry=self.registry)
+        self.payload = Counter("ee_cloud_payload_bytes", "Bytes of states received", registry=self.registry)
+        self.tokens = Counter("ee_cloud_tokens", "Tokens answered", registry=self.registry)
+        self.batch = Histogram(
+            "ee_cloud_batch", "Questions answered in one pass", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+        )
+        self.seconds = Histogram("ee_cloud_pass_seconds", "Seconds of a pass", registry=self.registry)
+        self.sessions = Gauge("ee_cloud_sessions", "Open sessions", registry=self.registry)
+        self.bytes = Gauge("ee_cloud_bytes", "Bytes of all sessions", registry=self.registry)
+
+
+@dataclass
+class Question:
+    """Somebody waits for the token after a position."""
+
+    owner: str
+    session: str
+    position: int
+    answer: Future
+
+
+class Worker:
+    """Owns the context manager: its lock, and the thread that answers every ready question in one pass, at most `batch` of them, the
+    longest waiting first."""
+
+    def __init__(self, manager: ContextManager, metrics: Metrics, *, batch: int):
+        self.manager, self.metrics, self.batch = manager, metrics, batch
+        self.changed = threading.Condition()
+        self._questions: list[Question] = []
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, name="cloud-worker", daemon=True)
+        self._thread.start()
+
+    def ask(self, owner: str, session: str, position: int) -> Future:
+        """A future of (token, seconds). Raises Refused at once where no upload could help."""
+        with self.changed:
+            self.manager.ready(owner, session, position)
+            question = Question(owner, session, position, Future())
+            self._questions.append(question)
+            self.changed.notify()
+        return question.answer
+
+    def stop(self) -> None:
+        """End the thread; whoever still waits is told that the server ends."""
+        with self.changed:
+            self._stopped = True
+            self.changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                chosen = self._choose()
+                while not chosen and not self._stopped:
+                    self.changed.wait(timeout=1.0)
+                    self.manager.expire()
+                    chosen = self._choose()
+                if self._stopped:
+                    for question in [*chosen, *self._questions]:
+                        question.answer.set_exception(CancelledError())
+                    return
+                self._answer(chosen)
+
+    def _choose(self) -> list[Question]:
+        chosen: list[Question] = []
+        waiting: list[Question] = []
+        sessions: set[str] = set()
+        for question in self._questions:
+            if question.answer.cancelled():
+                continue
+            try:
+                ready = self.manager.ready(question.owner, question.session, question.position)
+            except Refused as refused:
+                question.answer.set_exception(refused)
+                continue
+            if ready and len(chosen) < self.batch and question.session not in sessions:
+                sessions.add(question.session)
+                chosen.append(question)
+            else:
+                waiting.append(question)
+        self._questions = waiting
+        return [question for question in chosen if question.answer.set_running_or_notify_cancel()]
+
+    def _answer(self, chosen: list[Question]) -> None:
+        begun = time.monotonic()
+        try:
+            answers = self.manager.answer([(one.owner, one.session, one.position) for one in chosen])
+        except Exception as error:  # whatever the model raises is told to those who asked; the worker lives on
+            LOG.exception("a pass failed")
+            answers = [Refused("invalid", f"the pass failed: {type(error).__name__}")] * len(chosen)
+        seconds = time.monotonic() - begun
+        self.metrics.batch.observe(len(chosen))
+        self.metrics.seconds.observe(seconds)
+        for question, answer in zip(chosen, answers, strict=True):
+            if isinstance(answer, Refused):
+                question.answer.set_exception(answer)
+            else:
+                self.metrics.tokens.inc()
+                question.answer.set_result((answer, seconds))
+
+
+class CloudServer:
+    """A gRPC server for one cloud part. `tokens`: token -> client name (empty: anybody, as one client); `port` 0: any free one.
+
+    host: loopback unless told otherwise; certificate and key: files for TLS. `batch`: questions of one pass; `largest`: bytes of a
+    message. A context manager: leaving drains for `grace` seconds.
+
+    Raises:
+        ValueError: one of certificate and key without the other; an address that cannot be had.
+    """
+
+    def __init__(
+        self,
+        manager: ContextManager,
+        *,
+        port: int,
+        tokens: Mapping[str, str],
+        batch: int,
+        host: str = "127.0.0.1",
+        certificate: str | None = None,
+        key: str | None = None,
+        threads: int = 128,
+        largest: int = 16 * 2**20,
+        grace: float = 5.0,
+    ):
+        if (certificate is None) != (key is None):
+            raise ValueError(f"certificate={certificate}, key={key}, expected both or neither")
+        if certificate is None and tokens and not is_loopback(host):
+            warnings.warn(f"tokens travel to {host} in clear text: give a certificate and a key", stacklevel=2)
+        self.manager, self.tokens, self.grace, self.metrics = manager, dict(tokens), grace, Metrics()
+        self.worker = Worker(manager, self.metrics, batch=batch)
+        options = [("grpc.max_receive_message_length", largest), ("grpc.so_reuseport", 0)]
+        self._server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=2 * threads)
+        self._health = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
+        self.port = self._bind(f"{host}:{port}", certificate, key)
+
+    def __enter__(self) -> CloudServer:
+        self._server.start()
+        self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._health.enter_graceful_shutdown()
+        self._server.stop(self.grace).wait()
+        self.worker.stop()
+
+    def _bind(self, address: str, certificate: str | None, key: str | None) -> int:
+        try:
+            if certificate is None or key is None:
+                return self._server.add_insecure_port(address)
+            pair = (Path(key).read_bytes(), Path(certificate).read_bytes())
+            return self._server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+        except RuntimeError as error:
+            self.worker.stop()
+            raise ValueError(f"cannot listen at {address}: {error}") from error
+
+    def _handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        return {
+            name: grpc.unary_unary_rpc_method_handler(
+                self._wrapped(name),
+                request_deserializer=request.FromString,
+                response_serializer=reply.SerializeToString,
+            )
+            for name, (request, reply) in CALLS.items()
+        }
+
+    def _wrapped(self, name: str):
+        """The call with its owner found out, counted and logged; nothing of its content is logged."""
+        function = {
+            "Open": self._open,
+            "Upload": self._upload,
+            "Next": self._next,
+            "Rollback": self._rollback,
+            "Close": self._close,
+        }[name]
+
+        def call(request, context: grpc.ServicerContext):
+            status, begun = grpc.StatusCode.OK, time.monotonic()
+            try:
+                return function(self._owner(context), request, context)
+            except Refused as refused:
+                status = STATUS[refused.kind]
+                context.abort(status, str(refused))
+            except PermissionError:
+                status = grpc.StatusCode.UNAUTHENTICATED
+                context.abort(status, "no token that is known here")
+            except (Late, CancelledError) as error:
+                late = isinstance(error, Late)
+                status = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
+                context.abort(status, "not in time" if late else "the server ends")
+            finally:
+                self._count(name, status, time.monotonic() - begun)
+
+        return call
+
+    def _count(self, name: str, status: grpc.StatusCode, seconds: float) -> None:
+        self.metrics.calls.labels(name, status.name).inc()
+        self.metrics.sessions.set(len(self.manager.sessions))
+        LOG.info(json.dumps({"call": name, "status": status.name, "milliseconds": round(1e3 * seconds, 2)}))
+
+    def _owner(self, context: grpc.ServicerContext) -> str:
+        if not self.tokens:
+            return "anybody"
+        said = dict(context.invocation_metadata()).get("authorization", "")
+        found = [
+            owner
+            for token, owner in self.tokens.items()
+            if hmac.compare_digest(f"Bearer {token}".encode(), said.encode())
+        ]
+        if not found:
+            raise PermissionError
+        return found[0]
+
+    def _open(self, owner: str, request: wire.OpenRequest, context) -> wire.OpenReply:
+        if request.version != VERSION:
+            raise Refused("invalid", f"wire version {request.version}, expected {VERSION}")
+        if request.fingerprint != self.manager.part.fingerprint or request.width != self.manager.width:
+            raise Refused("invalid", "the edge's part is of another model than the cloud's")
+        with self.worker.changed:
+            return wire.OpenReply(session=self.manager.open(owner))
+
+    def _upload(self, owner: str, request: wire.UploadRequest, context) -> wire.UploadReply:
+        kinds = {number: kind for kind, number in ENCODINGS.items()}
+        if request.encoding not in kinds:
+            raise Refused("invalid", f"encoding {request.encoding}, expected one of {sorted(kinds)}")
+        try:
+            hidden = decode(request.payload, request.count, self.manager.width, kind=kinds[request.encoding])
+        except ValueError as error:
+            raise Refused("invalid", str(error)) from error
+        with self.worker.changed:
+            stored = self.manager.upload(owner, request.session, request.first, hidden=hidden)
+            self.metrics.payload.inc(len(request.payload))
+            self.metrics.bytes.set(self.manager.bytes)
+            self.worker.changed.notify()
+        return wire.UploadReply(stored=stored)
+
+    def _next(self, owner: str, request: wire.NextRequest, context) -> wire.NextReply:
+        answer = self.worker.ask(owner, request.session, request.position)
+        left = context.time_remaining()
+        try:
+            token, seconds = answer.result(timeout=60.0 if left is None else min(left, 60.0))
+        except Late:
+            answer.cancel()
+            raise
+        return wire.NextReply(position=request.position, token=token, seconds=seconds)
+
+    def _rollback(self, owner: str, request: wire.RollbackRequest, context) -> wire.Empty:
+        with self.worker.changed:
+            self.manager.rollback(owner, request.session, request.length)
+        return wire.Empty()
+
+    def _close(self, owner: str, request: wire.CloseRequest, context) -> wire.Empty:
+        with self.worker.changed:
+            self.manager.close(owner, request.session)
+            self.metrics.bytes.set(self.manager.bytes)
+        return wire.Empty()
+
+
+def serve(server: CloudServer, *, metrics_port: int | None = None) -> None:
+    """Run until SIGTERM or SIGINT, then drain: no new calls, those under way are answered. `metrics_port`: Prometheus on loopback."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    if metrics_port is not None:
+        start_http_server(metrics_port, addr="127.0.0.1", registry=server.metrics.registry)
+    with server:
+        LOG.info(json.dumps({"listening": server.port}))
+        ended.wait()

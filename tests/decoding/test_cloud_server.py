@@ -1,0 +1,259 @@
+"""The server over real gRPC on loopback: equal tokens, ownership, faults, fuzz, drain."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from language import model_named
+from split_parts import EXITS, LIMITS, TOKENS, client, edge, manager, parts, prompt, whole
+from tree import ROOT
+
+grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
+
+from ee_diffusion.core.policy import Policy  # noqa: E402
+from ee_diffusion.decoding.cloud import wire_pb2 as wire  # noqa: E402
+from ee_diffusion.decoding.cloud.client import CloudLost, Upload  # noqa: E402
+from ee_diffusion.decoding.cloud.encoding import encode  # noqa: E402
+from ee_diffusion.decoding.cloud.remote import RemoteTransport  # noqa: E402
+from ee_diffusion.decoding.cloud.rpc import CALLS, SERVICE  # noqa: E402
+from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: E402
+from ee_diffusion.decoding.cloud.split import split_model  # noqa: E402
+
+WIDTH = 32
+
+
+def server(**more) -> CloudServer:
+    return CloudServer(manager(), **{"port": 0, "tokens": {}, "batch": 16, "grace": 0.5} | more)
+
+
+def line(there: CloudServer | int, **more) -> RemoteTransport:
+    port = there if isinstance(there, int) else there.port
+    return RemoteTransport(f"127.0.0.1:{port}", parts("llama")[0][1], width=WIDTH, **more)
+
+
+def ask_everything(transport, row: int, **more):
+    with client(transport, **more) as cloud:
+        return edge().generate(prompt(row), Policy(), cloud, max_new_tokens=TOKENS)
+
+
+def test_over_the_wire_the_tokens_are_the_whole_models():
+    with server() as there, line(there) as transport:
+        out = ask_everything(transport, 0)
+        assert tuple(out.sequences[0].tolist()) == whole(0)
+        assert out.sources == ["cloud"] * TOKENS
+        assert there.manager.bytes == 0  # closed at the end
+        stub = health_pb2_grpc.HealthStub(transport.channel)
+        assert stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5).status == 1
+
+
+def test_clients_at_once_get_their_own_answers():
+    rows, found = [0, 1, 2, 3] * 2, {}
+
+    def one(place: int, port: int) -> None:
+        with line(port) as transport:
+            found[place] = ask_everything(transport, rows[place]).sequences[0].tolist()
+
+    edges = parts("llama")  # loaded before the threads start
+    with server() as there:
+        assert len(edges) == 2
+        for place in range(4):  # edges patch their model while they run: one at a time here, in processes elsewhere
+            one(place, there.port)
+        hidden = {row: _states(row) for row in set(rows)}
+        threads = [
+            threading.Thread(target=_raw, args=(there.port, rows[i], hidden[rows[i]], found, i)) for i in range(8)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        text = there.metrics.registry.get_sample_value("ee_cloud_tokens_total")
+    assert all(found[place] == list(whole(rows[place])) for place in range(8))
+    assert text == 12 * TOKENS
+
+
+def _states(row: int) -> torch.Tensor:
+    with torch.no_grad():
+        ids = torch.tensor([whole(row)])[:, :-1]
+        return model_named("llama").model(ids, output_hidden_states=True).hidden_states[EXITS[0]][0]
+
+
+def _raw(port: int, row: int, hidden: torch.Tensor, found: dict, place: int) -> None:
+    """A client without layers: it uploads known states and asks."""
+    said = prompt(row)[0].tolist()
+    with line(port) as transport:
+        session = transport.open(timeout=20)
+        begun = len(said)
+        for at in range(len(hidden)):
+            transport.upload(session, Upload(at, 1, "float32", encode(hidden[at : at + 1], kind="float32")), timeout=20)
+            if at >= begun - 1:
+                said.append(transport.next(session, at, timeout=20)[0])
+        transport.close(session, timeout=20)
+    found[place] = said
+
+
+def test_tokens_and_ownership():
+    with server(tokens={"secret": "a", "other": "b"}) as there:
+        for token in (None, "wrong", ""):
+            with line(there, token=token) as transport, pytest.raises(CloudLost, match="UNAUTHENTICATED"):
+                transport.open(timeout=5)
+        with line(there, token="secret") as mine, line(there, token="other") as theirs:
+            session = mine.open(timeout=5)
+            for forged in (session, "0" * 32, ""):
+                with pytest.raises(CloudLost, match="NOT_FOUND"):
+                    theirs.next(forged, 0, timeout=5)
+                with pytest.raises(CloudLost, match="NOT_FOUND"):
+                    theirs.close(forged, timeout=5)
+            there.tokens.pop("secret")  # the token has expired
+            with pytest.raises(CloudLost, match="UNAUTHENTICATED"):
+                mine.next(session, 0, timeout=5)
+
+
+def test_what_is_malformed_is_refused_and_late_is_late():
+    with server(largest=2**16) as there, line(there) as transport:
+        session = transport.open(timeout=5)
+        good = encode(torch.zeros(2, WIDTH), kind="float32")
+        bad = torch.full((1, WIDTH), torch.nan).numpy().tobytes()
+        for upload, reason in [
+            (Upload(0, 2, "float32", good[:-1]), "INVALID"),
+            (Upload(0, 3, "float32", good), "INVALID"),
+            (Upload(0, 1, "float32", bad), "INVALID.*NaN"),
+            (Upload(63, 2, "float32", good), "RESOURCE_EXHAUSTED"),
+            (Upload(0, 2**20, "float32", b"\0" * 2**17), "RESOURCE_EXHAUSTED"),
+        ]:
+            with pytest.raises(CloudLost, match=reason):
+                transport.upload(session, upload, timeout=5)
+        begun = time.monotonic()
+        with pytest.raises(CloudLost, match="DEADLINE_EXCEEDED"):
+            transport.next(session, 0, timeout=0.2)
+        assert time.monotonic() - begun < 3
+        wrong = wire.OpenRequest(version=2, fingerprint=transport.part.fingerprint, width=WIDTH)
+        with pytest.raises(CloudLost, match="version 2, expected 1"):
+            transport._call("Open", wrong, 5)
+        wrong = wire.OpenRequest(version=1, fingerprint="another", width=WIDTH)
+        with pytest.raises(CloudLost, match="another model"):
+            transport._call("Open", wrong, 5)
+
+
+def test_a_server_that_dies_and_comes_back():
+    """At every token the server is gone once: the answer is complete, and the cloud is used again."""
+    there = server().__enter__()
+    port = there.port
+    try:
+        for token in (0, 2, TOKENS - 1):
+            with line(port) as transport, client(transport, deadline=2.0) as cloud:
+                ask, asked = cloud.ask, []
+
+                def dying(position, *, vocabulary, ask=ask, asked=asked, token=token):
+                    nonlocal there
+                    asked.append(position)
+                    if len(asked) == token + 1:
+                        there.grace = None
+                        there.__exit__()
+                    try:
+                        return ask(position, vocabulary=vocabulary)
+                    finally:
+                        if len(asked) == token + 1:
+                            there = server(port=port).__enter__()
+
+                cloud.ask = dying
+                out = edge().generate(prompt(0), Policy(), cloud, max_new_tokens=TOKENS)
+            assert out.sequences.shape[1] == prompt(0).shape[1] + TOKENS
+            assert out.sources[token] == "own"
+            assert out.losses[0][0] == token
+            with torch.no_grad():
+                logits = model_named("llama")(out.sequences).logits[0, -TOKENS - 1 : -1].argmax(-1)
+            said = out.sequences[0, -TOKENS:]
+            assert all(a == b for a, b, source in zip(said, logits, out.sources, strict=True) if source == "cloud")
+    finally:
+        there.__exit__()
+
+
+def test_clear_text_tokens_beyond_this_machine_are_warned_about():
+    with pytest.warns(UserWarning, match="clear text"):
+        RemoteTransport("192.0.2.1:1", parts("llama")[0][1], width=WIDTH, token="x").channel.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RemoteTransport("localhost:1", parts("llama")[0][1], width=WIDTH, token="x").channel.close()
+    with pytest.raises(ValueError, match="expected both or neither"):
+        server(certificate="a")
+
+
+@pytest.mark.slow
+def test_memory_is_back_after_a_thousand_sessions():
+    cloud = manager()
+    for _ in range(1000):
+        session = cloud.open("a")
+        cloud.upload("a", session, 0, hidden=torch.zeros(3, WIDTH))
+        assert cloud.answer([("a", session, 2)])
+        cloud.close("a", session)
+    assert (cloud.bytes, len(cloud.sessions)) == (0, 0)
+
+
+@pytest.mark.slow
+def test_ten_thousand_fuzzed_messages():
+    draw = random.Random(5)
+    with server() as there, line(there) as transport:
+        raw = {
+            name: transport.channel.unary_unary(
+                f"/{SERVICE}/{name}", request_serializer=bytes, response_deserializer=bytes
+            )
+            for name in CALLS
+        }
+        session, ended = transport.open(timeout=5), {}
+        for _ in range(10_000):
+            name = draw.choice(list(CALLS))
+            whole_message = CALLS[name][0]()
+            if "session" in whole_message.DESCRIPTOR.fields_by_name:
+                whole_message.session = session
+            for number in ("first", "count", "position", "length", "encoding", "version", "width"):
+                if number in whole_message.DESCRIPTOR.fields_by_name and draw.random() < 0.7:
+                    setattr(whole_message, number, draw.choice([0, 1, 3, 63, 64, 2**31 - 1]))
+            message = bytearray(whole_message.SerializeToString() + draw.randbytes(draw.choice([0, 0, 4, 132])))
+            for _ in range(draw.choice([0, 1, 3])):
+                if message:
+                    message[draw.randrange(len(message))] = draw.randrange(256)
+            try:
+                raw[name](bytes(message[: draw.choice([len(message), len(message) // 2])]), timeout=0.02)
+                status = "OK"
+            except grpc.RpcError as error:
+                status = error.code().name
+            ended[status] = ended.get(status, 0) + 1
+        print(ended)
+        there.manager.sessions.clear()
+        assert tuple(ask_everything(transport, 1).sequences[0].tolist()) == whole(1)
+    assert LIMITS.sessions == 80
+
+
+@pytest.mark.slow
+def test_the_command_serves_and_drains_on_sigterm(tmp_path: Path):
+    split_model(model_named("llama"), tmp_path, exits=EXITS)
+    command = [sys.executable, "-m", "ee_diffusion.decoding.cloud.commands", "cloud", "serve"]
+    process = subprocess.Popen(
+        [*command, "--model", str(tmp_path), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    try:
+        lines = iter(process.stderr.readline, "")
+        port = next(json.loads(line)["listening"] for line in lines if line.startswith('{"listening"'))
+        with line(port) as transport:
+            assert len(transport.open(timeout=10)) == 32
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+    finally:
+        process.kill()
