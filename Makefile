@@ -32,13 +32,7 @@ test-all: $(VENV)/.stamp-test lint  ## lint, types and every test
 test-floor: $(VENV_FLOOR)/.stamp-test  ## the quick tests on the lowest versions allowed
 	$(VENV_FLOOR)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
-test-# The generator's comments go, so that the file opens with its docstring. wire_pb2.py is checked in: using the wire needs no generator.
-proto: $(VENV)/.stamp-test  ## write the messages of the edge's and the cloud's wire anew (after a change of wire.proto)
-	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt grpcio-tools==1.85.1
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. ee_diffusion/decoding/cloud/wire.proto
-	sed -i '/^# /d' ee_diffusion/decoding/cloud/wire_pb2.py
-
-wheel: $(VENV)/.stamp-test  ## install the built wheel in an empty environment and run the README's lines there
+test-wheel: $(VENV)/.stamp-test  ## install the built wheel in an empty environment and run the README's lines there
 	$(BIN)/python -m pytest tests/test_packaging.py --full-install $(PYTEST_ARGS)
 
 lint: $(VENV)/.stamp-test  ## ruff (check and format) and mypy
@@ -49,6 +43,12 @@ lint: $(VENV)/.stamp-test  ## ruff (check and format) and mypy
 format: $(VENV)/.stamp-test  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# The generator's comments go, so that the file opens with its docstring. wire_pb2.py is checked in: using the wire needs no generator.
+proto: $(VENV)/.stamp-test  ## write the messages of the edge's and the cloud's wire anew (after a change of wire.proto)
+	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt grpcio-tools==1.85.1
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. ee_diffusion/decoding/cloud/wire.proto
+	sed -i '/^# /d' ee_diffusion/decoding/cloud/wire_pb2.py
 
 wheel: $(VENV)/.stamp-test  ## build the wheel into dist/
 	rm -rf build

@@ -1,9 +1,11 @@
-"""The command line: `ee-diffusion calibrate ...`. Here: flags. Not here: what they ask for."""
+"""The command line: `ee-diffusion calibrate | edge | cloud ...`. Here: flags of calibrate. Not here: what they ask for, other commands' flags."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -30,9 +32,23 @@ VALUES = {  # candidates, the safest first
 }
 
 
-def parser() -> argparse.ArgumentParser:
+CLOUD = "ee_diffusion.decoding.cloud.commands"  # imported when asked for: it needs the extra `cloud`
+
+
+def parser(command: str | None = None) -> argparse.ArgumentParser:
+    """All flags of `command`, and the names of the others."""
     made = argparse.ArgumentParser(prog="ee-diffusion", description="Early exit for transformers.")
     commands = made.add_subparsers(dest="command", required=True)
+    if command in ("cloud", "edge"):
+        importlib.import_module(CLOUD).register(commands)
+    else:
+        commands.add_parser("edge", help="Split a language model, generate on its lower part (extra `cloud`).")
+        commands.add_parser("cloud", help="Serve the upper part of a language model (extra `cloud`).")
+    _calibrate_flags(commands)
+    return made
+
+
+def _calibrate_flags(commands) -> None:
     flags = commands.add_parser("calibrate", help="Find a policy for a budget or a risk, by live runs, and write it.")
     flags.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
     flags.add_argument(
@@ -57,13 +73,13 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--power", type=float, default=0.5, help="Of `budgeted`: trust in the measured gains.")
     flags.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved flags and exit.")
     flags.set_defaults(run=calibrate)
-    return made
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status: 0, or 1 if nothing could be certified."""
-    options = parser().parse_args(words)
-    return options.run(options)
+    words = sys.argv[1:] if words is None else list(words)
+    options = parser(words[0] if words else None).parse_args(words)
+    return options.run(options) or 0
 
 
 def calibrate(options: argparse.Namespace) -> int:

@@ -78,3 +78,15 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
         with pytest.raises(ValueError, match=message):
             main(words(model, output, *more))
     assert not output.exists()
+
+
+def test_the_commands_of_edge_and_cloud_are_there(tmp_path: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("grpc")
+    for command, flag in (("cloud serve", "--port"), ("edge split", "--exits"), ("edge generate", "--threshold")):
+        with pytest.raises(SystemExit) as stopped:
+            main([*command.split(), "--help"])
+        assert stopped.value.code == 0
+        assert flag in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "calibrate" in capsys.readouterr().out
