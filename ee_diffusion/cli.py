@@ -1,4 +1,4 @@
-"""The command line: `ee-diffusion calibrate | edge | cloud ...`. Here: flags of calibrate. Not here: what they ask for, other commands' flags."""
+"""The command line: `ee-diffusion calibrate | edge | cloud`. Here: the flags of calibrate. Not here: the work, other commands' flags."""
 
 from __future__ import annotations
 
