@@ -181,6 +181,17 @@ def test_a_server_that_dies_and_comes_back():
         there.__exit__()
 
 
+def test_one_session_asked_twice_at_once_gets_both_answers():
+    hidden = _states(0)
+    with server() as there:
+        cloud = there.manager
+        with there.worker.changed:  # both wait for the same pass
+            session = cloud.open("a")
+            cloud.upload("a", session, 0, hidden=hidden)
+            asked = [there.worker.ask("a", session, len(hidden) - 1) for _ in range(2)]
+        assert {answer.result(timeout=20)[0] for answer in asked} == {whole(0)[-1]}
+
+
 def test_clear_text_tokens_beyond_this_machine_are_warned_about():
     with pytest.warns(UserWarning, match="clear text"):
         RemoteTransport("192.0.2.1:1", parts("llama")[0][1], width=WIDTH, token="x").channel.close()
