@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -32,19 +30,21 @@ VALUES = {  # candidates, the safest first
 }
 
 
-CLOUD = "ee_diffusion.decoding.cloud.commands"  # imported when asked for: it needs the extra `cloud`
+try:
+    from ee_diffusion.decoding.cloud import commands as cloud
+except ModuleNotFoundError as missing:  # the extra is not installed: its commands say so
+    cloud, MISSING = None, missing.name
 
 
-def parser(command: str | None = None) -> argparse.ArgumentParser:
-    """All flags of `command`, and the names of the others."""
+def parser() -> argparse.ArgumentParser:
+    """The flags of all commands that can run here."""
     made = argparse.ArgumentParser(prog="ee-diffusion", description="Early exit for transformers.")
     commands = made.add_subparsers(dest="command", required=True)
-    if command in ("cloud", "edge"):
-        importlib.import_module(CLOUD).register(commands)
-    else:
-        commands.add_parser("edge", help="Split a language model, generate on its lower part (extra `cloud`).")
-        commands.add_parser("cloud", help="Serve the upper part of a language model (extra `cloud`).")
     _calibrate_flags(commands)
+    if cloud is None:
+        made.epilog = f"The commands edge and cloud need the extra `cloud` ({MISSING} is not installed)."
+    else:
+        cloud.register(commands)
     return made
 
 
@@ -77,8 +77,7 @@ def _calibrate_flags(commands) -> None:
 
 def main(words: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status: 0, or 1 if nothing could be certified."""
-    words = sys.argv[1:] if words is None else list(words)
-    options = parser(words[0] if words else None).parse_args(words)
+    options = parser().parse_args(words)
     return options.run(options) or 0
 
 
