@@ -1,4 +1,4 @@
-"""Exit heads of causal language models: the model's own tail at every exit, with or without a learned certainty.
+"""Exit heads of causal language models: the model's own tail at every exit, alone or with learned adapters and certainty.
 
 R rows, N tokens, D width, V vocabulary, K exits.
 """
@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ee_diffusion.core.heads import Space
 from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.fingerprint import fingerprint_of
 
-_FORMAT = "ee_diffusion.exits.lm.1"
+_FORMAT = "ee_diffusion.exits.lm.2"
 
 
 class SharedTail:
@@ -63,44 +64,101 @@ class SharedTail:
             raise ValueError(f"exits made for another {type(self.model).__name__} object than the one that generates")
 
 
-class LearnedExits(nn.Module):
-    """Exits whose certainty is learned: `sigmoid(w_k . h + b_k)`, whether the exit's token is the full model's (CALM, arXiv 2207.07061,
-    sec. 3.5, the early-exit classifier). The answer is the model's own tail.
+class Adapter(nn.Module):
+    """`h + up(silu(down(rms_norm(h))))`: brings a hidden state to where the model's tail can read it; fresh ones change nothing.
 
-    `depths`: executed layers at each exit, ascending; `width`: D.
+    Of the kind of a tuned lens (Belrose et al., arXiv 2303.08112, eq. 7), with one hidden layer in the place of its affine map.
+    """
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.down, self.up = nn.Linear(width, inner), nn.Linear(inner, width)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return hidden + self.up(nn.functional.silu(self.down(self.norm(hidden))))
+
+
+class LearnedExits(nn.Module):
+    """Exits that are learned on a frozen model: an adapter before the model's own tail, and a certainty.
+
+    The answer is the model's final norm and LM head on the adapted state; `adapter_width`: its inner width, None: no adapters, the
+    model's own tail. The certainty is `sigmoid(w_k . rms(h) + b_k)`, whether the exit's token is the full model's (CALM, arXiv
+    2207.07061, sec. 3.5, the early-exit classifier; deviation: of the state at unit root mean square).
+
+    `depths`: executed layers at each exit, ascending; `width`: D; `made_for`: the fingerprint of the model they are for, empty: any.
+
+    Raises:
+        ValueError: depths not ascending, an inner width below 1.
     """
 
     space: Space = "output"
 
-    def __init__(self, depths: tuple[int, ...], width: int):
+    def __init__(self, depths: tuple[int, ...], width: int, *, adapter_width: int | None = None, made_for: str = ""):
         super().__init__()
         if not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
             raise ValueError(f"depths={depths}, expected ascending distinct depths")
+        if adapter_width is not None and adapter_width < 1:
+            raise ValueError(f"adapter_width={adapter_width}, expected at least 1, or None: no adapters")
         self.depths, self.width = tuple(depths), width
+        self.adapter_width, self.made_for = adapter_width, made_for
         self.classifiers = nn.ModuleList(nn.Linear(width, 1) for _ in depths)
+        self.adapters = nn.ModuleList(Adapter(width, adapter_width) for _ in depths if adapter_width is not None)
         self._tail: list[SharedTail] = []  # in a list: the model is no submodule of its exits
 
-    def bind(self, model: PreTrainedModel) -> LearnedExits:
-        """Answer through this model's tail from now on. Raises ValueError if it is of another width or depth."""
+    def bind(self, model: PreTrainedModel, *, part_of: str | None = None) -> LearnedExits:
+        """Answer through this model's tail from now on. `part_of`: the whole model's fingerprint, where `model` is a part of it.
+
+        Raises:
+            ValueError: a model of another width or depth, or another model than they were made for.
+        """
         width, num_layers = model.config.get_text_config().hidden_size, len(layers_of(model))
-        if width != self.width or self.depths[-1] >= num_layers:
+        most = num_layers - 1 if part_of is None else num_layers
+        if width != self.width or self.depths[-1] > most:
             raise ValueError(
                 f"exits of width {self.width} up to depth {self.depths[-1]}, the model has width {width} and {num_layers} layers"
             )
+        if self.made_for and self.made_for != (came := part_of or fingerprint_of(model)):
+            raise ValueError(f"exits made for model {self.made_for}, this one is {came} (fingerprints of the weights)")
         self._tail = [SharedTail(model, self.depths)]
         return self
 
+    def at(self, depths: tuple[int, ...]) -> LearnedExits:
+        """The exits at some of the depths alone, with weights of their own, bound to nothing yet.
+
+        Raises:
+            ValueError: depths that there are no exits at.
+        """
+        if missing := sorted(set(depths) - set(self.depths)):
+            raise ValueError(f"no exits at depths {missing}, these are at {self.depths}")
+        chosen = LearnedExits(tuple(depths), self.width, adapter_width=self.adapter_width, made_for=self.made_for).to(
+            self.classifiers[0].weight
+        )
+        for exit, depth in enumerate(depths):
+            own = self.depths.index(depth)
+            for mine, theirs in zip(self._parts(own), chosen._parts(exit), strict=True):
+                theirs.load_state_dict(mine.state_dict())
+        return chosen
+
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Logits of the last token: hidden (R, N, D) -> (R, V)."""
-        return self._tail[0].answer(exit, hidden, context)
+        return self._tail[0].answer(exit, self._adapted(exit, hidden[:, -1:]), context)
 
     def answer_among(self, exit: int, hidden: Tensor, classes: Tensor) -> Tensor:
         """As `SharedTail.answer_among`."""
-        return self._tail[0].answer_among(exit, hidden, classes)
+        return self._tail[0].answer_among(exit, self._adapted(exit, hidden[:, -1:]), classes)
+
+    def certainty_logits(self, exit: int, hidden: Tensor) -> Tensor:
+        """Certainty before its sigmoid, of the last token: hidden (R, N, D) -> (R,)."""
+        state = nn.functional.rms_norm(hidden[:, -1], (self.width,), eps=1e-6)
+        return self.classifiers[exit](state)[:, 0]
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> (R,) in [0, 1], of the last token."""
-        return torch.sigmoid(self.classifiers[exit](hidden[:, -1])[:, 0])
+        return torch.sigmoid(self.certainty_logits(exit, hidden))
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise ValueError if these exits are not bound to this model."""
@@ -110,7 +168,12 @@ class LearnedExits(nn.Module):
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, beside first, then renamed."""
-        metadata = {"format": _FORMAT, "depths": json.dumps(self.depths), "width": str(self.width)}
+        said = {"depths": self.depths, "width": self.width, "adapter_width": self.adapter_width}
+        metadata = {
+            "format": _FORMAT,
+            "made_for": self.made_for,
+            **{name: json.dumps(one) for name, one in said.items()},
+        }
         beside = Path(f"{path}.{os.getpid()}.tmp")
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside, metadata=metadata)
         os.replace(beside, path)
@@ -126,6 +189,13 @@ class LearnedExits(nn.Module):
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise ValueError(f"{path} holds no exits: format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            exits = cls(tuple(json.loads(metadata["depths"])), int(metadata["width"]))
+            depths, width, inner = (json.loads(metadata[name]) for name in ("depths", "width", "adapter_width"))
+            exits = cls(tuple(depths), width, adapter_width=inner, made_for=metadata["made_for"])
             exits.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
         return exits
+
+    def _adapted(self, exit: int, hidden: Tensor) -> Tensor:
+        return hidden if self.adapter_width is None else self.adapters[exit](hidden)
+
+    def _parts(self, exit: int) -> list[nn.Module]:
+        return [self.classifiers[exit], *(self.adapters[exit : exit + 1])]

@@ -165,3 +165,31 @@ class TextDataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class PromptDataConfig:
+    """Where prompts with answers come from: csv, json or jsonl files. Relative ones are also looked up below EE_DIFFUSION_DATA.
+
+    Raises:
+        ValueError: lists of different lengths, a length or number below 1.
+    """
+
+    text_files: list[str] | None = _flag("Files: .csv, .json (a list of objects) or .jsonl, of one kind or several.")
+    prompt_templates: list[str] | None = _flag("For each file its prompt: {column} is replaced, \\n is a line break.")
+    answer_columns: list[str] | None = _flag("For each file the column of the answer.")
+    max_texts: list[int] | None = _flag("For each file, use only so many rows, evenly spaced; none: all.")
+    max_length: int = _flag(
+        "Longest prompt with answer in tokens; longer answers are cut, longer prompts left out.", 256
+    )
+
+    def __post_init__(self):
+        files = len(self.text_files or ())
+        for name in ("prompt_templates", "answer_columns", "max_texts"):
+            value = getattr(self, name)
+            if (value is not None or name != "max_texts") and len(value or ()) != files:
+                raise ValueError(f"{name} has {len(value or ())} entries, expected one for each of {files} text_files")
+        if self.max_length < 2 or min(self.max_texts or [1]) < 1:
+            raise ValueError(
+                f"max_length={self.max_length}, max_texts={self.max_texts}, expected at least 2 tokens and 1 row"
+            )

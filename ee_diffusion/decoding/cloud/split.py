@@ -7,7 +7,6 @@ Each part is a checkpoint of its own that transformers reads: the same class wit
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.fingerprint import fingerprint_of
 
 _FORMAT = "ee_diffusion.cloud.part.1"
 # Classes whose layers take the token embedding as it is: hidden states can enter above as `inputs_embeds`.
@@ -57,7 +57,7 @@ def split_model(model: PreTrainedModel, folder: str | os.PathLike, *, exits: tup
     if len(exits) != 2 or not 1 <= exits[0] < exits[1] < num_layers:
         raise ValueError(f"exits={exits}, expected two depths with 1 <= e1 < e2 < {num_layers} (layers of the model)")
     weights = model.state_dict()
-    fingerprint = _fingerprint(model, weights)
+    fingerprint = fingerprint_of(model)
     parts = {side: Part(side, tuple(exits), num_layers, fingerprint) for side in ("edge", "cloud")}
     for side, part in parts.items():
         chosen = _chosen(weights, part, prefix=f"{family.layers}.")
@@ -106,15 +106,6 @@ def _config(config: PreTrainedConfig, part: Part) -> PreTrainedConfig:
         config.layer_types = [kinds[layer] for layer in part.layers]
     config.tie_word_embeddings = config.tie_word_embeddings or part.side == "cloud"
     return config
-
-
-def _fingerprint(model: PreTrainedModel, weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name in sorted(weights):
-        if "norm" in name:  # small, and different in any two trained models
-            digest.update(weights[name].detach().float().cpu().numpy().tobytes())
-    digest.update(weights["lm_head.weight"][:8].detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _write(folder: Path, part: Part, config: PreTrainedConfig, weights: dict[str, Tensor]) -> None:

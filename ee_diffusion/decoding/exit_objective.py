@@ -1,0 +1,159 @@
+"""Fitting exits to a frozen causal language model: the states of a text at the exits' depths, and what the exits learn on them.
+
+Here: reading states off the model, the loss, what the exits say on held-out states. Not here: texts, the loop (training).
+B samples, N tokens, M states (one for each answer token that is to be said), K exits, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ee_diffusion.decoding.heads import LearnedExits
+
+TEACHERS = ("model", "labels")
+_FORMAT = "ee_diffusion.states.lm.1"
+
+
+@dataclass(frozen=True)
+class TokenStates:
+    """What a frozen model makes of texts: `hidden` (M, K, D) at the exits' depths, `final` (M, D) before the LM head, `labels` (M,) the
+    token that the text says next. `name` says which model, texts and depths."""
+
+    hidden: Tensor
+    final: Tensor
+    labels: Tensor
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, samples: Tensor) -> dict[str, Tensor]:
+        return {"hidden": self.hidden[samples], "final": self.final[samples], "labels": self.labels[samples]}
+
+    def split(self, held_out: int) -> tuple[TokenStates, TokenStates]:
+        """All but the last `held_out` states, and those. Raises ValueError if nothing is left of one of them."""
+        if not 1 <= held_out < len(self):
+            raise ValueError(f"held_out={held_out} of {len(self)} states, expected at least 1 and fewer than all")
+        cut = len(self) - held_out
+        parts = ((slice(0, cut), f"{self.name} first {cut}"), (slice(cut, None), f"{self.name} last {held_out}"))
+        first, last = (TokenStates(self.hidden[one], self.final[one], self.labels[one], name) for one, name in parts)
+        return first, last
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write to one safetensors file, beside first, then renamed."""
+        beside = Path(f"{path}.{os.getpid()}.tmp")
+        tensors = {"hidden": self.hidden, "final": self.final, "labels": self.labels}
+        save_file(tensors, beside, metadata={"format": _FORMAT, "name": json.dumps(self.name)})
+        os.replace(beside, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, name: str) -> TokenStates:
+        """Read what `save` wrote. Raises ValueError for another file, or states of another name."""
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            came = json.loads(metadata["name"]) if metadata.get("format") == _FORMAT else None
+            if came != name:
+                raise ValueError(f"{path} holds the states {came!r}, expected {name!r}: remove it to collect them anew")
+            return cls(*(file.get_tensor(part) for part in ("hidden", "final", "labels")), name)
+
+
+@torch.no_grad()
+def collect_states(
+    model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]], depths: tuple[int, ...], *, name: str
+) -> TokenStates:
+    """Run the model on batches of `input_ids`, `attention_mask` (B, N, padded on the right) and `prompt_length` (B,).
+
+    A state for each token of the answers: that of the position before it, which is to say it (the prompt's last token says the first).
+    """
+    hidden, final, labels = [], [], []
+    for batch in batches:
+        ids, mask = (batch[part].to(model.device) for part in ("input_ids", "attention_mask"))  # (B, N)
+        out = model.base_model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        says = answer_places(mask, batch["prompt_length"].to(model.device))  # (B, N - 1)
+        states = torch.stack([out.hidden_states[depth][:, :-1][says] for depth in depths], dim=1)  # (m, K, D)
+        hidden.append(states.cpu())
+        final.append(out.last_hidden_state[:, :-1][says].cpu())
+        labels.append(ids[:, 1:][says].cpu())
+    return TokenStates(torch.cat(hidden), torch.cat(final), torch.cat(labels), name)
+
+
+def answer_places(mask: Tensor, prompt_length: Tensor) -> Tensor:
+    """(B, N - 1) bool: the positions whose next token is of the answer; mask (B, N) padded on the right, prompt_length (B,)."""
+    places = torch.arange(mask.shape[1] - 1, device=mask.device)  # (N - 1,)
+    return (places >= prompt_length[:, None] - 1) & mask[:, 1:].bool()
+
+
+class ExitObjective(nn.Module):
+    """The loss of `exits` on states of their frozen model.
+
+    teacher "model": `KL(p_L || p_k)` of the model's own next-token distribution p_L and the exit's p_k; "labels": `-log p_k(next token)`.
+    Certainties learn, by binary cross-entropy, whether the exit's best token is the full model's. The sum over exits of both, mean over
+    states. The model gets no gradient; exits without adapters learn certainties alone.
+
+    Raises:
+        ValueError: an unknown teacher; exits that are bound to no model or to another one.
+    """
+
+    def __init__(self, model: PreTrainedModel, exits: LearnedExits, *, teacher: str):
+        super().__init__()
+        if teacher not in TEACHERS:
+            raise ValueError(f"teacher={teacher!r}, expected one of {TEACHERS}")
+        exits.check_fits(model)
+        self.exits, self.teacher = exits, teacher
+        self._model = [model.requires_grad_(False)]  # in a list: not trained, not in checkpoints
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """batch: `hidden` (B, K, D), `final` (B, D), `labels` (B,). Scalars: `loss`, and `answer_d`, `sure_d`, `same_d` for each depth d:
+        the answer's loss, the certainty's, and the share of best tokens that are the full model's."""
+        with torch.no_grad():
+            full = self._model[0].get_output_embeddings()(batch["final"]).log_softmax(-1)  # (B, V)
+        terms: dict[str, Tensor] = {}
+        for exit, depth in enumerate(self.exits.depths):
+            hidden = batch["hidden"][:, exit, None]  # (B, 1, D)
+            said = self.exits.answer(exit, hidden, {}).log_softmax(-1)  # (B, V)
+            same = (said.argmax(-1) == full.argmax(-1)).to(said.dtype)  # (B,)
+            if self.teacher == "model":
+                terms[f"answer_{depth}"] = (full.exp() * (full - said)).sum(-1).mean()
+            else:
+                terms[f"answer_{depth}"] = nn.functional.nll_loss(said, batch["labels"])
+            sure = self.exits.certainty_logits(exit, hidden)
+            terms[f"sure_{depth}"] = nn.functional.binary_cross_entropy_with_logits(sure, same)
+            terms[f"same_{depth}"] = same.mean()
+        losses = [value for name, value in terms.items() if not name.startswith("same")]
+        return {"loss": torch.stack(losses).sum(), **terms}
+
+
+@torch.no_grad()
+def exit_table(objective: ExitObjective, states: TokenStates, *, batch_size: int) -> list[dict[str, float]]:
+    """What the exits say on states: for each depth the answer's loss, the share of the full model's best tokens that it says, that share
+    where its largest probability is above 0.9, and how often that is."""
+    rows = [
+        {"depth": float(depth), "loss": 0.0, "same": 0.0, "sure": 0.0, "same_if_sure": 0.0}
+        for depth in objective.exits.depths
+    ]
+    device = next(objective.parameters()).device
+    for places in torch.arange(len(states)).split(batch_size):
+        batch = {name: value.to(device) for name, value in states[places].items()}
+        terms = objective(batch)
+        full = objective._model[0].get_output_embeddings()(batch["final"]).argmax(-1)  # (B,)
+        for exit, row in enumerate(rows):
+            said = objective.exits.answer(exit, batch["hidden"][:, exit, None], {}).softmax(-1).max(-1)
+            same, sure = said.indices == full, said.values > 0.9  # (B,)
+            row["loss"] += float(terms[f"answer_{objective.exits.depths[exit]}"]) * len(places)
+            row["same"] += float(same.sum())
+            row["sure"] += float(sure.sum())
+            row["same_if_sure"] += float((same & sure).sum())
+    for row in rows:
+        row["same_if_sure"] /= max(row["sure"], 1)
+        row |= {name: row[name] / len(states) for name in ("loss", "same", "sure")}
+    return rows
