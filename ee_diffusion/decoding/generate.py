@@ -22,6 +22,7 @@ from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.attach import DecodeAttachment
 from ee_diffusion.decoding.cache import check_cache
 from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import SharedTail
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
@@ -91,6 +92,7 @@ def early_exit_generate(
             rows which left do not have (attentions, hidden states).
     """
     _check(model, generation_config, model_kwargs)
+    check_made_for(model, exit_policy)
     if exit_streamer is not None:
         exit_streamer.put(input_ids.cpu())
     arguments = {
@@ -130,6 +132,17 @@ def default_heads(model: PreTrainedModel, policy: Policy, *, num_steps: int) -> 
     plans = policy.schedule.plans(num_steps=num_steps, num_layers=num_layers)
     depths = {depth for depth in map(depth_of, plans) if depth is not None} - {num_layers}
     return SharedTail(model, tuple(sorted(depths)))
+
+
+def check_made_for(model: PreTrainedModel, policy: Policy) -> None:
+    """Raise ValueError if the policy was made for another model, or for something that is no language model."""
+    for name, value in policy.made_for:
+        if name != "model":
+            raise ValueError(f"the policy was made for {name}={value!r}, expected a policy for a causal language model")
+        if value != (came := fingerprint_of(model)):
+            raise ValueError(
+                f"the policy was made for another model, {value}; this one is {came} (fingerprints of the weights)"
+            )
 
 
 def _check(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict) -> None:

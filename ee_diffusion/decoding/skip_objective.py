@@ -1,0 +1,133 @@
+"""Fine-tuning a causal language model under a schedule: every token of the answer runs the layers that it would run in generation.
+
+Here: the forward with the pattern, the loss. Not here: texts, the loop (training), adapters (lora.py).
+B samples, N tokens, D width, L layers, S steps (places of the answer).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import Schedule
+from ee_diffusion.decoding.exit_objective import answer_places
+from ee_diffusion.decoding.families import family_of, layers_of
+
+
+class SkippingForward:
+    """A whole text at once, each position through its own layers. A context manager on a model; leaving it restores the model exactly.
+
+    `runs` (B, N, L) bool. What a layer makes of a position that it does not run on is thrown away, so the position passes it by; its keys
+    and values there come from the passing state, as in generation. Positions behind the last one that runs are not computed at all.
+    """
+
+    def __init__(self, model: PreTrainedModel, runs: Tensor):
+        self.layers, self.family, self.runs = layers_of(model), family_of(model), runs
+        self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
+        self._interceptions: list[Interception] = []
+
+    def __enter__(self) -> SkippingForward:
+        self._interceptions = [
+            Interception(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)
+        ]
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._interceptions:
+            self._interceptions.pop().restore()
+
+    def _layer(self, layer: int, original, *args, **kwargs) -> Tensor:
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        hidden = named.pop(self._names[0])  # (B, N, D)
+        runs = self.runs[:, :, layer]  # (B, N)
+        places = runs.any(0).nonzero()
+        if not len(places):
+            return hidden
+        last = int(places[-1]) + 1  # the only host sync of a layer
+        if last < hidden.shape[1]:
+            of_rows = {name: _first(named[name], last) for name in self.family.row_arguments if name in named}
+            named |= of_rows
+        made = torch.where(runs[:, :last, None], original(hidden[:, :last], **named), hidden[:, :last])
+        return torch.cat([made, hidden[:, last:]], dim=1)  # (B, N, D)
+
+
+def _first(value, count: int):
+    """The first positions of a layer's argument: a mask (B, 1, N, N), ids (B, N), rotary parts (B, N, d), or a tuple of such."""
+    if isinstance(value, tuple):
+        return tuple(_first(one, count) for one in value)
+    if not isinstance(value, Tensor):
+        return value
+    return value[..., :count, :count] if value.ndim == 4 else value[:, :count]
+
+
+class SkipObjective(nn.Module):
+    """The loss of a model on prompts with answers under the schedule of `policy`, as SkipDecode trains (arXiv 2307.02628, sec. 3.3).
+
+    Prompts run at full depth; the t-th token of the answer (t = 0: the first one that is read) runs the layers of step t. The loss is the
+    mean negative log-likelihood of the answers' tokens over a batch. `num_steps`: the longest answer. Only weights that require a gradient
+    train and are in checkpoints.
+
+    Raises:
+        ValueError: a policy with a criterion, or whose schedule does not fit the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, policy: Policy, *, num_steps: int):
+        super().__init__()
+        if policy.criterion is not None:
+            raise ValueError(f"a policy with the criterion {policy.criterion}, expected a schedule alone")
+        num_layers = len(layers_of(model))
+        policy.schedule.plans(num_steps=num_steps, num_layers=num_layers)
+        table = schedule_table(policy.schedule, num_steps=num_steps, num_layers=num_layers)
+        self.register_buffer("table", table, persistent=False)  # (S, L)
+        self.off = policy.is_off
+        self._model = [model]  # in a list: frozen weights stay out of checkpoints
+        self.trained = nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self._model[0]
+
+    def train(self, mode: bool = True) -> SkipObjective:
+        self._model[0].train(mode)
+        return super().train(mode)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """batch: `input_ids`, `attention_mask` (B, N, padded on the right), `prompt_length` (B,). Scalars: `loss`, `accuracy` (the share of
+        the answers' tokens that are the best ones), `depth` (mean layers of an answer's token that is read)."""
+        ids, mask, lengths = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
+        runs = self.pattern(mask, lengths)  # (B, N, L)
+        says = answer_places(mask, lengths)  # (B, N - 1)
+        logits = self.logits(ids, runs)[:, :-1][says]  # (m, V)
+        labels = ids[:, 1:][says]  # (m,)
+        read = (torch.arange(ids.shape[1] - 1, device=ids.device) >= lengths[:, None]) & mask[:, 1:].bool()
+        return {
+            "loss": nn.functional.cross_entropy(logits, labels),
+            "accuracy": (logits.argmax(-1) == labels).float().mean(),
+            "depth": runs[:, :-1][read].float().sum(-1).mean() if bool(read.any()) else self.table[0].float().sum(),
+        }
+
+    def pattern(self, mask: Tensor, prompt_length: Tensor) -> Tensor:
+        """(B, N, L) bool: which layers each position runs; padding runs none."""
+        steps = torch.arange(mask.shape[1], device=mask.device) - prompt_length[:, None]  # (B, N)
+        runs = self.table[steps.clamp(0, len(self.table) - 1)]  # (B, N, L)
+        return (runs | (steps < 0)[:, :, None]) & mask.bool()[:, :, None]
+
+    def logits(self, ids: Tensor, runs: Tensor) -> Tensor:
+        """ids (B, N) padded on the right, runs (B, N, L) -> (B, N, V). No mask is needed: nothing looks to the right."""
+        if self.off:
+            return self.model(ids, use_cache=False).logits
+        with SkippingForward(self.model, runs):
+            return self.model(ids, use_cache=False).logits
+
+
+def schedule_table(schedule: Schedule, *, num_steps: int, num_layers: int) -> Tensor:
+    """(S, L) bool: the layers of each step."""
+    rows = [schedule.layers(step, float(step), num_steps=num_steps, num_layers=num_layers) for step in range(num_steps)]
+    return torch.tensor(rows)
