@@ -20,6 +20,8 @@ _HOMES = {
     "Sampled": "core.criteria",
     "Threshold": "core.criteria",
     "Policy": "core.policy",
+    "Vote": "core.ranks",
+    "gather_traces": "core.ranks",
     "Session": "core.session",
     "DepthPerStep": "core.schedules",
     "FixedDepth": "core.schedules",
@@ -92,6 +94,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     )
     from ee_diffusion.core.criterion import Criterion
     from ee_diffusion.core.policy import Policy
+    from ee_diffusion.core.ranks import Vote, gather_traces
     from ee_diffusion.core.schedules import (
         DepthPerStep,
         FixedDepth,

@@ -73,7 +73,7 @@ def main() -> None:
     labels = None if num_classes is None else balanced_labels(options.count, num_classes)
     begun = time.perf_counter()
     with state.split_between_processes(list(range(options.count))) as mine:
-        part = generate(
+        part = mine and generate(
             pipeline,
             [chosen[i] for i in mine],
             None if labels is None else [labels[i] for i in mine],
@@ -83,7 +83,7 @@ def main() -> None:
             guidance_scale=sampling.guidance_scale,
             exit_policy=policy,
         )
-    parts = gather_object([part])
+    parts = [part for part in gather_object([part]) if part]  # a rank without images has nothing to report
     if state.is_main_process:
         write_json(folder / "config.json", asdict(sampling) | asdict(options))
         write(

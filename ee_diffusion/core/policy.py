@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import CRITERIA, Planned
 from ee_diffusion.core.criterion import Criterion
+from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
 
@@ -67,6 +68,7 @@ class Policy:
         elements: Tensor | None = None,
         device: torch.device | str = "cpu",
         frozen: str = "",
+        vote: Vote | None = None,
     ) -> Session:
         """Begin a run.
 
@@ -75,10 +77,15 @@ class Policy:
             rows: (R,) the element (0..E-1) of each row. num_steps: S.
             elements: (E,) ids of the elements (for plans); default 0..E-1.
             frozen: why the driver carries along rows that stopped, for the report; empty: it drops them.
+            vote: ranks that run the model together and so decide together; None: this process decides alone.
 
         Raises:
             ValueError: whatever does not fit together, before any work.
         """
+        if vote is not None:
+            ids = None if elements is None else elements.tolist()
+            facts = f"{self.to_dict()}, {num_layers} blocks, exits {depths}, rows {rows.tolist()}, {num_steps} steps, ids {ids}"
+            vote.require_alike(facts, torch.device(device))
         exits = depths if self.exits is None else self.exits
         if num_steps < 1:
             raise ValueError(f"num_steps={num_steps}, expected at least 1")
@@ -106,6 +113,7 @@ class Policy:
             elements=elements,
             device=device,
             frozen=frozen,
+            vote=vote,
         )
 
     def _check_schedule(self, num_steps: int, num_layers: int, exits: tuple[int, ...]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.criterion import State, Where
 from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.rows import Departure, repeats_of
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.scores import per_element
@@ -39,8 +40,10 @@ class Session:
         elements: Tensor | None,
         device: torch.device | str,
         frozen: str = "",
+        vote: Vote | None = None,
     ):
         self.frozen = frozen  # why rows that stopped are carried along; empty: they are dropped
+        self.vote = vote  # ranks that decide together
         self.policy, self.num_layers, self.num_steps, self.device = policy, num_layers, num_steps, torch.device(device)
         self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
@@ -269,6 +272,7 @@ class StepSession:
             score = score if repeats == 1 else score.view(repeats, num_elements).amin(0)
         else:
             score = per_element(rows, self._elements_there, num_elements=num_elements)
+        score = score if self.session.vote is None else self.session.vote.least(score)
         self._scores_there[exit] = score
         self.measured[exit] += len(rows)
         return score  # (E,)

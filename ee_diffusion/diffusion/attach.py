@@ -12,10 +12,12 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.ranks import Vote
 from ee_diffusion.diffusion.attachment import Attachment, DenoiserHeads
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
 from ee_diffusion.diffusion.runs import Runs
 
@@ -28,6 +30,7 @@ def attach(
     branches: int | None = None,
     num_steps: int | None = None,
     compile_options: Mapping[str, Any] | None = None,
+    vote: Vote | None = None,
 ) -> Attachment:
     """Attach exits to a diffusers transformer, or to the transformer of a pipeline.
 
@@ -40,10 +43,13 @@ def attach(
         num_steps: forwards of a run. Default: read from the pipeline's scheduler.
         compile_options: run compiled, with these options of `torch.compile` ({}: its own), see `compiled.Compiler`. Default: compiled if
             the transformer was (by `torch.compile`, `.compile()`, or its blocks alone).
+        vote: the ranks that run this transformer together, each on a part of its tokens or weights; they decide together then. Default:
+            those of its parallel config, if diffusers split it. Ranks that each generate images of their own need none.
 
     Raises:
         ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width), a diffusers
-            cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and `num_steps`.
+            cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and `num_steps`, exits that
+            cannot run on a part of the tokens.
     """
     wrapper = _held(target)
     transformer = unwrapped(wrapper)
@@ -66,8 +72,10 @@ def attach(
     if compiled or compile_options is not None:
         options = {} if compile_options is None else compile_options
         compiler = compiler_for(transformer, heads, family, layers=layers_of(transformer, family), options=options)
+    require_parallel(transformer, blocks_of(transformer), heads, compiled=compiler is not None)
+    vote = vote_of(transformer) if vote is None else vote
     held = None if wrapper is transformer else wrapper
-    attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held)
+    attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held, vote=vote)
     if policy is not None:
         said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
         attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)

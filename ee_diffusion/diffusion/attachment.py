@@ -21,6 +21,7 @@ from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.compiled import Compiler, bucket
@@ -76,9 +77,10 @@ class Attachment:
         *,
         compiler: Compiler | None = None,
         wrapper: nn.Module | None = None,
+        vote: Vote | None = None,
     ):
-        """wrapper: what `torch.compile(transformer)` returned, if the caller holds that."""
-        self.transformer, self.heads, self.family = transformer, heads, family
+        """wrapper: what `torch.compile(transformer)` returned, if the caller holds that. vote: ranks that decide together."""
+        self.transformer, self.heads, self.family, self.vote = transformer, heads, family, vote
         self.blocks = blocks_of(transformer)
         self.layers = layers_of(transformer, family)
         self.compiler = compiler
@@ -122,6 +124,7 @@ class Attachment:
             elements=elements,
             device=next(self.transformer.parameters()).device if device is None else device,
             frozen=self.family.frozen,
+            vote=self.vote,
         )
 
     @contextmanager

@@ -71,6 +71,8 @@ class Passage:
         step, names = self.lane.step, self.layers[layer].names
         hidden = args[0] if args else kwargs[names[0]]
         text = _given(TEXT, names, args, kwargs) if self._has_text(layer) else None
+        if text is not None:
+            self.num_text = text.shape[1]  # of this rank, where the tokens lie on several
         running_hidden, running_text = self._offer(layer, hidden, text)
         self._rows_after.append(step.rows)
         if not step.runs(layer):

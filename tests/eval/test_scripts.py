@@ -105,6 +105,13 @@ def test_generation_on_two_processes_is_that_on_one(model, tmp_path):
     assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
 
 
+@pytest.mark.slow
+def test_a_process_without_an_image_reports_nothing(model, tmp_path):
+    generate_with(model, tmp_path, "--count", "1", "--exit_policy", str(model / "policies/blocks-50.json"), processes=2)
+    assert json.loads((tmp_path / "report.json").read_text())["count"] == 1
+    assert Trace.load(tmp_path / "trace.safetensors").elements.tolist() == [0]
+
+
 def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
     words = ["--model", model, "--output_dir", tmp_path, "--count", 6, "--calibration_count", 4, "--batch_size", 3]
     call(monkeypatch, tradeoff, *words, "--num_inference_steps", 5, "--budgets", 0.7, 0.5)
