@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1)))
+    torch.set_num_threads(1)  # tiny models: a second thread costs more than it saves, and much more on a busy machine
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,7 +5,9 @@ Here: constructors and inputs. Not here: what must hold. R rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,3 +197,25 @@ def inner_modules(model: nn.Module) -> list[nn.Module]:
     """The module inside each block whose input is counted."""
     family: Family = family_of(model)
     return [getattr(block, family.inner) for name in family.lists for block in getattr(model, name)]
+
+
+@contextmanager
+def passing(model: nn.Module, depth: int) -> Iterator[None]:
+    """The blocks from `depth` on return what they get."""
+    family = family_of(model)
+    concatenated = [block for name in family.concatenated for block in getattr(model, name)]
+
+    def pass_on(block: nn.Module, hidden_states: Tensor, encoder_hidden_states=None, *args, **kwargs):
+        if family.returns == "image" or any(block is one for one in concatenated):
+            return hidden_states
+        pair = (encoder_hidden_states, hidden_states)
+        return pair if family.returns == "text, image" else pair[::-1]
+
+    left_out = blocks_of(model)[depth:]
+    for block in left_out:
+        block.__dict__["forward"] = functools.partial(pass_on, block)
+    try:
+        yield
+    finally:
+        for block in left_out:
+            del block.__dict__["forward"]

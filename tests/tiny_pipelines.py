@@ -13,15 +13,24 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
     DDIMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
     FluxPipeline,
+    HunyuanDiTPipeline,
+    HunyuanVideoPipeline,
+    LTXPipeline,
+    Lumina2Pipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    QwenImagePipeline,
+    SanaPipeline,
     StableDiffusion3Pipeline,
     WanPipeline,
 )
@@ -34,7 +43,8 @@ STEPS = 3
 
 @dataclass(frozen=True)
 class Stock:
-    """`make` the components of a pipeline of a class; `texts`: prompt arguments -> shape of one image's; `plain` and `guided` arguments."""
+    """`make` the components of a pipeline of a class; `texts`: prompt arguments -> shape of one image's; `plain` and `guided` arguments.
+    `calls`: forwards of a guided step; `rows` of an image in each."""
 
     kind: type[DiffusionPipeline]
     make: Callable[[], dict[str, Any]]
@@ -42,6 +52,8 @@ class Stock:
     plain: dict[str, Any]
     guided: dict[str, Any]
     always: dict[str, Any]
+    calls: int = 1
+    rows: int = 2
 
 
 def vae(channels: int = 4) -> AutoencoderKL:
@@ -63,7 +75,15 @@ def _text(name: str, *absent: str, channels: int = 4, **scheduler: Any) -> dict[
     return parts | dict.fromkeys(absent) | scheduler
 
 
+def _bare(name: str, **scheduler: Any) -> dict[str, Any]:
+    """Without text encoder and autoencoder."""
+    return _text(name, "tokenizer", "text_encoder", "vae", **scheduler)
+
+
 _SIZE = {"height": 8, "width": 8}
+_LARGE = {"height": 64, "width": 64}  # pipelines without an autoencoder take its factor for 8
+_MASKED = {"prompt_embeds": (TEXT, 6), "prompt_attention_mask": (TEXT,)}
+_SCALES = ({"guidance_scale": 1.0}, {"guidance_scale": 3.0})
 
 STOCK: dict[str, Stock] = {
     "dit": Stock(DiTPipeline, _dit, {}, {"guidance_scale": 1.0}, {"guidance_scale": 3.0}, {}),
@@ -103,6 +123,8 @@ STOCK: dict[str, Stock] = {
         {"true_cfg_scale": 1.0},
         {"true_cfg_scale": 2.0},
         _SIZE,
+        calls=2,
+        rows=1,
     ),
     "wan": Stock(
         WanPipeline,
@@ -111,6 +133,74 @@ STOCK: dict[str, Stock] = {
         {"guidance_scale": 1.0},
         {"guidance_scale": 3.0},
         {"height": 32, "width": 32, "num_frames": 5},
+        calls=2,
+        rows=1,
+    ),
+    "sana": Stock(
+        SanaPipeline,
+        lambda: (
+            _text("SanaTransformer2DModel", "tokenizer", "text_encoder", scheduler=DPMSolverMultistepScheduler())
+            | {"vae": None}
+        ),
+        _MASKED,
+        *_SCALES,
+        {"height": 128, "width": 128, "use_resolution_binning": False, "negative_prompt": None},
+    ),
+    "hunyuandit": Stock(
+        HunyuanDiTPipeline,
+        lambda: (
+            _bare("HunyuanDiT2DModel", scheduler=DDIMScheduler())
+            | {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        ),
+        _MASKED | {"prompt_embeds_2": (TEXT, 8), "prompt_attention_mask_2": (TEXT,)},
+        *_SCALES,
+        _LARGE | {"use_resolution_binning": False},
+    ),
+    "cogvideox": Stock(
+        CogVideoXPipeline,
+        lambda: _bare("CogVideoXTransformer3DModel", scheduler=CogVideoXDDIMScheduler()),
+        {"prompt_embeds": (TEXT, 6)},
+        *_SCALES,
+        _LARGE | {"num_frames": 5},
+    ),
+    "ltx": Stock(
+        LTXPipeline,
+        lambda: _bare("LTXVideoTransformer3DModel"),
+        _MASKED,
+        *_SCALES,
+        {"height": 128, "width": 128, "num_frames": 1},
+    ),
+    "lumina2": Stock(
+        Lumina2Pipeline, lambda: _bare("Lumina2Transformer2DModel"), _MASKED, *_SCALES, _LARGE, calls=2, rows=1
+    ),
+    "qwenimage": Stock(
+        QwenImagePipeline,
+        lambda: _bare("QwenImageTransformer2DModel"),
+        {"prompt_embeds": (TEXT, 6), "prompt_embeds_mask": (TEXT,)},
+        {"true_cfg_scale": 1.0},
+        {"true_cfg_scale": 2.0},
+        _LARGE,
+        calls=2,
+        rows=1,
+    ),
+    "hunyuanvideo": Stock(
+        HunyuanVideoPipeline,
+        lambda: _bare("HunyuanVideoTransformer3DModel") | {"tokenizer_2": None, "text_encoder_2": None},
+        _MASKED | {"pooled_prompt_embeds": (7,)},
+        {"true_cfg_scale": 1.0},
+        {"true_cfg_scale": 2.0},
+        _LARGE | {"num_frames": 5},
+        calls=2,
+        rows=1,
+    ),
+    "flux2": Stock(  # guided by distillation alone: there is no second prediction
+        Flux2Pipeline,
+        lambda: _bare("Flux2Transformer2DModel"),
+        {"prompt_embeds": (TEXT, 6)},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0},
+        _LARGE,
+        rows=1,
     ),
 }
 
@@ -132,7 +222,8 @@ def call_of(name: str, images: list[int], *, guided: bool = True, steps: int = S
     """Arguments of a call for some images; an image is always the same, whatever images are beside it."""
     stock = STOCK[name]
     made: dict[str, Any] = {"class_labels": [image % 1000 for image in images]} if name == "dit" else {}
-    made |= _prompts(stock, images, "") | (_prompts(stock, images, "negative_") if guided and name != "dit" else {})
+    two = guided and name != "dit" and stock.calls * stock.rows == 2
+    made |= _prompts(stock, images, "") | (_prompts(stock, images, "negative_") if two else {})
     made["generator"] = [torch.Generator().manual_seed(image) for image in images]
     made |= {"num_inference_steps": steps, "output_type": "pt" if name == "dit" else "latent"}
     return made | stock.always | (stock.guided if guided else stock.plain) | more
@@ -142,7 +233,7 @@ def _prompts(stock: Stock, images: list[int], prefix: str) -> dict[str, Tensor]:
     drawn = [torch.Generator().manual_seed(500 + image + (50 if prefix else 0)) for image in images]
     made = {}
     for argument, shape in stock.texts.items():
-        if argument.endswith("mask"):
+        if "mask" in argument:
             made[prefix + argument] = torch.stack([(torch.arange(TEXT) < 2 + image % 4).long() for image in images])
         else:
             made[prefix + argument] = torch.stack([torch.randn(shape, generator=one) for one in drawn])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_families import TINY, exits_for, forward, inner_modules, inputs_of, model_named, residuals_of
+from tiny_families import TINY, exits_for, forward, inner_modules, inputs_of, model_named, passing, residuals_of
 from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Planned, Threshold
@@ -68,28 +68,6 @@ def truncated(model: nn.Module, depth: int) -> Iterator[None]:
     finally:
         for name, blocks in lists.items():
             setattr(model, name, blocks)
-
-
-@contextmanager
-def passing(model: nn.Module, depth: int) -> Iterator[None]:
-    """The blocks from `depth` on return what they get."""
-    family = family_of(model)
-    concatenated = [block for name in family.concatenated for block in getattr(model, name)]
-
-    def pass_on(block: nn.Module, hidden_states: Tensor, encoder_hidden_states=None, *args, **kwargs):
-        if family.returns == "image" or any(block is one for one in concatenated):
-            return hidden_states
-        pair = (encoder_hidden_states, hidden_states)
-        return pair if family.returns == "text, image" else pair[::-1]
-
-    left_out = blocks_of(model)[depth:]
-    for block in left_out:
-        block.__dict__["forward"] = functools.partial(pass_on, block)
-    try:
-        yield
-    finally:
-        for block in left_out:
-            del block.__dict__["forward"]
 
 
 @contextmanager
