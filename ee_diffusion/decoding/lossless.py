@@ -20,9 +20,11 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, Pr
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
+from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.decoding.cache import check_cache
 from ee_diffusion.decoding.families import layers_of
+from ee_diffusion.decoding.heads import SharedTail
 
 _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -42,8 +44,8 @@ class LosslessOutput(GenerateDecoderOnlyOutput):
 class Sections:
     """A model whose forward runs its first `exit_depth` layers (`draft`) or the rest (`verify`). A context manager."""
 
-    def __init__(self, model: PreTrainedModel, exit_depth: int):
-        self.model, self.layers, self.exit_depth = model, layers_of(model), exit_depth
+    def __init__(self, model: PreTrainedModel, exit_depth: int, heads: ExitHeads):
+        self.model, self.layers, self.exit_depth, self.heads = model, layers_of(model), exit_depth, heads
         self.states: list[Tensor] = []  # (R, 1, D) of each drafted position, at the exit
         self._part = "all"
         self._interceptions: list[Interception] = []
@@ -58,12 +60,16 @@ class Sections:
         while self._interceptions:
             self._interceptions.pop().restore()
 
-    def draft(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """tokens (R, 1) through the first layers and the final norm -> (R, 1, D); keeps the state at the exit."""
+    def draft(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> None:
+        """tokens (R, 1) through the first layers; their states at the exit (R, 1, D) are kept, `said` makes tokens of the last one."""
         self._part = "draft"
-        return self.model.base_model(
+        self.model.base_model(
             tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        )
+
+    def said(self) -> Tensor:
+        """(R, 1) what the exit says after the token that was drafted last."""
+        return self.heads.answer(self.heads.depths.index(self.exit_depth), self.states[-1], {}).argmax(-1, keepdim=True)
 
     def verify(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """The drafted positions (R, K) through the other layers, from the kept states -> logits (R, K, V)."""
@@ -156,6 +162,7 @@ def lossless_generate(
     generation_config: GenerationConfig,
     exit_depth: int,
     draft_tokens: int,
+    exit_heads: ExitHeads | None = None,
     exit_streamer: BaseStreamer | None = None,
     **model_kwargs,
 ) -> LosslessOutput | Tensor:
@@ -163,11 +170,13 @@ def lossless_generate(
 
     Each cycle adds 1 to `draft_tokens` tokens to every sequence, whatever its batch-mates do. To be handed to `model.generate` as
     `custom_generate`. Tokens are those of greedy search up to rounding: a position that is verified beside others may differ in the
-    last bits, which shows where the two best tokens are that close. `exit_streamer`: for one sequence; gets prompt and tokens.
+    last bits, which shows where the two best tokens are that close. `exit_heads`: what drafts at `exit_depth`, None: the model's own tail.
+    `exit_streamer`: for one sequence; gets prompt and tokens.
 
     Raises:
-        ValueError: sampling, beams or assistants; exit_depth outside 1..L-1; draft_tokens below 2; a cache that is not empty or not
-            a DynamicCache; scores, logits, attentions or hidden states asked for; arguments of the model that are not known here.
+        ValueError: sampling, beams or assistants; exit_depth outside 1..L-1, or without an exit among the heads;
+            draft_tokens below 2; a cache that is not empty or not a DynamicCache; scores, logits, attentions or hidden states asked
+            for; arguments of the model that are not known here.
     """
     _check(model, generation_config, model_kwargs, exit_depth=exit_depth, draft_tokens=draft_tokens)
     if input_ids.shape[1] == 0:
@@ -177,7 +186,11 @@ def lossless_generate(
             raise ValueError(f"exit_streamer with {len(input_ids)} sequences, expected one")
         exit_streamer.put(input_ids.cpu())
     sequences = Sequences(input_ids, logits_processor, stopping_criteria, exit_streamer)
-    with Sections(model, exit_depth) as sections:
+    heads = exit_heads or SharedTail(model, (exit_depth,))
+    heads.check_fits(model)
+    if exit_depth not in heads.depths:
+        raise ValueError(f"exit_depth={exit_depth}, the exit heads are at depths {heads.depths}")
+    with Sections(model, exit_depth, heads) as sections:
         _decode(sections, sequences, input_ids, model_kwargs, draft_tokens)
     if exit_streamer is not None:
         exit_streamer.end()
@@ -211,9 +224,9 @@ def _decode(sections: Sections, sequences: Sequences, input_ids: Tensor, model_k
         places = next_position + torch.arange(draft_tokens, device=mask.device)  # (r, K)
         for k in range(draft_tokens):
             seen = mask[:, : mask.shape[1] - draft_tokens + k + 1]
-            hidden = sections.draft(tokens[:, -1:], mask=seen, positions=places[:, k : k + 1], cache=cache)
+            sections.draft(tokens[:, -1:], mask=seen, positions=places[:, k : k + 1], cache=cache)
             if k + 1 < draft_tokens:  # the last position is only verified
-                tokens = torch.cat([tokens, model.get_output_embeddings()(hidden).argmax(-1)], dim=1)
+                tokens = torch.cat([tokens, sections.said()], dim=1)
         logits = sections.verify(tokens, mask=mask, positions=places, cache=cache)  # (r, K, V)
         kept = torch.tensor(sequences.say(logits, tokens), device=mask.device)[:, None]  # (r, 1)
         mask[:, -draft_tokens:] = (torch.arange(draft_tokens, device=mask.device) < kept).long()

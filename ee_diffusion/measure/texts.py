@@ -23,7 +23,7 @@ def text_scores(
     """
     if not texts or len(texts) != len(references) or not all(references):
         raise ValueError(f"{len(texts)} texts, {len(references)} lists of references, expected as many and none empty")
-    each = torch.tensor([_rouge(text, list(wanted)) for text, wanted in zip(texts, references, strict=True)])  # (R,)
+    each = rouge_each(texts, references)  # (R,)
     low, high = bootstrap_interval(each, resamples=resamples, seed=seed)
     wanted = [list(one) for one in references]
     return {
@@ -33,6 +33,13 @@ def text_scores(
         "bleu": bleu_score(list(texts), wanted).item(),
         "chrf": chrf_score(list(texts), wanted).item(),
     }
+
+
+def rouge_each(texts: Sequence[str], references: Sequence[Sequence[str]]) -> Tensor:
+    """ROUGE-L (F, the best of a text's references) of each text, (R,). Raises ValueError for another number of references."""
+    if len(texts) != len(references):
+        raise ValueError(f"{len(texts)} texts, {len(references)} lists of references, expected as many")
+    return torch.tensor([_rouge(text, list(wanted)) for text, wanted in zip(texts, references, strict=True)])
 
 
 def bootstrap_interval(values: Tensor, *, resamples: int, seed: int) -> tuple[float, float]:

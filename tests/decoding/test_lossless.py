@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ee_diffusion.decoding.attach import running_modules
 from ee_diffusion.decoding.families import layers_of
+from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.lossless import LosslessOutput, lossless_generate
 
 EXIT, LONGER = 3, 13
@@ -48,6 +49,22 @@ def test_for_every_depth_and_length_of_draft(exit_depth: int, draft_tokens: int)
     assert torch.equal(out.drafted, out.verified * (draft_tokens - 1))
     assert (out.accepted <= out.drafted).all()
     assert (out.verified + out.accepted == LONGER - 1).all()
+
+
+def test_exit_heads_draft():
+    """Adapters change what is drafted, never what is said; heads that are not at the exit are refused."""
+    model = well_drafted()
+    exits = LearnedExits((1, EXIT), 32, adapter_width=4).double()
+    for weight in exits.adapters.parameters():
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(2))
+    exits.bind(model)
+    own, other = lossless(model, max_new_tokens=LONGER), lossless(model, max_new_tokens=LONGER, exit_heads=exits)
+    assert torch.equal(other.sequences, own.sequences)
+    assert other.accepted.sum() < own.accepted.sum()
+    with pytest.raises(ValueError, match="exit heads are at depths"):
+        lossless(model, exit_depth=2, exit_heads=exits)
+    with pytest.raises(ValueError, match="another"):
+        lossless(model_named("llama"), exit_heads=exits)
 
 
 def test_batch_mates_do_not_matter():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from language import LAYERS, VOCABULARY, model_named
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -14,12 +15,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, pipeline
 from tree import ROOT
 
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.methods import calm, skipdecode
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import decode
+import decode_modes
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +61,12 @@ def test_every_candidate_is_timed_counted_and_scored(folder: Path, monkeypatch, 
     assert layers["skip", 1] == layers["skip", 2] == (5 + 4 + 3 + 2 + 2) / 5
     assert 2 <= layers["calm", 2] <= LAYERS
     assert layers["lossless", 1] >= LAYERS
+    facts = {(row["name"], row["batch"]): row for row in report["speed"]}
+    assert facts["full", 2]["checks"] == facts["skip", 2]["checks"] == 0
+    assert 0 < facts["calm", 2]["checks"] <= 2
+    assert 0 < facts["calm", 2]["check_share"] < 1
+    assert all(0 < row["realised"] < 5 for row in report["speed"] if row["name"] in ("full", "driver", "skip", "calm"))
+    assert facts["lossless", 1]["realised"] is None
     quality = {row["name"]: row for row in report["quality"]}
     assert list(quality) == names
     for name in ("full", "driver", "lossless"):
@@ -84,9 +94,64 @@ def test_what_is_missing_or_ambiguous_is_refused(folder: Path, monkeypatch):
 
 
 def test_the_text_generation_pipeline_takes_exits_as_they_are(folder: Path):
-    generator = pipeline("text-generation", model=str(folder), device="cpu")
+    """Its words, alone and in a padded batch, are those of `generate` under the same policy."""
+    generator = pipeline("text-generation", model=str(folder), device="cpu", dtype=torch.float64)
+    generator.tokenizer.padding_side = "left"
+    asked = ["w3 w4 w5", "w7", "w9 w8 w5 w3 w2"]
+    early = {"custom_generate": early_exit_generate, "exit_policy": skipdecode(warm_up=1, least=2, most=5, horizon=4)}
     options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
-    policy = skipdecode(warm_up=1, least=2, most=5, horizon=4)
-    plain = generator("w3 w4 w5", **options)[0]["generated_text"]
-    early = generator("w3 w4 w5", custom_generate=early_exit_generate, exit_policy=policy, **options)
-    assert len(early[0]["generated_text"].split()) == len(plain.split())
+    alone = [generator(text, **early, **options)[0]["generated_text"] for text in asked]
+    batch = generator(asked, batch_size=3, **early, **options)
+    assert [found[0]["generated_text"] for found in batch] == alone
+    for text, found in zip(asked, alone, strict=True):
+        inputs = generator.tokenizer(text, return_tensors="pt")
+        width = inputs["input_ids"].shape[1]
+        ids = generator.model.generate(**inputs, **early, max_new_tokens=5, do_sample=False)
+        assert found.split() == generator.tokenizer.decode(ids[0, width:], skip_special_tokens=True).split()
+    plain = [found[0]["generated_text"] for found in generator(asked, **options)]
+    assert plain != alone, "the policy changes something"
+
+
+def test_lossless_mode_counts_what_is_equal(folder: Path, monkeypatch):
+    drafts = ["--mode", "lossless", "--exit_depth", 3, "--draft_tokens", 3]
+    call(
+        monkeypatch, folder, *drafts, "--batch_sizes", 1, 2, "--max_new_tokens", 6, "--count", 2, "--prompt", "w2 {mr}"
+    )
+    rows = json.loads((folder / "out" / "decode.json").read_text())["lossless"]
+    assert [(row["batch"], row["prompts"], row["equal"], row["far"]) for row in rows] == [(1, 2, 2, 0), (2, 2, 2, 0)]
+    assert all(0 <= row["accepted"] <= row["drafted"] for row in rows)
+    with pytest.raises(ValueError, match="without --exit_depth"):
+        call(monkeypatch, folder, "--mode", "lossless")
+
+
+def test_a_difference_is_told_by_the_gap_at_its_first_place():
+    logits = (torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.25, 0.5]]), torch.tensor([[9.0, 0.0, 0.0]]))
+    greedy = torch.tensor([[0, 2, 0]])
+    assert decode_modes.gaps_at_differences(greedy, greedy, logits) == [None]
+    assert decode_modes.gaps_at_differences(greedy, torch.tensor([[0, 1, 1]]), logits) == [0.25]
+
+
+def test_policies_are_calibrated_on_half_of_the_prompts(folder: Path, monkeypatch):
+    Policy(schedule=FixedDepth(LAYERS)).save(folder / "whole.json")
+    policies = ["--policies", folder / "whole.json", folder / "skip.json"]
+    (folder / "many.csv").write_text("mr,ref\n" + "".join(f"w{i} w{i + 1},w{i}\n" for i in range(3, 43)))
+    promise = ["--mode", "calibrate", "--risk", 0.3, "--delta", 0.1]
+    words = [*policies, *promise, "--count", 40, "--max_new_tokens", 6, "--prompt", "{mr}"]
+    call(monkeypatch, folder, "--text", folder / "many.csv", *words)
+    safe, bold = json.loads((folder / "out" / "decode.json").read_text())["calibration"]
+    assert (safe["layers"], safe["loss"], safe["held_out_loss"], safe["certified"]) == (LAYERS, 0, 0, True)
+    assert bold["layers"] < LAYERS
+    assert bold["certified"] == (bold["p_value"] <= 0.1)
+    assert bold["loss"] > 0
+    call(monkeypatch, folder, "--text", folder / "many.csv", *words, "--loss", "risk")
+    with pytest.raises(ValueError, match="risk=None"):
+        call(monkeypatch, folder, "--mode", "calibrate", *policies)
+    with pytest.raises(ValueError, match="mode='x'"):
+        call(monkeypatch, folder, "--mode", "x")
+
+
+def test_losses_are_those_of_the_texts():
+    full, said, wanted = ["a b c d", "x y"], ["a b", "x y"], [["a b c d"], ["q"]]
+    assert decode_modes.text_losses(said, full, wanted, kind="consistency").tolist() == pytest.approx([1 / 3, 0])
+    assert decode_modes.text_losses(said, full, wanted, kind="risk").tolist() == pytest.approx([1 / 3, 0])
+    assert decode_modes.text_losses(full, said, wanted, kind="risk").tolist() == [0, 0], "better than full is no loss"

@@ -1,0 +1,137 @@
+"""Two questions to decoding that are no tables: is lossless decoding lossless, and which policy may be used at a risk."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from decoder import Decoder
+from options import flag
+from torch import Tensor
+
+from ee_diffusion.core.risk import certified, in_expectation, p_value, upper_bound
+from ee_diffusion.measure.texts import rouge_each
+
+NEAR = 1e-4
+LOSSES = ("consistency", "risk")
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What is done, and what is promised by `--mode calibrate`."""
+
+    mode: str = flag("tables, lossless or calibrate.", "tables")
+    loss: str = flag(
+        "consistency: 1 - ROUGE-L to the full model's text; risk: what ROUGE-L to the references falls below it.",
+        "consistency",
+    )
+    risk: float | None = flag("Most expected loss of a text.")
+    delta: float | None = flag("Probability that the promise fails.")
+
+
+def lossless(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOptions) -> dict[str, list[dict]]:
+    """Lossless decoding against greedy search at every batch size, on the first `--count` prompts: equal tokens, and where not, how near
+    the full model's two best logits were at the first difference. `time`: median over batches of lossless over greedy, in turns."""
+    if "lossless" not in decoder.candidates:
+        raise ValueError("--mode lossless without --exit_depth and --draft_tokens, expected what drafts")
+    chosen = list(meanings)[: decoder.options.count]
+    return {"lossless": [_compared(decoder, chosen, batch) for batch in decoder.options.batch_sizes]}
+
+
+def _compared(decoder: Decoder, chosen: list[str], batch: int) -> dict:
+    row = {"batch": batch, "prompts": len(chosen), "equal": 0, "near": 0, "far": 0, "nearest_far_gap": None}
+    clocks: dict[str, list[float]] = {"full": [], "lossless": []}
+    drafted = accepted = tokens = 0
+    for turn, start in enumerate(range(0, len(chosen), batch)):
+        inputs, outs = decoder.inputs(chosen[start : start + batch]), {}
+        names = ["full", "lossless"] if turn % 2 == 0 else ["lossless", "full"]
+        for name in names:
+            begun = time.perf_counter()
+            more = {"output_logits": True} if name == "full" else {}
+            outs[name] = decoder.written(name, inputs, **more)
+            clocks[name].append(time.perf_counter() - begun)
+        (greedy, full), (other, drafts) = outs["full"], outs["lossless"]
+        tokens += int((greedy != decoder.tokenizer.pad_token_id).sum())
+        drafted, accepted = drafted + int(drafts.drafted.sum()), accepted + int(drafts.accepted.sum())
+        for gap in gaps_at_differences(greedy, other, full.logits):
+            kind = "equal" if gap is None else "near" if gap < NEAR else "far"
+            row[kind] += 1
+            if kind == "far":
+                row["nearest_far_gap"] = min(gap, row["nearest_far_gap"] or gap)
+    ratios = [one / two for one, two in zip(clocks["lossless"], clocks["full"], strict=True)]
+    facts = {"tokens": tokens, "drafted": drafted, "accepted": accepted, "accepted_share": accepted / max(drafted, 1)}
+    return row | facts | {"time": median(ratios)}
+
+
+def gaps_at_differences(greedy: Tensor, other: Tensor, logits: tuple[Tensor, ...]) -> list[float | None]:
+    """For each sequence (R, T) the full model's gap between its two best logits (T tensors (R, V)) at the first difference; None: equal."""
+    found: list[float | None] = []
+    for row, (one, two) in enumerate(zip(greedy, other, strict=True)):
+        places = (one != two).nonzero()
+        if not len(places):
+            found.append(None)
+            continue
+        best = logits[int(places[0])][row].topk(2).values
+        found.append(float(best[0] - best[1]))
+    return found
+
+
+def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOptions) -> dict[str, list[dict]]:
+    """Which policies (safest first) may be used so that a text's expected loss stays below `--risk`, with confidence 1 - delta.
+
+    CALM's two promises (arXiv 2207.07061, sec. 4): textual consistency with the full model, or risk against the references; tested in
+    their order (learn then test). The first half of the prompts calibrates, the second says what became of the promise.
+    """
+    if options.risk is None or options.delta is None or options.loss not in LOSSES:
+        raise ValueError(
+            f"loss={options.loss!r}, risk={options.risk}, delta={options.delta}, expected one of {LOSSES} and two numbers"
+        )
+    names = [name for name in decoder.candidates if name not in ("full", "driver", "lossless", "assistant")]
+    if not names or decoder.options.count < 2:
+        raise ValueError(f"{len(names)} policies and count={decoder.options.count}, expected at least 1 and 2")
+    chosen = list(meanings)[: decoder.options.count]
+    wanted = [meanings[meaning] for meaning in chosen]
+    full, _ = _texts(decoder, "full", chosen)
+    losses, layers = [], []
+    for name in names:
+        said, ran = _texts(decoder, name, chosen)
+        losses.append(text_losses(said, full, wanted, kind=options.loss))
+        layers.append(ran)
+    table, half = torch.stack(losses), len(chosen) // 2  # (K, n)
+    first, second = table[:, :half], table[:, half:]
+    good = certified(first, risk=options.risk, delta=options.delta)
+    expected = in_expectation(first, risk=options.risk)
+    rows = [
+        {
+            "name": name,
+            "layers": layers[k],
+            "loss": float(first[k].mean()),
+            "p_value": p_value(first[k], options.risk),
+            "upper_bound": upper_bound(first[k], options.delta),
+            "certified": bool(good[k]),
+            "in_expectation": expected == k,
+            "held_out_loss": float(second[k].mean()),
+        }
+        for k, name in enumerate(names)
+    ]
+    return {"calibration": rows}
+
+
+def text_losses(texts: list[str], full: list[str], references: list[list[str]], *, kind: str) -> Tensor:
+    """(R,) in [0, 1]: `1 - ROUGE-L(text, full)`, or `max(0, ROUGE-L(full, references) - ROUGE-L(text, references))`."""
+    if kind == "consistency":
+        return 1 - rouge_each(texts, [[one] for one in full])
+    return (rouge_each(full, references) - rouge_each(texts, references)).clamp(min=0)
+
+
+def _texts(decoder: Decoder, name: str, chosen: list[str]) -> tuple[list[str], float]:
+    """What a candidate writes, and the layers it ran per token that was read."""
+    size, texts, ran, read = decoder.options.text_batch_size, [], 0, 0
+    for start in range(0, len(chosen), size):
+        tokens, out = decoder.written(name, decoder.inputs(chosen[start : start + size]))
+        texts += decoder.texts(tokens)
+        if name != "full" and out.trace is not None:
+            ran, read = ran + int(out.trace.ran.sum()), read + int((out.trace.depths >= 0).sum())
+    return texts, ran / read if read else float(decoder.num_layers)
