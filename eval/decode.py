@@ -8,8 +8,8 @@ turns; the prompt's forward is timed apart and taken off. Layers are counted by 
 is the ideal time over the measured one (decode_parts.py). Text: greedy, until the end of text, against the references of each meaning;
 perplexity is that of the written text under the full model. The prompt is `--prompt` with {mr} replaced. Writes decode.json and decode.md.
 
-`--mode lossless`: lossless decoding against greedy search on `--count` prompts, token by token. `--mode calibrate`: which of the policies
-(safest first) may be used at a risk (decode_modes.py).
+`--mode lossless`: lossless decoding against greedy search on `--count` prompts, token by token. `--mode alone`: every candidate in padded
+batches against each prompt alone. `--mode calibrate`: which of the policies (safest first) may be used at a risk (decode_modes.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from decode_modes import CalibrateOptions, calibrate, lossless
+from decode_modes import CalibrateOptions, alone, calibrate, lossless
 from decode_parts import PartTimes
 from decoder import DecodeOptions, Decoder, read_meanings
 from options import parse
 from torch import Tensor
 
+from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
@@ -115,7 +116,14 @@ def tables(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateO
     return {"speed": clock, "quality": quality(decoder, meanings) if decoder.options.count else []}
 
 
-MODES = {"tables": tables, "lossless": lossless, "calibrate": calibrate}
+MODES = {"tables": tables, "lossless": lossless, "alone": alone, "calibrate": calibrate}
+
+
+def settings(options: DecodeOptions, mode: CalibrateOptions) -> dict:
+    """What was asked, files by their names alone."""
+    told = {name: value for name, value in (asdict(options) | asdict(mode)).items() if name != "output_dir"}
+    names = {name: Path(told[name]).name for name in ("model", "tokenizer", "text", "exits") if told[name] is not None}
+    return told | names | {"policies": [Path(path).stem for path in options.policies]}
 
 
 def main() -> None:
@@ -128,7 +136,9 @@ def main() -> None:
     meanings, folder = read_meanings(options), Path(options.output_dir)
     decoder = Decoder(options)
     found = MODES[mode.mode](decoder, meanings, mode)
-    report = {"options": asdict(options) | asdict(mode), "environment": environment(decoder.device), **found}
+    policies = {Path(path).stem: Policy.load(path).to_dict() for path in options.policies}
+    facts = {"settings": settings(options, mode), "policies": policies, "environment": environment(decoder.device)}
+    report = facts | found
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "decode.json", report)
     text = "\n\n".join(markdown_table(rows) for rows in found.values() if rows) + "\n"

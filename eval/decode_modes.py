@@ -1,4 +1,4 @@
-"""Two questions to decoding that are no tables: is lossless decoding lossless, and which policy may be used at a risk."""
+"""Questions to decoding that are no tables: is lossless decoding lossless, do batch-mates matter, which policy may be used at a risk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOSSES = ("consistency", "risk")
 class CalibrateOptions:
     """What is done, and what is promised by `--mode calibrate`."""
 
-    mode: str = flag("tables, lossless or calibrate.", "tables")
+    mode: str = flag("tables, lossless, alone or calibrate.", "tables")
     loss: str = flag(
         "consistency: 1 - ROUGE-L to the full model's text; risk: what ROUGE-L to the references falls below it.",
         "consistency",
@@ -41,7 +41,7 @@ def lossless(decoder: Decoder, meanings: dict[str, list[str]], options: Calibrat
 
 
 def _compared(decoder: Decoder, chosen: list[str], batch: int) -> dict:
-    row = {"batch": batch, "prompts": len(chosen), "equal": 0, "near": 0, "far": 0, "nearest_far_gap": None}
+    row = {"batch": batch, "prompts": len(chosen), "equal": 0, "near": 0, "far": 0, "largest_gap": None}
     clocks: dict[str, list[float]] = {"full": [], "lossless": []}
     drafted = accepted = tokens = 0
     for turn, start in enumerate(range(0, len(chosen), batch)):
@@ -55,14 +55,41 @@ def _compared(decoder: Decoder, chosen: list[str], batch: int) -> dict:
         (greedy, full), (other, drafts) = outs["full"], outs["lossless"]
         tokens += int((greedy != decoder.tokenizer.pad_token_id).sum())
         drafted, accepted = drafted + int(drafts.drafted.sum()), accepted + int(drafts.accepted.sum())
-        for gap in gaps_at_differences(greedy, other, full.logits):
-            kind = "equal" if gap is None else "near" if gap < NEAR else "far"
-            row[kind] += 1
-            if kind == "far":
-                row["nearest_far_gap"] = min(gap, row["nearest_far_gap"] or gap)
+        _count(row, greedy, other, full.logits)
     ratios = [one / two for one, two in zip(clocks["lossless"], clocks["full"], strict=True)]
     facts = {"tokens": tokens, "drafted": drafted, "accepted": accepted, "accepted_share": accepted / max(drafted, 1)}
     return row | facts | {"time": median(ratios)}
+
+
+def alone(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOptions) -> dict[str, list[dict]]:
+    """Every candidate on the first `--count` prompts in padded batches, and on each prompt alone: equal tokens, and where not, how near
+    its two best logits were at the first difference."""
+    size, chosen, rows = decoder.options.text_batch_size, list(meanings)[: decoder.options.count], []
+    for name in decoder.candidates:
+        if name == "assistant":  # takes no batch
+            continue
+        row = {"name": name, "prompts": len(chosen), "equal": 0, "near": 0, "far": 0, "largest_gap": None}
+        for start in range(0, len(chosen), size):
+            batch, _ = decoder.written(name, decoder.inputs(chosen[start : start + size]))
+            for place, meaning in enumerate(chosen[start : start + size]):
+                seen = {} if name == "lossless" else {"output_logits": True}
+                own, out = decoder.written(name, decoder.inputs([meaning]), **seen)
+                _count(row, own, batch[place : place + 1], None if name == "lossless" else out.logits)
+        rows.append(row)
+    return {"alone": rows}
+
+
+def _count(row: dict, one: Tensor, two: Tensor, logits: tuple[Tensor, ...] | None) -> None:
+    """Add sequences (R, T) to a row's counts; without logits every difference is far."""
+    if logits is None:
+        differ = (one != two).any(1).tolist()
+        gaps = [torch.inf if different else None for different in differ]
+    else:
+        gaps = gaps_at_differences(one, two, logits)
+    for gap in gaps:
+        row["equal" if gap is None else "near" if gap < NEAR else "far"] += 1
+        if gap is not None:
+            row["largest_gap"] = max(gap, row["largest_gap"] or 0.0)
 
 
 def gaps_at_differences(greedy: Tensor, other: Tensor, logits: tuple[Tensor, ...]) -> list[float | None]:

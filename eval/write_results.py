@@ -3,7 +3,7 @@
 python eval/write_results.py
 
 Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, dit-journey*, speed*,
-uncertainty* and demo*.json (eval/).
+uncertainty*, decode* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
 """
 
 from __future__ import annotations
@@ -150,6 +150,32 @@ def uncertainty(report: dict) -> str:
     return "".join(tables) + f"{settings(report)}\n{environment(report)}"
 
 
+def decode(report: dict) -> str:
+    tables = [
+        markdown_table(report[name])
+        for name in ("speed", "quality", "lossless", "alone", "calibration")
+        if report.get(name)
+    ]
+    rules = "; ".join(
+        f"{name}: {one['schedule'] if one['criterion'] is None else one}" for name, one in report["policies"].items()
+    )
+    said = [f"Policies: {rules}.\n"] if rules else []
+    notes = [f"{report['note']}\n"] if "note" in report else []
+    return "\n".join([*tables, *notes, *said, settings(report), environment(report)])
+
+
+def exit_heads(report: dict) -> str:
+    rows = [
+        {"depth": int(one["depth"]), "loss before": one["loss"], "loss": two["loss"], "same before": one["same"]}
+        | {name: two[name] for name in ("same", "sure", "same_if_sure")}
+        for one, two in zip(report["before"], report["after"], strict=True)
+    ]
+    steps = f"{report['fit']['steps']} steps, {report['fit']['samples']} samples"
+    facts = f"{report['states']} tokens fitted, {report['held_out']} held out; {steps}.\n"
+    names = "`loss`: KL to the full model (nats); `same`: tokens that are the full model's; `sure`: largest probability above 0.9.\n"
+    return "\n".join([markdown_table(rows), facts, names, f"Device: {report['device']}, torch {report['torch']}.\n"])
+
+
 def demo(report: dict) -> str:
     return markdown_table(report["rows"]) + f"\n{environment(report)}"
 
@@ -187,6 +213,8 @@ SECTIONS = {
         "python eval/uncertainty.py --output_dir runs/uncertainty",
         uncertainty,
     ),
+    "exit-heads": ("Exits on a frozen language model", "accelerate launch train/exit_heads_lm.py ...", exit_heads),
+    "decode": ("Decoding", "python eval/decode.py ...", decode),
     "demo": ("The demo", "make demo", demo),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.attach import running_modules
 from ee_diffusion.decoding.families import layers_of
+from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.methods import depth_per_request
 
@@ -277,6 +279,18 @@ def test_policies_that_do_not_fit_are_refused(policy: Policy, message: str):
     with pytest.raises(ValueError, match=message):
         generate(model_named("llama"), policy)
     assert same_generation(plain(model_named("llama")), generate(model_named("llama"), Policy()))
+
+
+def test_a_policy_fitted_for_another_model_is_refused():
+    model, rule = model_named("llama"), policy_named("skipdecode", "llama")
+    own = dataclasses.replace(rule, made_for=(("model", fingerprint_of(model)),))
+    assert same_generation(generate(model, own), run("llama", "skipdecode"))
+    with pytest.raises(ValueError, match="another model"):
+        generate(model_named("mistral"), own)
+    with pytest.raises(ValueError, match="another model"):
+        generate(model_named("mistral"), Policy(made_for=own.made_for))
+    with pytest.raises(ValueError, match="sampler='ddim'"):
+        generate(model, dataclasses.replace(rule, made_for=(("sampler", "ddim"),)))
 
 
 def test_the_policy_must_be_given():

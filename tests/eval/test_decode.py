@@ -128,7 +128,22 @@ def test_a_difference_is_told_by_the_gap_at_its_first_place():
     logits = (torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([[0.0, 0.25, 0.5]]), torch.tensor([[9.0, 0.0, 0.0]]))
     greedy = torch.tensor([[0, 2, 0]])
     assert decode_modes.gaps_at_differences(greedy, greedy, logits) == [None]
-    assert decode_modes.gaps_at_differences(greedy, torch.tensor([[0, 1, 1]]), logits) == [0.25]
+    other, row = torch.tensor([[0, 1, 1]]), {"equal": 0, "near": 0, "far": 0, "largest_gap": None}
+    assert decode_modes.gaps_at_differences(greedy, other, logits) == [0.25]
+    for two, told in ((greedy, logits), (other, logits), (other, None)):
+        decode_modes._count(row, greedy, two, told)
+    assert row == {"equal": 1, "near": 0, "far": 2, "largest_gap": torch.inf}
+
+
+def test_batch_mates_do_not_matter_to_any_candidate(folder: Path, monkeypatch):
+    candidates = ["--policies", folder / "skip.json", folder / "calm.json", "--exit_depth", 3, "--draft_tokens", 3]
+    (folder / "ragged.csv").write_text("mr,ref\nw3,w5\nw8 w4 w9,w9\nw5 w5,w3\n")
+    words = ["--mode", "alone", "--max_new_tokens", 6, "--count", 3, "--text_batch_size", 2, "--prompt", "{mr}"]
+    call(monkeypatch, folder, "--text", folder / "ragged.csv", *candidates, *words)
+    rows = json.loads((folder / "out" / "decode.json").read_text())["alone"]
+    assert [(row["name"], row["equal"], row["far"]) for row in rows] == [
+        (name, 3, 0) for name in ("full", "driver", "skip", "calm", "lossless")
+    ]
 
 
 def test_policies_are_calibrated_on_half_of_the_prompts(folder: Path, monkeypatch):
