@@ -1,12 +1,14 @@
-"""Fine-tune a text classifier, alone or with exits: PALBERT, PonderNet, PABEE, DeeBERT, FastBERT, BERxiT, JEI-DNN, Magic Pyramid.
+"""Fine-tune a classifier of texts or images, alone or with exits: PALBERT, PonderNet, PABEE, DeeBERT, FastBERT, BERxiT, JEI-DNN...
 
 accelerate launch --num_cpu_threads_per_process 2 train/classifier.py --method palbert --init_from MODEL --num_labels 2 \
     --text_files sst2/train_full.tsv --text_columns sentence --output_dir runs/palbert
 
 `--init_from`: a classifier or encoder of transformers, or the `model` folder of an earlier run. deebert, fastbert and jei_dnn train exits
-on a frozen one: fine-tune it first with `--method plain`; Magic Pyramid is magic_soft, then magic_hard, then fastbert. `--dry-run` prints
-the resolved settings; `--resume_from_checkpoint latest` goes on after a stop. Writes model/ (`EarlyExitClassifier.from_pretrained` and
-transformers' pipelines take it, its tokeniser is in it), log.jsonl, config.json, report.json.
+on a frozen one: fine-tune it first with `--method plain`; `--states FILE` runs that one over the data once and keeps what exits see. Magic
+Pyramid is magic_soft, then magic_hard, then fastbert. Images come from `--train_data_files`, `--train_data_dir` or `--dataset_name`, and
+`--random_weights true` begins with the configuration of init_from alone. `--dry-run` prints the resolved settings;
+`--resume_from_checkpoint latest` goes on after a stop. Writes model/ (`EarlyExitClassifier.from_pretrained` and transformers' pipelines
+take it, its tokeniser or image processor is in it), log.jsonl, config.json, report.json.
 """
 
 from __future__ import annotations
@@ -20,20 +22,26 @@ import torch
 from accelerate.utils import set_seed
 from transformers import (
     AutoConfig,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedModel,
+    ViTImageProcessorPil,
 )
 
 from ee_diffusion.encoder.attach import positions
 from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig
-from ee_diffusion.encoder.exits import ClassifierExits
+from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.encoder.methods import EXITS
 from ee_diffusion.encoder.objective import PLAIN, ClassifierObjective, Weights
+from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
+from ee_diffusion.encoder.truncation import first_layers
 from ee_diffusion.training.checkpoints import write_json
-from ee_diffusion.training.config import TextDataConfig, TrainConfig
+from ee_diffusion.training.config import ImageDataConfig, TextDataConfig, TrainConfig
+from ee_diffusion.training.data import Source
 from ee_diffusion.training.loop import Trainer
+from ee_diffusion.training.sources import TableSource, load_labelled_images
 from ee_diffusion.training.text import load_text_source
 
 
@@ -70,6 +78,11 @@ class ClassifierConfig:
     temperature: float | None = _flag("T of the fading (magic_soft).")
     top_threshold: float | None = _flag("The last layer's saliency threshold to begin with (magic_soft).")
 
+    num_layers: int | None = _flag("Keep only the first so many layers of init_from: the truncated control.")
+    random_weights: bool = _flag("Take the configuration of init_from, not its weights.", False)
+    length_parts: int = _flag("Parts of like length that a batch of texts runs in.", 1)
+    states: str | None = _flag("File of stored states for exits on a frozen model; written where absent.")
+
     def __post_init__(self):
         if self.method not in (*PLAIN, *EXITS):
             raise ValueError(f"method={self.method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
@@ -91,8 +104,11 @@ class ClassifierConfig:
         )
 
 
-def parse() -> tuple[ClassifierConfig, TextDataConfig, TrainConfig, bool]:
-    kinds = (ClassifierConfig, TextDataConfig, TrainConfig)
+Configs = tuple[ClassifierConfig, TextDataConfig, ImageDataConfig, TrainConfig, bool]
+
+
+def parse() -> Configs:
+    kinds = (ClassifierConfig, TextDataConfig, ImageDataConfig, TrainConfig)
     parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="Print the resolved settings as JSON and exit."
@@ -101,64 +117,100 @@ def parse() -> tuple[ClassifierConfig, TextDataConfig, TrainConfig, bool]:
     return *configs, rest.dry_run
 
 
-def build_model(config: ClassifierConfig) -> tuple[PreTrainedModel, tuple[float, ...] | None]:
+def build_model(config: ClassifierConfig, *, images: bool) -> tuple[PreTrainedModel, tuple[float, ...] | None]:
     """The stock classifier to start from, and its pruning thresholds, if it has some."""
     if not config.init_from:
         raise ValueError(f"init_from={config.init_from!r}, expected the folder or name of a model to start from")
-    if isinstance(AutoConfig.from_pretrained(config.init_from), EarlyExitConfig):
+    described = AutoConfig.from_pretrained(config.init_from)
+    if isinstance(described, EarlyExitConfig):
         begun = EarlyExitClassifier.from_pretrained(config.init_from)
         if begun.config.num_labels != config.num_labels:
             raise ValueError(f"{config.init_from} has {begun.config.num_labels} labels, num_labels={config.num_labels}")
         return begun.model, begun.pruning
-    options = {"num_labels": config.num_labels, "dtype": torch.float32}
-    return AutoModelForSequenceClassification.from_pretrained(config.init_from, **options), None
+    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    described.num_labels = config.num_labels
+    if config.random_weights:
+        return auto.from_config(described, dtype=torch.float32), None
+    return auto.from_pretrained(config.init_from, config=described, dtype=torch.float32), None
 
 
-def build_objective(config: ClassifierConfig) -> ClassifierObjective:
-    model, pruning = build_model(config)
+def build_objective(config: ClassifierConfig, *, images: bool = False) -> ClassifierObjective:
+    model, pruning = build_model(config, images=images)
+    if config.num_layers is not None:
+        if pruning is not None:
+            raise ValueError(
+                "num_layers of a classifier with pruning thresholds for all its layers, expected one without"
+            )
+        model = first_layers(model, config.num_layers)
     head, judge = EXITS.get(config.method, ("shared", "none"))
     depths = None if config.exit_depths is None else tuple(config.exit_depths)
     exits = ClassifierExits.for_model(model, depths, head=head, judge=judge)
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = pruning
-    return ClassifierObjective(classifier, method=config.method, weights=config.weights())
+    return ClassifierObjective(classifier, method=config.method, weights=config.weights(), parts=config.length_parts)
+
+
+def text_source(objective: ClassifierObjective, data: TextDataConfig, tokenizer) -> Source:
+    longest = positions(objective.classifier.model)
+    if data.max_length > longest:
+        raise ValueError(f"max_length={data.max_length}, expected at most the model's {longest} positions")
+    return load_text_source(
+        data,
+        lambda texts: tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"],
+        num_labels=objective.classifier.config.num_labels,
+        pad=tokenizer.pad_token_id,
+    )
+
+
+def stored(objective: ClassifierObjective, source: Source, path: Path, size: int) -> Source:
+    """What the exits of a frozen model see of a source, computed once."""
+    classifier = objective.classifier
+    heads, pruning = ClassifierHeads(classifier.model, classifier.exits), classifier.pruning
+    if path.exists():
+        states = StoredStates.load(path, origin=origin_of(heads, pruning, source.fingerprint()))
+    else:
+        parts = torch.arange(len(source)).split(size)
+        batches = (source.batch(part, part) for part in parts)
+        states = stored_states(heads, batches, pruning=pruning, data=source.fingerprint())
+        states.save(path)
+    return TableSource(states, states.origin)
 
 
 def main() -> None:
-    config, data, train, dry_run = parse()
-    resolved = asdict(config) | asdict(data) | asdict(train)
+    config, data, pictures, train, dry_run = parse()
+    resolved = asdict(config) | asdict(data) | asdict(pictures) | asdict(train)
     if dry_run:
         print(json.dumps(resolved, indent=2))
         return
     set_seed(train.seed)
-    objective = build_objective(config)
-    longest = positions(objective.classifier.model)
-    if data.max_length > longest:
-        raise ValueError(f"max_length={data.max_length}, expected at most the model's {longest} positions")
-    tokenizer = AutoTokenizer.from_pretrained(config.init_from)
-    source = load_text_source(
-        data,
-        lambda texts: tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"],
-        num_labels=config.num_labels,
-        pad=tokenizer.pad_token_id,
-    )
+    images = bool(pictures.sources())
+    objective = build_objective(config, images=images)
+    if images:
+        processor = ViTImageProcessorPil(size={"height": pictures.resolution, "width": pictures.resolution})
+        source = load_labelled_images(pictures, num_labels=config.num_labels)
+    else:
+        processor = AutoTokenizer.from_pretrained(config.init_from)
+        source = text_source(objective, data, processor)
+    if config.states:
+        source = stored(objective, source, Path(config.states), train.train_batch_size)
 
     def save(folder: Path, trained: ClassifierObjective) -> None:
         trained.trained().save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
 
     trainer = Trainer(objective, source, train, save=save, identity=asdict(config))
     report = asdict(trainer.fit())
     if trainer.accelerator.is_main_process:
-        cuda = torch.cuda.is_available()
-        device = (
-            torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        )
-        machine = {"device": device, "processes": trainer.accelerator.num_processes, "torch": torch.__version__}
-        directory = Path(train.output_dir)
-        write_json(directory / "config.json", resolved)
-        write_json(directory / "report.json", report | machine)
-        print(json.dumps(report))
+        write_reports(Path(train.output_dir), resolved, report, trainer.accelerator.num_processes)
+
+
+def write_reports(directory: Path, resolved: dict, report: dict, processes: int) -> None:
+    cuda = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = {"device": device, "processes": processes, "torch": torch.__version__}
+    write_json(directory / "config.json", resolved)
+    write_json(directory / "report.json", report | machine)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

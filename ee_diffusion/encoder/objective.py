@@ -15,16 +15,14 @@ from torch import Tensor, nn
 
 from ee_diffusion.core import classifier_losses as losses
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.scores import Observation
 from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.costs import costs_of
 from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.families import family_of
 from ee_diffusion.encoder.methods import EXITS
+from ee_diffusion.encoder.seeing import INPUTS, Seen, by_length, look_through
 from ee_diffusion.encoder.tokens import soft_pruning
-
-INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
 @dataclass(frozen=True)
@@ -61,19 +59,6 @@ class Weights:
         losses.truncated_geometric(self.rate, 1)
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """One forward: answers (A, B, C), judge logits (K, B) (None: no judge), labels (B,), the longest text's tokens, batches before,
-    the share of tokens that soft pruning kept (None: no soft pruning)."""
-
-    answers: Tensor
-    judge: Tensor | None
-    labels: Tensor
-    tokens: int
-    batches: int
-    kept: Tensor | None
-
-
 class ClassifierObjective(nn.Module):
     """The loss of `method` on a batch: a name of `EXITS`, or one of `PLAIN`, the model's own loss alone.
 
@@ -81,16 +66,19 @@ class ClassifierObjective(nn.Module):
     `pruning` says. Exits trained on a classifier with `pruning` see its removed tokens removed. Those three, `palbert`, `pondernet`,
     `pabee` and `berxit` train everything; `deebert` and `fastbert` exits on a frozen fine-tuned model; `jei_dnn` exits on a frozen model,
     heads and gates in turn. The number of batches seen in training is a buffer, so that a resumed run is in the phase it was in.
+    `parts`: a batch of texts runs in so many parts of like length, with less padding; the loss is that of the whole batch.
 
     Raises:
         ValueError: an unknown method, exits that are not the method's, a number that the method needs and has no default,
             magic_hard on a classifier without pruning.
     """
 
-    def __init__(self, classifier: EarlyExitClassifier, *, method: str, weights: Weights):
+    def __init__(self, classifier: EarlyExitClassifier, *, method: str, weights: Weights, parts: int = 1):
         super().__init__()
         _check(classifier, method, weights)
-        self.classifier, self.method, self.weights = classifier, method, weights
+        if parts < 1:
+            raise ValueError(f"parts={parts}, expected at least 1")
+        self.classifier, self.method, self.weights, self.parts = classifier, method, weights, parts
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         if method == "magic_soft":
             layers = family_of(classifier.model).num_layers(classifier.model)
@@ -122,23 +110,41 @@ class ClassifierObjective(nn.Module):
         return {"loss": terms["loss"]} | facts | self._accuracies(seen)
 
     def _see(self, batch: dict[str, Tensor]) -> Seen:
-        model, exits = self.classifier.model, self.classifier.exits
+        if "first" in batch:
+            return self._see_stored(batch)
+        return Seen.joined([self._see_part(part) for part in by_length(batch, self.parts)])
+
+    def _see_part(self, batch: dict[str, Tensor]) -> Seen:
+        model = self.classifier.model
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         train_model = torch.is_grad_enabled() and self.method not in FROZEN
         with self._tokens(inputs) as gates, watching(model) as states, torch.set_grad_enabled(train_model):
             own = model(**inputs).logits  # (B, C)
-        kept = sum(gate.sum() for gate in gates) / len(gates) / inputs["attention_mask"].sum() if gates else None
-        heads, answers, judged = ClassifierHeads(model, exits), [], []
         context = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
-        for exit, depth in enumerate(exits.depths if self.method not in PLAIN else ()):
-            observation = Observation(heads, exit, states[depth], context)
-            answers.append(observation.answer)
-            if exits.judge != "none":
-                judged.append(heads.judge_logits(observation))
-            context = context | observation.carried
-        judge = torch.stack(judged).float() if judged else None  # (K, B)
+        kept = sum(gate.sum() for gate in gates) / len(gates) if gates else None
+        real = inputs["attention_mask"].sum() if gates else None
+        depths = self.classifier.exits.depths if self.method not in PLAIN else ()
+        answers, judge = self._asked([states[depth] for depth in depths], context)
         tokens = states[0].shape[1]
-        return Seen(torch.stack([*answers, own]).float(), judge, batch["labels"], tokens, int(self.batches), kept)
+        return Seen(torch.stack([*answers, own]).float(), judge, batch["labels"], tokens, kept, real)
+
+    def _see_stored(self, batch: dict[str, Tensor]) -> Seen:
+        """A batch of `StoredStates`."""
+        if self.method not in FROZEN:
+            raise ValueError(f"{self.method} trains the model, whose states cannot be stored; {FROZEN} do not")
+        states = list(batch["first"][:, :, None].unbind(1))  # K of (B, 1, D)
+        answers, judge = self._asked(states, {})
+        tokens = int(batch["tokens"].max())
+        return Seen(torch.stack([*answers, batch["own"]]).float(), judge, batch["labels"], tokens)
+
+    def _asked(self, states: list[Tensor], context: dict[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """The exits' answers, K of (B, C), and judge logits (K, B)."""
+        heads, answers, judged = ClassifierHeads(self.classifier.model, self.classifier.exits), [], []
+        for observation in look_through(heads, states, context):
+            answers.append(observation.answer)
+            if heads.exits.judge != "none":
+                judged.append(heads.judge_logits(observation))
+        return answers, torch.stack(judged).float() if judged else None
 
     @contextmanager
     def _tokens(self, inputs: dict[str, Tensor]) -> Iterator[list[Tensor]]:
@@ -153,6 +159,10 @@ class ClassifierObjective(nn.Module):
                 yield []
         else:
             yield []
+
+    def batches_before(self) -> int:
+        """Batches of training seen so far."""
+        return int(self.batches)
 
     def _accuracies(self, seen: Seen) -> dict[str, Tensor]:
         if seen.labels.is_floating_point():
@@ -182,7 +192,8 @@ def _plain(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
 
 def _soft(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
     answered = losses.summed_loss(seen.answers[-1:], seen.labels)
-    return {"loss": answered + objective.weights.mask_weight * seen.kept, "kept": seen.kept}
+    kept = seen.kept / seen.real
+    return {"loss": answered + objective.weights.mask_weight * kept, "kept": kept}
 
 
 def _ponder(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
@@ -214,7 +225,7 @@ def _distilled(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
 
 def _berxit(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
     """Odd batches train the model's own answer, even ones all (BERxiT's alternating scheme); the learned-to-exit module every time."""
-    own = seen.answers[-1:] if seen.batches % 2 == 0 else seen.answers
+    own = seen.answers[-1:] if objective.batches_before() % 2 == 0 else seen.answers
     answered = losses.summed_loss(own, seen.labels)
     learned = losses.learned_exit_loss(seen.judge.sigmoid(), seen.answers[:-1], seen.labels)
     return {"loss": answered + learned, "answers": answered, "learned_to_exit": learned}
@@ -224,9 +235,9 @@ def _jei(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
     """Warm-up: heads alone, unweighted. Then phases: gates, heads weighted by exit probability, gates, ..."""
     weights, exits = objective.weights, objective.classifier.exits
     each = losses.answer_losses(seen.answers, seen.labels)  # (A, B)
-    if seen.batches < weights.warm_up:
+    if objective.batches_before() < weights.warm_up:
         return {"loss": each[:-1].sum(0).mean()}
-    if ((seen.batches - weights.warm_up) // weights.phase) % 2:
+    if ((objective.batches_before() - weights.warm_up) // weights.phase) % 2:
         weigh = losses.released_exit_weighted_loss if weights.released else losses.exit_weighted_loss
         return {"loss": weigh(each, losses.gate_probabilities(seen.judge.sigmoid()))}
     model = objective.classifier.model

@@ -140,10 +140,13 @@ class ImageDataConfig:
 
 @dataclass(frozen=True)
 class TextDataConfig:
-    """Where labelled texts come from: tsv, csv or parquet files with a header. Relative ones are also looked up below EE_DIFFUSION_DATA.
+    """Where labelled texts come from: tsv, csv or parquet files. Relative ones are also looked up below EE_DIFFUSION_DATA.
+
+    With `folds` the rows are shuffled, always alike, and dealt out; `fold` is held out, and `held_out` says which side is meant.
 
     Raises:
-        ValueError: files of several kinds or of none of the three, no text column, a length or number below 1.
+        ValueError: files of several kinds or of none of the three, names for columns that have theirs, no text column, a length or number
+            below 1, a fold that there is not.
     """
 
     text_files: list[str] | None = _flag("Files or glob patterns, all .tsv, all .csv or all .parquet.")
@@ -154,6 +157,10 @@ class TextDataConfig:
     first_label: int = _flag("The smallest label in the files; labels count from 0 in here.", 0)
     max_length: int = _flag("Longest text in tokens; longer ones are cut.", 128)
     max_texts: int | None = _flag("Use only the first so many texts.")
+    column_names: list[str] | None = _flag("Names of all columns, for .tsv and .csv files without a header.")
+    folds: int | None = _flag("Deal the rows out into so many parts; none: all rows in their order.")
+    fold: int = _flag("Which of them is held out.", 0)
+    held_out: bool = _flag("Take the part held out, not the rest.", False)
 
     def __post_init__(self):
         kinds = {name.rsplit(".", 1)[-1] for name in self.text_files or ()}
@@ -161,10 +168,16 @@ class TextDataConfig:
             raise ValueError(f"text_files={self.text_files}, expected files of one kind: .tsv, .csv or .parquet")
         if not self.text_columns:
             raise ValueError("text_columns is empty, expected at least one column")
-        for name in ("max_length", "max_texts"):
+        if self.column_names and "parquet" in kinds:
+            raise ValueError(f"column_names={self.column_names} for parquet files, which name their columns themselves")
+        for name, least in (("max_length", 1), ("max_texts", 1), ("folds", 2)):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}, expected at least 1")
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}, expected at least {least}")
+        if not 0 <= self.fold < (self.folds or 1) or (self.held_out and self.folds is None):
+            raise ValueError(
+                f"fold={self.fold}, held_out={self.held_out} of folds={self.folds}, expected one of the folds, counted from 0"
+            )
 
 
 @dataclass(frozen=True)

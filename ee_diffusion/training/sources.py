@@ -10,7 +10,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ee_diffusion.training.data import Source
+from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.data import Source, load_image_source
 from ee_diffusion.training.draws import Stream, normals, uniforms
 
 
@@ -109,3 +110,20 @@ class MappedSource(Source):
 
     def fingerprint(self) -> str:
         return f"{self.name} of {self.source.fingerprint()}"
+
+
+def load_labelled_images(config: ImageDataConfig, *, num_labels: int) -> MappedSource:
+    """Images to classify: `pixel_values` (B, C, H, W) in [-1, 1], `labels` (B,) and `key`.
+
+    Raises:
+        ValueError: as `load_image_source`; no column of labels, labels of one class only.
+    """
+    if config.label_column is None:
+        raise ValueError("label_column=None, expected the column of the classes")
+    source = load_image_source(config, num_labels)
+    if bool((source.labels == source.labels[0]).all()):
+        raise ValueError(
+            f"every label in column {config.label_column!r} is {int(source.labels[0])}: one class is nothing to learn"
+        )
+    names = {"images": "pixel_values", "class_labels": "labels", "key": "key"}
+    return MappedSource(source, lambda batch: {new: batch[old] for old, new in names.items()}, "labelled images")

@@ -73,6 +73,8 @@ def load_text_source(config: TextDataConfig, encode: Encode, *, num_labels: int,
         raise ValueError(
             f"no column {missing[0]!r} in the data, which has {table.column_names}; name it by text_columns or text_label_column"
         )
+    if config.folds is not None:
+        table = table.select(_dealt(len(table), config))
     if config.max_texts is not None:
         table = table.select(range(min(config.max_texts, len(table))))
     columns = [table[name] for name in config.text_columns]
@@ -94,10 +96,19 @@ def _read(config: TextDataConfig) -> datasets.Dataset:
     files = [file for pattern in config.text_files for file in find_data_files(pattern)]
     kind = files[0].rsplit(".", 1)[-1]
     options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
+    if config.column_names:
+        options |= {"names": config.column_names, "header": None}
     table = datasets.load_dataset("parquet" if kind == "parquet" else "csv", data_files=files, split="train", **options)
     if not len(table):
         raise ValueError(f"{config.text_files} hold no rows")
     return table
+
+
+def _dealt(count: int, config: TextDataConfig) -> list[int]:
+    """Rows of the part that is asked for, shuffled alike for every seed of a run, so that the first so many are a fair draw too."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held_out = torch.arange(count) % config.folds == config.fold
+    return order[held_out if config.held_out else ~held_out].tolist()
 
 
 def _labels(table: datasets.Dataset, config: TextDataConfig, num_labels: int) -> Tensor:

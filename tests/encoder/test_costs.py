@@ -11,40 +11,51 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tiny_classifiers import CLASSES, LAYERS, WIDTH, exits_for, model_named
+from tiny_classifiers import CLASSES, LAYERS, NAMES, WIDTH, exits_for, model_named
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.encoder.attach import attach
-from ee_diffusion.encoder.costs import block_flops, costs_of, flops_of, saliency_flops
+from ee_diffusion.encoder.costs import block_flops, costs_of, flops_of, saliency_flops, ways
 from ee_diffusion.encoder.methods import EXITS, confidence, jei_dnn, palbert
 
 TOKENS = 7
 
 
+def outside(name: str, model) -> int:
+    """Products that are no part of a layer or an end: ALBERT's embedding projection, ViT's patches; of a ViT also its own length."""
+    patches = 2 * 4 * WIDTH * 3 * 4 * 4
+    return {"Albert": 2 * TOKENS * 8 * WIDTH, "ViT": patches}.get(name, 0)
+
+
+def length(name: str) -> int:
+    """Tokens: of the text, or four patches and the first token."""
+    return 5 if name == "ViT" else TOKENS
+
+
 def counted(model, exits, policy: Policy):
-    ids = torch.arange(3, 3 + TOKENS)[None]
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, attach(model, exits, policy) as traces:
-        model(input_ids=ids)
+    inputs = {"input_ids": torch.arange(3, 3 + TOKENS)[None]}
+    if model.main_input_name == "pixel_values":
+        inputs = {"pixel_values": torch.ones(1, 3, 8, 8)}
+    with FlopCounterMode(display=False) as counter, attach(model, exits, policy) as traces:
+        model(**inputs)
     return counter.get_total_flops(), traces[0]
 
 
-@pytest.mark.parametrize("name", ["Bert", "Albert", "DistilBert"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     "method, policy",
     [("palbert", palbert(0.6)), ("palbert", confidence(0.6)), ("jei_dnn", jei_dnn(0.5)), ("pabee", confidence(0.9))],
 )
 def test_the_formula_is_what_torch_counts(name: str, method: str, policy: Policy):
-    """Eager attention, so that both of its products are counted. ALBERT's embedding projection is no part of a layer."""
+    """All seven families. Eager attention, so that both of its products are counted."""
     model = model_named(name, attn_implementation="eager")
     head, judge = EXITS[method]
     exits = exits_for(model, head=head, judge=judge)
-    outside = 2 * TOKENS * 8 * WIDTH if name == "Albert" else 0
     for one in (policy, Policy(policy.criterion, record_all=True)):
         total, trace = counted(model, exits, one)
-        assert flops_of(trace, costs_of(model, exits, TOKENS, score=policy.criterion.score)).tolist() == [
-            total - outside
-        ]
+        costs = costs_of(model, exits, length(name), score=policy.criterion.score)
+        assert flops_of(trace, costs).tolist() == [total - outside(name, model)]
 
 
 def test_a_constant_depth_costs_its_layers_and_one_answer():
@@ -82,8 +93,27 @@ def test_longer_texts_cost_more_than_in_proportion():
     assert costs_of(model, exits, 16, score=None).block > 2 * costs_of(model, exits, 8, score=None).block
 
 
-@pytest.mark.parametrize("name, tokens, words", [("Bert", 0, "tokens=0"), ("ModernBert", 4, "gated")])
-def test_refused(name, tokens, words):
-    model = model_named(name)
-    with pytest.raises(ValueError, match=words):
-        costs_of(model, exits_for(model, head="shared", judge="none"), tokens, score=None)
+@pytest.mark.parametrize("changes", [{"share_att_key": True}, {"pos_att_type": ["c2p"]}, {"relative_attention": False}])
+def test_kinds_of_relative_positions(changes: dict):
+    model = model_named("DebertaV2", **changes | ({"position_buckets": -1} if len(changes) > 1 else {}))
+    exits = exits_for(model, head="pooled", judge="none")
+    total, trace = counted(model, exits, Policy())
+    assert flops_of(trace, costs_of(model, exits, TOKENS, score=None)).tolist() == [total]
+
+
+def test_the_way_of_each_text_is_what_its_own_costs_say():
+    for name in ("Bert", "DebertaV2"):
+        model = model_named(name)
+        exits = exits_for(model, (1, 3), head="shared", judge="halting")
+        lengths = torch.tensor([7, 3, 7])
+        found = ways(model, exits, lengths, score="judged")  # (3, A)
+        for row, tokens in zip(found, lengths.tolist(), strict=True):
+            costs = costs_of(model, exits, tokens, score="judged")
+            whole = costs.layers(LAYERS) + costs.tail
+            assert row.tolist() == pytest.approx((costs.up_to(exits.depths, LAYERS) * whole).tolist())
+
+
+def test_no_tokens_are_refused():
+    model = model_named("Bert")
+    with pytest.raises(ValueError, match="tokens=0"):
+        costs_of(model, exits_for(model, head="shared", judge="none"), 0, score=None)
