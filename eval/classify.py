@@ -1,42 +1,35 @@
-"""Evaluate a classifier with exits: accuracy against layers and FLOPs by replay of one look, controls beside it, conformal sets, seconds.
+"""Evaluate a classifier with exits: accuracy against layers and FLOPs by replay of one look, controls, conformal sets, guarantees.
 
-python eval/classify.py --model runs/palbert/model --text_files sst2/dev.tsv --text_columns sentence --output_dir results/palbert
+python eval/classify.py --model runs/palbert/model --text_files sst2/test-labeled.tsv --calibration_files sst2/dev.tsv \
+    --text_columns sentence --output_dir results/palbert
 
-Every rule and threshold is judged from one pass of stored scores; half of the texts (--calibration_share) calibrate the conformal sets, the
-figures are of the other half. Controls: every constant depth, random exits with the same histogram, the oracle. `--budget` also times the
-rule that meets it, live. `--dry-run` prints the resolved settings. Writes report.json.
+Every rule and threshold is judged from one pass of stored scores. Thresholds of budgets, conformal sets and guarantees are chosen on the
+calibration texts (--calibration_files, else a share of the texts), figures are of the others. Controls: every constant depth (the anytime
+curve), random exits with the same histogram, the oracle. `--risk` adds a guarantee, over exit thresholds and, where tokens are pruned,
+`--pruning_scales` of the pruning thresholds. Seconds: eval/classifier_speed.py. Images: --train_data_files instead of --text_files.
+`--dry-run` prints the resolved settings. Writes report.json, look.safetensors (for eval/classifier_table.py) and policies/.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from judging import Judge, Rule, budgeted, by_length, candidates, controls, curve, guarantee, rules, score_of
 from transformers import AutoTokenizer, HfArgumentParser
 
-from ee_diffusion.core.calibrate import shuffled_overall, value_for_budget
-from ee_diffusion.core.conformal import conformal_sets, conformal_thresholds
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.costs import costs_of
-from ee_diffusion.encoder.evaluate import Look, look
-from ee_diffusion.encoder.methods import berxit, confidence, fastbert, jei_dnn, pabee, palbert, pondernet
-from ee_diffusion.measure.classification import figures
-from ee_diffusion.training.config import TextDataConfig
-from ee_diffusion.training.text import TextSource, load_text_source
-
-JUDGED: dict[str, dict[str, Callable[[float], Policy]]] = {
-    "none": {},
-    "halting": {"palbert": palbert},
-    "linear_halting": {"palbert": palbert},
-    "correctness": {"berxit": berxit},
-    "statistics": {"jei_dnn": jei_dnn},
-}
+from ee_diffusion.encoder.evaluate import NOTHING, Look, look
+from ee_diffusion.encoder.exits import ClassifierHeads
+from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
+from ee_diffusion.measure.tables import write_report
+from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
+from ee_diffusion.training.data import Source
+from ee_diffusion.training.sources import TableSource, load_labelled_images
+from ee_diffusion.training.text import load_text_source, once
 
 
 def _flag(help: str, default=None):
@@ -52,197 +45,159 @@ class EvalConfig:
     """
 
     model: str | None = _flag("Folder of an EarlyExitClassifier with its tokeniser.")
-    output_dir: str | None = _flag("Where report.json goes.")
+    output_dir: str | None = _flag("Where the report, the look and the policies go.")
     points: int = _flag("Thresholds on each curve.", 20)
     batch_size: int = _flag("Texts per batch of the look.", 32)
-    calibration_share: float = _flag("Share of the texts that calibrate the conformal sets.", 0.5)
+    calibration_files: list[str] | None = _flag("Texts to choose on; none: a share of the others.")
+    calibration_share: float = _flag("Share of the texts to choose on, where there are no files of their own.", 0.5)
     miss_rate: float = _flag("Of the conformal sets.", 0.1)
     draws: int = _flag("Drawn exits and shuffles per curve.", 5)
     seed: int = _flag("Of the split, the draws and the shuffles.", 0)
-    budget: float | None = _flag("Fraction of the layers that the timed rule may use; none: nothing is timed.")
-    timed_texts: int = _flag("Texts of each timing.", 64)
-    timed_runs: int = _flag("Runs of each timing, the median of which counts.", 3)
+    budgets: list[float] = field(
+        default_factory=lambda: [0.4, 0.55, 0.7, 0.85],
+        metadata={"help": "Fractions of the layers, for budgeted batches."},
+    )
+    states: str | None = _flag("File of stored states of a frozen model, for exits on it; written where absent.")
+    risk: float | None = _flag("How often an answer may be wrong where the full model is right; none: no guarantee.")
+    delta: float = _flag("How often the guarantee may fail.", 0.1)
+    pruning_scales: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={"help": "Multiples of the pruning thresholds that --risk chooses from."},
+    )
 
     def __post_init__(self):
-        if not 0 < self.calibration_share < 1 or not 0 < self.miss_rate < 1:
-            raise ValueError(f"calibration_share={self.calibration_share}, miss_rate={self.miss_rate}, expected (0, 1)")
-        for name in ("points", "batch_size", "draws", "timed_texts", "timed_runs"):
+        for name in ("calibration_share", "miss_rate", "delta", "risk"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name}={value}, expected a number in (0, 1)")
+        for name in ("points", "batch_size", "draws"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if any(not 0 < budget <= 1 for budget in self.budgets) or any(scale < 0 for scale in self.pruning_scales):
+            raise ValueError(f"budgets={self.budgets}, pruning_scales={self.pruning_scales}, expected (0, 1] and >= 0")
 
 
-def batches(source: TextSource, size: int) -> Iterator[dict[str, Tensor]]:
-    """The texts in their order."""
-    for part in torch.arange(len(source)).split(size):
-        yield source.batch(part, part)
-
-
-class Judge:
-    """Figures and costs of answers taken, on the texts that are not for calibration."""
-
-    def __init__(self, classifier: EarlyExitClassifier, seen: Look, config: EvalConfig):
-        self.seen, self.config = seen, config
-        n = len(seen.labels)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
-        cut = int(n * config.calibration_share)
-        self.calibration, self.test = order[:cut], order[cut:]
-        self.classifier = classifier
-        self._ways: dict[str | None, Tensor] = {}
-
-    def ways(self, score: str | None) -> Tensor:
-        """(n, A) FLOPs of the whole way to each answer of each text, under rules that look at `score`."""
-        if score not in self._ways:
-            seen, model, exits = self.seen, self.classifier.model, self.classifier.exits
-            lengths, where = seen.tokens.unique(return_inverse=True)
-            per_length = []
-            for tokens in lengths.tolist():
-                costs = costs_of(model, exits, tokens, score=score)
-                whole = seen.num_layers * costs.block + costs.tail
-                per_length.append(costs.up_to(seen.depths, seen.num_layers) * whole)
-            self._ways[score] = torch.stack(per_length)[where]
-        return self._ways[score]
-
-    def __call__(self, taken: Tensor, *, score: str | None) -> dict:
-        """taken (n,) under a rule that looks at `score` -> figures of the test texts, mean layers, FLOPs in parts of the full model's
-        (not where tokens are pruned: a look does not count them)."""
-        seen, test = self.seen, self.test
-        depths = torch.tensor([*seen.depths, seen.num_layers])[taken[test]].double()
-        found = figures(seen.given(taken)[test], seen.labels[test]) | {"layers": depths.mean().item()}
-        if self.classifier.pruning is None:
-            used, whole = self.ways(score)[test, taken[test]].sum(), self.ways(None)[test, -1].sum()
-            found["flops_fraction"] = (used / whole).item()
-        return found
-
-    def conformal(self, taken: Tensor) -> dict:
-        """Mean size and miss rate of sets calibrated per exit on the calibration texts."""
-        seen, rate = self.seen, self.config.miss_rate
-        p, part = seen.given(taken).double().softmax(-1), self.calibration
-        thresholds = conformal_thresholds(
-            p[part], seen.labels[part], taken[part], num_answers=len(seen.depths) + 1, miss_rate=rate
+def sources(
+    config: EvalConfig, data: TextDataConfig, images: ImageDataConfig, classifier: EarlyExitClassifier
+) -> list[Source]:
+    """What is judged and, where it has files of its own, what is chosen on (first)."""
+    if images.sources():
+        return [load_labelled_images(replace(images, random_flip=False), num_labels=classifier.config.num_labels)]
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    chosen = [replace(data, text_files=config.calibration_files)] if config.calibration_files else []
+    return [
+        load_text_source(
+            one,
+            lambda texts: tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"],
+            num_labels=classifier.config.num_labels,
+            pad=tokenizer.pad_token_id,
         )
-        sets = conformal_sets(p[self.test], taken[self.test], thresholds=thresholds)  # (m, C)
-        held = sets.gather(1, seen.labels[self.test][:, None])[:, 0]
-        return {
-            "set_size": sets.sum(1).double().mean().item(),
-            "missed": 1 - held.double().mean().item(),
-            "allowed": rate,
-        }
-
-    def shuffled(self, taken: Tensor) -> float:
-        """Mean accuracy of random exits with the same histogram."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        drawn = [
-            self(shuffled_overall(taken[None], generator)[0], score=None)["accuracy"] for _ in range(self.config.draws)
-        ]
-        return sum(drawn) / len(drawn)
-
-
-def rules(classifier: EarlyExitClassifier) -> dict[str, Callable[[float], Policy]]:
-    """The rules with a threshold in [0, 1], larger is safer, that these exits can follow."""
-    plain = {"confidence": confidence, "fastbert": lambda value: fastbert(1 - value)}
-    return JUDGED[classifier.exits.judge] | plain
-
-
-def curve(judge: Judge, rule: Callable[[float], Policy], points: int) -> list[dict]:
-    """One rule at thresholds spread over the quantiles of its own scores."""
-    score = rule(0.5).criterion.score
-    scores = judge.seen.scores[score]
-    if rule is palbert:  # its threshold is on the cumulated probability
-        scores = 1 - (1 - scores).cumprod(0)
-    values = scores.flatten().double().quantile(torch.linspace(0, 1, points, dtype=torch.float64)).clamp(0, 1)
-    found = []
-    for value in values.unique().tolist():
-        taken = judge.seen.taken(rule(value))
-        found.append(
-            {
-                "value": value,
-                **judge(taken, score=score),
-                "shuffled_accuracy": judge.shuffled(taken),
-                **judge.conformal(taken),
-            }
-        )
-    return found
-
-
-def controls(judge: Judge, classifier: EarlyExitClassifier, config: EvalConfig) -> dict:
-    seen = judge.seen
-    n, answers = len(seen.labels), (*seen.depths, seen.num_layers)
-    constant = [{"depth": depth, **judge(torch.full((n,), place), score=None)} for place, depth in enumerate(answers)]
-    found = {"constant_depth": constant, "oracle": judge(seen.oracle(), score=None)}
-    found["pabee"] = [
-        {"patience": t, **judge(seen.taken(pabee(t)), score="agreement")} for t in range(1, len(seen.depths))
+        for one in [*chosen, data]
     ]
-    if classifier.exits.judge in ("halting", "linear_halting"):
-        found["sampled"] = [
-            judge(seen.taken(pondernet(config.seed + draw)), score="judged") for draw in range(config.draws)
-        ]
-    return found
 
 
-@torch.no_grad()
-def seconds(classifier: EarlyExitClassifier, source: TextSource, policy: Policy, config: EvalConfig) -> dict:
-    """Median seconds for the first texts at batches of 1, 8, 32: the full model and the rule, in turn; one run of each to warm up."""
-    count = min(config.timed_texts, len(source))
-    found = {"texts": count, "runs": config.timed_runs, "threads": torch.get_num_threads()}
-    for size in (1, 8, 32):
-        made = [source.batch(part, part) for part in torch.arange(count).split(size)]
-        times: dict[str, list[float]] = {"full": [], "rule": []}
-        for run in range(config.timed_runs + 1):
-            for name, chosen in (("full", Policy()), ("rule", policy)):
-                classifier.policy = chosen
-                begun = time.perf_counter()
-                for batch in made:
-                    classifier(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-                if run:
-                    times[name].append(time.perf_counter() - begun)
-        found[f"batch_{size}"] = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
-    return found
-
-
-def evaluate(classifier: EarlyExitClassifier, source: TextSource, config: EvalConfig) -> dict:
+def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, states: Path | None) -> Look:
+    """The look at a source, by way of stored states where they are asked for."""
+    classifier.eval()
     known = rules(classifier)
-    scores = list(dict.fromkeys([*(rule(0.5).criterion.score for rule in known.values()), "agreement"]))
-    seen = look(classifier, batches(source, config.batch_size), scores=scores)
-    judge = Judge(classifier, seen, config)
-    report = {"texts": len(seen.labels), "test_texts": len(judge.test), "depths": [*seen.depths, seen.num_layers]}
-    report["rules"] = {name: curve(judge, rule, config.points) for name, rule in known.items()}
-    report["controls"] = controls(judge, classifier, config)
-    if config.budget is not None:
-        name, rule = next(iter(known.items()))
-        score = rule(0.5).criterion.score
-        choice = value_for_budget(seen.trace(score), rule, budget=config.budget, low=0.0, high=1.0)
-        taken = judge(seen.taken(rule(choice.value)), score=score)
-        timed = seconds(classifier, source, rule(choice.value), config)
-        report["budgeted"] = {"rule": name, **asdict(choice), **taken, "seconds": timed}
-    return report
+    scores = list(dict.fromkeys([*map(score_of, known.values()), "agreement"]))
+    if states is not None:
+        heads = ClassifierHeads(classifier.model, classifier.exits)
+        if states.exists():
+            kept = StoredStates.load(states, origin=origin_of(heads, classifier.pruning, source.fingerprint()))
+        else:
+            batches = once(source, config.batch_size)
+            kept = stored_states(heads, batches, pruning=classifier.pruning, data=source.fingerprint())
+            kept.save(states)
+        source = TableSource(kept, kept.origin)
+    return look(classifier, once(source, config.batch_size), scores=scores)
+
+
+def gathered(
+    config: EvalConfig, classifier: EarlyExitClassifier, given: list[Source]
+) -> tuple[Look, torch.Tensor, torch.Tensor]:
+    """One look at all texts, and the places of those to choose on and of those to judge."""
+    names = [None] * len(given)
+    if config.states:
+        names = [Path(config.states).with_suffix(f".{place}.safetensors") for place in range(len(given))]
+    parts = [looked(config, classifier, source, states) for source, states in zip(given, names, strict=True)]
+    sizes = [len(part.labels) for part in parts]
+    if len(parts) == 2:
+        return Look.joined(parts), torch.arange(sizes[0]), sizes[0] + torch.arange(sizes[1])
+    order = torch.randperm(sizes[0], generator=torch.Generator().manual_seed(config.seed))
+    cut = int(sizes[0] * config.calibration_share)
+    return parts[0], order[:cut], order[cut:]
+
+
+def evaluate(classifier: EarlyExitClassifier, given: list[Source], config: EvalConfig) -> tuple[dict, Judge]:
+    seen, calibration, test = gathered(config, classifier, given)
+    judge = Judge(seen, calibration, test, config.miss_rate, config.draws, config.seed)
+    known = rules(classifier)
+    report = {
+        "texts": len(test),
+        "calibration_texts": len(calibration),
+        "mean_tokens": seen.tokens[test].double().mean().item(),
+        "depths": [*seen.depths, seen.num_layers],
+        "pruning": classifier.pruning,
+        "rules": {name: curve(judge, rule, config.points) for name, rule in known.items()},
+        "budgeted": {name: budgeted(judge, rule, config.budgets) for name, rule in known.items()},
+        "controls": controls(judge, classifier),
+    }
+    rule = next(iter(known.values()))
+    everything = {"full depth": (Policy(), NOTHING)} | {
+        f"budget {row['budget']}": (rule(row["value"]), score_of(rule)) for row in report["budgeted"][next(iter(known))]
+    }
+    report["by_length"] = {name: by_length(judge, policy, score=score) for name, (policy, score) in everything.items()}
+    if config.risk is not None:
+        report["guarantee"] = guaranteed(classifier, given, config, judge, rule)
+    return report, judge
+
+
+def guaranteed(
+    classifier: EarlyExitClassifier, given: list[Source], config: EvalConfig, judge: Judge, rule: Rule
+) -> dict:
+    """A look for each pruning scale, then the choice among all settings."""
+    looks, own = {}, classifier.pruning
+    reference = judge.seen
+    if own is not None:
+        classifier.pruning = None
+        reference = gathered(replace(config, states=None), classifier, given)[0]
+    for scale in config.pruning_scales if own is not None else [1.0]:
+        if scale == 1:
+            looks[scale] = judge.seen
+            continue
+        classifier.pruning = tuple(min(1.0, scale * value) for value in own)
+        looks[scale] = gathered(replace(config, states=None), classifier, given)[0]
+    classifier.pruning = own
+    values = [place / config.points for place in range(config.points + 1)]
+    offered = candidates(looks, rule, values, reference=reference)
+    return guarantee(offered, reference.full, judge.calibration, judge.test, risk=config.risk, delta=config.delta)
 
 
 def main() -> None:
-    parser = HfArgumentParser((EvalConfig, TextDataConfig), description=__doc__.splitlines()[0])
+    kinds = (EvalConfig, TextDataConfig, ImageDataConfig)
+    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
     parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved settings and exit.")
-    config, data, rest = parser.parse_args_into_dataclasses()
-    resolved = asdict(config) | asdict(data)
+    config, data, images, rest = parser.parse_args_into_dataclasses()
+    resolved = asdict(config) | asdict(data) | asdict(images)
     if rest.dry_run:
         print(json.dumps(resolved, indent=2))
         return
     if not config.model or not config.output_dir:
         raise ValueError(f"model={config.model!r}, output_dir={config.output_dir!r}, expected two folders")
-    classifier, tokenizer = (
-        EarlyExitClassifier.from_pretrained(config.model),
-        AutoTokenizer.from_pretrained(config.model),
-    )
+    classifier = EarlyExitClassifier.from_pretrained(config.model)
     if classifier.config.num_labels < 2:
         raise ValueError("a regression has no exits by class probabilities: nothing here judges it")
-    source = load_text_source(
-        data,
-        lambda texts: tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"],
-        num_labels=classifier.config.num_labels,
-        pad=tokenizer.pad_token_id,
-    )
-    report = {"settings": resolved} | evaluate(classifier, source, config)
+    report, judge = evaluate(classifier, sources(config, data, images, classifier), config)
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "policies").mkdir(parents=True, exist_ok=True)
+    known = rules(classifier)
+    for name, rows in report["budgeted"].items():
+        for row in rows:
+            known[name](row["value"]).save(folder / "policies" / f"{name}-{row['budget']:g}.json")
+    judge.seen.part(judge.test).save(folder / "look.safetensors")
+    judge.seen.part(judge.calibration).save(folder / "calibration.safetensors")
+    write_report(folder / "report.json", {"settings": resolved, **report})
     print(json.dumps(report["controls"]["constant_depth"][-1]))
 
 

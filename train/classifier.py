@@ -42,7 +42,7 @@ from ee_diffusion.training.config import ImageDataConfig, TextDataConfig, TrainC
 from ee_diffusion.training.data import Source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import TableSource, load_labelled_images
-from ee_diffusion.training.text import load_text_source
+from ee_diffusion.training.text import load_text_source, once
 
 
 def _flag(help: str, default=None):
@@ -169,9 +169,7 @@ def stored(objective: ClassifierObjective, source: Source, path: Path, size: int
     if path.exists():
         states = StoredStates.load(path, origin=origin_of(heads, pruning, source.fingerprint()))
     else:
-        parts = torch.arange(len(source)).split(size)
-        batches = (source.batch(part, part) for part in parts)
-        states = stored_states(heads, batches, pruning=pruning, data=source.fingerprint())
+        states = stored_states(heads, once(source, size), pruning=pruning, data=source.fingerprint())
         states.save(path)
     return TableSource(states, states.origin)
 

@@ -129,7 +129,7 @@ def origin_of(heads: ClassifierHeads, pruning: tuple[float, ...] | None, data: s
 def stored_states(
     heads: ClassifierHeads, batches: Iterable[dict[str, Tensor]], *, pruning: tuple[float, ...] | None, data: str
 ) -> StoredStates:
-    """Run the model once over batches, in eval mode, and keep what exits on it see; `data` names the batches.
+    """Run the model once over batches, in eval mode, and keep what exits on it see, in the order of their `key`; `data` names them.
 
     Raises:
         ValueError: exits that look at more than the first token (head or halting judge through the model's own pooler), no batches.
@@ -142,10 +142,12 @@ def stored_states(
         with attach(heads.model, heads.exits, Policy(), pruning=pruning), watching(heads.model) as states:
             own = heads.model(**inputs).logits  # (B, C)
         first = torch.stack([states[depth][:, 0] for depth in heads.depths], dim=1)  # (B, K, D)
-        parts.append((first.cpu(), own.cpu(), batch["labels"].cpu(), text_lengths(batch, states[0]).cpu()))
+        kept = (first, own, batch["labels"], text_lengths(batch, states[0]), batch["key"])
+        parts.append([value.cpu() for value in kept])
     if not parts:
         raise ValueError("no batches to store states of")
-    first, own, labels, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+    *kept, keys = (torch.cat(part) for part in zip(*parts, strict=True))
+    first, own, labels, tokens = (value[keys.argsort()] for value in kept)
     return StoredStates(first, own, labels, tokens, origin_of(heads, pruning, data))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import datasets
 import numpy as np
@@ -59,6 +59,15 @@ class TextSource(Source):
         digest = zlib.crc32(torch.cat(self.tokens).numpy())
         digest = zlib.crc32(self.labels.numpy(), digest)
         return f"{len(self)} texts crc32={digest:08x}"
+
+
+def once(source: Source, size: int) -> Iterator[dict[str, Tensor]]:
+    """Every sample once in batches of `size`, texts of like length together, so that little is padded; `key` is a sample's place."""
+    lengths = torch.zeros(len(source))
+    if isinstance(source, TextSource):
+        lengths = torch.tensor([len(one) for one in source.tokens])
+    for part in lengths.argsort(stable=True).split(size):
+        yield source.batch(part, part)
 
 
 def load_text_source(config: TextDataConfig, encode: Encode, *, num_labels: int, pad: int) -> TextSource:

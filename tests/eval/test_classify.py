@@ -8,10 +8,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 from tree import ROOT
 
+from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
+from ee_diffusion.encoder.evaluate import Look
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.methods import EXITS
 
@@ -30,6 +33,7 @@ def made(folder: Path, method: str, *, num_labels: int = 2) -> Path:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
     (folder / "vocab.txt").write_text("\n".join(words))
     sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8}
+    torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=len(words), num_labels=num_labels))
     head, judge = EXITS[method]
     exits = ClassifierExits.for_model(model, head=head, judge=judge)
@@ -58,11 +62,11 @@ def test_a_report_holds_every_rule_and_control(tmp_path: Path, monkeypatch, meth
     call(
         monkeypatch,
         f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --output_dir {tmp_path}/out --points 4 --draws 2",
-        "--budget 0.9 --timed_texts 4 --timed_runs 1",
+        "--budgets 0.2 0.9 1.0 --risk 0.4",
     )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["texts"], report["test_texts"], report["depths"]) == (40, 20, [1, 2, 3, 4])
-    assert set(report["rules"]) == {"confidence", "fastbert"} | rules
+    assert (report["texts"], report["calibration_texts"], report["depths"]) == (20, 20, [1, 2, 3, 4])
+    assert set(report["rules"]) == set(report["budgeted"]) == {"confidence", "fastbert"} | rules
     for curve in report["rules"].values():
         layers = [point["layers"] for point in curve]
         assert layers == sorted(layers), "a larger value is safer"
@@ -70,14 +74,60 @@ def test_a_report_holds_every_rule_and_control(tmp_path: Path, monkeypatch, meth
             assert 0 <= point["accuracy"] <= 1
             assert 1 <= point["set_size"] <= 2
             assert 0 < point["flops_fraction"] < 3  # judges of a model this tiny weigh much
+            assert point["gain_low"] <= point["gain"] <= point["gain_high"]
+    for rows in report["budgeted"].values():
+        assert all(row["fraction"] <= row["budget"] for row in rows)
+        assert 0.2 not in [row["budget"] for row in rows], "no exit is that shallow"
     constant = report["controls"]["constant_depth"]
     assert [point["layers"] for point in constant] == [1, 2, 3, 4]
     assert constant[-1]["flops_fraction"] == pytest.approx(1)
+    assert constant[-1]["gain"] == constant[-1]["gain_high"] == 0
     best = max(point["accuracy"] for point in constant)
     assert report["controls"]["oracle"]["accuracy"] >= best
     assert len(report["controls"].get("sampled", [])) == (2 if method == "palbert" else 0)
-    assert report["budgeted"]["fraction"] <= 0.9
-    assert report["budgeted"]["seconds"]["batch_8"]["full"] > 0
+    thirds = report["by_length"]["full depth"]
+    assert [row["texts"] for row in thirds] == [7, 7, 6]
+    assert [row["mean_tokens"] for row in thirds] == sorted(row["mean_tokens"] for row in thirds)
+    assert {"naive", "conformal", "bound", "learn_then_test"} <= set(report["guarantee"])
+    written = Look.load(tmp_path / "out" / "look.safetensors")
+    assert written.right(torch.full((20,), 3)).double().mean().item() == pytest.approx(constant[-1]["accuracy"])
+    assert Policy.load(tmp_path / "out" / "policies" / f"{next(iter(report['budgeted']))}-1.json")
+
+
+def test_texts_of_their_own_to_choose_on_and_pruning_scales(tmp_path: Path, monkeypatch):
+    made(tmp_path, "pabee")
+    classifier = EarlyExitClassifier.from_pretrained(tmp_path / "model")
+    classifier.pruning = (0.05, 0.1, 0.15, 0.2)
+    classifier.save_pretrained(tmp_path / "model")
+    (tmp_path / "own.tsv").write_text("\n".join(["text\tlabel", "w1 w2\t0", "w3\t1", "w4 w5 w6\t1", "w7\t0"]))
+    call(
+        monkeypatch,
+        f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --calibration_files {tmp_path}/own.tsv",
+        f"--output_dir {tmp_path}/out --points 2 --draws 1 --risk 0.9 --pruning_scales 1 0 0.5",
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["texts"], report["calibration_texts"]) == (40, 4)
+    assert report["guarantee"]["candidates"] == 9
+    assert report["guarantee"]["naive"]["pruning_scale"] in (0, 0.5, 1)
+    short, _, long = report["by_length"]["full depth"]
+    assert long["flops_fraction"] < short["flops_fraction"], "pruning helps long texts"
+
+
+def test_stored_states_give_the_report_of_a_look(tmp_path: Path, monkeypatch):
+    made(tmp_path, "jei_dnn")
+    words = f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --points 3 --draws 1 --output_dir {tmp_path}"
+    reports = []
+    for name, more in (("live", ""), ("made", f"--states {tmp_path}/states"), ("read", f"--states {tmp_path}/states")):
+        call(monkeypatch, f"{words}/{name}", more)
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    for other in reports[1:]:
+        for row, expected in zip(
+            other["controls"]["constant_depth"], reports[0]["controls"]["constant_depth"], strict=True
+        ):
+            assert row == pytest.approx(expected, abs=1e-6)
+        assert [r["accuracy"] for r in other["rules"]["jei_dnn"]] == [
+            r["accuracy"] for r in reports[0]["rules"]["jei_dnn"]
+        ]
 
 
 @pytest.mark.parametrize(
@@ -86,6 +136,8 @@ def test_a_report_holds_every_rule_and_control(tmp_path: Path, monkeypatch, meth
         ("", "model=None"),
         ("--points 0", "points=0"),
         ("--miss_rate 1", "miss_rate=1.0"),
+        ("--risk 0", "risk=0.0"),
+        ("--budgets 1.5", r"budgets=\[1.5\]"),
         ("--model {0}/model --output_dir {0}/out --text_files {0}/none.tsv", "no data files match"),
     ],
 )
