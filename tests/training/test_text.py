@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from ee_diffusion.training.config import TextDataConfig
-from ee_diffusion.training.text import TextSource, load_text_source
+from ee_diffusion.training.text import TextSource, load_text_source, once
 
 ROWS = [("good film", 1), ('a "bad', 0), ("so so\u00e9 la", 1)]
 
@@ -75,6 +76,44 @@ def test_labels_that_start_at_one_several_columns_and_values(tmp_path: Path):
     assert load(values, 1).labels.tolist() == [0.5, 1.5]
 
 
+def test_files_without_a_header(tmp_path: Path):
+    path = tmp_path / "news.csv"
+    path.write_text('"3","a b","c"\n"1","d","e f"\n')
+    names = {"column_names": ["kind", "title", "body"], "text_columns": ["title", "body"], "text_label_column": "kind"}
+    source = load(TextDataConfig(text_files=[str(path)], first_label=1, **names), 3)
+    assert source.labels.tolist() == [2, 0]
+    assert [len(ids) for ids in source.tokens] == [5, 5]
+
+
+def test_folds_share_out_the_rows_alike_every_time(tmp_path: Path):
+    rows = [(f"{'a' * (i + 1)}", i % 2) for i in range(11)]
+    config = write(tmp_path, "tsv", rows)
+    parts = []
+    for fold in range(3):
+        held, rest = (load(replace(config, folds=3, fold=fold, held_out=held_out)) for held_out in (True, False))
+        texts = [[int(ids[1]) for ids in part.tokens] for part in (held, rest)]  # the length of the one word
+        assert sorted(texts[0] + texts[1]) == list(range(1, 12))
+        assert all(
+            (length - 1) % 2 == label
+            for part, own in zip((held, rest), texts, strict=True)
+            for length, label in zip(own, part.labels.tolist(), strict=True)
+        )
+        parts.append(texts[0])
+        assert load(replace(config, folds=3, fold=fold, held_out=True)).fingerprint() == held.fingerprint()
+    assert sorted(length for part in parts for length in part) == list(range(1, 12))
+    assert parts != [sorted(part) for part in parts], "shuffled, so that the first so many are a draw"
+    first = load(replace(config, folds=3, held_out=True, max_texts=3))
+    assert [int(ids[1]) for ids in first.tokens] == parts[0][:3]
+
+
+def test_once_gives_every_text_once_like_lengths_together():
+    source = TextSource([[1] * n for n in (3, 1, 4, 1, 5)], torch.tensor([0, 1, 0, 1, 1]), pad=0)
+    batches = list(once(source, 2))
+    assert [batch["key"].tolist() for batch in batches] == [[1, 3], [0, 2], [4]]
+    assert [batch["input_ids"].shape[1] for batch in batches] == [1, 4, 5]
+    assert batches[1]["labels"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     "rows, num_labels, words",
     [
@@ -101,6 +140,10 @@ def test_bad_settings(tmp_path: Path):
         ({"text_files": ["a.json"]}, "one kind"),
         ({"text_columns": []}, "text_columns"),
         ({"max_length": 0}, "max_length=0"),
+        ({"folds": 1}, "folds=1, expected at least 2"),
+        ({"folds": 2, "fold": 2}, "fold=2, held_out=False of folds=2"),
+        ({"held_out": True}, "held_out=True of folds=None"),
+        ({"text_files": ["a.parquet"], "column_names": ["a"]}, "name their columns themselves"),
     ):
         with pytest.raises(ValueError, match=words):
             TextDataConfig(**changes)

@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertTokenizer, pipeline
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    ViTConfig,
+    pipeline,
+)
 from tree import ROOT
 
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
+from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.methods import jei_dnn
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
@@ -27,10 +39,14 @@ def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     classifier.main()
 
 
-@pytest.fixture
-def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny BERT with its tokeniser, and texts.tsv beside it."""
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A tiny BERT with its tokeniser, and texts.tsv beside it."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{i}" for i in range(20))]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
     sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
@@ -58,6 +74,64 @@ def test_fine_tuned_then_exits_on_the_frozen_model(base: Path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(base / "jei" / "model")
     found = pipeline("text-classification", model=trained, tokenizer=tokenizer)(["w1 w2", "w3"], batch_size=2)
     assert len(found) == 2
+
+
+def test_exits_on_stored_states_are_those_on_the_live_model(base: Path, monkeypatch):
+    data = f"--text_files {base}/texts.tsv {SHORT} --init_from {base}/base --method fastbert"
+    monkeypatch.setattr(ClassifierExits, "for_model", functools.partial(ClassifierExits.for_model, dropout=0.0))
+    for name, more in (("live", ""), ("made", f"--states {base}/states"), ("read", f"--states {base}/states")):
+        call(monkeypatch, data, more, f"--output_dir {base}/{name}")
+    live, *others = (EarlyExitClassifier.from_pretrained(base / name / "model") for name in ("live", "made", "read"))
+    for other in others:
+        for name, value in live.exits.state_dict().items():
+            torch.testing.assert_close(other.exits.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="expected"):
+        call(monkeypatch, data, f"--states {base}/states --max_texts 8 --output_dir {base}/other")
+
+
+def test_a_truncated_control(base: Path, monkeypatch):
+    data = f"--text_files {base}/texts.tsv {SHORT} --init_from {base}/base"
+    call(monkeypatch, data, f"--num_layers 2 --length_parts 2 --output_dir {base}/cut")
+    trained = EarlyExitClassifier.from_pretrained(base / "cut" / "model")
+    assert trained.model.config.num_hidden_layers == 2
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twelve tiny images of two classes, and the configuration of a tiny ViT."""
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(12)]
+    table = datasets.Dataset.from_dict({"img": pictures, "label": [i % 2 for i in range(12)]})
+    table = table.cast_column("img", datasets.Image())
+    table.to_parquet(str(tmp_path / "images.parquet"))
+    table.select(range(0, 12, 2)).to_parquet(str(tmp_path / "one_class.parquet"))
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 8}
+    ViTConfig(**sizes, image_size=8, patch_size=4, architectures=["ViTForImageClassification"]).save_pretrained(
+        tmp_path / "vit"
+    )
+    return tmp_path
+
+
+def test_images_from_nothing_to_a_pipeline(images: Path, monkeypatch):
+    data = f"--train_data_files {images}/images.parquet --image_column img --resolution 8 {SHORT}"
+    begun = f"--init_from {images}/vit --random_weights true --num_labels 2"
+    call(monkeypatch, begun, data, f"--output_dir {images}/plain")
+    jei = "--method jei_dnn --trade_off 0.5 --warm_up 1 --phase 1"
+    call(monkeypatch, jei, data, f"--init_from {images}/plain/model --states {images}/states --output_dir {images}/jei")
+    trained = EarlyExitClassifier.from_pretrained(images / "jei" / "model")
+    trained.policy = jei_dnn(0.5)
+    processor = AutoImageProcessor.from_pretrained(images / "jei" / "model", use_fast=False)
+    picture = datasets.load_dataset("parquet", data_files=f"{images}/images.parquet", split="train")["img"][0]
+    found = pipeline("image-classification", model=trained, image_processor=processor)(picture)
+    assert {entry["label"] for entry in found} == {"LABEL_0", "LABEL_1"}
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    torch.testing.assert_close(processor(picture, return_tensors="pt")["pixel_values"], pixels, rtol=0, atol=1e-5)
+
+
+def test_images_of_one_class_are_refused(images: Path, monkeypatch):
+    words = f"--train_data_files {images}/one_class.parquet --image_column img --resolution 8 {SHORT} --output_dir {images}/out"
+    with pytest.raises(ValueError, match="one class is nothing to learn"):
+        call(monkeypatch, words, f"--init_from {images}/vit --random_weights true")
 
 
 def test_dry_run(monkeypatch, capsys):

@@ -1,0 +1,140 @@
+"""The scripts `eval/classifier_table.py` and `eval/classifier_speed.py` on tiny untrained classifiers; bad settings end in words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tree import ROOT
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from test_classify import _cache, call, made  # noqa: F401, a fixture that is used by itself
+
+from ee_diffusion.encoder.classifier import EarlyExitClassifier
+from ee_diffusion.encoder.exits import ClassifierExits
+from ee_diffusion.encoder.methods import confidence
+from ee_diffusion.encoder.truncation import first_layers
+
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
+
+import classifier_speed
+import classifier_table
+
+
+def run(monkeypatch: pytest.MonkeyPatch, module, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *(part for word in words for part in str(word).split())])
+    module.main()
+
+
+def evaluated(folder: Path, monkeypatch, *names: str) -> None:
+    for name in names:
+        words = f"--model {folder}/{name} --text_files {folder}/texts.tsv --output_dir {folder}/out/{name} --points 2 --draws 1"
+        call(monkeypatch, words, "--budgets 0.6 0.9")
+
+
+def variants(folder: Path) -> None:
+    """model (PALBERT), its first two layers as cut, and other: PALBERT with other heads."""
+    made(folder, "palbert")
+    classifier = EarlyExitClassifier.from_pretrained(folder / "model")
+    cut = first_layers(classifier.model, 2)
+    torch.manual_seed(1)
+    for name, model in (("cut", cut), ("other", classifier.model)):
+        exits = ClassifierExits.for_model(model, head="shared", judge="halting")
+        EarlyExitClassifier.from_classifier(model, exits).save_pretrained(folder / name)
+        for file in ("vocab.txt", "tokenizer_config.json", "tokenizer.json"):
+            if (folder / "model" / file).exists():
+                (folder / name / file).write_bytes((folder / "model" / file).read_bytes())
+
+
+def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypatch, capsys):
+    variants(tmp_path)
+    evaluated(tmp_path, monkeypatch, "model", "cut", "other")
+    out = tmp_path / "out"
+    run(
+        monkeypatch,
+        classifier_table,
+        f"--reference {out}/model --truncated {out}/cut --names palbert palbert --folders {out}/model {out}/other --output_dir {out}",
+    )
+    report = json.loads((out / "report.json").read_text())
+    full, cut, *rows = report["rows"]
+    assert (full["exits"], full["to_full"], full["flops_fraction"]) == ("full model", 0, pytest.approx(1))
+    assert cut["exits"] == "truncated 2"
+    assert 0.4 < cut["flops_fraction"] < 0.6
+    single = (
+        json.loads((out / "model" / "report.json").read_text()),
+        json.loads((out / "other" / "report.json").read_text()),
+    )
+    found = {(row["rule"], row["number"]): row for row in rows}
+    assert {("palbert", 0.9), ("confidence", 0.6), ("pabee", 1), ("pondernet", 0)} <= found.keys()
+    row = found["palbert", 0.9]
+    both = [next(one for one in report["budgeted"]["palbert"] if one["budget"] == 0.9)["accuracy"] for report in single]
+    assert row["accuracy"] == pytest.approx(sum(both) / 2)
+    assert row["seeds"] == 2
+    assert row["to_full"] == pytest.approx(row["accuracy"] - full["accuracy"])
+    assert row["full_low"] <= row["to_full"] <= row["full_high"]
+    assert "palbert" in capsys.readouterr().out
+
+
+def test_a_control_at_equal_cost_is_a_mixture():
+    points = [(1.0, torch.tensor([1.0, 1.0])), (0.5, torch.tensor([0.0, 1.0]))]
+    assert classifier_table.at_cost(points, 0.75).tolist() == [0.5, 1.0]
+    assert classifier_table.at_cost(points, 0.6).tolist() == pytest.approx([0.2, 1.0])
+    assert classifier_table.at_cost(points, 0.4) is None
+    assert classifier_table.at_cost(points, 1.1) is None
+
+
+def test_other_texts_are_refused(tmp_path: Path, monkeypatch):
+    made(tmp_path, "palbert")
+    evaluated(tmp_path, monkeypatch, "model")
+    lines = (tmp_path / "texts.tsv").read_text().splitlines()
+    (tmp_path / "texts.tsv").write_text("\n".join([lines[0], *reversed(lines[1:])]))
+    call(
+        monkeypatch,
+        f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --output_dir {tmp_path}/out/b --points 2 --draws 1",
+    )
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="on other texts"):
+        run(monkeypatch, classifier_table, f"--reference {out}/model --names a --folders {out}/b --output_dir {out}")
+    with pytest.raises(ValueError, match="2 names and 1 folders"):
+        run(monkeypatch, classifier_table, f"--reference {out}/model --names a b --folders {out}/b --output_dir {out}")
+
+
+def test_seconds_side_by_side(tmp_path: Path, monkeypatch):
+    variants(tmp_path)
+    classifier = EarlyExitClassifier.from_pretrained(tmp_path / "model")
+    classifier.pruning = (0.05, 0.1, 0.15, 0.2)
+    classifier.policy = confidence(0.0)
+    classifier.save_pretrained(tmp_path / "model")
+    confidence(1.0).save(tmp_path / "policy.json")
+    run(
+        monkeypatch,
+        classifier_speed,
+        f"--names full file own both --models {' '.join([f'{tmp_path}/model'] * 4)} --policies off {tmp_path}/policy.json own own",
+        f"--pruning none none none own --text_files {tmp_path}/texts.tsv --output_dir {tmp_path}/out --batch_sizes 1 4",
+        "--timed_texts 6 --timed_runs 2 --thirds true",
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = report["rows"]
+    assert len(rows) == 4 * 2 * 4
+    assert all(row["ratio"] == 1 for row in rows if row["name"] == "full")
+    assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+    means = report["mean_tokens"]
+    assert means["short"] < means["middle"] < means["long"]
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        ("--names a b --models m --policies off --pruning none", "expected one of each"),
+        ("--names a --models m --policies off --pruning some", "pruning 'some'"),
+        ("--timed_runs 0", "timed_runs=0"),
+        ("", "expected folders"),
+    ],
+)
+def test_bad_settings_end_in_words(monkeypatch, words: str, error: str):
+    with pytest.raises(ValueError, match=error):
+        run(monkeypatch, classifier_speed, words)
