@@ -46,7 +46,7 @@ def attach(
     Raises:
         ValueError: an unknown class; exits of another model, or attached already; a score that these exits cannot give; thresholds of
             the wrong number or range, or a class whose tokens cannot be removed; in a forward: an input longer than the model, hidden
-            states or attentions asked for while rows may leave, attention masks that cannot be cut by rows.
+            states or attentions asked for while rows may leave, attention masks that cannot be cut by rows, labels that are no class.
     """
     exits.check_fits(model)
     check_policy(policy, exits)
@@ -124,6 +124,8 @@ class _Run:
         arguments = dict(zip(_names(self.model), args, strict=False)) | kwargs
         labels, as_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
         self._check(arguments)
+        if labels is not None:
+            check_labels(self.model, labels)
         given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
         mask = arguments.get("attention_mask")
         session = self.policy.start(
@@ -200,15 +202,27 @@ class _Run:
 
 
 def check_length(model: nn.Module, arguments: dict) -> None:
-    """Raise ValueError if a text has more tokens than the model has positions."""
+    """Raise ValueError if texts have no tokens, or more than the model has positions."""
     tokens = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
     if tokens is None:
         return
+    if not tokens.shape[1]:
+        raise ValueError(f"texts of no tokens: input_ids are {tuple(tokens.shape)}, expected at least one token each")
     most = positions(model)
     if tokens.shape[1] > most:
         raise ValueError(
             f"texts of {tokens.shape[1]} tokens, the model takes at most {most}: truncate them (truncation=True)"
         )
+
+
+def check_labels(model: nn.Module, labels: Tensor) -> None:
+    """Raise ValueError if a class is none of the model's; floating labels (values, several classes at once) are not looked at."""
+    classes = model.config.num_labels
+    if labels.is_floating_point() or classes == 1 or not labels.numel():
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"labels span {low}..{high}, this model has the classes 0..{classes - 1}")
 
 
 def positions(model: nn.Module) -> int:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.encoder.attach import attach, check_length, check_policy
+from ee_diffusion.encoder.attach import attach, check_labels, check_length, check_policy
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import FAMILIES, family_of
 from ee_diffusion.encoder.tokens import check_pruning
@@ -151,6 +151,8 @@ class EarlyExitClassifier(PreTrainedModel):
         }
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         check_length(self.model, arguments)
+        if labels is not None:
+            check_labels(self.model, labels)
         if self.policy.is_off and self.pruning is None:
             return self.model(**arguments)
         with attach(self.model, self.exits, self.policy, elements=elements, pruning=self.pruning) as traces:

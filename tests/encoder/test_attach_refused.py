@@ -17,6 +17,7 @@ from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder import methods
 from ee_diffusion.encoder.attach import attach, positions
+from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import Family, family_of, register_family
 
@@ -81,6 +82,30 @@ class TestRefused:
         with attach(model, exits, Policy()), pytest.raises(ValueError, match="17 tokens, the model takes at most 16"):
             model(input_ids=torch.ones(1, 17, dtype=torch.long))
         assert positions(model_named("Roberta")) == 17
+
+    @pytest.mark.parametrize(
+        "labels, words", [([0, 3], r"0\.\.3, this model has the classes 0\.\.2"), ([-100, 1], r"-100\.\.1")]
+    )
+    def test_labels_that_are_no_class(self, model, exits, labels, words):
+        batch = batch_for("Bert", [0, 1]) | {"labels": torch.tensor(labels)}
+        with attach(model, exits, Policy()), pytest.raises(ValueError, match=words):
+            model(**batch)
+        classifier = EarlyExitClassifier.from_classifier(model, exits)
+        for policy in (Policy(), methods.confidence(0.5)):
+            classifier.policy = policy
+            with pytest.raises(ValueError, match=words):
+                classifier(**batch)
+
+    def test_values_to_regress_on_are_any_number(self):
+        model = model_named("Bert", num_labels=1)
+        with attach(model, exits_for(model, head="pooled", judge="none"), Policy()):
+            found = model(**batch_for("Bert", [0, 1]), labels=torch.tensor([7.0, -3.0]))
+        assert bool(found.loss > 0)
+
+    def test_texts_of_no_tokens(self, model, exits):
+        for pruning in (None, (0.1,) * 4):
+            with attach(model, exits, Policy(), pruning=pruning), pytest.raises(ValueError, match="no tokens"):
+                model(input_ids=torch.ones(2, 0, dtype=torch.long))
 
     def test_hidden_states_of_rows_that_left(self, model, exits):
         with attach(model, exits, Policy()), pytest.raises(ValueError, match="output_hidden_states"):
