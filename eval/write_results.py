@@ -3,14 +3,17 @@
 python eval/write_results.py
 
 Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, dit-journey*, speed*,
-uncertainty*, decode* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
+uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
+
+from classifier_results import classifier_speed, classifiers, classify
 
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.tables import markdown_table, write_text
@@ -36,7 +39,19 @@ def settings(report: dict) -> str:
 
 def listed(values: dict) -> str:
     """Settings in a line, without places on a disk."""
-    places = ("model", "exits", "fit_report", "output_dir", "cache_dir", "data", "data_files", "device")
+    places = (
+        "model",
+        "models",
+        "policies",
+        "states",
+        "exits",
+        "fit_report",
+        "output_dir",
+        "cache_dir",
+        "data",
+        "data_files",
+        "device",
+    )
     return ", ".join(f"{name} {value}" for name, value in values.items() if name not in places and value is not None)
 
 
@@ -176,6 +191,13 @@ def exit_heads(report: dict) -> str:
     return "\n".join([markdown_table(rows), facts, names, f"Device: {report['device']}, torch {report['torch']}.\n"])
 
 
+def told(body: Callable[[dict], str]) -> Callable[[dict], str]:
+    """A section that ends with its settings, where it has some, and its environment."""
+    return lambda report: "\n".join(
+        [body(report), *([settings(report)] if "settings" in report else []), environment(report)]
+    )
+
+
 def demo(report: dict) -> str:
     return markdown_table(report["rows"]) + f"\n{environment(report)}"
 
@@ -215,6 +237,21 @@ SECTIONS = {
     ),
     "exit-heads": ("Exits on a frozen language model", "accelerate launch train/exit_heads_lm.py ...", exit_heads),
     "decode": ("Decoding", "python eval/decode.py ...", decode),
+    "classifiers": (
+        "Classifiers with exits beside constant depth and truncated models",
+        "python eval/classifier_table.py --reference ... --truncated ... --names ... --folders ... --output_dir ...",
+        told(classifiers),
+    ),
+    "classify-": (
+        "One classifier with exits",
+        "python eval/classify.py --model ... --text_files ... --output_dir ...",
+        told(classify),
+    ),
+    "classifier-speed": (
+        "Seconds of classifiers",
+        "python eval/classifier_speed.py --names ... --models ... --policies ... --pruning ... --output_dir ...",
+        told(classifier_speed),
+    ),
     "demo": ("The demo", "make demo", demo),
 }
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 
 import classifier_speed
 import classifier_table
+import write_results
 
 
 def run(monkeypatch: pytest.MonkeyPatch, module, *words: object) -> None:
@@ -33,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, module, *words: object) -> None:
 def evaluated(folder: Path, monkeypatch, *names: str) -> None:
     for name in names:
         words = f"--model {folder}/{name} --text_files {folder}/texts.tsv --output_dir {folder}/out/{name} --points 2 --draws 1"
-        call(monkeypatch, words, "--budgets 0.6 0.9")
+        call(monkeypatch, words, "--budgets 0.6 0.9 --risk 0.3")
 
 
 def variants(folder: Path) -> None:
@@ -77,6 +78,15 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
     assert row["to_full"] == pytest.approx(row["accuracy"] - full["accuracy"])
     assert row["full_low"] <= row["to_full"] <= row["full_high"]
     assert "palbert" in capsys.readouterr().out
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, place in (("classifiers-a", "report.json"), ("classify-b", "model/report.json")):
+        (results / f"{name}.json").write_text((out / place).read_text())
+    run(monkeypatch, write_results, f"--reports {results} --output {tmp_path}/RESULTS.md")
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| truncated 2 |" in text
+    assert "Nothing certified by: " in text or "learn_then_test |" in text
+    assert str(tmp_path) not in text
 
 
 def test_a_control_at_equal_cost_is_a_mixture():
@@ -122,6 +132,9 @@ def test_seconds_side_by_side(tmp_path: Path, monkeypatch):
     assert len(rows) == 4 * 2 * 4
     assert all(row["ratio"] == 1 for row in rows if row["name"] == "full")
     assert all(row["low"] <= row["ratio"] <= row["high"] for row in rows)
+    (tmp_path / "out" / "report.json").rename(tmp_path / "out" / "classifier-speed.json")
+    run(monkeypatch, write_results, f"--reports {tmp_path}/out --output {tmp_path}/RESULTS.md")
+    assert "| short " in (tmp_path / "RESULTS.md").read_text()
     means = report["mean_tokens"]
     assert means["short"] < means["middle"] < means["long"]
 

@@ -1,0 +1,71 @@
+"""Reports of classifiers with exits as sections of RESULTS.md: tables over seeds, one classifier, seconds. Not here: writing them."""
+
+from __future__ import annotations
+
+from ee_diffusion.measure.tables import markdown_table
+
+CLASSIFIER_COLUMNS = [
+    "exits",
+    "rule",
+    "number",
+    "seeds",
+    "layers",
+    "flops",
+    "accuracy",
+    "spread",
+    "shuffled",
+    "ece",
+    "set_size",
+    "missed",
+]
+DIFFERENCES = {"to_full": "full", "to_constant": "constant", "to_truncated": "truncated"}
+
+
+def classifiers(report: dict) -> str:
+    """The rows of eval/classifier_table.py, differences in accuracy with their intervals."""
+    rows = []
+    for row in report["rows"]:
+        row = row | {"flops": row["flops_fraction"], "shuffled": row.get("shuffled_accuracy")}
+        for name, kind in DIFFERENCES.items():
+            if name in row:
+                row[name] = f"{row[name]:+.4f} ({row[f'{kind}_low']:+.4f} to {row[f'{kind}_high']:+.4f})"
+        rows.append(row)
+    columns = [name for name in (*CLASSIFIER_COLUMNS, *DIFFERENCES) if any(row.get(name) is not None for row in rows)]
+    text = (
+        f"{report['texts']} texts judged, {report['calibration_texts']} others to choose thresholds and sets on. `number`: fraction of\n"
+        "the layers asked for, of `pabee` the patience. `flops`: in parts of the full model's, judges and exits counted. `spread`:\n"
+        "standard deviation over seeds. `shuffled`: random exits with the same histogram. Differences in accuracy, paired over texts,\n"
+        "95 %: to the full model, to constant depths of the same exits and to truncated models, both mixed to exactly the same FLOPs.\n"
+    )
+    return "\n".join([markdown_table(rows, columns), text])
+
+
+def classifier_speed(report: dict) -> str:
+    lengths = report.get("mean_tokens", {})
+    rows = [row | {"tokens": lengths.get(row["texts"])} for row in report["rows"]]
+    columns = ["texts", "tokens", "name", "batch", "seconds", "ratio", "low", "high"]
+    count = f"{report['count']} texts in all, {report['runs']} runs in turn; ratio to the first setting, median and extremes over runs.\n"
+    return "\n".join([markdown_table(rows, columns), count])
+
+
+def classify(report: dict) -> str:
+    """One classifier: constant depths, budgets, lengths, guarantee."""
+    columns = ["accuracy", "layers", "flops_fraction", "gain", "gain_low", "gain_high", "ece", "set_size", "missed"]
+    rows = [row | {"rule": "constant", "number": row["depth"]} for row in report["controls"]["constant_depth"]]
+    rows.append(report["controls"]["oracle"] | {"rule": "oracle", "number": None})
+    for rule, found in report["budgeted"].items():
+        rows += [row | {"rule": rule, "number": row["budget"]} for row in found]
+    thirds = [{"setting": name} | row for name, found in report["by_length"].items() for row in found]
+    parts = [markdown_table(rows, ["rule", "number", *columns, "shuffled_accuracy"])]
+    parts.append(
+        f"{report['texts']} judged, {report['calibration_texts']} others to choose on; `gain`: paired difference to the end.\n"
+    )
+    parts.append(markdown_table(thirds))
+    if "guarantee" in report:
+        found = report["guarantee"]
+        rows = [{"choice": name} | value for name, value in found.items() if isinstance(value, dict)]
+        none = [name for name, value in found.items() if value is None]
+        head = f"Risk {found['risk']}, delta {found['delta']}, {found['candidates']} candidates, {found['pareto']} on the Pareto front."
+        parts.append(f"{head}{' Nothing certified by: ' + ', '.join(none) + '.' if none else ''}\n")
+        parts += [markdown_table(rows)] if rows else []
+    return "\n".join(parts)
