@@ -50,6 +50,7 @@ class SpeedConfig:
     policies: list[str] = _list("The policy of each: a file, off or own.")
     pruning: list[str] = _list("Whether tokens are removed: own or none.")
     output_dir: str | None = _flag("Where report.json goes.")
+    device: str | None = _flag("cpu, cuda, ...; none: cuda if there is one.")
     batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 32], metadata={"help": "Texts per forward."})
     timed_texts: int = _flag("Texts of each run.", 64)
     timed_runs: int = _flag("Runs of each setting.", 5)
@@ -69,9 +70,9 @@ class SpeedConfig:
 
 def settings(config: SpeedConfig) -> dict[str, EarlyExitClassifier]:
     """Each setting's classifier, as it will be called."""
-    found = {}
+    found, device = {}, config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name, folder, policy, pruning in zip(config.names, config.models, config.policies, config.pruning, strict=True):
-        classifier = EarlyExitClassifier.from_pretrained(folder).eval()
+        classifier = EarlyExitClassifier.from_pretrained(folder).to(device).eval()
         if policy != "own":
             classifier.policy = Policy() if policy == "off" else Policy.load(policy)
         if pruning == "none":
@@ -112,7 +113,8 @@ def timed(
 ) -> list[dict]:
     """Every setting in turn, `runs` times: medians of seconds, and of the ratio to the first setting in the same turn."""
     mixed = places[torch.randperm(len(places), generator=torch.Generator().manual_seed(0))]
-    batches = [source.batch(part, part) for part in mixed.split(size)]
+    device = next(iter(ready.values())).device
+    batches = [source.batch(part, part.to(device)) for part in mixed.split(size)]
     calls = {name: functools.partial(run, classifier, batches) for name, classifier in ready.items()}
     timings = interleaved(calls, repeats=runs, warmup=1, dtype=torch.float32, batch=size)
     first = next(iter(timings.values()))

@@ -58,6 +58,7 @@ class EvalConfig:
         metadata={"help": "Fractions of the layers, for budgeted batches."},
     )
     states: str | None = _flag("File of stored states of a frozen model, for exits on it; written where absent.")
+    device: str | None = _flag("cpu, cuda, ...; none: cuda if there is one.")
     risk: float | None = _flag("How often an answer may be wrong where the full model is right; none: no guarantee.")
     delta: float = _flag("How often the guarantee may fail.", 0.1)
     pruning_scales: list[float] = field(
@@ -106,11 +107,11 @@ def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, 
         if states.exists():
             kept = StoredStates.load(states, origin=origin_of(heads, classifier.pruning, source.fingerprint()))
         else:
-            batches = once(source, config.batch_size)
+            batches = once(source, config.batch_size, classifier.device)
             kept = stored_states(heads, batches, pruning=classifier.pruning, data=source.fingerprint())
             kept.save(states)
         source = TableSource(kept, kept.origin)
-    return look(classifier, once(source, config.batch_size), scores=scores)
+    return look(classifier, once(source, config.batch_size, classifier.device), scores=scores)
 
 
 def gathered(
@@ -185,7 +186,8 @@ def main() -> None:
         return
     if not config.model or not config.output_dir:
         raise ValueError(f"model={config.model!r}, output_dir={config.output_dir!r}, expected two folders")
-    classifier = EarlyExitClassifier.from_pretrained(config.model)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    classifier = EarlyExitClassifier.from_pretrained(config.model).to(device)
     if classifier.config.num_labels < 2:
         raise ValueError("a regression has no exits by class probabilities: nothing here judges it")
     report, judge = evaluate(classifier, sources(config, data, images, classifier), config)

@@ -169,7 +169,9 @@ def stored(objective: ClassifierObjective, source: Source, path: Path, size: int
     if path.exists():
         states = StoredStates.load(path, origin=origin_of(heads, pruning, source.fingerprint()))
     else:
-        states = stored_states(heads, once(source, size), pruning=pruning, data=source.fingerprint())
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        classifier.to(device)
+        states = stored_states(heads, once(source, size, device), pruning=pruning, data=source.fingerprint())
         states.save(path)
     return TableSource(states, states.origin)
 

@@ -61,13 +61,14 @@ class TextSource(Source):
         return f"{len(self)} texts crc32={digest:08x}"
 
 
-def once(source: Source, size: int) -> Iterator[dict[str, Tensor]]:
-    """Every sample once in batches of `size`, texts of like length together, so that little is padded; `key` is a sample's place."""
+def once(source: Source, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
+    """Every sample once in batches of `size` on a device, texts of like length together, so that little is padded; `key` is a sample's
+    place."""
     lengths = torch.zeros(len(source))
     if isinstance(source, TextSource):
         lengths = torch.tensor([len(one) for one in source.tokens])
     for part in lengths.argsort(stable=True).split(size):
-        yield source.batch(part, part)
+        yield source.batch(part, part.to(device))
 
 
 def load_text_source(config: TextDataConfig, encode: Encode, *, num_labels: int, pad: int) -> TextSource:
