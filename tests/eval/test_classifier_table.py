@@ -86,7 +86,7 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| truncated 2 |" in text
     assert "Nothing certified by: " in text or "learn_then_test |" in text
-    assert str(tmp_path) not in text
+    assert f"{tmp_path}/model" not in text
 
 
 def test_a_control_at_equal_cost_is_a_mixture():
