@@ -17,13 +17,26 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from judging import Judge, Rule, budgeted, by_length, candidates, controls, curve, guarantee, rules, score_of
+from judging import (
+    Judge,
+    Rule,
+    budgeted,
+    by_length,
+    candidates,
+    controls,
+    curve,
+    guarantee,
+    regression,
+    rules,
+    score_of,
+)
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.evaluate import NOTHING, Look, look
 from ee_diffusion.encoder.exits import ClassifierHeads
+from ee_diffusion.encoder.methods import pabee
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
 from ee_diffusion.measure.tables import write_report
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
@@ -101,7 +114,8 @@ def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, 
     """The look at a source, by way of stored states where they are asked for."""
     classifier.eval()
     known = rules(classifier)
-    scores = list(dict.fromkeys([*map(score_of, known.values()), "agreement"]))
+    steps = "closeness" if classifier.config.num_labels == 1 else "agreement"
+    scores = list(dict.fromkeys([*map(score_of, known.values()), steps]))
     if states is not None:
         heads = ClassifierHeads(classifier.model, classifier.exits)
         if states.exists():
@@ -134,12 +148,16 @@ def evaluate(classifier: EarlyExitClassifier, given: list[Source], config: EvalC
     seen, calibration, test = gathered(config, classifier, given)
     judge = Judge(seen, calibration, test, config.miss_rate, config.draws, config.seed)
     known = rules(classifier)
-    report = {
+    facts = {
         "texts": len(test),
         "calibration_texts": len(calibration),
         "mean_tokens": seen.tokens[test].double().mean().item(),
         "depths": [*seen.depths, seen.num_layers],
         "pruning": classifier.pruning,
+    }
+    if classifier.config.num_labels == 1:
+        return facts | {"budgeted": {}, "controls": regression(judge)}, judge
+    report = facts | {
         "rules": {name: curve(judge, rule, config.points) for name, rule in known.items()},
         "budgeted": {name: budgeted(judge, rule, config.budgets) for name, rule in known.items()},
         "controls": controls(judge, classifier),
@@ -188,8 +206,8 @@ def main() -> None:
         raise ValueError(f"model={config.model!r}, output_dir={config.output_dir!r}, expected two folders")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     classifier = EarlyExitClassifier.from_pretrained(config.model).to(device)
-    if classifier.config.num_labels < 2:
-        raise ValueError("a regression has no exits by class probabilities: nothing here judges it")
+    if classifier.config.num_labels == 1 and config.risk is not None:
+        raise ValueError(f"risk={config.risk} of a regression, expected none: the loss of a guarantee is a wrong class")
     report, judge = evaluate(classifier, sources(config, data, images, classifier), config)
     folder = Path(config.output_dir)
     (folder / "policies").mkdir(parents=True, exist_ok=True)
@@ -197,6 +215,8 @@ def main() -> None:
     for name, rows in report["budgeted"].items():
         for row in rows:
             known[name](row["value"]).save(folder / "policies" / f"{name}-{row['budget']:g}.json")
+    for patience in range(1, len(judge.seen.depths)) if "agreement" in judge.seen.scores else ():
+        pabee(patience).save(folder / "policies" / f"pabee-{patience}.json")
     judge.seen.part(judge.test).save(folder / "look.safetensors")
     judge.seen.part(judge.calibration).save(folder / "calibration.safetensors")
     write_report(folder / "report.json", {"settings": resolved, **report})

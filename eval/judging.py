@@ -17,7 +17,16 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk import certified, in_expectation, pareto_order, upper_bound
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.evaluate import NOTHING, Look
-from ee_diffusion.encoder.methods import berxit, confidence, fastbert, jei_dnn, pabee, palbert, pondernet
+from ee_diffusion.encoder.methods import (
+    berxit,
+    confidence,
+    fastbert,
+    jei_dnn,
+    pabee,
+    pabee_regression,
+    palbert,
+    pondernet,
+)
 from ee_diffusion.measure.classification import figures
 from ee_diffusion.measure.paired import summary
 
@@ -33,6 +42,8 @@ JUDGED: dict[str, dict[str, Rule]] = {
 
 def rules(classifier: EarlyExitClassifier) -> dict[str, Rule]:
     """The rules with a threshold in [0, 1], larger is safer, that these exits can follow."""
+    if classifier.config.num_labels == 1:  # no class probabilities to look at
+        return JUDGED[classifier.exits.judge]
     plain = {"confidence": confidence, "fastbert": lambda value: fastbert(1 - value)}
     return JUDGED[classifier.exits.judge] | plain
 
@@ -55,14 +66,14 @@ class Judge:
     seed: int
 
     def __call__(self, taken: Tensor, *, score: str = NOTHING) -> dict:
-        """taken (n,) under a rule that looks at `score` -> figures of the test texts, the paired difference in accuracy to the model's
-        own answers with its 95 % interval, mean layers, FLOPs in parts of the full model's on all tokens."""
+        """taken (n,) under a rule that looks at `score` -> figures of the test texts, the paired difference in accuracy (of a regression in
+        minus the squared error) to the model's own answers with its 95 % interval, mean layers, FLOPs in parts of the full model's."""
         seen, test = self.seen, self.test
         found = figures(seen.given(taken)[test], seen.labels[test])
         found |= {"layers": seen.layers(taken)[test].double().mean().item()}
         found |= {"flops_fraction": (seen.cost(taken, score=score)[test].sum() / seen.full[test].sum()).item()}
-        own = seen.right(torch.full_like(taken, len(seen.depths)))
-        gain = summary(seen.right(taken)[test].double() - own[test].double())
+        own = seen.worth(torch.full_like(taken, len(seen.depths)))
+        gain = summary((seen.worth(taken) - own)[test])
         return found | {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
 
     def conformal(self, taken: Tensor) -> dict:
@@ -131,6 +142,22 @@ def controls(judge: Judge, classifier: EarlyExitClassifier) -> dict:
             judge(seen.taken(pondernet(judge.seed + draw)), score="judged") for draw in range(judge.draws)
         ]
     return found
+
+
+def regression(judge: Judge) -> dict:
+    """Every constant depth, and patience (PABEE) at tolerances spread over the steps from exit to exit."""
+    seen = judge.seen
+    n, answers = len(seen.labels), (*seen.depths, seen.num_layers)
+    constant = [{"depth": depth, **judge(torch.full((n,), place))} for place, depth in enumerate(answers)]
+    steps = -seen.scores["closeness"][1:].clamp(min=1e-9).log().flatten().double()
+    rows = []
+    for tolerance in (
+        steps.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist() if len(steps) else []
+    ):
+        for patience in range(1, len(seen.depths)):
+            taken = seen.taken(pabee_regression(patience, tolerance=max(tolerance, 1e-6)))
+            rows.append({"patience": patience, "tolerance": tolerance, **judge(taken, score="closeness")})
+    return {"constant_depth": constant, "pabee": rows}
 
 
 def by_length(judge: Judge, policy: Policy, *, score: str) -> list[dict]:

@@ -94,6 +94,12 @@ class Look:
         """Whether the class given is the label -> (n,) bool."""
         return self.given(taken).argmax(-1) == self.labels
 
+    def worth(self, taken: Tensor) -> Tensor:
+        """What an answer is worth, larger is better: 1 or 0 for a class, minus the squared error of a regression -> (n,) float64."""
+        if self.labels.is_floating_point():
+            return -(self.given(taken)[:, 0].double() - self.labels).square()
+        return self.right(taken).double()
+
     def cost(self, taken: Tensor, *, score: str = NOTHING) -> Tensor:
         """What each text's way to its answer cost under a rule that looks at `score`, in FLOPs -> (n,)."""
         return self.costs[score].gather(1, taken[:, None])[:, 0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -29,6 +30,7 @@ METHODS = {
     "palbert": lambda value: methods.palbert(value),
     "pondernet": lambda value: methods.pondernet(int(1000 * value)),
     "pabee": lambda value: methods.pabee(1 if value >= 0.5 else 2),
+    "deebert": lambda value: methods.deebert((1 - value) * math.log(CLASSES), num_labels=CLASSES),
     "fastbert": lambda value: methods.fastbert(1 - value),
     "berxit": lambda value: methods.berxit(value),
     "jei_dnn": lambda value: methods.jei_dnn(value),

@@ -148,7 +148,20 @@ def test_bad_settings_end_in_words(tmp_path: Path, monkeypatch, words: str, erro
         call(monkeypatch, words.format(tmp_path))
 
 
-def test_a_regression_is_refused(tmp_path: Path, monkeypatch):
+def test_a_regression(tmp_path: Path, monkeypatch):
     made(tmp_path, "pabee", num_labels=1)
-    with pytest.raises(ValueError, match="regression"):
-        call(monkeypatch, f"--model {tmp_path}/model --output_dir {tmp_path}/out --text_files {tmp_path}/texts.tsv")
+    words = f"--model {tmp_path}/model --output_dir {tmp_path}/out --text_files {tmp_path}/texts.tsv"
+    call(monkeypatch, words)
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["controls"]
+    assert [row["depth"] for row in found["constant_depth"]] == [1, 2, 3, 4]
+    assert all(-1 <= row["spearman"] <= 1 and row["mse"] > 0 for row in found["constant_depth"])
+    assert len(found["pabee"]) == 3 * 2
+    best = found["constant_depth"][-1]
+    for row in [*found["pabee"], *found["constant_depth"]]:
+        assert row["gain"] == pytest.approx(best["mse"] - row["mse"])
+    assert (
+        found["pabee"][0]["layers"] <= found["pabee"][-1]["layers"]
+        or found["pabee"][0]["tolerance"] < found["pabee"][-1]["tolerance"]
+    )
+    with pytest.raises(ValueError, match="of a regression"):
+        call(monkeypatch, words, "--risk 0.1")
