@@ -183,9 +183,10 @@ class Failing(LocalTransport):
         self._may("upload")
         super().upload(session, upload, timeout=timeout)
 
-    def next(self, session, position, *, timeout):
+    def next(self, session, position, *, sending, timeout):
+        sending.result(timeout)
         self._may("next")
-        token, seconds = super().next(session, position, timeout=timeout)
+        token, seconds = super().next(session, position, sending=sending, timeout=timeout)
         return (token if self.wrong is None else self.wrong), seconds
 
 

@@ -11,6 +11,8 @@ import sys
 import threading
 import time
 import warnings
+from concurrent.futures import Future
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -31,17 +33,25 @@ from ee_diffusion.decoding.cloud.remote import RemoteTransport  # noqa: E402
 from ee_diffusion.decoding.cloud.rpc import CALLS, SERVICE  # noqa: E402
 from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: E402
 from ee_diffusion.decoding.cloud.split import split_model  # noqa: E402
+from ee_diffusion.decoding.cloud.tokens import Entry, Tokens  # noqa: E402
 
 WIDTH = 32
 
 
 def server(**more) -> CloudServer:
-    return CloudServer(manager(), **{"port": 0, "tokens": {}, "batch": 16, "grace": 0.5} | more)
+    return CloudServer(manager(), **{"port": 0, "tokens": None, "batch": 16, "slice": 64, "grace": 0.5} | more)
 
 
 def line(there: CloudServer | int, **more) -> RemoteTransport:
     port = there if isinstance(there, int) else there.port
     return RemoteTransport(f"127.0.0.1:{port}", parts("llama")[0][1], width=WIDTH, **more)
+
+
+def sent() -> Future:
+    """Nothing is on its way."""
+    future: Future = Future()
+    future.set_result(None)
+    return future
 
 
 def ask_everything(transport, row: int, **more):
@@ -99,13 +109,15 @@ def _raw(port: int, row: int, hidden: torch.Tensor, found: dict, place: int) -> 
         for at in range(len(hidden)):
             transport.upload(session, Upload(at, 1, "float32", encode(hidden[at : at + 1], kind="float32")), timeout=20)
             if at >= begun - 1:
-                said.append(transport.next(session, at, timeout=20)[0])
+                said.append(transport.next(session, at, sending=sent(), timeout=20)[0])
         transport.close(session, timeout=20)
     found[place] = said
 
 
 def test_tokens_and_ownership():
-    with server(tokens={"secret": "a", "other": "b"}) as there:
+    now = [datetime(2027, 1, 1, tzinfo=UTC)]
+    until = Entry("a", now[0] + timedelta(hours=1))
+    with server(tokens=Tokens({"secret": until, "other": Entry("b")}, now=lambda: now[0])) as there:
         for token in (None, "wrong", ""):
             with line(there, token=token) as transport, pytest.raises(CloudLost, match="UNAUTHENTICATED"):
                 transport.open(timeout=5)
@@ -113,12 +125,12 @@ def test_tokens_and_ownership():
             session = mine.open(timeout=5)
             for forged in (session, "0" * 32, ""):
                 with pytest.raises(CloudLost, match="NOT_FOUND"):
-                    theirs.next(forged, 0, timeout=5)
+                    theirs.next(forged, 0, sending=sent(), timeout=5)
                 with pytest.raises(CloudLost, match="NOT_FOUND"):
                     theirs.close(forged, timeout=5)
-            there.tokens.pop("secret")  # the token has expired
+            now[0] += timedelta(hours=1)
             with pytest.raises(CloudLost, match="UNAUTHENTICATED"):
-                mine.next(session, 0, timeout=5)
+                mine.next(session, 0, sending=sent(), timeout=5)
 
 
 def test_what_is_malformed_is_refused_and_late_is_late():
@@ -137,7 +149,7 @@ def test_what_is_malformed_is_refused_and_late_is_late():
                 transport.upload(session, upload, timeout=5)
         begun = time.monotonic()
         with pytest.raises(CloudLost, match="DEADLINE_EXCEEDED"):
-            transport.next(session, 0, timeout=0.2)
+            transport.next(session, 0, sending=sent(), timeout=0.2)
         assert time.monotonic() - begun < 3
         wrong = wire.OpenRequest(version=2, fingerprint=transport.part.fingerprint, width=WIDTH)
         with pytest.raises(CloudLost, match="version 2, expected 1"):

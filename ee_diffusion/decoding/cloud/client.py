@@ -6,6 +6,8 @@ N positions, D width.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,8 +46,9 @@ class Transport(Protocol):
         """Hand over states."""
         ...
 
-    def next(self, session: str, position: int, *, timeout: float) -> tuple[int, float]:
-        """The token after a position, and the seconds the cloud computed for it."""
+    def next(self, session: str, position: int, *, sending: Future, timeout: float) -> tuple[int, float]:
+        """The token after a position, and the seconds the cloud computed for it. `sending`: states that are still on their way; where
+        the other end waits for them the question goes out at once, and is given up when they are lost."""
         ...
 
     def close(self, session: str, *, timeout: float) -> None:
@@ -66,7 +69,8 @@ class LocalTransport:
         hidden = decode(upload.payload, upload.count, self.manager.width, kind=upload.kind)
         self._call(self.manager.upload, self.owner, session, upload.first, hidden=hidden)
 
-    def next(self, session: str, position: int, *, timeout: float) -> tuple[int, float]:
+    def next(self, session: str, position: int, *, sending: Future, timeout: float) -> tuple[int, float]:
+        sending.result(timeout)
         begun = time.monotonic()
         (answer,) = self.manager.answer([(self.owner, session, position)])
         if isinstance(answer, Refused):
@@ -87,8 +91,9 @@ class LocalTransport:
 class CloudClient:
     """One generation's use of a cloud. `deadline`: seconds a token may wait; `retry_after`: seconds without trying after a loss.
 
-    States are encoded and kept, sent once per cloud session by one background thread, in order. After a loss the next question that is
-    allowed to opens a new session and sends everything again. `payload`: bytes of states sent, framing apart. A context manager.
+    States are encoded and kept, sent once per cloud session by one background thread, in order, and nobody waits for that: a question
+    goes out while they are on their way. After a loss the next question that is allowed to opens a new session and sends everything
+    again. `payload`: bytes of states sent, framing apart. `clock`: seconds, monotonic. A context manager.
     """
 
     def __init__(
@@ -99,7 +104,9 @@ class CloudClient:
         self.transport, self.kind, self.deadline, self.retry_after = transport, kind, deadline, retry_after
         self.clock, self.payload = clock, 0
         self._kept: list[Upload] = []
+        self._lock = threading.Lock()  # of the session
         self._session: str | None = None
+        self._lost: list[str] = []  # sessions that a living cloud may still hold
         self._sent = 0  # of what is kept, in this session
         self._not_before = -float("inf")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
@@ -111,10 +118,8 @@ class CloudClient:
     def __exit__(self, *exception) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._session is not None:
-            try:
-                self.transport.close(self._session, timeout=self.deadline)
-            except CloudLost:
-                self._session = None  # it expires by itself
+            self._lost.append(self._session)
+        self._close_lost()
 
     def upload(self, first: int, hidden: Tensor) -> None:
         """Take the states (N, D) of positions first.. and return; they are sent while the caller goes on.
@@ -138,15 +143,16 @@ class CloudClient:
         try:
             if self._sending is None or self._sending.done():  # a new session after a loss sends what is kept
                 self._sending = self._thread.submit(self._send)
-            self._sending.result(timeout=self.deadline)
-            left = self.deadline - (self.clock() - begun)
-            if left <= 0 or self._session is None:
+            if self._session is None:
+                self._sending.result(timeout=self.deadline)
+            session, left = self._session, self.deadline - (self.clock() - begun)
+            if left <= 0 or session is None:
                 raise CloudLost("late: the states took the whole deadline")
-            token, seconds = self.transport.next(self._session, position, timeout=left)
-            if not 0 <= token < vocabulary:
-                raise CloudLost(f"wrong: token {token} of a vocabulary of {vocabulary}")
+            token, seconds = self.transport.next(session, position, sending=self._sending, timeout=left)
+            if not 0 <= token < vocabulary or not 0 <= seconds < math.inf:
+                raise CloudLost(f"wrong: token {token} of a vocabulary of {vocabulary} after {seconds} s")
         except (CloudLost, Late) as error:
-            self._session, self._not_before = None, self.clock() + self.retry_after
+            self._lose()
             raise (
                 error if isinstance(error, CloudLost) else CloudLost("late: the states were not sent in time")
             ) from error
@@ -157,13 +163,32 @@ class CloudClient:
         try:
             if self._session is None:
                 self._sent = 0
-                self._session = self.transport.open(timeout=self.deadline)
+                session = self.transport.open(timeout=self.deadline)
+                with self._lock:
+                    self._session = session
+                self._close_lost()
             session = self._session
-            while self._sent < len(self._kept):
+            while self._sent < len(self._kept) and session is not None and self._session == session:
                 upload = self._kept[self._sent]
                 self.transport.upload(session, upload, timeout=self.deadline)
                 self._sent += 1
                 self.payload += len(upload.payload)
         except CloudLost:
-            self._session, self._not_before = None, self.clock() + self.retry_after
+            self._lose()
             raise
+
+    def _lose(self) -> None:
+        """No more of this session; the next one is not before `retry_after` seconds from now."""
+        with self._lock:
+            if self._session is not None:
+                self._lost.append(self._session)
+            self._session, self._not_before = None, self.clock() + self.retry_after
+
+    def _close_lost(self) -> None:
+        """Tell the cloud to forget sessions that are used no more; where that fails, they expire by themselves."""
+        while self._lost:
+            session = self._lost.pop()
+            try:
+                self.transport.close(session, timeout=self.deadline)
+            except CloudLost:
+                continue

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,6 +27,7 @@ from ee_diffusion.decoding.cloud.encoding import KINDS
 from ee_diffusion.decoding.cloud.remote import RemoteTransport
 from ee_diffusion.decoding.cloud.server import CloudServer, serve
 from ee_diffusion.decoding.cloud.split import load_part, split_model
+from ee_diffusion.decoding.cloud.tokens import Tokens
 
 TOKEN = "EE_DIFFUSION_TOKEN"
 
@@ -50,7 +50,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="What `edge split` wrote.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--tokens", help="JSON file: token -> client name. Without it anybody may ask.")
+    parser.add_argument(
+        "--tokens", help="JSON file: token -> client, perhaps with an expiry. Without it anybody may ask."
+    )
     parser.add_argument("--certificate", help="PEM file, for TLS.")
     parser.add_argument("--key", help="PEM file, for TLS.")
     parser.add_argument("--metrics_port", type=int, help="Prometheus metrics on loopback.")
@@ -60,6 +62,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--positions", type=int, default=4096, help="Most positions of a session.")
     parser.add_argument("--idle_seconds", type=float, default=300.0, help="A session is forgotten after so long.")
     parser.add_argument("--batch", type=int, default=64, help="Most questions answered in one pass.")
+    parser.add_argument("--slice", type=int, default=64, help="Most positions of one prompt in one pass.")
     parser.add_argument("--dtype", default="float32", choices=[name for name in KINDS if name != "int8"])
     parser.set_defaults(run=run_serve)
 
@@ -97,12 +100,13 @@ def run_serve(options: argparse.Namespace) -> None:
     limits = Limits(
         options.sessions, options.owner_sessions, options.megabytes * 10**6, options.positions, options.idle_seconds
     )
-    tokens = {} if options.tokens is None else json.loads(Path(options.tokens).read_text(encoding="utf-8"))
+    tokens = None if options.tokens is None else Tokens.read(options.tokens)
     server = CloudServer(
         ContextManager(model, part, limits=limits),
         port=options.port,
         tokens=tokens,
         batch=options.batch,
+        slice=options.slice,
         host=options.host,
         certificate=options.certificate,
         key=options.key,

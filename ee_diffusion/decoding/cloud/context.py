@@ -1,6 +1,7 @@
 """The cloud's context manager: what each client session has uploaded, what was made of it, and the tokens that are asked for.
 
-Here: stores, limits, catch-up, batches; no network (server.py), no threads: the caller locks. CE-CoLLM (arXiv 2411.02829, sec. IV-C).
+Here: stores, limits, catch-up, batches; no network (server.py), no threads: the caller locks, except around `compute`. CE-CoLLM (arXiv
+2411.02829, sec. IV-C).
 B sessions of a batch, N positions, D width, H key-value heads, d width of a head, V vocabulary.
 """
 
@@ -49,10 +50,34 @@ class Context:
     values: list[Tensor] = field(default_factory=list)
     processed: int = 0
     answer: int | None = None  # the token after position processed - 1
+    epoch: int = 0  # counts the rollbacks: what a pass made of an earlier epoch is dropped
 
     @property
     def positions(self) -> int:
         return self.processed + len(self.pending)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One session's part in a pass: the states (n, D) of positions past..past + n - 1, and the keys and values that were there when the
+    pass began, so that nothing which happens to the session meanwhile disturbs it. `last`: the pass reaches what was asked for."""
+
+    context: Context
+    epoch: int
+    past: int
+    states: Tensor
+    keys: list[Tensor]
+    values: list[Tensor]
+    last: bool
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a pass made of a Row: keys and values per layer (1, H, n, d) of its positions, and the token after the last of them."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    token: int
 
 
 class ContextManager:
@@ -125,38 +150,77 @@ class ContextManager:
             )
         return all(at in context.pending for at in range(context.processed, position + 1))
 
+    def remaining(self, owner: str, session: str, position: int) -> int:
+        """Positions that a pass must process before the token after `position` is known. Raises Refused as `ready` does."""
+        context = self._context(owner, session)
+        return max(0, position + 1 - context.processed)
+
     def answer(self, requests: Sequence[tuple[str, str, int]]) -> list[int | Refused]:
         """The tokens after (owner, session, position) of several clients in one pass; each catches up on all it has pending up to there.
 
-        A request that is asked again gets the same token. What is refused is refused alone.
+        A request that is asked again gets the same token. What is refused is refused alone. For one thread: take, compute, finish.
         """
         answers: list[int | Refused] = [Refused("invalid", "the session is in this batch already")] * len(requests)
-        batch: list[tuple[int, Context, int]] = []
+        rows: dict[int, Row] = {}
         taken: set[str] = set()
         for place, (owner, session, position) in enumerate(requests):
             try:
-                if not self.ready(owner, session, position):
-                    raise Refused("missing", f"states up to position {position} are not all there")
+                found = self.take(owner, session, position)
             except Refused as refused:
                 answers[place] = refused
                 continue
-            context = self.sessions[session]
-            if position == context.processed - 1 and context.answer is not None:
-                answers[place] = context.answer
+            if isinstance(found, int):
+                answers[place] = found
             elif session not in taken:
                 taken.add(session)
-                batch.append((place, context, position + 1))
-        if batch:
-            tokens = self._run([context for _, context, _ in batch], [end for _, _, end in batch])
-            for (place, context, _), token in zip(batch, tokens, strict=True):
-                answers[place] = context.answer = token
+                rows[place] = found
+        if rows:
+            made = self.compute(list(rows.values()))
+            for (place, row), part in zip(rows.items(), made, strict=True):
+                answers[place] = self.finish(row, part)
         return answers
+
+    def take(self, owner: str, session: str, position: int, *, most: int | None = None) -> Row | int:
+        """What a pass needs to answer (at most `most` positions of it; None: all), or the token where it is known already.
+
+        Raises:
+            Refused: an unknown session, a position that was passed, states that are not all there.
+        """
+        if not self.ready(owner, session, position):
+            raise Refused("missing", f"states up to position {position} are not all there")
+        context = self.sessions[session]
+        if position == context.processed - 1:
+            if context.answer is None:
+                raise Refused("invalid", f"position {position} was processed before a rollback: roll back further")
+            return context.answer
+        begun, end = context.processed, position + 1
+        end = end if most is None else min(end, begun + most)
+        states = torch.stack([context.pending[at] for at in range(begun, end)])  # (n, D)
+        keys, values = list(context.keys), list(context.values)
+        return Row(context, context.epoch, begun, states, keys, values, end == position + 1)
+
+    def finish(self, row: Row, made: Made) -> int | Refused:
+        """Put what a pass made into the session's store -> the token after its last position."""
+        context = row.context
+        if context.epoch != row.epoch or context.processed != row.past:
+            return Refused("invalid", "the session was rolled back while it was asked")
+        end = row.past + len(row.states)
+        context.keys = (
+            [torch.cat(pair, dim=2) for pair in zip(row.keys, made.keys, strict=True)] if row.past else made.keys
+        )
+        context.values = (
+            [torch.cat(pair, dim=2) for pair in zip(row.values, made.values, strict=True)] if row.past else made.values
+        )
+        context.pending = {at: state for at, state in context.pending.items() if at >= end}
+        context.processed, context.answer = end, made.token
+        return made.token
 
     def rollback(self, owner: str, session: str, length: int) -> None:
         """Forget positions from `length` on. Raises Refused: an unknown session, a negative length."""
         context = self._context(owner, session)
         if length < 0:
             raise Refused("invalid", f"length {length}, expected 0 or more")
+        context.epoch += 1
         context.pending = {at: state for at, state in context.pending.items() if at < length}
         if length < context.processed:
             context.keys = [keys[:, :, :length].clone() for keys in context.keys]
@@ -185,57 +249,52 @@ class ContextManager:
         return context
 
     @torch.no_grad()
-    def _run(self, contexts: list[Context], ends: list[int]) -> list[int]:
-        """Positions processed..end of every session through the cloud's layers, of different lengths, -> the token after each end."""
-        past = [context.processed for context in contexts]
-        counts = [end - begun for end, begun in zip(ends, past, strict=True)]
+    def compute(self, rows: Sequence[Row]) -> list[Made]:
+        """One pass of several sessions, of different lengths, through the cloud's layers; needs no lock, changes no session."""
+        past, counts = [row.past for row in rows], [len(row.states) for row in rows]
         longest, most = max(past), max(counts)
         device, dtype = self.model.device, self.model.dtype
-        hidden = torch.zeros(len(contexts), most, self.width, dtype=dtype, device=device)  # (B, N, D)
-        seen = torch.zeros(len(contexts), 1, most, longest + most, dtype=torch.bool, device=device)
+        hidden = torch.zeros(len(rows), most, self.width, dtype=dtype, device=device)  # (B, N, D)
+        seen = torch.zeros(len(rows), 1, most, longest + most, dtype=torch.bool, device=device)
         causal = torch.ones(most, most, dtype=torch.bool, device=device).tril()
-        for row, context in enumerate(contexts):
-            states = [context.pending[at] for at in range(past[row], ends[row])]
-            hidden[row, : counts[row]] = torch.stack(states)
-            seen[row, :, :, : past[row]] = True
-            seen[row, :, :, longest:] = causal  # what pads the end is seen by nobody before it
+        for place, row in enumerate(rows):
+            hidden[place, : counts[place]] = row.states
+            seen[place, :, :, : past[place]] = True
+            seen[place, :, :, longest:] = causal  # what pads the end is seen by nobody before it
         mask = torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
-        begun = torch.tensor(past, device=device)[:, None]  # (B, 1)
-        cache = self._padded(contexts, longest)
+        cache = self._padded(rows, longest)
         states = self.model.base_model(
             inputs_embeds=hidden,
             attention_mask=mask,
-            position_ids=begun + torch.arange(most, device=device),
+            position_ids=torch.tensor(past, device=device)[:, None] + torch.arange(most, device=device),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state  # (B, N, D)
-        last = states[torch.arange(len(contexts), device=device), torch.tensor(counts, device=device) - 1]  # (B, D)
+        last = states[torch.arange(len(rows), device=device), torch.tensor(counts, device=device) - 1]  # (B, D)
         tokens = self.model.get_output_embeddings()(last).argmax(-1).tolist()
-        for row, context in enumerate(contexts):
-            self._keep(context, cache, row=row, start=longest, end=ends[row])
-        return tokens
+        return [
+            _made(cache, place, slice(longest, longest + counts[place]), token) for place, token in enumerate(tokens)
+        ]
 
-    def _padded(self, contexts: list[Context], longest: int) -> DynamicCache:
+    def _padded(self, rows: Sequence[Row], longest: int) -> DynamicCache:
         """The sessions' keys and values in one cache (B, H, N, d), padded at the end."""
         cache = DynamicCache()
+        if len(rows) == 1 and longest:  # nothing to pad, nothing to copy
+            for layer, pair in enumerate(zip(rows[0].keys, rows[0].values, strict=True)):
+                cache.update(*pair, layer)
+            return cache
         for layer in range(len(self.part.layers) if longest else 0):
-            one = next(context for context in contexts if context.processed).keys[layer]
-            keys, values = (one.new_zeros(len(contexts), one.shape[1], longest, one.shape[3]) for _ in range(2))
-            for row, context in enumerate(contexts):
-                if context.processed:
-                    keys[row, :, : context.processed] = context.keys[layer][0]
-                    values[row, :, : context.processed] = context.values[layer][0]
+            one = next(row for row in rows if row.past).keys[layer]
+            keys, values = (one.new_zeros(len(rows), one.shape[1], longest, one.shape[3]) for _ in range(2))
+            for place, row in enumerate(rows):
+                if row.past:
+                    keys[place, :, : row.past] = row.keys[layer][0]
+                    values[place, :, : row.past] = row.values[layer][0]
             cache.update(keys, values, layer)
         return cache
 
-    def _keep(self, context: Context, cache: DynamicCache, *, row: int, start: int, end: int) -> None:
-        """Add a session's new positions to its store; their states are needed no more."""
-        span = slice(start, start + end - context.processed)
-        keys = [layer.keys[row : row + 1, :, span] for layer in cache.layers]
-        values = [layer.values[row : row + 1, :, span] for layer in cache.layers]
-        if context.processed:
-            keys = [torch.cat(pair, dim=2) for pair in zip(context.keys, keys, strict=True)]
-            values = [torch.cat(pair, dim=2) for pair in zip(context.values, values, strict=True)]
-        context.keys, context.values = [one.clone() for one in keys], [one.clone() for one in values]
-        context.pending = {at: state for at, state in context.pending.items() if at >= end}
-        context.processed = end
+
+def _made(cache: DynamicCache, place: int, span: slice, token: int) -> Made:
+    keys = [layer.keys[place : place + 1, :, span].clone() for layer in cache.layers]
+    values = [layer.values[place : place + 1, :, span].clone() for layer in cache.layers]
+    return Made(keys, values, token)

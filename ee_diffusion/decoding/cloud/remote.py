@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import grpc
@@ -68,8 +70,13 @@ class RemoteTransport:
         )
         self._call("Upload", request, timeout)
 
-    def next(self, session: str, position: int, *, timeout: float) -> tuple[int, float]:
-        reply = self._call("Next", wire.NextRequest(session=session, position=position), timeout)
+    def next(self, session: str, position: int, *, sending: Future, timeout: float) -> tuple[int, float]:
+        request = wire.NextRequest(session=session, position=position)
+        under_way = self._said(
+            "Next", lambda: self._calls["Next"].future(request, timeout=timeout, metadata=self._metadata)
+        )
+        sending.add_done_callback(lambda sent: under_way.cancel() if _failed(sent) else None)
+        reply = self._said("Next", under_way.result)
         if reply.position != position:
             raise CloudLost(f"wrong: an answer for position {reply.position}, expected {position}")
         return reply.token, reply.seconds
@@ -78,11 +85,21 @@ class RemoteTransport:
         self._call("Close", wire.CloseRequest(session=session), timeout)
 
     def _call(self, name: str, request, timeout: float):
+        return self._said(name, lambda: self._calls[name](request, timeout=timeout, metadata=self._metadata))
+
+    def _said(self, name: str, call: Callable):
+        """What a call gives. Raises CloudLost for whatever goes wrong."""
         try:
-            return self._calls[name](request, timeout=timeout, metadata=self._metadata)
+            return call()
+        except grpc.FutureCancelledError as error:
+            raise CloudLost(f"{name} was given up: the states did not arrive") from error
         except (grpc.RpcError, ValueError) as error:  # ValueError: the channel was closed
             said = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else str(error)
             raise CloudLost(f"{name} failed, {said}") from error
+
+
+def _failed(sent: Future) -> bool:
+    return sent.cancelled() or sent.exception() is not None
 
 
 def is_loopback(host: str) -> bool:

@@ -6,15 +6,16 @@ check, store and wait. Here: calls, tokens, drain. Not here: batches (worker.py)
 
 from __future__ import annotations
 
-import hmac
 import json
 import signal
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -26,14 +27,16 @@ from ee_diffusion.decoding.cloud.context import ContextManager, Refused
 from ee_diffusion.decoding.cloud.encoding import decode
 from ee_diffusion.decoding.cloud.remote import is_loopback
 from ee_diffusion.decoding.cloud.rpc import CALLS, ENCODINGS, SERVICE, STATUS, VERSION
+from ee_diffusion.decoding.cloud.tokens import Tokens
 from ee_diffusion.decoding.cloud.worker import LOG, Metrics, Worker
 
 
 class CloudServer:
-    """A gRPC server for one cloud part. `tokens`: token -> client name (empty: anybody, as one client); `port` 0: any free one.
+    """A gRPC server for one cloud part. `tokens`: who may ask (None: anybody, all as one client); `port` 0: any free one.
 
-    host: loopback unless told otherwise; certificate and key: files for TLS. `batch`: questions of one pass; `largest`: bytes of a
-    message. A context manager: leaving drains for `grace` seconds.
+    host: loopback unless told otherwise; certificate and key: files for TLS. `batch`: questions of one pass, `slice`: positions of a
+    prompt in one pass; `largest`: bytes of a message; `owner_calls`: calls of one client at once, below `threads`, so that none can take
+    them all. A context manager: leaving drains for `grace` seconds.
 
     Raises:
         ValueError: one of certificate and key without the other; an address that cannot be had.
@@ -44,21 +47,24 @@ class CloudServer:
         manager: ContextManager,
         *,
         port: int,
-        tokens: Mapping[str, str],
+        tokens: Tokens | None,
         batch: int,
+        slice: int,
         host: str = "127.0.0.1",
         certificate: str | None = None,
         key: str | None = None,
-        threads: int = 128,
+        threads: int = 256,
+        owner_calls: int = 192,
         largest: int = 16 * 2**20,
         grace: float = 5.0,
     ):
         if (certificate is None) != (key is None):
             raise ValueError(f"certificate={certificate}, key={key}, expected both or neither")
-        if certificate is None and tokens and not is_loopback(host):
+        if certificate is None and tokens is not None and not is_loopback(host):
             warnings.warn(f"tokens travel to {host} in clear text: give a certificate and a key", stacklevel=2)
-        self.manager, self.tokens, self.grace, self.metrics = manager, dict(tokens), grace, Metrics()
-        self.worker = Worker(manager, self.metrics, batch=batch)
+        self.manager, self.tokens, self.grace, self.metrics = manager, tokens, grace, Metrics()
+        self.worker = Worker(manager, self.metrics, batch=batch, slice=slice)
+        self._calls, self._counting, self.owner_calls = Counter[str](), threading.Lock(), owner_calls
         options = [("grpc.max_receive_message_length", largest), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=2 * threads)
         self._health = health.HealthServicer()
@@ -110,13 +116,14 @@ class CloudServer:
         def call(request, context: grpc.ServicerContext):
             status, begun = grpc.StatusCode.OK, time.monotonic()
             try:
-                return function(self._owner(context), request, context)
+                with self._owner(context) as owner:
+                    return function(owner, request, context)
             except Refused as refused:
                 status = STATUS[refused.kind]
                 context.abort(status, str(refused))
             except PermissionError:
                 status = grpc.StatusCode.UNAUTHENTICATED
-                context.abort(status, "no token that is known here")
+                context.abort(status, "no token that is known here, or one that has expired")
             except (Late, CancelledError) as error:
                 late = isinstance(error, Late)
                 status = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
@@ -128,29 +135,33 @@ class CloudServer:
 
     def _count(self, name: str, status: grpc.StatusCode, seconds: float) -> None:
         self.metrics.calls.labels(name, status.name).inc()
-        self.metrics.sessions.set(len(self.manager.sessions))
         LOG.info(json.dumps({"call": name, "status": status.name, "milliseconds": round(1e3 * seconds, 2)}))
 
-    def _owner(self, context: grpc.ServicerContext) -> str:
-        if not self.tokens:
-            return "anybody"
-        said = dict(context.invocation_metadata()).get("authorization", "")
-        found = [
-            owner
-            for token, owner in self.tokens.items()
-            if hmac.compare_digest(f"Bearer {token}".encode(), said.encode())
-        ]
-        if not found:
+    @contextmanager
+    def _owner(self, context: grpc.ServicerContext) -> Iterator[str]:
+        """Who calls, counted while the call lasts. Raises PermissionError, or Refused where the client has too many calls already."""
+        owner: str | None = "anybody"
+        if self.tokens is not None:
+            said = dict(context.invocation_metadata()).get("authorization", "")
+            owner = self.tokens.owner(said.removeprefix("Bearer "))
+        if owner is None:
             raise PermissionError
-        return found[0]
+        with self._counting:
+            if self._calls[owner] >= self.owner_calls:
+                raise Refused("limit", f"{self._calls[owner]} calls of this client are under way")
+            self._calls[owner] += 1
+        try:
+            yield owner
+        finally:
+            with self._counting:
+                self._calls[owner] -= 1
 
     def _open(self, owner: str, request: wire.OpenRequest, context) -> wire.OpenReply:
         if request.version != VERSION:
             raise Refused("invalid", f"wire version {request.version}, expected {VERSION}")
         if request.fingerprint != self.manager.part.fingerprint or request.width != self.manager.width:
             raise Refused("invalid", "the edge's part is of another model than the cloud's")
-        with self.worker.changed:
-            return wire.OpenReply(session=self.manager.open(owner))
+        return wire.OpenReply(session=self.worker.open(owner))
 
     def _upload(self, owner: str, request: wire.UploadRequest, context) -> wire.UploadReply:
         kinds = {number: kind for kind, number in ENCODINGS.items()}
@@ -160,11 +171,8 @@ class CloudServer:
             hidden = decode(request.payload, request.count, self.manager.width, kind=kinds[request.encoding])
         except ValueError as error:
             raise Refused("invalid", str(error)) from error
-        with self.worker.changed:
-            stored = self.manager.upload(owner, request.session, request.first, hidden=hidden)
-            self.metrics.payload.inc(len(request.payload))
-            self.metrics.bytes.set(self.manager.bytes)
-            self.worker.changed.notify()
+        stored = self.worker.upload(owner, request.session, request.first, hidden=hidden)
+        self.metrics.payload.inc(len(request.payload))
         return wire.UploadReply(stored=stored)
 
     def _next(self, owner: str, request: wire.NextRequest, context) -> wire.NextReply:
@@ -178,14 +186,11 @@ class CloudServer:
         return wire.NextReply(position=request.position, token=token, seconds=seconds)
 
     def _rollback(self, owner: str, request: wire.RollbackRequest, context) -> wire.Empty:
-        with self.worker.changed:
-            self.manager.rollback(owner, request.session, request.length)
+        self.worker.rollback(owner, request.session, request.length)
         return wire.Empty()
 
     def _close(self, owner: str, request: wire.CloseRequest, context) -> wire.Empty:
-        with self.worker.changed:
-            self.manager.close(owner, request.session)
-            self.metrics.bytes.set(self.manager.bytes)
+        self.worker.close(owner, request.session)
         return wire.Empty()
 
 

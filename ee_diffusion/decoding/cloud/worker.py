@@ -1,21 +1,25 @@
-"""What answers: one worker thread that takes all ready questions of the clients in one pass, and the metrics of a server.
+"""What answers: one worker thread that takes the ready questions of the clients in passes, and the metrics of a server.
 
-Here: batches and their lock. Not here: calls (server.py), what a session is (context.py).
+Here: passes, whose turn it is, and the lock of the sessions, which no pass holds. Not here: calls (server.py), what a session is (context.py).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from torch import Tensor
 
-from ee_diffusion.decoding.cloud.context import ContextManager, Refused
+from ee_diffusion.decoding.cloud.context import ContextManager, Made, Refused, Row
 
 LOG = logging.getLogger("ee_diffusion.cloud")
+SHORT = 8  # positions: questions with no more to process share a pass, the others have one to themselves
 
 
 @dataclass
@@ -29,34 +33,75 @@ class Metrics:
         self.payload = Counter("ee_cloud_payload_bytes", "Bytes of states received", registry=self.registry)
         self.tokens = Counter("ee_cloud_tokens", "Tokens answered", registry=self.registry)
         self.batch = Histogram(
-            "ee_cloud_batch", "Questions answered in one pass", buckets=(1, 2, 4, 8, 16, 32, 64), registry=self.registry
+            "ee_cloud_batch",
+            "Questions worked on in one pass",
+            buckets=(1, 2, 4, 8, 16, 32, 64),
+            registry=self.registry,
         )
         self.seconds = Histogram("ee_cloud_pass_seconds", "Seconds of a pass", registry=self.registry)
         self.sessions = Gauge("ee_cloud_sessions", "Open sessions", registry=self.registry)
         self.bytes = Gauge("ee_cloud_bytes", "Bytes of all sessions", registry=self.registry)
 
 
-@dataclass
+@dataclass(eq=False)
 class Question:
-    """Somebody waits for the token after a position."""
+    """Somebody waits for the token after a position; `seconds`: of the passes that worked on it so far."""
 
     owner: str
     session: str
     position: int
     answer: Future
+    seconds: float = 0.0
 
 
 class Worker:
-    """Owns the context manager: its lock, and the thread that answers every ready question in one pass, at most `batch` of them, the
-    longest waiting first."""
+    """Owns the context manager: its lock, and the thread that answers. Every method takes the owner that authenticated, as the manager's do.
 
-    def __init__(self, manager: ContextManager, metrics: Metrics, *, batch: int):
-        self.manager, self.metrics, self.batch = manager, metrics, batch
+    Short questions (the next token of a session that is nearly up to date) are answered together, at most `batch` of them, the longest
+    waiting first. A long one (a prompt) is worked on alone, `slice` positions a pass, and long ones take turns. Short and long passes
+    alternate, so that nobody waits for more than two passes of somebody else before its own turn comes nearer.
+    """
+
+    def __init__(self, manager: ContextManager, metrics: Metrics, *, batch: int, slice: int):
+        if batch < 1 or slice < 1:
+            raise ValueError(f"batch={batch}, slice={slice}, expected at least 1 question and 1 position")
+        self.manager, self.metrics, self.batch, self.slice = manager, metrics, batch, slice
         self.changed = threading.Condition()
         self._questions: list[Question] = []
+        self._long_next = False
         self._stopped = False
+        metrics.sessions.set_function(lambda: self.usage()[0])
+        metrics.bytes.set_function(lambda: self.usage()[1])
         self._thread = threading.Thread(target=self._work, name="cloud-worker", daemon=True)
         self._thread.start()
+
+    def usage(self) -> tuple[int, int]:
+        """Open sessions, and their bytes."""
+        with self.changed:
+            return len(self.manager.sessions), self.manager.bytes
+
+    def open(self, owner: str) -> str:
+        """As `ContextManager.open`."""
+        with self.changed:
+            return self.manager.open(owner)
+
+    def upload(self, owner: str, session: str, first: int, *, hidden: Tensor) -> int:
+        """As `ContextManager.upload`."""
+        with self.changed:
+            stored = self.manager.upload(owner, session, first, hidden=hidden)
+            self.changed.notify()
+        return stored
+
+    def rollback(self, owner: str, session: str, length: int) -> None:
+        """As `ContextManager.rollback`."""
+        with self.changed:
+            self.manager.rollback(owner, session, length)
+
+    def close(self, owner: str, session: str) -> None:
+        """As `ContextManager.close`; whoever still asks is refused."""
+        with self.changed:
+            self.manager.close(owner, session)
+            self.changed.notify()
 
     def ask(self, owner: str, session: str, position: int) -> Future:
         """A future of (token, seconds). Raises Refused at once where no upload could help."""
@@ -77,50 +122,93 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self.changed:
-                chosen = self._choose()
-                while not chosen and not self._stopped:
+                taken = self._take()
+                while not taken and not self._stopped:
                     self.changed.wait(timeout=1.0)
                     self.manager.expire()
-                    chosen = self._choose()
+                    taken = self._take()
                 if self._stopped:
-                    for question in [*chosen, *self._questions]:
-                        question.answer.set_exception(CancelledError())
+                    for question in self._questions:
+                        if question.answer.set_running_or_notify_cancel():
+                            question.answer.set_exception(CancelledError())
                     return
-                self._answer(chosen)
+            made, seconds = self._pass([row for _, row in taken])  # without the lock: uploads go on meanwhile
+            with self.changed:
+                self._finish(taken, made, seconds)
 
-    def _choose(self) -> list[Question]:
-        chosen: list[Question] = []
-        waiting: list[Question] = []
+    def _take(self) -> list[tuple[Question, Row]]:
+        """Who is next, and the rows of their pass; none: nobody is ready."""
+        while True:
+            self._questions = [question for question in self._questions if not question.answer.cancelled()]
+            short, long = self._ready()
+            take_long = bool(long) and (self._long_next or not short)
+            self._long_next = not take_long
+            rows = [(question, self._row(question)) for question in (long[:1] if take_long else short[: self.batch])]
+            taken = [(question, row) for question, row in rows if row is not None]
+            if taken or not rows:  # else all of them were answered without a pass: look again
+                return taken
+
+    def _ready(self) -> tuple[list[Question], list[Question]]:
+        """Questions whose states are there, short and long, one of a session; what is refused is told so."""
+        short: list[Question] = []
+        long: list[Question] = []
         sessions: set[str] = set()
-        for question in self._questions:
-            if question.answer.cancelled():
-                continue
+        for question in list(self._questions):
+            key = (question.owner, question.session, question.position)
             try:
-                ready = self.manager.ready(question.owner, question.session, question.position)
-            except Refused as refused:
-                question.answer.set_exception(refused)
-                continue
-            if ready and len(chosen) < self.batch and question.session not in sessions:
+                if not self.manager.ready(*key) or question.session in sessions:
+                    continue
+                (short if self.manager.remaining(*key) <= SHORT else long).append(question)
                 sessions.add(question.session)
-                chosen.append(question)
-            else:
-                waiting.append(question)
-        self._questions = waiting
-        return [question for question in chosen if question.answer.set_running_or_notify_cancel()]
+            except Refused as refused:
+                self._tell(question, refused)
+        return short, long
 
-    def _answer(self, chosen: list[Question]) -> None:
+    def _row(self, question: Question) -> Row | None:
+        """The row of a question, or None where it is answered without one."""
+        try:
+            found = self.manager.take(question.owner, question.session, question.position, most=self.slice)
+        except Refused as refused:
+            self._tell(question, refused)
+            return None
+        if isinstance(found, Row):
+            return found
+        self._tell(question, found)
+        return None
+
+    def _pass(self, rows: Sequence[Row]) -> tuple[list[Made | Refused], float]:
+        """What a pass makes of the rows; where it fails, each row alone, so that nobody suffers for another."""
         begun = time.monotonic()
         try:
-            answers = self.manager.answer([(one.owner, one.session, one.position) for one in chosen])
+            made: list[Made | Refused] = list(self.manager.compute(rows))
         except Exception as error:  # whatever the model raises is told to those who asked; the worker lives on
-            LOG.exception("a pass failed")
-            answers = [Refused("invalid", f"the pass failed: {type(error).__name__}")] * len(chosen)
-        seconds = time.monotonic() - begun
-        self.metrics.batch.observe(len(chosen))
-        self.metrics.seconds.observe(seconds)
-        for question, answer in zip(chosen, answers, strict=True):
-            if isinstance(answer, Refused):
-                question.answer.set_exception(answer)
+            LOG.error(json.dumps({"event": "a pass failed", "rows": len(rows), "error": type(error).__name__}))
+            if len(rows) > 1:
+                made = [self._pass([row])[0][0] for row in rows]
             else:
-                self.metrics.tokens.inc()
-                question.answer.set_result((answer, seconds))
+                made = [Refused("invalid", f"the pass failed: {type(error).__name__}")]
+        return made, time.monotonic() - begun
+
+    def _finish(self, taken: list[tuple[Question, Row]], made: list[Made | Refused], seconds: float) -> None:
+        self.metrics.batch.observe(len(taken))
+        self.metrics.seconds.observe(seconds)
+        for (question, row), part in zip(taken, made, strict=True):
+            question.seconds += seconds
+            answer = part if isinstance(part, Refused) else self.manager.finish(row, part)
+            if row.last or isinstance(answer, Refused):
+                self._tell(question, answer)
+            elif question in self._questions:  # a slice more is done: the others of its kind come first
+                self._questions.remove(question)
+                self._questions.append(question)
+
+    def _tell(self, question: Question, answer: int | Refused) -> None:
+        """Answer a question and forget it."""
+        if question in self._questions:
+            self._questions.remove(question)
+        if not question.answer.set_running_or_notify_cancel():
+            return
+        if isinstance(answer, Refused):
+            question.answer.set_exception(answer)
+        else:
+            self.metrics.tokens.inc()
+            question.answer.set_result((answer, question.seconds))
