@@ -25,13 +25,15 @@ class Lane:
         self.context = dict(context)  # of the running rows
         self.num_rows = len(step.session.rows)
         self.answers: list[tuple[Tensor, Tensor]] = []  # (rows, answer)
+        self.observed: Observation | None = None  # the last measured exit's: who went on may still want its answer
 
     def offer(self, depth: int, hidden: Tensor) -> Tensor:
         """Let rows leave after `depth` blocks: hidden (r, N, D) -> hidden of the rows that go on (possibly none)."""
         seen: list[Observation] = []
 
         def measure(exit: int) -> Tensor | None:
-            seen.append(Observation(self.heads, exit, hidden, self.context))
+            self.observed = Observation(self.heads, exit, hidden, self.context)
+            seen.append(self.observed)
             criterion = self.step.session.policy.criterion
             return None if criterion is None else criterion.measure(seen[0])
 

@@ -33,7 +33,8 @@ class EdgeOutput:
     """sequences (1, N + T); trace: step t chose token t, depth L: neither exit was sure; sources: who said each token ("exit 0", "exit 1",
     "cloud" or "own": the edge's second exit because there was no cloud or it failed); losses: (token, reason) of every failure.
 
-    Seconds: waited for the cloud, of these computed by the cloud, and in all; payload: bytes of states that were sent.
+    Seconds: waited for the cloud, of these computed by the cloud, in all, and `times` of each token; payload: bytes of states that were
+    sent.
     """
 
     sequences: Tensor
@@ -43,6 +44,7 @@ class EdgeOutput:
     waited: float = 0.0
     cloud: float = 0.0
     total: float = 0.0
+    times: list[float] = field(default_factory=list)
     payload: int = 0
 
 
@@ -89,9 +91,11 @@ class Edge:
         with _Passage(self, session, cloud) as passage:
             new = ids
             for token in range(max_new_tokens):
+                started = time.monotonic()
                 answer = passage.step(new)
                 new = torch.tensor([[self._token(passage, answer, output, token)]], device=ids.device)
                 ids = torch.cat([ids, new], dim=1)
+                output.times.append(time.monotonic() - started)
                 if eos_token_id is not None and int(new) == eos_token_id:
                     break
         output.sequences, output.trace, output.total = ids, session.trace(), time.monotonic() - begun
@@ -115,7 +119,7 @@ class Edge:
             finally:
                 output.waited += time.monotonic() - asked
         output.sources.append("own")
-        return int(self.heads.answer(1, passage.top[:, -1:], {}).argmax(-1))
+        return int(passage.own().argmax(-1))
 
 
 class _Passage:
@@ -158,6 +162,13 @@ class _Passage:
         if not self._lane.answers:
             return None
         return self.edge.part.exits.index(int(self._step.depths[0])), self._lane.answers[0][1]
+
+    def own(self) -> Tensor:
+        """What the second exit says of the last token (1, V), sure or not; not evaluated again where its score was made of it."""
+        seen = self._lane.observed
+        if seen is not None and seen.exit == 1 and seen.answered:
+            return seen.answer
+        return self.edge.heads.answer(1, self.top[:, -1:], {})
 
     def _layer(self, layer: int, original, *args, **kwargs):
         named = dict(zip(self._names, args, strict=False)) | kwargs
