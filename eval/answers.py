@@ -1,6 +1,7 @@
 """A chat model's own greedy answers to prompts, as JSON: what exits learn from, and what early answers are compared with.
 
-python eval/answers.py --model MODEL --text_folder text --sets alpaca dialogsum --split train --count 400 --max_new_tokens 48 --output answers.json
+python eval/answers.py --model MODEL --text_folder text --sets alpaca dialogsum --split train --count 200 --max_new_tokens 40 \\
+    --output answers.json
 
 Rows: `name`, `prompt` (through the model's chat template), `text`, `answer`, `reference`. Goes on where a stopped run left off.
 """
@@ -38,7 +39,9 @@ class AnswersOptions:
 
 def chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     """A user's text as the model's chat template puts it."""
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+    )
 
 
 def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
@@ -51,7 +54,10 @@ def choose(tokenizer: PreTrainedTokenizerBase, options) -> list[Prompt]:
     chosen = []
     for name in options.sets:
         found = read_prompts(options.text_folder, name, split=options.split)
-        lengths = [len(ids) for ids in tokenizer([chat(tokenizer, one.text) for one in found], add_special_tokens=False)["input_ids"]]
+        lengths = [
+            len(ids)
+            for ids in tokenizer([chat(tokenizer, one.text) for one in found], add_special_tokens=False)["input_ids"]
+        ]
         fitting = [one for one, length in zip(found, lengths, strict=True) if length <= options.max_prompt_tokens]
         chosen += evenly(fitting, options.count)
     return chosen

@@ -5,7 +5,9 @@ Here: what happens to bytes on their way. Not here: what they mean.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import json
 import selectors
 import threading
 from collections.abc import Callable
@@ -157,3 +159,18 @@ class Link:
                 return
             writer.write(chunk)
             await writer.drain()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="A link to a port of this machine, until the process is ended.")
+    parser.add_argument("--target", type=int, required=True, help="The port that it leads to.")
+    parser.add_argument("--round_trip", type=float, required=True, help="Seconds there and back.")
+    parser.add_argument("--rate", type=float, help="Bits per second each way.")
+    options = parser.parse_args()
+    with Link(options.target, round_trip=options.round_trip, rate=options.rate) as link:
+        print(json.dumps({"listening": link.port}), flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -79,9 +79,9 @@ def test_a_cut_breaks_and_healing_lets_new_connections_live(echo: int):
         with connect(link) as connection:
             assert seconds(connection, b"before") > 0
             link.cut()
-            with pytest.raises(OSError):
+            with pytest.raises(ConnectionError):
                 _until_broken(connection)
-        with pytest.raises(OSError), connect(link) as connection:
+        with pytest.raises(ConnectionError), connect(link) as connection:
             _until_broken(connection)
         link.heal()
         with connect(link) as connection:

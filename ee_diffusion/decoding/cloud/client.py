@@ -56,6 +56,20 @@ class Transport(Protocol):
         ...
 
 
+class Helper(Protocol):
+    """What an edge that generates needs of a cloud. `payload`: bytes of states sent so far."""
+
+    payload: int
+
+    def upload(self, first: int, hidden: Tensor) -> None:
+        """Take the states (N, D) of positions first.. and return at once."""
+        ...
+
+    def ask(self, position: int, *, vocabulary: int) -> tuple[int, float]:
+        """The token after `position` and the cloud's own seconds. Raises CloudLost."""
+        ...
+
+
 class LocalTransport:
     """The cloud in this process, for tests and for comparisons without a network."""
 

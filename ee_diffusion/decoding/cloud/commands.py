@@ -62,6 +62,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--positions", type=int, default=4096, help="Most positions of a session.")
     parser.add_argument("--idle_seconds", type=float, default=300.0, help="A session is forgotten after so long.")
     parser.add_argument("--batch", type=int, default=64, help="Most questions answered in one pass.")
+    parser.add_argument("--quiet", action="store_true", help="No line for every call in the log.")
     parser.add_argument("--slice", type=int, default=64, help="Most positions of one prompt in one pass.")
     parser.add_argument("--dtype", default="float32", choices=[name for name in KINDS if name != "int8"])
     parser.set_defaults(run=run_serve)
@@ -108,6 +109,7 @@ def run_serve(options: argparse.Namespace) -> None:
         batch=options.batch,
         slice=options.slice,
         host=options.host,
+        log_calls=not options.quiet,
         certificate=options.certificate,
         key=options.key,
     )

@@ -22,7 +22,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.cache import write_position
-from ee_diffusion.decoding.cloud.client import CloudClient, CloudLost
+from ee_diffusion.decoding.cloud.client import CloudLost, Helper
 from ee_diffusion.decoding.cloud.split import Part
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.heads import SharedTail
@@ -66,7 +66,7 @@ class Edge:
         self,
         input_ids: Tensor,
         policy: Policy,
-        cloud: CloudClient | None = None,
+        cloud: Helper | None = None,
         *,
         max_new_tokens: int,
         eos_token_id: int | None = None,
@@ -125,7 +125,7 @@ class Edge:
 class _Passage:
     """One generation's way through the edge's layers: a context manager that leaves the model as it was."""
 
-    def __init__(self, edge: Edge, session: Session, cloud: CloudClient | None):
+    def __init__(self, edge: Edge, session: Session, cloud: Helper | None):
         self.edge, self.session, self.cloud = edge, session, cloud
         self.cache, self.length = DynamicCache(), 0
         self.layers = layers_of(edge.model)

@@ -57,11 +57,13 @@ class CloudServer:
         owner_calls: int = 192,
         largest: int = 16 * 2**20,
         grace: float = 5.0,
+        log_calls: bool = True,
     ):
         if (certificate is None) != (key is None):
             raise ValueError(f"certificate={certificate}, key={key}, expected both or neither")
         if certificate is None and tokens is not None and not is_loopback(host):
             warnings.warn(f"tokens travel to {host} in clear text: give a certificate and a key", stacklevel=2)
+        self.log_calls = log_calls
         self.manager, self.tokens, self.grace, self.metrics = manager, tokens, grace, Metrics()
         self.worker = Worker(manager, self.metrics, batch=batch, slice=slice)
         self._calls, self._counting, self.owner_calls = Counter[str](), threading.Lock(), owner_calls
@@ -135,7 +137,8 @@ class CloudServer:
 
     def _count(self, name: str, status: grpc.StatusCode, seconds: float) -> None:
         self.metrics.calls.labels(name, status.name).inc()
-        LOG.info(json.dumps({"call": name, "status": status.name, "milliseconds": round(1e3 * seconds, 2)}))
+        if self.log_calls:
+            LOG.info(json.dumps({"call": name, "status": status.name, "milliseconds": round(1e3 * seconds, 2)}))
 
     @contextmanager
     def _owner(self, context: grpc.ServicerContext) -> Iterator[str]:

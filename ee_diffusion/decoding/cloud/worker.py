@@ -1,6 +1,6 @@
 """What answers: one worker thread that takes the ready questions of the clients in passes, and the metrics of a server.
 
-Here: passes, whose turn it is, and the lock of the sessions, which no pass holds. Not here: calls (server.py), what a session is (context.py).
+Here: passes, whose turn it is, and the lock of the sessions, which no pass holds. Not here: calls (server.py), sessions (context.py).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Question:
 class Worker:
     """Owns the context manager: its lock, and the thread that answers. Every method takes the owner that authenticated, as the manager's do.
 
-    Short questions (the next token of a session that is nearly up to date) are answered together, at most `batch` of them, the longest
-    waiting first. A long one (a prompt) is worked on alone, `slice` positions a pass, and long ones take turns. Short and long passes
+    Short questions (the next token of a session that is nearly up to date) are answered together, at most `batch` of them, whoever waits
+    longest first. A long one (a prompt) is worked on alone, `slice` positions a pass, and long ones take turns. Short and long passes
     alternate, so that nobody waits for more than two passes of somebody else before its own turn comes nearer.
     """
 

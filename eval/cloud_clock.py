@@ -1,0 +1,250 @@
+"""Seconds of edge and cloud over shaped links: the whole model at the cloud, the naive split, and CE-CoLLM, taking turns on every prompt.
+
+python eval/cloud_clock.py --model MODEL --parts parts --text_folder text --count 4 --exits exits.safetensors --max_minutes 3.5 \\
+    --candidates whole naive always-float16 sure-0.8 sure-0.9 alone --output_dir runs/cloud-clock
+
+The cloud's server, the whole model's server, the links and the edge are processes of this one machine, one thread each: servers on the
+last core, edge and links on the first (on two cores each side has one; with one core they share it, and the report says so). A link is a
+proxy with half a round trip of delay and a rate each way. Every candidate makes the same number of tokens (no end of text), greedy,
+float32. total = edge + waiting; waiting = the cloud's seconds + communication (waits for states on their way included). Rows are kept in
+rows.jsonl; a stopped run goes on; --max_minutes ends a run in time. Writes cloud-clock.json. Tokens and texts: eval/cloud.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, median, quantiles
+
+import torch
+from answers import chat, choose
+from cloud import add_row, candidate, load_edge, read_rows
+from options import flag, parse
+from prompt_sets import Prompt
+from transformers import AutoTokenizer
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.decoding.cloud.baselines import NaiveSplit, ask_whole
+from ee_diffusion.decoding.cloud.client import CloudClient
+from ee_diffusion.decoding.cloud.remote import RemoteTransport
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
+
+DEADLINE = 60.0  # seconds: nothing is to be lost here
+
+
+@dataclass(frozen=True)
+class ClockOptions:
+    """What is timed, over which links."""
+
+    model: str = flag("Folder of the whole causal language model, with its tokenizer.")
+    parts: str = flag("Folder that `ee-diffusion edge split` wrote.")
+    exits: str | None = flag("exits.safetensors of train/exit_heads_lm.py; none: the model's own tail, untrained.")
+    score: str = flag("Score of the thresholds: max_probability, certainty, margin, ...", "max_probability")
+    text_folder: str = flag("Folder of the text sets.")
+    sets: list[str] = field(default_factory=lambda: ["alpaca", "dialogsum", "truthfulqa"], metadata={"help": "Sets."})
+    split: str = flag("train or test.", "test")
+    count: int = flag("Prompts of each set.", 4)
+    max_prompt_tokens: int = flag("Longer prompts are left out.", 256)
+    max_new_tokens: int = flag("Tokens of every answer.", 32)
+    candidates: list[str] = field(default_factory=list, metadata={"help": "whole, naive, always-KIND, sure-T, alone."})
+    round_trips: list[float] = field(
+        default_factory=lambda: [0.0025, 0.05], metadata={"help": "Of the links, seconds."}
+    )
+    rate: float = flag("Bits per second of every link, each way.", 20e6)
+    max_minutes: float | None = flag("Begin nothing new after so long; none: no bound.")
+    output_dir: str = flag("Where rows.jsonl and cloud-clock.json go.")
+
+
+def cores() -> tuple[int, int]:
+    """The core of the edge and that of the cloud; the same one where there is but one."""
+    here = sorted(os.sched_getaffinity(0))
+    return here[0], here[-1]
+
+
+def started(stack: ExitStack, words: list[str], *, core: int) -> int:
+    """Start a process of this package on one core and one thread -> the port it listens on."""
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    said = []
+    for line in iter(process.stdout.readline, ""):
+        said.append(line)
+        if line.startswith('{"listening"'):
+            return json.loads(line)["listening"]
+    raise RuntimeError(f"{words} ended: {''.join(said[-5:])}")
+
+
+def servers(stack: ExitStack, options: ClockOptions) -> dict[tuple[str, float], str]:
+    """Everything that listens -> the address of (whole or parts, round trip)."""
+    edge, cloud = cores()
+    serve = ["-m", "ee_diffusion.decoding.cloud.commands", "cloud", "serve", "--model", options.parts, "--port", "0"]
+    targets = {
+        "parts": started(stack, [*serve, "--quiet"], core=cloud),
+        "whole": started(stack, ["-m", "ee_diffusion.decoding.cloud.baselines", options.model], core=cloud),
+    }
+    found = {}
+    for name, target in targets.items():
+        for round_trip in options.round_trips:
+            shape = ["--target", str(target), "--round_trip", str(round_trip), "--rate", str(options.rate)]
+            port = started(stack, ["-m", "ee_diffusion.measure.links", *shape], core=edge)
+            found[name, round_trip] = f"127.0.0.1:{port}"
+    return found
+
+
+class Clock:
+    """The edge, and one timed answer of a candidate over a link."""
+
+    def __init__(self, options: ClockOptions, addresses: dict[tuple[str, float], str]):
+        self.options, self.addresses = options, addresses
+        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
+        self.edge = load_edge(options)
+        self.width = self.edge.model.config.hidden_size
+
+    def row(self, prompt: Prompt, name: str, round_trip: float) -> dict:
+        """Seconds, bytes and tokens of one answer."""
+        words = chat(self.tokenizer, prompt.text)
+        ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        row = {"prompt": prompt.name, "candidate": name, "round_trip": round_trip, "prompt_tokens": ids.shape[1]}
+        return row | (self._whole(ids, round_trip) if name == "whole" else self._edge(ids, name, round_trip))
+
+    def _whole(self, ids: torch.Tensor, round_trip: float) -> dict:
+        tokens = self.options.max_new_tokens
+        told = ask_whole(self.addresses["whole", round_trip], ids, max_new_tokens=tokens, timeout=DEADLINE)
+        return {"total": told.total, "cloud": told.cloud, "edge": 0.0, "asked": tokens, "tokens": tokens, "payload": 0}
+
+    def _edge(self, ids: torch.Tensor, name: str, round_trip: float) -> dict:
+        naive = name == "naive"
+        policy, kind = (Policy(), None) if naive else candidate(name, self.options.score, self.edge.part.exits)
+        with ExitStack() as stack:
+            cloud = None
+            if naive or kind is not None:
+                address = self.addresses["parts", round_trip]
+                line = stack.enter_context(RemoteTransport(address, self.edge.part, width=self.width))
+                line.close(line.open(timeout=DEADLINE), timeout=DEADLINE)  # connected before the clock starts
+                client = (
+                    NaiveSplit(line, deadline=DEADLINE)
+                    if naive
+                    else CloudClient(line, kind=kind, deadline=DEADLINE, retry_after=0.0)
+                )
+                cloud = stack.enter_context(client)
+            out = self.edge.generate(ids, policy, cloud, max_new_tokens=self.options.max_new_tokens)
+        if out.losses:
+            raise RuntimeError(f"the cloud was lost: {out.losses[0]}")
+        seconds = {"total": out.total, "cloud": out.cloud, "edge": out.total - out.waited}
+        counts = {"asked": out.sources.count("cloud"), "tokens": len(out.sources), "payload": out.payload}
+        return seconds | counts
+
+
+def summarise(rows: list[dict]) -> list[dict]:
+    """Medians over prompts for each set, link and candidate, and ratios to the whole model's at the same prompts."""
+    whole = {(row["prompt"], row["round_trip"]): row for row in rows if row["candidate"] == "whole"}
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if (row["prompt"], row["round_trip"]) in whole:
+            key = (row["prompt"].split("/")[0], row["round_trip"], row["candidate"])
+            groups.setdefault(key, []).append(row)
+    return [_summary(key, chosen, whole) for key, chosen in sorted(groups.items())]
+
+
+def _summary(key: tuple, rows: list[dict], whole: dict) -> dict:
+    pairs = [(row, whole[row["prompt"], row["round_trip"]]) for row in rows]
+    return {
+        **dict(zip(("set", "round_trip", "candidate"), key, strict=True)),
+        "prompts": len(rows),
+        "total": median(row["total"] for row in rows),
+        "cloud": median(row["cloud"] for row in rows),
+        "edge": median(row["edge"] for row in rows),
+        "communication": median(row["total"] - row["edge"] - row["cloud"] for row in rows),
+        "kilobytes": fmean(row["payload"] for row in rows) / 1000,
+        "asked": sum(row["asked"] for row in rows) / sum(row["tokens"] for row in rows),
+        "total_ratio": median(row["total"] / one["total"] for row, one in pairs),
+        "cloud_saved": 1 - sum(row["cloud"] for row, _ in pairs) / sum(one["cloud"] for _, one in pairs),
+    }
+
+
+def break_even(rows: list[dict], *, resamples: int, seed: int) -> list[dict]:
+    """For each set and link: the share of asked tokens at which CE-CoLLM takes as long as the whole model at the cloud.
+
+    A line through (share, total over the whole model's total at the same prompt) of all candidates that ask for some tokens or all; where
+    it crosses 1, with a bootstrap interval over answers. Above 1 it is never slower, below 0 always.
+    """
+    whole = {(row["prompt"], row["round_trip"]): row["total"] for row in rows if row["candidate"] == "whole"}
+    groups: dict[tuple, list[tuple[float, float]]] = {}
+    for row in rows:
+        key = (row["prompt"], row["round_trip"])
+        if row["candidate"] not in ("whole", "naive") and row["asked"] and key in whole:
+            point = (row["asked"] / row["tokens"], row["total"] / whole[key])
+            groups.setdefault((row["prompt"].split("/")[0], row["round_trip"]), []).append(point)
+    found = []
+    for (name, round_trip), points in sorted(groups.items()):
+        values = torch.tensor(points, dtype=torch.float64)  # (R, 2)
+        if len(points) < 3 or float(values[:, 0].std()) == 0:
+            continue
+        drawn = torch.randint(len(points), (resamples, len(points)), generator=torch.Generator().manual_seed(seed))
+        crossings = sorted(_crossing(values[places]) for places in drawn)
+        cuts = quantiles(crossings, n=40)
+        row = {"set": name, "round_trip": round_trip, "answers": len(points), "share": _crossing(values)}
+        found.append(row | {"low": cuts[0], "high": cuts[-1]})
+    return found
+
+
+def _crossing(points: torch.Tensor) -> float:
+    share, ratio = points[:, 0], points[:, 1]
+    spread = share - share.mean()
+    slope = float((spread * (ratio - ratio.mean())).sum() / (spread**2).sum().clamp(min=1e-12))
+    return float(share.mean()) + (1 - float(ratio.mean())) / (slope if slope else 1e-12)
+
+
+def measure(options: ClockOptions, path: Path) -> None:
+    """Add the rows that are not there yet, candidates taking turns on every prompt and link."""
+    begun, done = time.monotonic(), {(r["prompt"], r["candidate"], r["round_trip"]) for r in read_rows(path)}
+    with ExitStack() as stack:
+        clock = Clock(options, servers(stack, options))
+        os.sched_setaffinity(0, {cores()[0]})
+        torch.set_num_threads(1)
+        warm = Prompt("warm", "Name a colour.", "")
+        for turn, prompt in enumerate([warm, *choose(clock.tokenizer, options)]):
+            shift = turn % len(options.candidates)
+            for round_trip in options.round_trips:
+                for name in options.candidates[shift:] + options.candidates[:shift]:
+                    if (prompt.name, name, round_trip) in done:
+                        continue
+                    if options.max_minutes is not None and time.monotonic() - begun > 60 * options.max_minutes:
+                        return
+                    row = clock.row(prompt, name, round_trip)
+                    if turn:  # the first prompt warms everything up
+                        add_row(path, row)
+                        print(*(row[key] for key in ("prompt", "candidate", "round_trip", "total")), flush=True)
+
+
+def main() -> None:
+    (options,) = parse(ClockOptions, description=__doc__)
+    for name in ("model", "parts", "text_folder", "output_dir"):
+        if getattr(options, name) is None:
+            raise ValueError(f"--{name} is missing")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    measure(options, folder / "rows.jsonl")
+    rows = read_rows(folder / "rows.jsonl")
+    table, even = summarise(rows), break_even(rows, resamples=1000, seed=0)
+    settings = {name: value for name, value in asdict(options).items() if name != "text_folder"}
+    report = {"settings": settings, "rows": table, "break_even": even, "environment": environment("cpu")}
+    write_json(folder / "cloud-clock.json", report | {"cores": len(set(cores()))})
+    print(markdown_table(table) if table else "nothing measured yet")
+
+
+if __name__ == "__main__":
+    main()
