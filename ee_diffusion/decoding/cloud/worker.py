@@ -55,11 +55,11 @@ class Question:
 
 
 class Worker:
-    """Owns the context manager: its lock, and the thread that answers. Every method takes the owner that authenticated, as the manager's do.
+    """Owns the context manager: its lock, and the thread that answers. Methods take the owner that authenticated, as the manager's do.
 
-    Short questions (the next token of a session that is nearly up to date) are answered together, at most `batch` of them, whoever waits
-    longest first. A long one (a prompt) is worked on alone, `slice` positions a pass, and long ones take turns. Short and long passes
-    alternate, so that nobody waits for more than two passes of somebody else before its own turn comes nearer.
+    Short questions (the next token of a session that is nearly up to date) are answered together, at most `batch` of them, oldest first.
+    A long one (a prompt) is worked on alone, `slice` positions a pass, and long ones take turns. Short and long passes alternate: nobody
+    waits for the whole prompt of somebody else.
     """
 
     def __init__(self, manager: ContextManager, metrics: Metrics, *, batch: int, slice: int):
