@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 from language import model_named
-from split_parts import EXITS, TOKENS, manager, prompt, whole
+from split_parts import EXITS, manager, prompt, whole
 
 grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
 
