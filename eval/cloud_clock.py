@@ -7,7 +7,8 @@ The cloud's server, the whole model's server, the links and the edge are process
 last core, edge and links on the first (on two cores each side has one; with one core they share it, and the report says so). A link is a
 proxy with half a round trip of delay and a rate each way. Every candidate makes the same number of tokens (no end of text), greedy,
 float32. total = edge + waiting; waiting = the cloud's seconds + communication (waits for states on their way included). Rows are kept in
-rows.jsonl; a stopped run goes on; --max_minutes ends a run in time. Writes cloud-clock.json. Tokens and texts: eval/cloud.py.
+rows.jsonl; a stopped run goes on; --max_minutes ends a run in time. Writes cloud-clock.json; `rougeL` and `same` (answers) are to the whole
+model's. FLOPs, encodings, references: eval/cloud.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -34,6 +36,7 @@ from ee_diffusion.decoding.cloud.baselines import NaiveSplit, ask_whole
 from ee_diffusion.decoding.cloud.client import CloudClient
 from ee_diffusion.decoding.cloud.remote import RemoteTransport
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.measure.texts import text_scores
 
 DEADLINE = 60.0  # seconds: nothing is to be lost here
 
@@ -67,8 +70,8 @@ def cores() -> tuple[int, int]:
     return here[0], here[-1]
 
 
-def started(stack: ExitStack, words: list[str], *, core: int) -> int:
-    """Start a process of this package on one core and one thread -> the port it listens on."""
+def started(stack: ExitStack, words: list[str], *, core: int) -> tuple[int, int]:
+    """Start a process of this package on one core and one thread -> the port it listens on, and its id."""
     process = subprocess.Popen(
         [sys.executable, *words],
         stdout=subprocess.PIPE,
@@ -83,7 +86,10 @@ def started(stack: ExitStack, words: list[str], *, core: int) -> int:
     for line in iter(process.stdout.readline, ""):
         said.append(line)
         if line.startswith('{"listening"'):
-            return json.loads(line)["listening"]
+            threading.Thread(
+                target=process.stdout.read, daemon=True
+            ).start()  # so that what it says further never stops it
+            return json.loads(line)["listening"], process.pid
     raise RuntimeError(f"{words} ended: {''.join(said[-5:])}")
 
 
@@ -92,14 +98,14 @@ def servers(stack: ExitStack, options: ClockOptions) -> dict[tuple[str, float], 
     edge, cloud = cores()
     serve = ["-m", "ee_diffusion.decoding.cloud.commands", "cloud", "serve", "--model", options.parts, "--port", "0"]
     targets = {
-        "parts": started(stack, [*serve, "--quiet"], core=cloud),
-        "whole": started(stack, ["-m", "ee_diffusion.decoding.cloud.baselines", options.model], core=cloud),
+        "parts": started(stack, [*serve, "--quiet"], core=cloud)[0],
+        "whole": started(stack, ["-m", "ee_diffusion.decoding.cloud.baselines", options.model], core=cloud)[0],
     }
     found = {}
     for name, target in targets.items():
         for round_trip in options.round_trips:
             shape = ["--target", str(target), "--round_trip", str(round_trip), "--rate", str(options.rate)]
-            port = started(stack, ["-m", "ee_diffusion.measure.links", *shape], core=edge)
+            port, _ = started(stack, ["-m", "ee_diffusion.measure.links", *shape], core=edge)
             found[name, round_trip] = f"127.0.0.1:{port}"
     return found
 
@@ -111,7 +117,7 @@ class Clock:
         self.options, self.addresses = options, addresses
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.edge = load_edge(options)
-        self.width = self.edge.model.config.hidden_size
+        self.width, self.end = self.edge.model.config.hidden_size, self.tokenizer.eos_token_id
 
     def row(self, prompt: Prompt, name: str, round_trip: float) -> dict:
         """Seconds, bytes and tokens of one answer."""
@@ -123,7 +129,13 @@ class Clock:
     def _whole(self, ids: torch.Tensor, round_trip: float) -> dict:
         tokens = self.options.max_new_tokens
         told = ask_whole(self.addresses["whole", round_trip], ids, max_new_tokens=tokens, timeout=DEADLINE)
-        return {"total": told.total, "cloud": told.cloud, "edge": 0.0, "asked": tokens, "tokens": tokens, "payload": 0}
+        seconds = {"total": told.total, "cloud": told.cloud, "edge": 0.0}
+        return seconds | {"asked": tokens, "tokens": told.tokens, "text": self._text(told.tokens), "payload": 0}
+
+    def _text(self, tokens: list[int]) -> str:
+        """What was said before the end of text, where there was one."""
+        end = tokens.index(self.end) if self.end in tokens else len(tokens)
+        return self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
 
     def _edge(self, ids: torch.Tensor, name: str, round_trip: float) -> dict:
         naive = name == "naive"
@@ -144,8 +156,9 @@ class Clock:
         if out.losses:
             raise RuntimeError(f"the cloud was lost: {out.losses[0]}")
         seconds = {"total": out.total, "cloud": out.cloud, "edge": out.total - out.waited}
-        counts = {"asked": out.sources.count("cloud"), "tokens": len(out.sources), "payload": out.payload}
-        return seconds | counts
+        tokens = out.sequences[0, ids.shape[1] :].tolist()
+        counts = {"asked": out.sources.count("cloud"), "tokens": tokens, "payload": out.payload}
+        return seconds | counts | {"text": self._text(tokens)}
 
 
 def summarise(rows: list[dict]) -> list[dict]:
@@ -169,8 +182,12 @@ def _summary(key: tuple, rows: list[dict], whole: dict) -> dict:
         "edge": median(row["edge"] for row in rows),
         "communication": median(row["total"] - row["edge"] - row["cloud"] for row in rows),
         "kilobytes": fmean(row["payload"] for row in rows) / 1000,
-        "asked": sum(row["asked"] for row in rows) / sum(row["tokens"] for row in rows),
+        "asked": sum(row["asked"] for row in rows) / sum(len(row["tokens"]) for row in rows),
         "total_ratio": median(row["total"] / one["total"] for row, one in pairs),
+        "rougeL": text_scores(
+            [row["text"] for row, _ in pairs], [[one["text"]] for _, one in pairs], resamples=1, seed=0
+        )["rougeL"],
+        "same": sum(row["tokens"] == one["tokens"] for row, one in pairs),
         "cloud_saved": 1 - sum(row["cloud"] for row, _ in pairs) / sum(one["cloud"] for _, one in pairs),
     }
 
@@ -186,7 +203,7 @@ def break_even(rows: list[dict], *, resamples: int, seed: int) -> list[dict]:
     for row in rows:
         key = (row["prompt"], row["round_trip"])
         if row["candidate"] not in ("whole", "naive") and row["asked"] and key in whole:
-            point = (row["asked"] / row["tokens"], row["total"] / whole[key])
+            point = (row["asked"] / len(row["tokens"]), row["total"] / whole[key])
             groups.setdefault((row["prompt"].split("/")[0], row["round_trip"]), []).append(point)
     found = []
     for (name, round_trip), points in sorted(groups.items()):

@@ -58,9 +58,8 @@ def kill(pid: int) -> None:
 
 def main() -> None:
     import torch  # noqa: PLC0415  (of the script alone: who imports Nursery has it loaded differently)
-    from split_parts import manager, parts  # noqa: PLC0415
-
-    from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: PLC0415
+    from cloud_servers import serving  # noqa: PLC0415
+    from split_parts import parts  # noqa: PLC0415
 
     torch.set_num_threads(1)
     parts("llama")
@@ -68,7 +67,7 @@ def main() -> None:
     for _ in sys.stdin:
         if os.fork():
             continue
-        server = CloudServer(manager(), port=0, tokens=None, batch=16, slice=64).__enter__()
+        server = serving().__enter__()
         print(os.getpid(), server.port, flush=True)
         signal.pause()
 

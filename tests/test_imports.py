@@ -26,7 +26,7 @@ TABLE = {
     "core": CORE,
     "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib", "peft"},
     "decoding": SIDE
-    | {"transformers", "huggingface_hub", "peft", "grpc", "grpc_health", "google.protobuf", "prometheus_client"},
+    | {"transformers", "huggingface_hub", "peft", "grpc", "grpc_health", "google.protobuf", "prometheus_client", "ray"},
     "encoder": SIDE | {"transformers", "huggingface_hub"},
     # of diffusers the loop takes the learning rate schedules and the moving average, no model
     "training": SIDE | {"accelerate", "datasets", "tqdm", "diffusers.optimization", "diffusers.training_utils"},
@@ -37,6 +37,7 @@ TABLE = {
 EXTRAS = {
     "decoding": {"decoding"},
     "cloud": {"cloud"},
+    "ray_serve.py": {"ray"},
     "training": {"train"},
     "encoder": {"encoder"},
     "measure": {"eval"},

@@ -20,12 +20,13 @@ from split_parts import client, edge, manager, parts, prompt
 
 grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
 
+from cloud_servers import serving  # noqa: E402
+
 from ee_diffusion.core.policy import Policy  # noqa: E402
 from ee_diffusion.decoding.cloud.client import CloudClient, CloudLost, LocalTransport, Upload  # noqa: E402
 from ee_diffusion.decoding.cloud.edge import EdgeOutput  # noqa: E402
 from ee_diffusion.decoding.cloud.encoding import decode, encode  # noqa: E402
 from ee_diffusion.decoding.cloud.remote import RemoteTransport  # noqa: E402
-from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: E402
 from ee_diffusion.measure.links import Link  # noqa: E402
 
 WIDTH, TOKENS = 32, 24
@@ -39,10 +40,6 @@ def nursery() -> Iterator[Nursery]:
 
 def line(port: int) -> RemoteTransport:
     return RemoteTransport(f"127.0.0.1:{port}", parts("llama")[0][1], width=WIDTH)
-
-
-def server() -> CloudServer:
-    return CloudServer(manager(), port=0, tokens=None, batch=16, slice=64, grace=0.2)
 
 
 def judged(out: EdgeOutput, row: int) -> EdgeOutput:
@@ -144,7 +141,7 @@ def test_a_server_killed_at_every_phase_of_a_token(nursery: Nursery, method: str
 
 
 def test_a_line_that_is_cut_and_heals():
-    with server() as there:
+    with serving() as there:
         with Link(there.port, round_trip=0.002, rate=20e6) as link, line(link.port) as transport:
 
             def before(token: int) -> None:
@@ -158,7 +155,7 @@ def test_a_line_that_is_cut_and_heals():
         assert out.sources[:4] == ["cloud"] * 4
         assert out.sources[4:8] == ["own"] * 4
         assert out.sources[-1] == "cloud", out.sources
-        assert there.manager.sessions == {}  # the session that was lost was closed by the one after it
+        assert there.worker.manager.sessions == {}  # the session that was lost was closed by the one after it
 
 
 @pytest.mark.parametrize("kind", ["repeated", *(pytest.param(one, marks=pytest.mark.slow) for one in OTHERWISE)])
@@ -174,7 +171,7 @@ def test_bytes_that_arrive_otherwise_than_they_were_sent(kind: str):
             return draw.randbytes(len(chunk))
         return {"truncated": chunk[: len(chunk) // 2], "dropped": b"", "repeated": chunk * 2}[kind]
 
-    with server() as there:
+    with serving() as there:
         with Link(there.port, round_trip=0.0, rate=None, change=change) as link, line(link.port) as transport:
             with client(transport, deadline=0.4) as cloud:
                 out = generate(cloud, 0, pace=0.01)
@@ -218,7 +215,7 @@ def test_messages_twice_and_in_any_order():
 
 
 def test_a_cloud_that_is_too_slow_costs_no_more_than_its_deadline():
-    with server() as there:
+    with serving() as there:
         with Link(there.port, round_trip=3.0, rate=None) as link, line(link.port) as transport:
             begun = time.monotonic()
             with client(transport, deadline=0.3, retry_after=60.0) as cloud:
@@ -238,7 +235,7 @@ def test_the_time_of_day_does_not_matter(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_server_of_another_version_leaves_the_edge_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ee_diffusion.decoding.cloud.remote.VERSION", 2)
-    with server() as there, line(there.port) as transport:
+    with serving() as there, line(there.port) as transport:
         with client(transport, retry_after=60.0) as cloud:
             out = judged(edge().generate(prompt(1), Policy(), cloud, max_new_tokens=TOKENS), 1)
     assert out.sources == ["own"] * TOKENS

@@ -23,6 +23,7 @@ from tree import ROOT
 
 grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
 
+from cloud_servers import serving  # noqa: E402
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
 
 from ee_diffusion.core.policy import Policy  # noqa: E402
@@ -36,10 +37,6 @@ from ee_diffusion.decoding.cloud.split import split_model  # noqa: E402
 from ee_diffusion.decoding.cloud.tokens import Entry, Tokens  # noqa: E402
 
 WIDTH = 32
-
-
-def server(**more) -> CloudServer:
-    return CloudServer(manager(), **{"port": 0, "tokens": None, "batch": 16, "slice": 64, "grace": 0.5} | more)
 
 
 def line(there: CloudServer | int, **more) -> RemoteTransport:
@@ -60,11 +57,11 @@ def ask_everything(transport, row: int, **more):
 
 
 def test_over_the_wire_the_tokens_are_the_whole_models():
-    with server() as there, line(there) as transport:
+    with serving() as there, line(there) as transport:
         out = ask_everything(transport, 0)
         assert tuple(out.sequences[0].tolist()) == whole(0)
         assert out.sources == ["cloud"] * TOKENS
-        assert there.manager.bytes == 0  # closed at the end
+        assert there.worker.manager.bytes == 0  # closed at the end
         stub = health_pb2_grpc.HealthStub(transport.channel)
         assert stub.Check(health_pb2.HealthCheckRequest(service=SERVICE), timeout=5).status == 1
 
@@ -77,7 +74,7 @@ def test_clients_at_once_get_their_own_answers():
             found[place] = ask_everything(transport, rows[place]).sequences[0].tolist()
 
     edges = parts("llama")  # loaded before the threads start
-    with server() as there:
+    with serving() as there:
         assert len(edges) == 2
         for place in range(4):  # edges patch their model while they run: one at a time here, in processes elsewhere
             one(place, there.port)
@@ -117,7 +114,7 @@ def _raw(port: int, row: int, hidden: torch.Tensor, found: dict, place: int) -> 
 def test_tokens_and_ownership():
     now = [datetime(2027, 1, 1, tzinfo=UTC)]
     until = Entry("a", now[0] + timedelta(hours=1))
-    with server(tokens=Tokens({"secret": until, "other": Entry("b")}, now=lambda: now[0])) as there:
+    with serving(tokens=Tokens({"secret": until, "other": Entry("b")}, now=lambda: now[0])) as there:
         for token in (None, "wrong", ""):
             with line(there, token=token) as transport, pytest.raises(CloudLost, match="UNAUTHENTICATED"):
                 transport.open(timeout=5)
@@ -134,7 +131,7 @@ def test_tokens_and_ownership():
 
 
 def test_what_is_malformed_is_refused_and_late_is_late():
-    with server(largest=2**16) as there, line(there) as transport:
+    with serving(largest=2**16) as there, line(there) as transport:
         session = transport.open(timeout=5)
         good = encode(torch.zeros(2, WIDTH), kind="float32")
         bad = torch.full((1, WIDTH), torch.nan).numpy().tobytes()
@@ -161,7 +158,7 @@ def test_what_is_malformed_is_refused_and_late_is_late():
 
 def test_a_server_that_dies_and_comes_back():
     """At every token the server is gone once: the answer is complete, and the cloud is used again."""
-    there = server().__enter__()
+    there = serving().__enter__()
     port = there.port
     try:
         for token in (0, 2, TOKENS - 1):
@@ -178,7 +175,7 @@ def test_a_server_that_dies_and_comes_back():
                         return ask(position, vocabulary=vocabulary)
                     finally:
                         if len(asked) == token + 1:
-                            there = server(port=port).__enter__()
+                            there = serving(port=port).__enter__()
 
                 cloud.ask = dying
                 out = edge().generate(prompt(0), Policy(), cloud, max_new_tokens=TOKENS)
@@ -195,8 +192,8 @@ def test_a_server_that_dies_and_comes_back():
 
 def test_one_session_asked_twice_at_once_gets_both_answers():
     hidden = _states(0)
-    with server() as there:
-        cloud = there.manager
+    with serving() as there:
+        cloud = there.worker.manager
         with there.worker.changed:  # both wait for the same pass
             session = cloud.open("a")
             cloud.upload("a", session, 0, hidden=hidden)
@@ -211,7 +208,7 @@ def test_clear_text_tokens_beyond_this_machine_are_warned_about():
         warnings.simplefilter("error")
         RemoteTransport("localhost:1", parts("llama")[0][1], width=WIDTH, token="x").channel.close()
     with pytest.raises(ValueError, match="expected both or neither"):
-        server(certificate="a")
+        serving(certificate="a")
 
 
 @pytest.mark.slow
@@ -228,7 +225,7 @@ def test_memory_is_back_after_a_thousand_sessions():
 @pytest.mark.slow
 def test_ten_thousand_fuzzed_messages():
     draw = random.Random(5)
-    with server() as there, line(there) as transport:
+    with serving() as there, line(there) as transport:
         raw = {
             name: transport.channel.unary_unary(
                 f"/{SERVICE}/{name}", request_serializer=bytes, response_deserializer=bytes
@@ -255,7 +252,7 @@ def test_ten_thousand_fuzzed_messages():
                 status = error.code().name
             ended[status] = ended.get(status, 0) + 1
         print(ended)
-        there.manager.sessions.clear()
+        there.worker.manager.sessions.clear()
         assert tuple(ask_everything(transport, 1).sequences[0].tolist()) == whole(1)
     assert LIMITS.sessions == 80
 

@@ -28,6 +28,7 @@ from ee_diffusion.decoding.cloud.remote import RemoteTransport
 from ee_diffusion.decoding.cloud.server import CloudServer, serve
 from ee_diffusion.decoding.cloud.split import load_part, split_model
 from ee_diffusion.decoding.cloud.tokens import Tokens
+from ee_diffusion.decoding.cloud.worker import Backend, Metrics, Worker
 
 TOKEN = "EE_DIFFUSION_TOKEN"
 
@@ -35,7 +36,9 @@ TOKEN = "EE_DIFFUSION_TOKEN"
 def register(commands) -> None:
     """Add `cloud` and `edge` to the subparsers of a command line."""
     cloud = commands.add_parser("cloud", help="the upper layers of a model, for edges that ask")
-    _serve_flags(cloud.add_subparsers(required=True).add_parser("serve", help="serve a cloud part"))
+    serving = cloud.add_subparsers(required=True).add_parser("serve", help="serve a cloud part")
+    add_serve_flags(serving)
+    serving.set_defaults(run=run_serve)
     edge = commands.add_parser("edge", help="the lower layers of a model").add_subparsers(required=True)
     split = edge.add_parser("split", help="write both parts of a model")
     split.add_argument("--model", required=True, help="Folder of a causal language model.")
@@ -46,7 +49,8 @@ def register(commands) -> None:
     _generate_flags(edge.add_parser("generate", help="generate, alone or with a cloud"))
 
 
-def _serve_flags(parser: argparse.ArgumentParser) -> None:
+def add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    """What a server can be told."""
     parser.add_argument("--model", required=True, help="What `edge split` wrote.")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
@@ -65,7 +69,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="No line for every call in the log.")
     parser.add_argument("--slice", type=int, default=64, help="Most positions of one prompt in one pass.")
     parser.add_argument("--dtype", default="float32", choices=[name for name in KINDS if name != "int8"])
-    parser.set_defaults(run=run_serve)
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -98,20 +101,29 @@ def run_serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     model, part = load_part(options.model, "cloud", dtype=KINDS[options.dtype])
-    limits = Limits(
+    manager = ContextManager(model, part, limits=limits_of(options))
+    metrics = Metrics()
+    serve_backend(Worker(manager, metrics, batch=options.batch, slice=options.slice), options, metrics=metrics)
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """The limits that the flags say."""
+    return Limits(
         options.sessions, options.owner_sessions, options.megabytes * 10**6, options.positions, options.idle_seconds
     )
-    tokens = None if options.tokens is None else Tokens.read(options.tokens)
+
+
+def serve_backend(worker: Backend, options: argparse.Namespace, *, metrics: Metrics | None = None) -> None:
+    """Put the gRPC server before a worker, until SIGTERM."""
     server = CloudServer(
-        ContextManager(model, part, limits=limits),
+        worker,
         port=options.port,
-        tokens=tokens,
-        batch=options.batch,
-        slice=options.slice,
+        tokens=None if options.tokens is None else Tokens.read(options.tokens),
+        metrics=metrics,
         host=options.host,
-        log_calls=not options.quiet,
         certificate=options.certificate,
         key=options.key,
+        log_calls=not options.quiet,
     )
     serve(server, metrics_port=options.metrics_port)
 

@@ -20,7 +20,8 @@ from ee_diffusion.decoding.cloud.split import Part
 
 
 class Refused(ValueError):
-    """The cloud will not do that. `kind`: "unknown" (session), "limit", "invalid" or "missing" (states that were not uploaded yet)."""
+    """The cloud will not do that. `kind`: "unknown" (session), "limit", "invalid", "missing" (states that were not uploaded yet)
+    or "unavailable" (who held the session)."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -107,13 +108,13 @@ class ContextManager:
         """Bytes that all sessions take or will take once their positions are processed."""
         return self.bytes_per_position * sum(context.positions for context in self.sessions.values())
 
-    def open(self, owner: str) -> str:
-        """Begin a session -> its id, which nobody can guess. Raises Refused at the limits of sessions."""
+    def open(self, owner: str, *, session: str | None = None) -> str:
+        """Begin a session -> its id, which nobody can guess (`session`: one that the caller drew). Raises Refused at the limits."""
         self.expire()
         mine = sum(context.owner == owner for context in self.sessions.values())
         if len(self.sessions) >= self.limits.sessions or mine >= self.limits.owner_sessions:
             raise Refused("limit", f"{len(self.sessions)} sessions are open, {mine} of them by this client")
-        session = secrets.token_hex(16)
+        session = secrets.token_hex(16) if session is None else session
         self.sessions[session] = Context(owner, self.clock())
         return session
 

@@ -23,20 +23,21 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import start_http_server
 
 from ee_diffusion.decoding.cloud import wire_pb2 as wire
-from ee_diffusion.decoding.cloud.context import ContextManager, Refused
+from ee_diffusion.decoding.cloud.context import Refused
 from ee_diffusion.decoding.cloud.encoding import decode
 from ee_diffusion.decoding.cloud.remote import is_loopback
 from ee_diffusion.decoding.cloud.rpc import CALLS, ENCODINGS, SERVICE, STATUS, VERSION
 from ee_diffusion.decoding.cloud.tokens import Tokens
-from ee_diffusion.decoding.cloud.worker import LOG, Metrics, Worker
+from ee_diffusion.decoding.cloud.worker import LOG, Backend, Metrics
 
 
 class CloudServer:
-    """A gRPC server for one cloud part. `tokens`: who may ask (None: anybody, all as one client); `port` 0: any free one.
+    """A gRPC server before a worker. `tokens`: who may ask (None: anybody, all as one client); `port` 0: any free one; `metrics`: the
+    worker's own, if it has some.
 
-    host: loopback unless told otherwise; certificate and key: files for TLS. `batch`: questions of one pass, `slice`: positions of a
-    prompt in one pass; `largest`: bytes of a message; `owner_calls`: calls of one client at once, below `threads`, so that none can take
-    them all. A context manager: leaving drains for `grace` seconds.
+    host: loopback unless told otherwise; certificate and key: files for TLS. `largest`: bytes of a message; `owner_calls`: calls of one
+    client at once, below `threads`, so that none can take them all. A context manager: leaving drains for `grace` seconds and ends the
+    worker.
 
     Raises:
         ValueError: one of certificate and key without the other; an address that cannot be had.
@@ -44,12 +45,11 @@ class CloudServer:
 
     def __init__(
         self,
-        manager: ContextManager,
+        worker: Backend,
         *,
         port: int,
         tokens: Tokens | None,
-        batch: int,
-        slice: int,
+        metrics: Metrics | None = None,
         host: str = "127.0.0.1",
         certificate: str | None = None,
         key: str | None = None,
@@ -64,8 +64,8 @@ class CloudServer:
         if certificate is None and tokens is not None and not is_loopback(host):
             warnings.warn(f"tokens travel to {host} in clear text: give a certificate and a key", stacklevel=2)
         self.log_calls = log_calls
-        self.manager, self.tokens, self.grace, self.metrics = manager, tokens, grace, Metrics()
-        self.worker = Worker(manager, self.metrics, batch=batch, slice=slice)
+        self.worker, self.tokens, self.grace = worker, tokens, grace
+        self.metrics = Metrics() if metrics is None else metrics
         self._calls, self._counting, self.owner_calls = Counter[str](), threading.Lock(), owner_calls
         options = [("grpc.max_receive_message_length", largest), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=2 * threads)
@@ -162,7 +162,7 @@ class CloudServer:
     def _open(self, owner: str, request: wire.OpenRequest, context) -> wire.OpenReply:
         if request.version != VERSION:
             raise Refused("invalid", f"wire version {request.version}, expected {VERSION}")
-        if request.fingerprint != self.manager.part.fingerprint or request.width != self.manager.width:
+        if request.fingerprint != self.worker.part.fingerprint or request.width != self.worker.width:
             raise Refused("invalid", "the edge's part is of another model than the cloud's")
         return wire.OpenReply(session=self.worker.open(owner))
 
@@ -171,7 +171,7 @@ class CloudServer:
         if request.encoding not in kinds:
             raise Refused("invalid", f"encoding {request.encoding}, expected one of {sorted(kinds)}")
         try:
-            hidden = decode(request.payload, request.count, self.manager.width, kind=kinds[request.encoding])
+            hidden = decode(request.payload, request.count, self.worker.width, kind=kinds[request.encoding])
         except ValueError as error:
             raise Refused("invalid", str(error)) from error
         stored = self.worker.upload(owner, request.session, request.first, hidden=hidden)

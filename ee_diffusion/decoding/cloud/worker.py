@@ -12,11 +12,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from torch import Tensor
 
 from ee_diffusion.decoding.cloud.context import ContextManager, Made, Refused, Row
+from ee_diffusion.decoding.cloud.split import Part
 
 LOG = logging.getLogger("ee_diffusion.cloud")
 SHORT = 8  # positions: questions with no more to process share a pass, the others have one to themselves
@@ -54,6 +56,37 @@ class Question:
     seconds: float = 0.0
 
 
+class Backend(Protocol):
+    """What a server stands before: a `Worker`, or several elsewhere. Methods raise Refused."""
+
+    part: Part
+    width: int
+
+    def open(self, owner: str) -> str:
+        """Begin a session -> its id."""
+        ...
+
+    def upload(self, owner: str, session: str, first: int, *, hidden: Tensor) -> int:
+        """Store states (N, D) -> how many were new."""
+        ...
+
+    def ask(self, owner: str, session: str, position: int) -> Future:
+        """A future of (token, seconds)."""
+        ...
+
+    def rollback(self, owner: str, session: str, length: int) -> None:
+        """Forget positions from `length` on."""
+        ...
+
+    def close(self, owner: str, session: str) -> None:
+        """End a session."""
+        ...
+
+    def stop(self) -> None:
+        """No more answers."""
+        ...
+
+
 class Worker:
     """Owns the context manager: its lock, and the thread that answers. Methods take the owner that authenticated, as the manager's do.
 
@@ -66,6 +99,7 @@ class Worker:
         if batch < 1 or slice < 1:
             raise ValueError(f"batch={batch}, slice={slice}, expected at least 1 question and 1 position")
         self.manager, self.metrics, self.batch, self.slice = manager, metrics, batch, slice
+        self.part, self.width = manager.part, manager.width
         self.changed = threading.Condition()
         self._questions: list[Question] = []
         self._long_next = False
@@ -80,10 +114,10 @@ class Worker:
         with self.changed:
             return len(self.manager.sessions), self.manager.bytes
 
-    def open(self, owner: str) -> str:
+    def open(self, owner: str, *, session: str | None = None) -> str:
         """As `ContextManager.open`."""
         with self.changed:
-            return self.manager.open(owner)
+            return self.manager.open(owner, session=session)
 
     def upload(self, owner: str, session: str, first: int, *, hidden: Tensor) -> int:
         """As `ContextManager.upload`."""
