@@ -60,6 +60,8 @@ _HOMES = {
     "deediff_released": "diffusion.methods",
     "periodic_cache": "diffusion.methods",
     "remembered": "diffusion.methods",
+    "searched": "diffusion.methods",
+    "TrackingExits": "diffusion.tracking_exits",
     "step_sensitivity": "diffusion.solver",
     "EarlyExitPipeline": "diffusion.pipeline",
     "EarlyExitDiTPipeline": "diffusion.pipelines",
@@ -126,7 +128,14 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.gains import influence, step_gains
     from ee_diffusion.diffusion.heads import DenoisingExits
     from ee_diffusion.diffusion.memory_exits import MemoryExits
-    from ee_diffusion.diffusion.methods import budgeted, deediff, deediff_released, periodic_cache, remembered
+    from ee_diffusion.diffusion.methods import (
+        budgeted,
+        deediff,
+        deediff_released,
+        periodic_cache,
+        remembered,
+        searched,
+    )
     from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
     from ee_diffusion.diffusion.pipelines import (
         EarlyExitDiTPipeline,
@@ -135,6 +144,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         EarlyExitSD3Pipeline,
     )
     from ee_diffusion.diffusion.solver import step_sensitivity
+    from ee_diffusion.diffusion.tracking_exits import TrackingExits
     from ee_diffusion.diffusion.truncation import truncate
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier

@@ -14,11 +14,13 @@ from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.certify import Live, live_losses, marked
+from ee_diffusion.diffusion.courses import record
 from ee_diffusion.diffusion.gains import influence, step_gains
 from ee_diffusion.diffusion.generation import SAMPLERS, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.methods import budgeted, deediff, remembered
+from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, searched
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.search import gap_prices, nearest, search
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.measure.paired import relative_squared_error
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -27,8 +29,10 @@ VALUES = {  # candidates, the safest first
     "deediff": (0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.25),
     "remembered": (0.0002, 0.0004, 0.0008, 0.0012, 0.0018, 0.003, 0.006),
     "budgeted": (0.0004, 0.0008, 0.0016, 0.0032, 0.0048, 0.0064, 0.0096),
+    "searched": (0.4, 0.5, 0.6, 0.66, 0.72, 0.78),  # share of the steps that memory answers
 }
 
+POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
 
 try:
     from ee_diffusion.decoding.cloud import commands as cloud
@@ -70,7 +74,8 @@ def _calibrate_flags(commands) -> None:
     flags.add_argument("--guidance_scale", type=float, default=4.0, help="Classifier-free guidance.")
     flags.add_argument("--batch_size", type=int, default=64, help="Images per forward.")
     flags.add_argument("--decay", type=float, default=0.7, help="Of `budgeted`: what a step leaves of the error.")
-    flags.add_argument("--power", type=float, default=0.5, help="Of `budgeted`: trust in the measured gains.")
+    flags.add_argument("--power", type=float, help="Trust in the gains; none: 0.5 for `budgeted`, 1 for `searched`.")
+    flags.add_argument("--search_count", type=int, default=16, help="Of `searched`: fitting images of the search.")
     flags.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved flags and exit.")
     flags.set_defaults(run=calibrate)
 
@@ -125,14 +130,27 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
     exits = MemoryExits.from_pretrained(folder) if folder else MemoryExits.for_pipeline(transformer, scheduler)
     pipeline.exits = exits.to(transformer.device)
-    sensitivity = step_sensitivity(exits, scheduler, steps)
+    sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
     if options.kind == "remembered":
         return partial(remembered, sensitivity=sensitivity)
     labels = balanced_labels(8, transformer.config.null_class)
     generator = torch.Generator().manual_seed(seeds("fit", 1)[0])
     call = {"num_inference_steps": steps, "guidance_scale": options.guidance_scale}
-    gains = step_gains(pipeline, exits, labels, every=4, generator=generator, **call)
-    return partial(budgeted, weights=influence(sensitivity, gains, power=options.power), decay=options.decay)
+    gains = step_gains(pipeline, pipeline.exits, labels, every=4, generator=generator, **call)
+    power = POWERS[options.kind] if options.power is None else options.power
+    weights = influence(sensitivity, gains, power=power)
+    if options.kind == "budgeted":
+        return partial(budgeted, weights=weights, decay=options.decay)
+    labels = balanced_labels(options.search_count, transformer.config.null_class)
+    course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
+    found = search(gap_prices(pipeline.exits, course, weights), steps)
+    layers = len(transformer.transformer_blocks)
+
+    def schedule(value: float) -> Policy:
+        best = nearest(found, steps * (1 - value))
+        return searched(best.full, num_steps=steps, num_layers=layers)
+
+    return schedule
 
 
 def choice(live: Live, options: argparse.Namespace) -> int | None:
@@ -149,6 +167,10 @@ def choice(live: Live, options: argparse.Namespace) -> int | None:
 def _check(options: argparse.Namespace, values: tuple[float, ...]) -> None:
     if list(values) != sorted(set(values)) or values[0] <= 0:
         raise ValueError(f"values {values}, expected positive numbers, ascending: the safest first")
+    if options.kind == "searched" and (values[-1] >= 1 or options.search_count < 1):
+        raise ValueError(
+            f"values {values}, search_count={options.search_count}: expected shares below 1, 1 image or more"
+        )
     if options.budget is not None and not 0 < options.budget <= 1:
         raise ValueError(f"budget={options.budget}, expected a share of the blocks in (0, 1]")
     if options.risk is not None and (options.cap is None or not 0 < options.risk < 1 or not options.cap > 0):

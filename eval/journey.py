@@ -19,9 +19,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
+from contenders import WARM_UP, load_memory
+from contenders import controls as memory_controls
 from diffusers import DiTPipeline
-from frontier import WARM_UP, load_memory
-from frontier import controls as memory_controls
 from options import flag, parse
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
@@ -33,9 +33,9 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.attachment import DenoiserHeads
 from ee_diffusion.diffusion.generation import Generated
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.kinds import DenoiserHeads
 from ee_diffusion.diffusion.methods import periodic_cache, remembered
 from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity

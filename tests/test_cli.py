@@ -54,6 +54,18 @@ def test_a_risk_takes_the_boldest_that_keeps_it(kind: str, model: Path, tmp_path
     pipe([1], 6, 2.0, exit_policy=boldest)
 
 
+def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "policy.json"
+    goal = ["--kind", "searched", "--values", 0.3, 0.5, "--search_count", 2, "--budget", 0.6]
+    assert main(words(model, output, *goal)) == 0
+    assert "searched 0.5: 0.500 of the blocks" in capsys.readouterr().out
+    policy = Policy.load(output)
+    assert policy.criterion is None
+    assert [depth > 0 for depth in policy.schedule.depths].count(True) == 3
+    with pytest.raises(ValueError, match="below 1"):
+        main(words(model, output, *goal[:2], "--values", 0.3, 1.5, "--budget", 0.6))
+
+
 def test_none_certified_is_an_answer_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output = tmp_path / "policy.json"
     assert main(words(model, output, "--kind", "deediff", "--risk", 0.01, "--delta", 0.1, "--cap", 1.0)) == 1

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.diffusion.courses import fit_trust, record
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -29,6 +30,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
     parser.add_argument("--output_dir", required=True, help="Where exits/ and report.json go.")
     parser.add_argument("--length", type=int, default=2, help="Remembered predictions: 1 repeats, 2 draws a line.")
+    parser.add_argument("--learn_trust", action="store_true", help="Learn how far the line through memory is trusted.")
     parser.add_argument("--states", choices=STATES, default="exited", help="Whose trajectories are walked.")
     parser.add_argument("--skip", type=float, default=0.6, help="Probability that a step is answered from memory.")
     parser.add_argument("--count", type=int, default=64, help="Images of each walk.")
@@ -36,6 +38,15 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="Classifier-free guidance.")
     parser.add_argument("--iterations", type=int, default=1000, help="Optimiser steps, each on the whole walk.")
     return parser.parse_args()
+
+
+def fit_own_trust(
+    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int]
+) -> float:
+    """Fit the trust along full courses of fitting seeds; -> the squared error left, of 1 for repeating the newest prediction."""
+    call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+    course = record(pipeline, exits, seeds("fit", options.count), labels, **call)
+    return fit_trust(exits, [course], iterations=options.iterations)
 
 
 @torch.no_grad()
@@ -49,10 +60,12 @@ def main() -> None:
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     if pipeline.transformer.config.null_class is None:
         raise ValueError("this script walks under guidance: expected a transformer with a null class")
-    exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, length=options.length)
+    made = {"length": options.length, "learned_trust": options.learn_trust}
+    exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
     labels = balanced_labels(options.count, pipeline.transformer.config.null_class)
     begun = time.perf_counter()
+    left = fit_own_trust(pipeline, exits, options, labels) if options.learn_trust else None
     walks = {
         purpose: walk(pipeline, exits, labels, generator=torch.Generator().manual_seed(seeds(purpose, 1)[0]), **call)
         for purpose in ("fit", "test")
@@ -64,7 +77,7 @@ def main() -> None:
     folder = Path(options.output_dir)
     exits.save_pretrained(folder / "exits")
     seconds = {"walks": walked, "all": time.perf_counter() - begun}
-    facts = {"settings": vars(options), "environment": environment(), "seconds": seconds, "rows": rows}
+    facts = {"settings": vars(options), "environment": environment(), "seconds": seconds, "rows": rows, "trust": left}
     write_json(folder / "report.json", facts)
     print(markdown_table(rows))
     print(json.dumps(seconds))

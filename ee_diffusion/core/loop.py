@@ -17,18 +17,26 @@ from ee_diffusion.core.session import StepSession
 class Lane:
     """One forward under one step session. Rows that leave are dropped; their answers wait here.
 
-    `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`).
+    `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`). `keep`: depths whose hidden states of the
+    rows that go on are kept in `kept`, for heads that remember them; rows that leave later leave there too.
     """
 
-    def __init__(self, step: StepSession, heads: ExitHeads, context: Mapping[str, Tensor]):
+    def __init__(self, step: StepSession, heads: ExitHeads, context: Mapping[str, Tensor], *, keep: Sequence[int] = ()):
         self.step, self.heads = step, heads
         self.context = dict(context)  # of the running rows
         self.num_rows = len(step.session.rows)
         self.answers: list[tuple[Tensor, Tensor]] = []  # (rows, answer)
         self.observed: Observation | None = None  # the last measured exit's: who went on may still want its answer
+        self.keep, self.kept = frozenset(keep), dict[int, Tensor]()  # depth -> (r, N, D)
 
     def offer(self, depth: int, hidden: Tensor) -> Tensor:
         """Let rows leave after `depth` blocks: hidden (r, N, D) -> hidden of the rows that go on (possibly none)."""
+        hidden = self._offered(depth, hidden)
+        if depth in self.keep:
+            self.kept[depth] = hidden
+        return hidden
+
+    def _offered(self, depth: int, hidden: Tensor) -> Tensor:
         seen: list[Observation] = []
 
         def measure(exit: int) -> Tensor | None:
@@ -54,6 +62,7 @@ class Lane:
             self.step.answer_evaluated(depth, len(leave))
         self.answers.append((departure.rows, answer))
         self.context = {name: value.index_select(0, keep) for name, value in self.context.items()}
+        self.kept = {depth: value.index_select(0, keep) for depth, value in self.kept.items()}
         return hidden.index_select(0, keep)  # (r, N, D); faster than hidden[keep]
 
     def running(self, tensor: Tensor) -> Tensor:

@@ -46,11 +46,8 @@ class Memory:
         """How many values each row remembers, (R,)."""
         return (~self.times.isnan()).sum(1)
 
-    def recall(self, time: Tensor) -> Tensor:
-        """The polynomial through what each row remembers (Lagrange, degree count - 1) at time (R,) -> (R, ...).
-
-        Rows that remember nothing get zeros.
-        """
+    def weights(self, time: Tensor, trust: Tensor | None = None) -> Tensor:
+        """What each remembered value counts in `recall` at time (R,) -> (R, M); they add up to 1 where anything is remembered, else 0."""
         there = ~self.times.isnan()  # (R, M)
         length = self.times.shape[1]
         ahead = time[:, None] - self.times  # (R, M): t - t_m
@@ -58,8 +55,18 @@ class Memory:
         other = there[:, None, :] & ~torch.eye(length, dtype=torch.bool, device=there.device)  # (R, M, M)
         factors = torch.where(other, ahead[:, None, :] / torch.where(other, apart, 1.0), 1.0)
         weights = torch.where(there, factors.prod(2), 0.0)  # (R, M)
-        weights = weights.to(self.values.dtype).reshape(*weights.shape, *[1] * (self.values.ndim - 2))
-        return (weights * self.values).sum(1)  # (R, ...)
+        if trust is None:
+            return weights
+        newest = torch.zeros_like(weights).index_fill(1, torch.tensor([0], device=weights.device), 1.0)
+        return torch.lerp(newest.where(there, 0.0), weights, trust[:, None].to(weights.dtype))
+
+    def recall(self, time: Tensor, trust: Tensor | None = None) -> Tensor:
+        """The polynomial p through what each row remembers (Lagrange, degree count - 1) at time (R,) -> (R, ...).
+
+        trust (R,): c of `newest + c (p(time) - newest)`: 0 repeats the newest value, 1 (or None) is the polynomial. Rows that remember
+        nothing get zeros.
+        """
+        return weighted(self.values, self.weights(time, trust))
 
     def remainder(self, time: Tensor) -> Tensor:
         """`prod_m |t - t_m|` over what each row remembers, at time (R,) -> (R,): the error of recall grows like it."""
@@ -97,6 +104,12 @@ class Memory:
             self.times.index_copy(0, rows, _push(past.times, time.double(), again)),
             self.bend.index_copy(0, rows, bend),
         )
+
+
+def weighted(values: Tensor, weights: Tensor) -> Tensor:
+    """values (R, M, ...), weights (R, M) -> (R, ...)."""
+    weights = weights.to(values.dtype).reshape(*weights.shape, *[1] * (values.ndim - 2))
+    return (weights * values).sum(1)  # (R, ...)
 
 
 def _push(past: Tensor, newest: Tensor, again: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from torch import nn
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.ranks import Vote
-from ee_diffusion.diffusion.attachment import Attachment, DenoiserHeads
+from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.kinds import DenoiserHeads
 from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
 from ee_diffusion.diffusion.runs import Runs

@@ -10,56 +10,23 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
-from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of
+from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, RememberingHeads
 from ee_diffusion.diffusion.passage import Passage, layers_of
 from ee_diffusion.diffusion.runs import Runs
-
-
-class DenoiserHeads(ExitHeads, Protocol):
-    """What attaching needs of heads: those of the core, and what all exits of a forward share."""
-
-    def context(self, timestep: Tensor) -> dict[str, Tensor]:
-        """timestep (R,), in the scheduler's units -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
-        ...
-
-
-@runtime_checkable
-class RememberingHeads(DenoiserHeads, Protocol):
-    """Heads that answer from what earlier steps of the run said."""
-
-    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """The context of a step: the session's memory (None: a run begins), sample (R, ...), timestep (R,) -> tensors with leading R."""
-        ...
-
-    def remember(
-        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
-    ) -> Memory:
-        """The memory after a step in which `rows` (r,) of the batch ran to the end."""
-        ...
-
-
-@runtime_checkable
-class PackableHeads(DenoiserHeads, Protocol):
-    """Heads that have a faster form for a run without gradients."""
-
-    def packed(self) -> DenoiserHeads:
-        """The same answers and certainties, from the weights as they are now."""
-        ...
 
 
 class Attachment:
@@ -87,6 +54,7 @@ class Attachment:
         self.padded = 0  # rows x blocks that ran for no image
         self.runs: Runs | None = None
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
+        self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, DenoiserHeads] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
         self._passage: Passage | None = None
@@ -222,6 +190,8 @@ class Attachment:
         if self._remembering and not step.finished:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
+            if self._keeping:
+                facts["hidden"] = self._passage.lane.kept
             memories = step.session.memories
             memories[step.call] = self.heads.remember(memories.get(step.call), step.rows, **facts)
         step.close()
@@ -238,12 +208,13 @@ class Attachment:
     def _through(self, step: StepSession, original, given: tuple, args: tuple, kwargs: dict[str, Any]):
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
         heads, arguments, context = given
-        if self.compiler is not None and self.compiler.takes(step):
+        if self.compiler is not None and self.compiler.takes(step) and not self._keeping:
             places = self._interceptions[: len(self.blocks) + 1]
             given = {"given": (arguments, context), "call": (args, kwargs)}
             output, answer = self.compiler.whole(step, original, places, **given)
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
-        lane, rows_for = Lane(step, heads, context), None if self.compiler is None else bucket
+        keep = self.heads.keeps if self._keeping and step.last == step.session.num_layers else ()
+        lane, rows_for = Lane(step, heads, context, keep=keep), None if self.compiler is None else bucket
         self._passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for)
         output = original(*args, **kwargs)
         if self.compiler is not None:

@@ -19,8 +19,8 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.attachment import DenoiserHeads
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.kinds import DenoiserHeads
 from ee_diffusion.diffusion.lora import lora_off
 from ee_diffusion.diffusion.objective import deediff_terms
 from ee_diffusion.diffusion.states import ROW_INPUTS, States

@@ -21,6 +21,18 @@ from ee_diffusion.diffusion.loading import load_strictly
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
+TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
+
+
+def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
+    """(n, inputs) -> (n, 1), 0 until it is trained. Made everywhere alike: a policy may have been made for unfitted exits."""
+    made = nn.Sequential(nn.Linear(inputs, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
+    start = torch.randn(hidden_dim, inputs, generator=torch.Generator().manual_seed(0)) / math.sqrt(inputs)
+    with torch.no_grad():
+        made[0].weight.copy_(start)
+    for zero in (made[0].bias, made[2].weight, made[2].bias):
+        nn.init.zeros_(zero)
+    return made
 
 
 class MemoryExits(ModelMixin, ConfigMixin):
@@ -41,7 +53,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
 
     space: Space = "output"
     depths = (0,)
-    _keep_in_fp32_modules = ["alphas_cumprod", "gauge"]
+    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "trust"]
 
     @register_to_config
     def __init__(
@@ -52,25 +64,23 @@ class MemoryExits(ModelMixin, ConfigMixin):
         sample_size: int = 32,
         length: int = 2,
         hidden_dim: int = 32,
+        learned_trust: bool = False,
     ):
         super().__init__()
         if length < 1:
             raise ValueError(f"length={length}, expected at least 1 remembered prediction")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
-        self.gauge = nn.Sequential(nn.Linear(FEATURES, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
-        with (
-            torch.no_grad()
-        ):  # always the same, so that unfitted exits made anywhere are the same exits (a policy may be made for them)
-            start = torch.randn(hidden_dim, FEATURES, generator=torch.Generator().manual_seed(0)) / math.sqrt(FEATURES)
-            self.gauge[0].weight.copy_(start)
-        nn.init.zeros_(self.gauge[0].bias)
-        nn.init.zeros_(self.gauge[2].weight)
-        nn.init.zeros_(self.gauge[2].bias)
+        if learned_trust and length < 2:
+            raise ValueError(f"learned_trust with length={length}, expected 2 or more predictions: one has no line")
+        self.gauge = small_mlp(FEATURES, hidden_dim)
+        self.trust = small_mlp(TIMES, hidden_dim) if learned_trust else None
         self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), torch.nan))
 
     @classmethod
-    def for_pipeline(cls, transformer: ModelMixin, scheduler: SchedulerMixin, *, length: int = 2) -> MemoryExits:
+    def for_pipeline(
+        cls, transformer: ModelMixin, scheduler: SchedulerMixin, *, length: int = 2, learned_trust: bool = False
+    ) -> MemoryExits:
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
         Raises:
@@ -92,6 +102,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
             in_channels=transformer.config.in_channels,
             sample_size=transformer.config.sample_size,
             length=length,
+            learned_trust=learned_trust,
         )
         exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
@@ -135,7 +146,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
         if memory is None:
             memory = Memory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
-        clean = memory.recall(time)
+        clean = memory.recall(time, self.trust_of(memory.times, time))
         return {
             "timestep": timestep,
             "recalled": self.output_of(sample, clean, timestep).to(sample.dtype),
@@ -174,6 +185,17 @@ class MemoryExits(ModelMixin, ConfigMixin):
         """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""
         known = features.nan_to_num(0.0).to(self.gauge[0].weight.dtype)
         return torch.exp(features[:, 0] + self.gauge(known)[:, 0])
+
+    def trust_of(self, times: Tensor, time: Tensor) -> Tensor | None:
+        """c (R,) at time (R,) given the remembered times (R, M), newest first; None: the line as it is. Where less than two are
+        remembered it does not matter."""
+        if self.trust is None:
+            return None
+        distance = (time - times[:, 0]).abs().clamp(min=1.0).log() - math.log(20.0)
+        spacing = (times[:, 0] - times[:, 1]).abs().clamp(min=1.0).log() - math.log(20.0)
+        snr = self._log_snr(time) / 5
+        seen = torch.stack([distance, spacing, snr, snr.square()], 1)  # (R, 4)
+        return 1 + self.trust(seen.nan_to_num(0.0).to(self.trust[0].weight.dtype))[:, 0]
 
     def _features(self, memory: Memory, time: Tensor) -> Tensor:
         snr = self._log_snr(time)  # (R,)

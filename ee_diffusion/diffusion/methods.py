@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ee_diffusion.core.criteria import Accumulated, Patience, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.schedules import Periodic, PiecewiseDepth
+from ee_diffusion.core.schedules import DepthPerStep, Periodic, PiecewiseDepth
 
 
 def deediff(threshold: float, *, exits: tuple[int, ...] | None = None) -> Policy:
@@ -57,12 +57,13 @@ def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
     return Policy(schedule=PiecewiseDepth((switch,), (num_layers, depth)))
 
 
-def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
+def remembered(error: float, *, sensitivity: Sequence[float], exits: tuple[int, ...] = (0,)) -> Policy:
     """Answer from memory, per image, where that is expected to add at most `error` to the next sample: `sensitivity_step * u <= error`.
 
     Ours, for `MemoryExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
     `solver.step_sensitivity`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst
-    of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample.
+    of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample. exits: with
+    `TrackingExits` deeper ones too; the first whose own u is small enough answers.
 
     Raises:
         ValueError: an error that is not positive, or no sensitivities.
@@ -71,7 +72,8 @@ def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
         raise ValueError(
             f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step, all sensitivities finite"
         )
-    return Policy(Threshold(tuple((max(0.0, 1 - error / max(weight, error)),) for weight in sensitivity)), exits=(0,))
+    lowest = [max(0.0, 1 - error / max(weight, error)) for weight in sensitivity]
+    return Policy(Threshold(tuple((least,) * len(exits) for least in lowest)), exits=exits)
 
 
 def budgeted(budget: float, *, weights: tuple[float, ...], decay: float) -> Policy:
@@ -99,3 +101,18 @@ def periodic_cache(period: int, *, warm_up: int) -> Policy:
             f"warm_up={warm_up}, expected at least 1: there is nothing to remember before the first full step"
         )
     return Policy(schedule=Periodic(period, warm_up), exits=(0,))
+
+
+def searched(full: Sequence[int], *, num_steps: int, num_layers: int) -> Policy:
+    """The steps `full` in full, all others from memory, alike for all images: a static schedule, such as `search.search` finds (ours).
+
+    For `MemoryExits`. Nothing is measured and nothing decided while images are drawn.
+
+    Raises:
+        ValueError: full steps that are not ascending places of the run, the first of them 0.
+    """
+    places = list(full)
+    if places != sorted(set(places)) or not places or places[0] != 0 or places[-1] >= num_steps:
+        raise ValueError(f"full steps {tuple(full)} of {num_steps}, expected ascending places, the first of them 0")
+    depths = tuple(num_layers if step in set(places) else 0 for step in range(num_steps))
+    return Policy(schedule=DepthPerStep(depths), exits=(0,))

@@ -22,7 +22,8 @@ from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.attachment import Attachment, DenoiserHeads
+from ee_diffusion.diffusion.attachment import Attachment
+from ee_diffusion.diffusion.kinds import DenoiserHeads
 from ee_diffusion.diffusion.states import States, row_inputs
 
 Conditions = Sequence[int] | Sequence[str] | None

@@ -154,6 +154,18 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
         0.5,
         "--thresholds",
         0.5,
+        "--shares",
+        0.5,
+        "--search_count",
+        2,
+        "--oracles",
+        0.02,
+        "--first_block",
+        0.3,
+        "--taylor",
+        2,
+        "--mag",
+        0.5,
     ]
     call(monkeypatch, frontier, *words)
     rows = {row["name"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
@@ -169,7 +181,10 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     )
     assert rows["periodic cache 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
     assert rows["4 steps"]["steps"] == 4
-    assert {"deediff 0.5", "budgeted 0.05", "static of budgeted 0.05"} <= set(rows)
+    assert {"deediff 0.5", "budgeted 0.05", "static of budgeted 0.05", "first block 0.3", "mag 0.5"} <= set(rows)
+    assert sorted(rows["searched 4 full"]["report"]["executed_per_step"]) == [0, 0, 0, 0, 5, 5, 5, 5]
+    assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]
+    assert rows["taylor 2"]["psnr"]["mean"] < 100
     assert "remembered 0.02" in capsys.readouterr().out
     call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
     assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()

@@ -37,6 +37,14 @@ def test_the_fit_is_written_with_its_figures(count: int, tmp_path: Path, monkeyp
     assert exits.gauge[2].weight.abs().sum() > 0
 
 
+def test_a_trust_is_learned_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipeline().save_pretrained(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 8]
+    call(monkeypatch, *words, "--count", 2, "--guidance_scale", 2.0, "--iterations", 20, "--learn_trust")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["trust"] > 0
+    assert MemoryExits.from_pretrained(tmp_path / "out" / "exits").trust[2].weight.abs().sum() > 0
+
+
 def test_a_model_without_a_null_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipeline("unconditional").save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="expected a transformer with a null class"):

@@ -1,0 +1,161 @@
+"""Courses: what the full model says of the clean image at every step of a run, and how far the line through two of them is to be trusted.
+
+Here: recording courses, fitting the trust. Not here: which steps then run (search.py). B images, R rows (2B, conditional first), S steps.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import accepted
+
+LONGEST = 9  # steps between two full steps, at most, that anything is fitted to or searched for
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """`times` (S,); `clean` (S, B, n) the clean images under guidance, flat; `clip`: what the solver clips them to, None: nothing."""
+
+    times: Tensor
+    clean: Tensor
+    clip: float | None
+
+    def clipped(self, clean: Tensor) -> Tensor:
+        """What the solver makes of clean images (..., n)."""
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One step of a full run: `sample` and `output` (R, C, H, W), `time`, and its place `index`."""
+
+    index: int
+    time: Tensor
+    sample: Tensor
+    output: Tensor
+
+
+@torch.no_grad()
+def full_steps(
+    pipeline: EarlyExitPipeline,
+    seeds: Sequence[int],
+    class_labels: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Generator[Asked, Tensor | None, None]:
+    """A run of the full model under guidance, step by step; image i begins from the noise of seed i, as `generate` has it. An output sent
+    to it (R, C, H, W) takes the place of the model's own in the solver's step.
+
+    Raises:
+        ValueError: another number of labels than of seeds, a model without a null class.
+    """
+    transformer, scheduler, count = pipeline.transformer, pipeline.scheduler, len(class_labels)
+    null = transformer.config.null_class
+    if len(seeds) != count or not count or null is None:
+        raise ValueError(
+            f"{len(seeds)} seeds, {count} labels, null_class={null}: expected as many, at least one, and guidance"
+        )
+    device = transformer.device
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
+    latents = torch.stack([torch.randn(size, generator=one) for one in generators]).to(device)
+    latents = latents * scheduler.init_noise_sigma
+    labels = torch.tensor([*class_labels, *[null] * count], device=device)  # (R,)
+    noise = accepted(scheduler, generator=generators)
+    for index, time in enumerate(scheduler.timesteps):
+        sample = scheduler.scale_model_input(torch.cat([latents, latents]), time)
+        output = transformer(sample, time.expand(len(sample)), labels).sample
+        used = yield Asked(index, time, sample, output)
+        conditional, unconditional = (output if used is None else used).chunk(2)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        latents = scheduler.step(guided, time, latents, **noise).prev_sample
+
+
+def record(
+    pipeline: EarlyExitPipeline,
+    exits: MemoryExits,
+    seeds: Sequence[int],
+    class_labels: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Course:
+    """The course of a full run. Raises ValueError as `full_steps` does."""
+    times, clean = [], []
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    for asked in full_steps(pipeline, seeds, class_labels, **call):
+        said = exits.clean_of(asked.sample, asked.output, asked.time.expand(len(asked.sample)))
+        conditional, unconditional = said.chunk(2)
+        clean.append((unconditional + guidance_scale * (conditional - unconditional)).flatten(1).float())  # (B, n)
+        times.append(float(asked.time))
+    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), _clip_of(pipeline.scheduler))
+
+
+def _clip_of(scheduler: SchedulerMixin) -> float | None:
+    """To what a scheduler clips the clean image. A config may hold what another class was made with, so the class is asked too."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return scheduler.config.clip_sample_range if "clip_sample" in known and scheduler.config.clip_sample else None
+
+
+def moments(num_steps: int) -> list[tuple[int, int, int]]:
+    """All (a, b, t): full steps a < b and a later step t, neither gap longer than LONGEST."""
+    return [
+        (a, b, t)
+        for b in range(1, num_steps)
+        for a in range(max(0, b - LONGEST), b)
+        for t in range(b + 1, min(num_steps, b + LONGEST))
+    ]
+
+
+def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int, learning_rate: float = 1e-2) -> float:
+    """Fit c of `newest + c (line - newest)` at all moments of some courses; -> the loss that is left, of 1 for repeating the newest:
+
+        mean over moments and images of |x_t - x_b - c r (x_b - x_a)|^2 / |x_t - x_b|^2,  r = (t - t_b) / (t_b - t_a).
+
+    Raises:
+        ValueError: exits without a learned trust, no courses.
+    """
+    if exits.trust is None or not courses:
+        raise ValueError(f"{len(courses)} courses, expected one or more, and exits made with learned_trust=True")
+    facts = [_products(course) for course in courses]
+    steps, bend, times, time = (torch.cat(parts) for parts in zip(*facts, strict=True))
+    optimizer = torch.optim.AdamW(exits.trust.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    with torch.enable_grad():
+        for _ in range(iterations):
+            trust = exits.trust_of(times, time)[:, None]  # (n, 1)
+            loss = (1 - 2 * trust * steps + trust.square() * bend).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return float(loss.detach())
+
+
+def _products(course: Course) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For n moments (the first axis): r <x_t - x_b, x_b - x_a> / |x_t - x_b|^2 and r^2 |x_b - x_a|^2 / |x_t - x_b|^2 (n, B), the
+    remembered times (n, 2), newest first, and the time (n,)."""
+    clean, times = course.clean.double(), course.times  # differences of products that are nearly equal
+    gram = torch.einsum("sbn,tbn->stb", clean, clean)  # (S, S, B)
+    a, b, t = torch.tensor(moments(len(times))).T
+    ahead = (times[t] - times[b]) / (times[b] - times[a])  # r (n,)
+    across = gram[t, b] - gram[t, a] - gram[b, b] + gram[b, a]  # <x_t - x_b, x_b - x_a>
+    moved = (gram[t, t] - 2 * gram[t, b] + gram[b, b]).clamp(min=1e-12)
+    before = gram[b, b] - 2 * gram[b, a] + gram[a, a]
+    ahead = ahead[:, None]
+    return (
+        (ahead * across / moved).float(),
+        (ahead.square() * before / moved).float(),
+        torch.stack([times[b], times[a]], 1),
+        times[t],
+    )

@@ -1,0 +1,109 @@
+"""What each part of answering from memory is worth: one table, the same seeds, one run.
+
+python eval/ablation.py --memory runs/memory/exits --memory_full_states runs/memory_full/exits --memory_trust runs/memory_trust/exits
+    --tracking runs/tracking/exits --residual runs/residual/exits --output_dir runs/ablation
+
+Lines: memory without uncertainty (a fixed period), uncertainty without memory (DeeDiff), both; the decision per image and for the whole
+batch by its worst image; the uncertainty fitted along the exited and along the full model's trajectories; the line through memory and
+a learned trust in it; depth 0 alone and with deeper exits, residual and learned. A folder that is not given: its lines are left out.
+Writes ablation.json and ablation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from contenders import WARM_UP, FrontierOptions, gains_of, kept, load_memory
+from options import SamplingOptions, flag, load, parse, results_folder
+from together import WholeBatch
+from tradeoff import Candidate, in_turns, judge_of, row
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.gains import influence
+from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
+from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.measure.quality import COLUMNS, flat
+from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    """How many images, at which settings, and what was fitted how."""
+
+    count: int = flag("Test images.", 32)
+    data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: as EE_DIFFUSION_DATA says, or go without.")
+    reference_count: int = flag("Real images behind the FD.", 10_000)
+    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
+    memory: str | None = flag("Exits of train/fit_memory.py (--states exited); none: unfitted.")
+    memory_full_states: str | None = flag("The same with --states full.")
+    memory_trust: str | None = flag("The same with --learn_trust.")
+    tracking: str | None = flag("Exits of train/fit_tracking.py (--variant learned).")
+    residual: str | None = flag("The same with --variant residual.")
+    budget: float = flag("Of `budgeted`.", 0.0048)
+    decay: float = flag("Of `budgeted`.", 0.7)
+    error: float = flag("Error per step with and without deeper exits.", 0.0015)
+    period: int = flag("Of the fixed cache.", 3)
+    threshold: float = flag("Of DeeDiff, on u.", 0.1)
+
+
+def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iterator[tuple[str, object, Policy]]:
+    """Name, exits, policy."""
+    memory, steps = load_memory(pipeline, options.memory), sampling.num_inference_steps
+    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
+    weights = influence(sensitivity, gains_of(pipeline, memory, sampling, FrontierOptions()), power=0.5)
+    both = budgeted(options.budget, weights=weights, decay=options.decay)
+    yield "memory without uncertainty", memory, periodic_cache(options.period, warm_up=WARM_UP)
+    if pipeline.exits is not None:
+        yield "uncertainty without memory", pipeline.exits, deediff(options.threshold)
+    yield "both, per image", memory, both
+    yield "both, whole batch", memory, Policy(WholeBatch(both.criterion), exits=(0,))
+    if options.memory_full_states:
+        yield "both, fitted along the full model", load_memory(pipeline, options.memory_full_states), both
+    if options.memory_trust:
+        trusting = load_memory(pipeline, options.memory_trust)
+        yield "both, learned trust", trusting, both
+        yield "learned trust without uncertainty", trusting, periodic_cache(options.period, warm_up=WARM_UP)
+    yield "per step, depth 0 alone", memory, remembered(options.error, sensitivity=sensitivity)
+    for name, folder in (("learned", options.tracking), ("residual", options.residual)):
+        if folder:
+            exits = TrackingExits.from_pretrained(folder).to(pipeline.transformer.device)
+            policy = remembered(options.error, sensitivity=sensitivity, exits=exits.depths)
+            yield f"per step, {name} deeper exits too", exits, policy
+
+
+def main() -> None:
+    sampling, options = parse(SamplingOptions, AblationOptions, description=__doc__)
+    folder, pipeline = results_folder(sampling), load(sampling)
+    judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
+    chosen = seeds("test", options.count)
+    labels = balanced_labels(options.count, pipeline.transformer.config.null_class)
+    steps, exits, some = (
+        sampling.num_inference_steps,
+        {},
+        [Candidate("full", "full", None, None, sampling.num_inference_steps)],
+    )
+    for name, own, policy in lines(pipeline, options, sampling):
+        exits[name] = own
+        some.append(Candidate(name, "line", None, policy, steps))
+
+    def draw(candidate: Candidate, few: list[int], classes: list[int], first: int) -> Generated:
+        pipeline.exits = exits.get(candidate.name)
+        call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale, "first_id": first}
+        return generate(pipeline, few, classes, batch_size=sampling.batch_size, exit_policy=candidate.policy, **call)
+
+    settings = asdict(sampling) | asdict(options)
+    drawn = in_turns(some, kept(draw, folder / "drawn", settings), chosen, labels, batch=sampling.batch_size)
+    rows = [row(one, drawn[one.name], drawn["full"], judge=judge, labels=labels) for one in some]
+    write_json(folder / "ablation.json", {"settings": settings, "environment": environment(), "rows": rows})
+    columns = ["name", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
+    shown = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
+    write_text(folder / "ablation.md", markdown_table(shown, columns))
+    print((folder / "ablation.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Measure the times of a frontier anew, on fewer images: quality does not depend on the clock, times do on what else runs.
+
+python eval/clock.py --report runs/frontier/frontier.json --images 16
+
+Every candidate of the report draws the same test images in turns with the full model, with the report's own settings; `time` of every
+row becomes the median over batches of (candidate / full model). Writes the report, its table and its picture in place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from statistics import median
+
+from contenders import drawer, load_memory
+from frontier import finished
+from options import SamplingOptions, load
+from tradeoff import Candidate, in_turns
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.tables import environment
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--report", required=True, help="The frontier.json whose times are measured anew.")
+    parser.add_argument("--images", type=int, required=True, help="Test images of every candidate.")
+    parser.add_argument("--batch_size", type=int, help="Images per forward; none: as in the report.")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved flags and exit.")
+    return parser.parse_args()
+
+
+def candidate_of(row: dict) -> Candidate:
+    """A row of a report -> who drew it."""
+    policy = row["policy"] and Policy.from_dict(row["policy"])
+    return Candidate(row["name"], row["kind"], row["budget"], policy, row["steps"])
+
+
+def main() -> None:
+    options = flags()
+    if options.dry_run:
+        print(json.dumps(vars(options)))
+        return
+    report, folder = json.loads(Path(options.report).read_text()), Path(options.report).parent
+    known = report["settings"]
+    fields = SamplingOptions.__dataclass_fields__
+    sampling = SamplingOptions(**{name: known[name] for name in fields} | {"output_dir": str(folder)})
+    batch = options.batch_size or sampling.batch_size
+    pipeline = load(sampling)
+    memory = load_memory(pipeline, known["memory"])
+    tracking = known["tracking"] and TrackingExits.from_pretrained(known["tracking"]).to(pipeline.transformer.device)
+    some = sorted((candidate_of(row) for row in report["rows"]), key=lambda one: one.kind != "full")
+    draw = drawer(pipeline, sampling, memory, tracking)
+    labels = balanced_labels(options.images, pipeline.transformer.config.null_class)
+    drawn = in_turns(some, draw, seeds("test", options.images), labels, batch=batch)
+    full = drawn["full"].seconds
+    for row in report["rows"]:
+        row["time"] = median(a / b for a, b in zip(drawn[row["name"]].seconds, full, strict=True))
+    clock = {"images": options.images, "batches": len(full), "batch_size": batch, "environment": environment()}
+    finished(folder, report | {"clock": clock})
+
+
+if __name__ == "__main__":
+    main()

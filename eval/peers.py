@@ -1,0 +1,96 @@
+"""diffusers' own caches as contenders: FirstBlockCache, TaylorSeer, MagCache. They decide for whole batches.
+
+Each works on a copy of the transformer, so that the hooks of one disturb nobody. Not here: who takes part (contenders.py).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import io
+from collections.abc import Sequence
+
+from diffusers.hooks import (
+    FirstBlockCacheConfig,
+    HookRegistry,
+    MagCacheConfig,
+    TaylorSeerCacheConfig,
+    apply_first_block_cache,
+    apply_mag_cache,
+    apply_taylorseer_cache,
+)
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.models import CacheMixin
+
+from ee_diffusion.diffusion.families import family_of
+from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.uvit import UViTBlock
+from ee_diffusion.measure.splits import balanced_labels, seeds
+
+CONTEXT = "both branches"  # guidance comes in one batch: one state
+WARM_UP = 3  # full steps before the first prediction, diffusers' own default for TaylorSeer
+
+# The caches know blocks by a list that third parties add to (as for external models in diffusers' own documents of FirstBlockCache).
+TransformerBlockRegistry.register(
+    UViTBlock, TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None)
+)
+
+
+class Peer:
+    """A pipeline whose transformer has one of diffusers' caches on it. Its state is forgotten before every batch."""
+
+    def __init__(self, pipeline: EarlyExitPipeline):
+        self.pipeline = EarlyExitPipeline(copy.deepcopy(pipeline.transformer), pipeline.scheduler, None)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def generate(self, chosen: Sequence[int], labels: Sequence[int], **call) -> Generated:
+        """As `generate`, with the cache on."""
+        transformer = self.pipeline.transformer
+        HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
+        with CacheMixin.cache_context(transformer, CONTEXT):
+            return generate(self.pipeline, chosen, labels, **call)
+
+
+def first_block_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
+    """FirstBlockCache: all blocks run where the first one's residual has changed by more than `value`, relative, over the whole batch."""
+    made = Peer(pipeline)
+    apply_first_block_cache(made.pipeline.transformer, FirstBlockCacheConfig(threshold=value))
+    return made
+
+
+def taylorseer(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
+    """TaylorSeer of order 1 on the model's output, every `value`-th step in full: in between no block runs."""
+    made = Peer(pipeline)
+    transformer = made.pipeline.transformer
+    last = [name for name, _ in transformer.named_children()][-1]
+    config = TaylorSeerCacheConfig(
+        cache_interval=int(value),
+        disable_cache_before_step=WARM_UP,
+        max_order=1,
+        taylor_factors_dtype=transformer.dtype,
+        skip_predict_identifiers=[rf"{family_of(transformer).blocks}\.\d+"],
+        cache_identifiers=[last],
+    )
+    apply_taylorseer_cache(transformer, config)
+    return made
+
+
+def mag_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
+    """MagCache with accumulated error `value`; its ratios are measured first, by its own calibration on fitting seeds."""
+    config = {"num_inference_steps": num_steps, "max_skip_steps": num_steps, "retention_ratio": WARM_UP / num_steps}
+    measured = Peer(pipeline)
+    apply_mag_cache(measured.pipeline.transformer, MagCacheConfig(calibrate=True, **config))
+    call = {"batch_size": 8, "num_inference_steps": num_steps, "guidance_scale": guidance_scale}
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):  # it prints its ratios and keeps them nowhere
+        measured.generate(seeds("fit", 8), balanced_labels(8, pipeline.transformer.config.null_class), **call)
+    lines = [line for line in said.getvalue().splitlines() if line.startswith("[") and "MagCache" not in line]
+    made = Peer(pipeline)
+    ratios = ast.literal_eval(lines[-1])
+    apply_mag_cache(made.pipeline.transformer, MagCacheConfig(threshold=value, mag_ratios=ratios, **config))
+    return made
+
+
+PEERS = {"first_block": first_block_cache, "taylor": taylorseer, "mag": mag_cache}

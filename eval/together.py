@@ -1,0 +1,30 @@
+"""A decision for the whole batch, as caches take it: for ablations alone, since an image then depends on its batch-mates. E elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ee_diffusion.core.criterion import Criterion, State, Where
+from ee_diffusion.core.scores import Observation
+
+
+@dataclass(frozen=True)
+class WholeBatch(Criterion):
+    """Another criterion on the score of the least safe element: all stop or none does."""
+
+    criterion: Criterion
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        self.criterion.validate(num_steps, num_exits)
+
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        return self.criterion.start(elements, step=step, previous=previous)
+
+    def measure(self, observation: Observation) -> Tensor | None:
+        return self.criterion.measure(observation)
+
+    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+        stop, state = self.criterion.decide(score.amin().expand(len(score)), where, state)
+        return stop.all().expand(len(score)), state

@@ -1,0 +1,61 @@
+"""The oracle: its certainty is the true error, its answers are the exits' own, and it spoils no run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from factories import NULL_CLASS, pipeline
+
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import Periodic
+from ee_diffusion.diffusion.courses import full_steps
+from ee_diffusion.diffusion.generation import generate
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.oracle import OracleExits
+
+CALL = {"num_inference_steps": 6, "guidance_scale": 2.0}
+SEEDS, LABELS = [1, 2], [0, 1]
+
+
+def oracle() -> tuple:
+    made = pipeline()
+    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    seer = OracleExits(made.exits, made.transformer)
+    seer.labels = torch.tensor([*LABELS, NULL_CLASS, NULL_CLASS])
+    return made, made.exits, seer
+
+
+def test_certainty_is_the_true_error_of_the_recalled_clean_image():
+    made, exits, seer = oracle()
+    made.exits = seer
+    watched = Policy(Threshold(1.0))  # measured everywhere, never left
+    scores = generate(made, SEEDS, LABELS, batch_size=2, exit_policy=watched, **CALL).trace.scores[:, 0]  # (S, E)
+    memory, errors = None, []
+    for asked in full_steps(made, SEEDS, LABELS, **CALL):
+        time = asked.time.expand(4)
+        if asked.index > 2:
+            recalled = exits.recall(memory, asked.sample, time)["recalled"]
+            missed = exits.clean_of(asked.sample, recalled, time) - exits.clean_of(asked.sample, asked.output, time)
+            rows = missed.double().square().flatten(1).mean(1).sqrt()  # (R,)
+            errors.append(1 - rows.clamp(max=1).reshape(2, 2).amax(0))  # the less safe of an image's rows
+        memory = exits.remember(memory, torch.arange(4), sample=asked.sample, timestep=time, output=asked.output)
+    assert bool((scores[:3] == 0).all())  # nothing was put to the test yet
+    torch.testing.assert_close(scores[3:].double(), torch.stack(errors), rtol=1e-4, atol=1e-5)
+    assert seer.seconds > 0
+
+
+def test_answers_are_those_of_the_exits():
+    made, _, seer = oracle()
+    static = Policy(schedule=Periodic(2, 2), exits=(0,))
+    own = generate(made, SEEDS, LABELS, batch_size=2, exit_policy=static, **CALL).images
+    made.exits = seer
+    assert torch.equal(generate(made, SEEDS, LABELS, batch_size=2, exit_policy=static, **CALL).images, own)
+
+
+def test_labels_of_another_run_are_refused():
+    made, _, seer = oracle()
+    seer.labels = None
+    made.exits = seer
+    with pytest.raises(ValueError, match="None labels for 4 rows"):
+        generate(made, SEEDS, LABELS, batch_size=2, exit_policy=Policy(Threshold(0.5)), **CALL)

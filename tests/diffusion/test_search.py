@@ -1,0 +1,175 @@
+"""The searched schedule: prices against a slow loop in float64, the search against all subsets, courses against the pipeline's own runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from factories import pipeline
+
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.courses import LONGEST, Course, fit_trust, full_steps, moments, record
+from ee_diffusion.diffusion.generation import generate, use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import periodic_cache, searched
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.search import gap_prices, nearest, price_of, search
+from ee_diffusion.measure.splits import seeds
+
+STEPS = 8
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> EarlyExitPipeline:
+    made = pipeline()
+    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    return made
+
+
+@pytest.fixture(scope="module")
+def course(pipe: EarlyExitPipeline) -> Course:
+    return record(pipe, pipe.exits, seeds("fit", 2), [0, 1], **CALL)
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm"])
+def test_a_full_run_draws_the_images_of_the_pipeline(name: str):
+    pipe = pipeline()
+    use_sampler(pipe, name)
+    said = list(full_steps(pipe, seeds("test", 2), [0, 1], **CALL))
+    conditional, unconditional = said[-1].output.chunk(2)
+    pipe.scheduler.set_timesteps(STEPS)
+    drawn = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, **CALL).images
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    guided = unconditional + 2.0 * (conditional - unconditional)
+    last = exits.clean_of(said[-1].sample[:2], guided, said[-1].time.expand(2)).float()  # where the last step ends
+    torch.testing.assert_close((last.clamp(-1, 1) / 2 + 0.5), drawn, rtol=1e-3, atol=2e-3)
+
+
+def test_prices_are_those_of_a_slow_loop(pipe: EarlyExitPipeline, course: Course):
+    weights = tuple(np.random.default_rng(0).uniform(0.5, 2.0, STEPS))
+    course = replace(course, clip=1.0)
+    prices = gap_prices(pipe.exits, course, weights)
+    clean, times = course.clean.double().numpy(), course.times.numpy()
+    assert np.abs(clean).max() > 1  # so that clipping shows
+    for (a, b, c), price in prices.items():
+        total = np.zeros(clean.shape[1:])
+        for t in range(b + 1, c):
+            line = clean[b] + (times[t] - times[b]) / (times[b] - times[a]) * (clean[b] - clean[a])
+            total += weights[t] * (np.clip(line, -1, 1) - np.clip(clean[t], -1, 1))
+        assert price == pytest.approx((total**2).mean(), rel=1e-4, abs=1e-9)
+    assert prices[0, 1, 2] == 0
+    assert prices[0, 1, STEPS] > 0
+
+
+def test_what_the_solver_clips_is_known_by_its_class(pipe: EarlyExitPipeline):
+    own = pipeline()
+    own.scheduler.register_to_config(clip_sample=True, clip_sample_range=2.0)
+    assert record(own, pipe.exits, [0], [0], **CALL).clip == 2.0
+    use_sampler(own, "dpm")  # which does not clip, whatever the config it was made of says
+    assert record(own, pipe.exits, [0], [0], **CALL).clip is None
+
+
+def test_the_search_finds_the_best_of_all_schedules():
+    generator = np.random.default_rng(1)
+    size = 9
+    gaps = [(a, b, c) for a, b, c in itertools.combinations(range(size + 1), 3)]
+    prices = {gap: float(generator.uniform()) for gap in gaps}
+    found = search(prices, size)
+    assert sorted(found) == list(range(2, size + 1))
+    for count, best in found.items():
+        rest = itertools.combinations(range(2, size), count - 2)
+        cheapest = min(price_of((0, 1, *chosen), prices, size) for chosen in rest)
+        assert best.price == pytest.approx(cheapest)
+        assert best.price == pytest.approx(price_of(best.full, prices, size))
+        assert len(best.full) == count
+    assert price_of((0, 2, 3), prices, size) == math.inf
+    assert nearest(found, 4.5).full == found[5].full
+    assert nearest(found, 4.4).full == found[4].full
+    with pytest.raises(ValueError, match="no schedule was found"):
+        nearest({}, 3)
+
+
+def test_a_long_run_has_no_schedule_with_gaps_that_were_not_priced():
+    size = 3 * LONGEST
+    prices = {(a, b, c): 1.0 for a, b, c in itertools.combinations(range(size + 1), 3) if c - b <= LONGEST >= b - a}
+    assert min(search(prices, size)) == 2 + math.ceil((size - 1) / LONGEST) - 1
+
+
+def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, course: Course):
+    best = search(gap_prices(pipe.exits, course, (1.0,) * STEPS), STEPS)[4]
+    layers = len(pipe.transformer.transformer_blocks)
+    drawn = generate(
+        pipe,
+        seeds("test", 2),
+        [0, 1],
+        batch_size=2,
+        exit_policy=searched(best.full, num_steps=STEPS, num_layers=layers),
+        **CALL,
+    )
+    trace: Trace = drawn.trace
+    ran = [step for step in range(STEPS) if bool((trace.depths[step] == layers).all())]
+    assert tuple(ran) == best.full
+    assert trace.measured.sum() == 0
+    regular = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, exit_policy=periodic_cache(3, warm_up=2), **CALL)
+    same = searched((0, 1, 4, 7), num_steps=STEPS, num_layers=layers)
+    again = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, exit_policy=same, **CALL)
+    assert torch.equal(regular.images, again.images)
+
+
+@pytest.mark.parametrize("full", [(), (1, 2), (0, 2, 2), (0, 3, 2), (0, STEPS)])
+def test_schedules_that_make_no_sense_are_refused(full: tuple[int, ...]):
+    with pytest.raises(ValueError, match="expected ascending places"):
+        searched(full, num_steps=STEPS, num_layers=3)
+
+
+def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Course):
+    with pytest.raises(ValueError, match="weights"):
+        gap_prices(pipe.exits, course, (1.0,) * (STEPS - 1))
+    short = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1)
+    with pytest.raises(ValueError, match="2 predictions"):
+        gap_prices(short, course, (1.0,) * STEPS)
+    with pytest.raises(ValueError, match="at least 3"):
+        search({}, 2)
+    with pytest.raises(ValueError, match="2 seeds, 1 labels"):
+        next(full_steps(pipe, [1, 2], [0], **CALL))
+    with pytest.raises(ValueError, match="learned_trust"):
+        fit_trust(pipe.exits, [course], iterations=1)
+    with pytest.raises(ValueError, match="one has no line"):
+        MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1, learned_trust=True)
+
+
+def test_trust_is_fitted_to_least_squares(pipe: EarlyExitPipeline, course: Course):
+    """The loss is that of a slow loop; on a random walk, where no line leads anywhere, nothing is left of the trust."""
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    walk = torch.randn(STEPS, 2, 4000, generator=torch.Generator().manual_seed(0)).cumsum(0)
+    untrained = fit_trust(exits, [replace(course, clean=walk)], iterations=1, learning_rate=0.0)
+    clean, times, losses = walk.double(), course.times, []
+    for a, b, t in moments(STEPS):
+        r = (times[t] - times[b]) / (times[b] - times[a])
+        for image in range(clean.shape[1]):
+            now, newest, before = clean[t, image], clean[b, image], clean[a, image]
+            left = (now - newest - r * (newest - before)).square().sum()
+            losses.append(float(left / (now - newest).square().sum()))
+    assert untrained == pytest.approx(sum(losses) / len(losses), rel=1e-3)
+    assert fit_trust(exits, [Course(times, walk, None)], iterations=300) == pytest.approx(1.0, abs=0.02)
+    with torch.no_grad():
+        assert exits.trust_of(times[[3, 2]][None], times[[4]]).item() == pytest.approx(0.0, abs=0.1)
+
+
+def test_trust_reaches_what_is_recalled(pipe: EarlyExitPipeline):
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    memory, rows = None, torch.arange(2)
+    for time in (900.0, 800.0):
+        output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(int(time)))
+        memory = exits.remember(memory, rows, sample=sample, timestep=torch.full((2,), time), output=output)
+    with torch.no_grad():
+        exits.trust[2].bias.fill_(-1.0)  # c = 0: the newest again
+    recalled = exits.recall(memory, sample, torch.full((2,), 700.0))["recalled"]
+    newest = exits.output_of(sample, memory.values[:, 0], torch.full((2,), 700.0))
+    torch.testing.assert_close(recalled, newest.to(recalled.dtype))
