@@ -28,7 +28,7 @@ from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.search import gap_prices, nearest, search
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import write_json
+from ee_diffusion.measure.tables import write_text
 
 OURS = ("remembered", "budgeted", "searched", "tracked")
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
@@ -140,7 +140,7 @@ def noted(folder: Path, what: list, make: Callable[[], object]) -> object:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]}.json"
     if not path.exists():
-        write_json(path, make())
+        write_text(path, json.dumps(make()))
     return json.loads(path.read_text())
 
 

@@ -23,6 +23,7 @@ from contenders import WARM_UP, load_memory
 from contenders import controls as memory_controls
 from diffusers import DiTPipeline
 from options import flag, parse
+from peers_dit import db_cache
 from safetensors.torch import load_file
 from torch.nn.functional import interpolate
 from tradeoff import Candidate, Draw, controls, in_turns, judge_of, row
@@ -88,6 +89,9 @@ class JourneyOptions:
     data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or without.")
     reference_count: int = flag("Real images behind the FD.", 10_000)
     cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
+    db_cache: list[float] = field(
+        default_factory=list, metadata={"help": "Thresholds of cache-dit's DBCache, with and without TaylorSeer."}
+    )
     seed: int = flag("Seed of the random controls.", 0)
 
     def __post_init__(self):
@@ -122,7 +126,11 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
             "output_type": "np",
         }
         begun = time.perf_counter()
-        if candidate.policy is None:
+        if candidate.kind.startswith("db_cache"):
+            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor=candidate.kind.endswith("taylor")):
+                begun = time.perf_counter()
+                images, trace = pipe(**call).images, None
+        elif candidate.policy is None:
             images, trace = pipe(**call).images, None
         else:
             exits = heads["memory" if candidate.policy.exits == (0,) else "fitted"]
@@ -171,6 +179,9 @@ def candidates_of(options: JourneyOptions, policy: Policy, sensitivity: tuple[fl
     for error in options.errors:
         made = remembered(error, sensitivity=sensitivity)
         found.append(Candidate(f"remembered {error}", "remembered", error, made, steps))
+    for threshold in options.db_cache:
+        for kind in ("db_cache", "db_cache_taylor"):
+            found.append(Candidate(f"{kind.replace('_', ' ')} {threshold}", kind, threshold, None, steps))
     cache = periodic_cache(options.period, warm_up=WARM_UP)
     return [*found, Candidate(f"periodic cache {options.period}", "periodic_cache", None, cache, steps)]
 

@@ -44,7 +44,7 @@ EXTRAS = {
     "pictures.py": {"plot"},
     "lora.py": {"lora"},
     "train": {"train"},
-    "eval": {"train", "eval", "plot"},
+    "eval": {"train", "eval", "plot", "peers"},
 }
 DISTRIBUTIONS = {
     "PIL": "pillow",

@@ -1,0 +1,73 @@
+"""Caches of other libraries as contenders: they skip blocks when told to, and leave nothing behind."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from factories import pipeline
+from stock import dit_pipeline
+from tree import ROOT
+
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
+
+import peers
+import peers_dit
+
+STEPS = 8
+
+
+def counted(transformer, name: str) -> list[int]:
+    """Grows by one number at every run of that module inside a block."""
+    seen: list[int] = []
+    for block in transformer.transformer_blocks:
+        getattr(block, name).register_forward_hook(lambda *_: seen.append(1))
+    return seen
+
+
+@pytest.mark.parametrize("kind, bold", [("first_block", 1e3), ("taylor", 3), ("mag", 1e3)])
+def test_diffusers_caches_skip_blocks_and_forget_between_batches(kind: str, bold: float):
+    pipe = pipeline()
+    call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 2}
+    peer = peers.PEERS[kind](pipe, bold, num_steps=STEPS, guidance_scale=2.0)
+    seen = counted(peer.pipeline.transformer, "attn")
+    first = peer.generate([1, 2], [0, 1], **call).images
+    once, layers = len(seen), len(pipe.transformer.transformer_blocks)
+    assert peers.WARM_UP * layers <= once < 0.8 * STEPS * layers if kind != "first_block" else once < STEPS * layers
+    assert torch.equal(peer.generate([1, 2], [0, 1], **call).images, first)
+    assert len(seen) == 2 * once
+    plain = counted(pipe.transformer, "attn")
+    peers.generate(pipe, [1, 2], [0, 1], **call)
+    assert len(plain) == STEPS * layers  # the pipeline itself was left alone
+
+
+def test_db_cache_skips_blocks_and_goes_away():
+    pytest.importorskip("cache_dit")
+    pipe = dit_pipeline()
+    seen = counted(pipe.transformer, "attn1")
+
+    def draw() -> torch.Tensor:
+        generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "np"}
+        return torch.from_numpy(pipe([0, 1], generator=generator, **call).images)
+
+    plain = draw()
+    layers = len(pipe.transformer.transformer_blocks)
+    for taylor in (False, True):
+        seen.clear()
+        with peers_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor=taylor):
+            draw()
+        assert len(seen) < STEPS * layers
+    seen.clear()
+    assert torch.equal(draw(), plain)
+    assert len(seen) == STEPS * layers
+
+
+def test_without_cache_dit_it_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers_dit, "cache_dit", None)
+    with (
+        pytest.raises(ValueError, match="expected the extra `peers`"),
+        peers_dit.db_cache(None, 0.1, num_steps=4, taylor=False),
+    ):
+        pass
