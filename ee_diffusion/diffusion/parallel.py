@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from ee_diffusion.core.ranks import Vote
-from ee_diffusion.diffusion.attachment import DenoiserHeads
+from ee_diffusion.diffusion.kinds import DenoiserHeads
 
 
 def vote_of(transformer: nn.Module) -> Vote | None:
