@@ -108,6 +108,9 @@ def frontier(report: dict) -> str:
     columns = ["name", "steps", "time", "executed", *[name for name in COLUMNS if name in report["rows"][0]]]
     rows = [{**row, "executed": row.get("report", {}).get("mean_executed"), **flat(row)} for row in report["rows"]]
     count = f"{report['rows'][0]['psnr']['count']} images.\n"
+    if "clock" in report:
+        again = report["clock"]
+        count += f"Times measured anew (`eval/clock.py`) on {again['images']} images in {again['batches']} batches.\n"
     return "\n".join(
         [markdown_table(rows, columns), count, report["verdict"] + "\n", settings(report), environment(report)]
     )

@@ -1,0 +1,83 @@
+"""The ablation, the frontier that goes on where it was stopped, and its clock measured anew, at tiny size."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from factories import pipeline
+from tree import ROOT
+
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
+
+import ablation
+import clock
+import contenders
+import frontier
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny pipeline and exits of every kind beside it."""
+    made, where = pipeline(), tmp_path_factory.mktemp("ablation")
+    made.save_pretrained(where / "model")
+    deeper = {"deeper": (2, 3)}
+    MemoryExits.for_pipeline(made.transformer, made.scheduler, learned_trust=True).save_pretrained(where / "trust")
+    for name, heads in (("learned", None), ("residual", made.exits)):
+        exits = TrackingExits.for_pipeline(made.transformer, made.scheduler, heads=heads, **deeper)
+        exits.save_pretrained(where / name)
+    return where
+
+
+def call(monkeypatch: pytest.MonkeyPatch, script, *words: object) -> None:
+    monkeypatch.delenv("EE_DIFFUSION_DATA", raising=False)
+    monkeypatch.setattr(sys, "argv", ["script", *(str(word) for word in words)])
+    script.main()
+
+
+def test_every_line_of_the_ablation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2]
+    words += ["--num_inference_steps", STEPS, "--tracking", folder / "learned", "--residual", folder / "residual"]
+    words += ["--memory_trust", folder / "trust", "--budget", 0.05, "--error", 0.05, "--threshold", 0.5]
+    call(monkeypatch, ablation, *words)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
+    assert rows["full"]["psnr"]["mean"] == 100
+    assert len(rows) == 9
+    whole = rows["both, whole batch"]["report"]
+    assert set(whole["spread_per_step"]) == {0}  # within each batch all images do the same, and so here between two
+    assert whole["mean_executed"] >= rows["both, per image"]["report"]["mean_executed"]
+
+
+def test_a_stopped_frontier_goes_on_and_its_clock_can_be_measured_anew(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--periods", 2]
+    words += ["--num_inference_steps", STEPS, "--shares", 0.5, "--search_count", 2, "--gain_images", 2]
+    words += ["--fractions", 0.5, "--tracking", folder / "learned", "--tracked", 0.05, "--oracles", 0.05]
+    call(monkeypatch, frontier, *words)
+    first = json.loads((tmp_path / "frontier.json").read_text())
+    monkeypatch.setattr(contenders, "generate", None)  # nothing is left to draw
+    monkeypatch.setattr(contenders, "step_gains", None)
+    call(monkeypatch, frontier, *words)
+    again = json.loads((tmp_path / "frontier.json").read_text())
+    assert again["rows"] == first["rows"]
+    monkeypatch.undo()
+    call(monkeypatch, clock, "--report", tmp_path / "frontier.json", "--images", 2)
+    anew = json.loads((tmp_path / "frontier.json").read_text())
+    assert anew["clock"]["images"] == 2
+    before, after = ({row["name"]: row for row in report["rows"]} for report in (first, anew))
+    assert {name: row["psnr"] for name, row in after.items()} == {name: row["psnr"] for name, row in before.items()}
+    assert after["searched 4 full"]["time"] != before["searched 4 full"]["time"]
+    assert after["full"]["time"] == 1
+
+
+def test_tracking_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ValueError, match="expected both or neither"):
+        call(monkeypatch, frontier, "--output_dir", tmp_path, "--tracked", 0.1)
