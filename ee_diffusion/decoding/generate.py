@@ -8,6 +8,7 @@ R sequences, S decode steps, L layers, T tokens, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.attach import DecodeAttachment
 from ee_diffusion.decoding.cache import check_cache
+from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import SharedTail
@@ -34,11 +36,13 @@ class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 
     trace: step t is the forward that reads generated token t, an element is a sequence; the prompt's forward, always at full depth, is not
     in it. None if the policy is off or nothing but the prompt was read. propagated (S, L): rows whose keys and values were computed for
-    a layer that did not run.
+    a layer that did not run; recomputed (S,): with `exit_missing="recompute"`, rows x earlier positions that took the upper layers then
+    (not in the trace, which holds a step's own position).
     """
 
     trace: Trace | None = None
     propagated: Tensor | None = None
+    recomputed: Tensor | None = None
 
     @property
     def report(self) -> Report:
@@ -52,7 +56,7 @@ class Progress(StoppingCriteriaList):
     """The caller's stopping criteria. They are asked once a token, after it has been chosen: what follows is a decode step, and the
     attachment is told so, and which sequences have ended."""
 
-    def __init__(self, criteria: StoppingCriteriaList, attachment: DecodeAttachment):
+    def __init__(self, criteria: StoppingCriteriaList, attachment: DecodeAttachment | DeferredAttachment):
         super().__init__(criteria)
         self.attachment = attachment
         self.ended: Tensor | None = None  # (R,) bool
@@ -73,6 +77,7 @@ def early_exit_generate(
     generation_config: GenerationConfig,
     exit_policy: Policy,
     exit_heads: ExitHeads | None = None,
+    exit_missing: Literal["propagate", "recompute"] = "propagate",
     exit_streamer: BaseStreamer | None = None,
     **model_kwargs,
 ) -> EarlyExitDecoderOnlyOutput | GenerateDecoderOnlyOutput | Tensor:
@@ -81,6 +86,8 @@ def early_exit_generate(
     Args:
         exit_policy: what may run and when to stop. Off (`Policy()`): transformers' own loop, bit for bit.
         exit_heads: exits; None: the model's own tail at the policy's depths.
+        exit_missing: keys and values of layers that a token did not run. "propagate": from the state it left with; "recompute": exact,
+            tokens that left wait until one goes on and take the upper layers with it (deferred.py; one exit).
         exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
         The rest is prepared by `generate`.
 
@@ -91,6 +98,8 @@ def early_exit_generate(
         ValueError: beams or assistants, an unknown model, a cache that cannot be used, a policy that does not fit, outputs that
             rows which left do not have (attentions, hidden states).
     """
+    if exit_missing not in ("propagate", "recompute"):
+        raise ValueError(f"exit_missing={exit_missing!r}, expected 'propagate' or 'recompute'")
     _check(model, generation_config, model_kwargs)
     check_made_for(model, exit_policy)
     if exit_streamer is not None:
@@ -106,15 +115,27 @@ def early_exit_generate(
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
     heads = exit_heads or default_heads(model, exit_policy, num_steps=num_steps)
     heads.check_fits(model)
+    attach, frozen = DecodeAttachment, ""
+    if exit_missing == "recompute":
+        check_deferrable(exit_policy, heads.depths)
+        attach, frozen = DeferredAttachment, FROZEN
     session = exit_policy.start(
-        len(layers_of(model)), heads.depths, rows=torch.arange(len(input_ids)), num_steps=num_steps, device=model.device
+        len(layers_of(model)),
+        heads.depths,
+        rows=torch.arange(len(input_ids)),
+        num_steps=num_steps,
+        device=model.device,
+        frozen=frozen,
     )
-    with DecodeAttachment(model, heads, session) as attachment:
+    with attach(model, heads, session) as attachment:
         result = model._sample(input_ids, stopping_criteria=Progress(stopping_criteria, attachment), **arguments)
     if not generation_config.return_dict_in_generate:
         return result
-    propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)  # (S, L)
     trace = session.trace() if session.finished else None
+    if isinstance(attachment, DeferredAttachment):
+        recomputed = torch.tensor(attachment.recomputed, dtype=torch.int64)  # (S,)
+        return EarlyExitDecoderOnlyOutput(**result, trace=trace, recomputed=recomputed)
+    propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)  # (S, L)
     return EarlyExitDecoderOnlyOutput(**result, trace=trace, propagated=propagated)
 
 

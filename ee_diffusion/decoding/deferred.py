@@ -1,0 +1,136 @@
+"""Tokens that leave early wait; the first that does not takes them all through the upper layers: no key or value is guessed.
+
+Here: the driver of step sessions with one exit and recomputation (the synchronised parallel decoding of FREE, arXiv 2310.05424), the
+alternative to keys and values from the state a token left with (attach.py). Not here: the token loop (generate.py).
+R rows (sequences), K waiting positions with the present one, N positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FullDepth
+from ee_diffusion.core.session import Session
+from ee_diffusion.decoding.families import layers_of
+
+FROZEN = "waiting positions go through the upper layers together, for all sequences"
+
+
+class DeferredAttachment:
+    """Drives a session through the decode forwards of a model with one exit. A context manager: leaving it restores the model exactly.
+
+    A step runs the layers below the exit on every sequence. Where all sequences leave, the upper layers do not run and their caches stay
+    behind. Where one goes on, the upper layers read every waiting position and the present one in one call: a sequence that left keeps its
+    exit's answer, and its keys and values are those of the full model. What a sequence is given does not depend on when that happens, so
+    batch-mates do not matter. `recomputed` (S,): rows x earlier positions that a step took through the upper layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, heads: ExitHeads, session: Session):
+        self.model, self.heads, self.session, self.layers = model, heads, session, layers_of(model)
+        (self.depth,) = session.exits
+        self.recomputed: list[int] = []
+        self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
+        self._waiting: list[Tensor] = []  # K states (R, 1, D) at the exit
+        self._states: dict[str, Tensor] = {}  # of the present position, before and after the last layer below the exit
+        self._absent: Tensor | None = None
+        self._armed, self._part = False, "all"
+        self._interceptions: list[Interception] = []
+
+    def __enter__(self) -> DeferredAttachment:
+        for layer, module in enumerate(self.layers):
+            self._interceptions.append(Interception(module, functools.partial(self._layer, layer)))
+        self._interceptions.append(Interception(self.model, self._forward))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._interceptions:
+            self._interceptions.pop().restore()
+
+    def begin(self, absent: Tensor) -> None:
+        """The next forward is a step of the session; `absent` (R,) bool: sequences that have ended."""
+        self._armed, self._absent = True, absent
+
+    def _forward(self, original, *args, **kwargs):
+        """The model's forward: the lower layers, the exit, and the upper layers where a sequence goes on."""
+        if not self._armed:
+            return original(*args, **kwargs)
+        self._armed, index = False, len(self.session.finished)
+        step = self.session.step(index, float(index), absent=self._absent)
+        lane = Lane(step, self.heads, {})
+        ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs["past_key_values"]
+        places = self._positions(mask, cache, ids)  # (R, N)
+        given = {"attention_mask": mask, "use_cache": True}
+        self._part = "lower"
+        self.model.base_model(ids, position_ids=places[:, -1:], past_key_values=cache, **given)
+        self._waiting.append(self._states["now"])
+        for layer in range(self.depth):
+            step.executed(layer)
+        lane.context["previous"] = lane.running(self._states["before"])
+        staying = lane.offer(self.depth, lane.running(self._states["now"]))  # (r, 1, D)
+        if len(staying):
+            count = len(self._waiting)
+            dummies = ids[:, -1:].expand(-1, count)  # (R, K); their states are known
+            self._part = "upper"
+            positions = {"position_ids": places[:, -count:], "past_key_values": self._upper(cache)}
+            logits = original(dummies, logits_to_keep=1, **positions, **given).logits[:, -1]  # (R, V)
+            logits = lane.put_back(lane.running(logits))
+            for layer in range(self.depth, len(self.layers)):
+                step.executed(layer)
+        elif lane.answers:
+            logits = lane.put_back(lane.answers[0][1][:0])  # (R, V)
+        else:  # every sequence has ended
+            logits = self._states["now"].new_zeros(len(ids), self.model.get_output_embeddings().weight.shape[0])
+        self.recomputed.append((len(self._waiting) - 1) * len(ids) if len(staying) else 0)
+        if len(staying):
+            self._waiting = []
+        self._part = "all"
+        step.close()
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+    def _layer(self, layer: int, original, *args, **kwargs):
+        named = dict(zip(self._names, args, strict=False)) | kwargs
+        hidden = named.pop(self._names[0])
+        if self._part == "lower":
+            if layer >= self.depth:
+                self._states["now"] = hidden  # the same at every layer from the exit on
+                return hidden
+            self._states["before"] = hidden
+        if self._part == "upper":
+            if layer < self.depth:
+                return hidden
+            if layer == self.depth:
+                hidden = torch.cat(self._waiting, dim=1)  # (R, K, D)
+        return original(hidden, **named)
+
+    def _upper(self, cache: DynamicCache) -> DynamicCache:
+        """The cache as the upper layers see it: the model reads the sequence length from layer 0, which must be theirs."""
+        upper = DynamicCache()
+        upper.layers = [cache.layers[self.depth]] * self.depth + cache.layers[self.depth :]
+        return upper
+
+    @staticmethod
+    def _positions(mask: Tensor | None, cache: DynamicCache, ids: Tensor) -> Tensor:
+        """(R, N) position of each place."""
+        if mask is not None:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.arange(cache.get_seq_length() + 1, device=ids.device).expand(len(ids), -1)
+
+
+def check_deferrable(policy: Policy, depths: tuple[int, ...]) -> None:
+    """Raise ValueError unless a policy has a criterion, every layer in its schedule, and one exit above depth 0."""
+    exits = depths if policy.exits is None else policy.exits
+    if policy.criterion is None or not isinstance(policy.schedule, FullDepth) or len(exits) != 1 or exits[0] < 1:
+        raise ValueError(
+            f"exit_missing='recompute' with exits {exits}, schedule {policy.schedule} and criterion {policy.criterion}, "
+            "expected one exit above depth 0, every layer, and a criterion"
+        )
