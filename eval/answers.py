@@ -46,7 +46,8 @@ def chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
 
 def evenly(prompts: list[Prompt], count: int) -> list[Prompt]:
     """At most `count` of them, evenly spaced."""
-    return [prompts[place * len(prompts) // count] for place in range(min(count, len(prompts)))] if prompts else []
+    most = min(count, len(prompts))
+    return [prompts[place * len(prompts) // most] for place in range(most)]
 
 
 def choose(tokenizer: PreTrainedTokenizerBase, options) -> list[Prompt]:

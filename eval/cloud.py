@@ -64,6 +64,11 @@ def load_edge(options) -> Edge:
     return Edge(model, part, heads=bound(LearnedExits.load(options.exits), model, part))
 
 
+def said_of(exits: str | None) -> str:
+    """In a word, what answers at the exits."""
+    return "the model's own tail, untrained" if exits is None else "adapters before the model's own tail, trained"
+
+
 def bound(exits: LearnedExits, model: PreTrainedModel, part: Part) -> LearnedExits:
     """The exits at the part's depths, answering through the part's tail."""
     return exits.at(part.exits).bind(model, part_of=part.fingerprint).eval().requires_grad_(False)
@@ -216,7 +221,8 @@ def main() -> None:
             print(prompt.name, name, flush=True)
     rows = summarise(read_rows(path), seed=options.seed)
     settings = {name: value for name, value in asdict(options).items() if name != "text_folder"}
-    write_json(folder / "cloud.json", {"settings": settings, "rows": rows, "environment": environment("cpu")})
+    report = {"settings": settings, "exits": said_of(options.exits), "rows": rows, "environment": environment("cpu")}
+    write_json(folder / "cloud.json", report)
     print(markdown_table(rows))
 
 

@@ -26,7 +26,7 @@ from statistics import fmean, median, quantiles
 
 import torch
 from answers import chat, choose
-from cloud import add_row, candidate, load_edge, read_rows
+from cloud import add_row, candidate, load_edge, read_rows, said_of
 from options import flag, parse
 from prompt_sets import Prompt
 from transformers import AutoTokenizer
@@ -259,7 +259,7 @@ def main() -> None:
     table, even = summarise(rows), break_even(rows, resamples=1000, seed=0)
     settings = {name: value for name, value in asdict(options).items() if name != "text_folder"}
     report = {"settings": settings, "rows": table, "break_even": even, "environment": environment("cpu")}
-    write_json(folder / "cloud-clock.json", report | {"cores": len(set(cores()))})
+    write_json(folder / "cloud-clock.json", report | {"cores": len(set(cores())), "exits": said_of(options.exits)})
     print(markdown_table(table) if table else "nothing measured yet")
 
 

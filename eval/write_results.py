@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from classifier_results import classifier_speed, classifiers, classify
+from cloud_results import cloud_clock, cloud_rows, cloud_tokens
 
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.tables import markdown_table, write_text
@@ -51,6 +52,7 @@ def listed(values: dict) -> str:
         "data",
         "data_files",
         "device",
+        "parts",
     )
     return ", ".join(f"{name} {value}" for name, value in values.items() if name not in places and value is not None)
 
@@ -255,6 +257,10 @@ SECTIONS = {
         "python eval/classifier_speed.py --names ... --models ... --policies ... --pruning ... --output_dir ...",
         told(classifier_speed),
     ),
+    "cloud-tokens": ("Edge and cloud: tokens, bytes and FLOPs", "python eval/cloud.py ...", told(cloud_tokens)),
+    "cloud-clock": ("Edge and cloud: seconds", "python eval/cloud_clock.py ...", told(cloud_clock)),
+    "cloud-load": ("A cloud under load", "python eval/cloud_load.py ...", told(cloud_rows)),
+    "cloud-memory": ("Memory of an edge", "python eval/cloud_memory.py ...", told(cloud_rows)),
     "demo": ("The demo", "make demo", demo),
 }
 
