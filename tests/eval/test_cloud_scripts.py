@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 from language import LAYERS
 from tiny_language import text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,6 +20,7 @@ import answers
 import cloud
 import cloud_clock
 import cloud_load
+import cloud_memory
 
 from ee_diffusion.decoding.cloud.split import split_model
 from ee_diffusion.decoding.fingerprint import fingerprint_of
@@ -178,12 +177,20 @@ def test_clients_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
     ]
 
 
+@pytest.mark.slow
+def test_an_edge_takes_less_memory_than_the_whole(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    given = {"model": folder / "model", "parts": folder / "parts", "output_dir": folder / "memory"}
+    call(monkeypatch, cloud_memory, **given, prompt_tokens=8, new_tokens=2)
+    whole, edge = json.loads((folder / "memory" / "cloud-memory.json").read_text())["rows"]
+    assert edge["weights_mb"] < whole["weights_mb"]
+    assert min(edge["imported_mb"], whole["imported_mb"]) > 50
+    assert edge["peak_mb"] >= edge["imported_mb"]
+
+
 def test_prompts_of_training_and_testing_do_not_meet(folder: Path):
     module = sys.modules["prompt_sets"]
-    assert importlib.util.find_spec("prompt_sets") is not None
     for name in ("alpaca", "dialogsum"):
         texts = [{one.text for one in module.read_prompts(folder / "text", name, split=s)} for s in ("train", "test")]
         assert texts[0]
         assert texts[1]
         assert not texts[0] & texts[1]
-    assert torch.get_num_threads() >= 1
