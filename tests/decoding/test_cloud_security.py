@@ -21,6 +21,7 @@ from cloud_servers import serving  # noqa: E402
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
 
 from ee_diffusion.core.policy import Policy  # noqa: E402
+from ee_diffusion.decoding.cloud import wire_pb2 as wire  # noqa: E402
 from ee_diffusion.decoding.cloud.client import CloudLost  # noqa: E402
 from ee_diffusion.decoding.cloud.remote import RemoteTransport  # noqa: E402
 from ee_diffusion.decoding.cloud.rpc import SERVICE  # noqa: E402
@@ -148,6 +149,20 @@ def test_health_is_told_and_reflection_is_not():
             with pytest.raises(grpc.RpcError) as error:
                 list(call(iter([b""]), timeout=5))
             assert error.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_who_goes_away_holds_no_thread():
+    with serving() as there:
+        with line(there) as transport:
+            request = wire.NextRequest(session=transport.open(timeout=5), position=3)
+            waiting = transport._calls["Next"].future(request, timeout=60)
+            while not there._calls["anybody"]:
+                time.sleep(0.01)
+            waiting.cancel()
+            begun = time.monotonic()
+            while there._calls["anybody"] and time.monotonic() - begun < 30:
+                time.sleep(0.01)
+            assert there._calls["anybody"] == 0
 
 
 def test_one_client_cannot_take_every_thread():

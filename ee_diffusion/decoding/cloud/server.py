@@ -180,6 +180,8 @@ class CloudServer:
 
     def _next(self, owner: str, request: wire.NextRequest, context) -> wire.NextReply:
         answer = self.worker.ask(owner, request.session, request.position)
+        if not context.add_callback(answer.cancel):  # whoever goes away holds no thread
+            answer.cancel()
         left = context.time_remaining()
         try:
             token, seconds = answer.result(timeout=60.0 if left is None else min(left, 60.0))
