@@ -5,8 +5,12 @@ python eval/speed.py --output_dir runs/speed
 Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty
 module and every sync runs) take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at different exits, by
 their own learned scores, at thresholds set so that the mean depth is the one asked for. Ideal = fixed part (embedding, tail) + for every
-executed block its own median time at its number of rows + uncertainty modules and heads at theirs. Inputs are noise: time does not depend
-on content. And the cost of a training step (bfloat16 autocast, AdamW) with all exits over the same backbone without.
+executed block its own median time at its number of rows + uncertainty modules and heads at theirs. A part's time is taken where it runs,
+inside a whole forward of the plain model on that number of rows, in turns with the runs (`ideal_ms`); and, beside it, alone in a loop,
+where its weights never leave the caches (`alone_ms`), which no model does. Starting a run, deciding, syncs and the dropping of rows are
+in the measured time only. Inputs are noise: time does not depend on content.
+The same for what a user calls: the pipeline, one image under guidance (two rows), its start and its scheduler included.
+And the cost of a training step (bfloat16 autocast, AdamW) with all exits over the same backbone without.
 Writes speed.json and speed.md.
 """
 
@@ -15,24 +19,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from statistics import median
 
 import torch
+from forwards import Forward, Ideal
 from options import SamplingOptions, flag, load, parse, results_folder
 from torch import Tensor
 
+from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.measure.clocks import executed_counts, ideal_seconds, interleaved, time_table
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
+from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
-
-TIME = 500
 
 
 @dataclass(frozen=True)
@@ -45,34 +49,6 @@ class SpeedOptions:
     steps: int = flag("Forwards of a run, under one session: what a generation does once is shared among them.", 10)
     pool: int = flag("Rows from which thresholds are set.", 256)
     training_batch: int = flag("Samples of a training step.", 64)
-
-
-class Forward:
-    """One forward of the transformer on noise, with or without a policy."""
-
-    def __init__(self, pipeline: EarlyExitPipeline, rows: int, seed: int):
-        config, generator = pipeline.transformer.config, torch.Generator().manual_seed(seed)
-        shape = (rows, config.in_channels, config.sample_size, config.sample_size)
-        self.transformer = pipeline.transformer
-        self.sample = torch.randn(shape, generator=generator).to(self.transformer.device, self.transformer.dtype)
-        self.times = torch.full((rows,), TIME, device=self.transformer.device)
-        labels = torch.randint(config.num_classes, (rows,), generator=generator) if config.num_classes else None
-        self.labels = labels if labels is None else labels.to(self.transformer.device)
-
-    def __call__(self) -> Tensor:
-        with torch.no_grad():
-            return self.transformer(self.sample, self.times, self.labels).sample
-
-    def under(self, attachment: Attachment, policy: Policy, steps: int = 1) -> Trace:
-        session = attachment.start(policy, rows=torch.arange(len(self.sample)), num_steps=steps)
-        for index in range(steps):
-            with attachment.use(session.step(index, TIME)):
-                self()
-        return session.trace()
-
-    def plain(self, steps: int) -> None:
-        for _ in range(steps):
-            self()
 
 
 def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed: int) -> dict:
@@ -117,77 +93,28 @@ def thresholds_for(trace: Trace, fraction: float) -> tuple[float, ...]:
     return tried(low)[1]
 
 
-class Ideal:
-    """Ideal time of a forward from the median times of its parts, each measured once at each number of rows."""
-
-    def __init__(self, pipeline: EarlyExitPipeline, repeats: int):
-        self.transformer, self.exits, self.repeats = (
-            pipeline.transformer,
-            pipeline.exits.packed(),
-            repeats,
-        )  # as in a run
-        self.table: dict[tuple[str, int], float] = {}
-        self.parts = {f"block {layer}": self._block(layer) for layer in range(len(self.transformer.transformer_blocks))}
-        for exit in range(len(self.exits.depths)):
-            self.parts[f"score {exit}"] = self._head(self.exits.certainty, exit)
-            self.parts[f"head {exit}"] = self._head(self.exits.answer, exit)
-        self.parts["tail"] = lambda rows: quiet(self.transformer.tail, self._hidden(rows))
-
-    def seconds(self, trace: Trace, forward: Forward) -> float:
-        executed, rows = executed_counts(trace), len(forward.sample)
-        through = int((trace.depths[0] == trace.planned.shape[1]).sum())
-        executed.update({("embed", rows): 1} | ({("tail", through): 1} if through else {}))
-        parts = self.parts | {
-            "embed": lambda _: quiet(self.transformer.embed, forward.sample, forward.times, forward.labels)
-        }
-        self.table = time_table(parts, executed, repeats=self.repeats, warmup=2, known=self.table)
-        return ideal_seconds(executed, self.table, 0.0)
-
-    def _block(self, layer: int) -> Callable[[int], Callable[[], object]]:
-        block = self.transformer.transformer_blocks[layer]
-        inputs = 1 if block.skip_linear is None else 2
-        return lambda rows: quiet(block, *[self._hidden(rows)] * inputs)
-
-    def _head(self, head: Callable, exit: int) -> Callable[[int], Callable[[], object]]:
-        return lambda rows: quiet(head, exit, self._hidden(rows), self.exits.context(torch.full((rows,), TIME)))
-
-    def _hidden(self, rows: int) -> Tensor:
-        tokens = self.transformer.pos_embed
-        return torch.empty(rows, *tokens.shape[1:], dtype=tokens.dtype, device=tokens.device).normal_()
-
-
-def quiet(call: Callable, *arguments) -> Callable[[], object]:
-    """The call with its arguments, without gradients."""
-
-    def run() -> object:
-        with torch.no_grad():
-            return call(*arguments)
-
-    return run
-
-
-def realised(
-    pipeline: EarlyExitPipeline, rows: int, fraction: float, options: SpeedOptions, *, ideal: Ideal, seed: int
-) -> dict:
+def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: SpeedOptions, *, seed: int) -> dict:
     """Ideal over measured time at a mean depth, over several batches whose rows leave at different exits."""
-    steps, plain, taken, best, traces = options.steps, [], [], [], []
+    steps, plain, taken, best, alone, traces = options.steps, [], [], [], [], []
     with attach(pipeline.transformer, pipeline.exits) as attachment:
         recorded = Forward(pipeline, options.pool, seed + 1).under(attachment, Policy(Threshold(1.0), record_all=True))
     policy = Policy(Threshold(thresholds_for(recorded, fraction)))
-    for batch in range(16 if rows == 1 else 2):
+    for batch in range(max(1, 16 // rows)):
         forward = Forward(pipeline, rows, seed + 2 + batch)
 
         def exiting(forward: Forward = forward) -> None:
             with attach(pipeline.transformer, pipeline.exits) as attachment:
                 forward.under(attachment, policy, steps)
 
-        candidates = {"plain": lambda forward=forward: forward.plain(steps), "exiting": exiting}
-        timings = interleaved(candidates, repeats=max(3, options.repeats // 3), warmup=1)
         with attach(pipeline.transformer, pipeline.exits) as attachment:
             traces.append(forward.under(attachment, policy))
+        ideal, repeats = Ideal(pipeline, traces[-1], forward), max(3, options.repeats // 3)
+        candidates = {"plain": lambda forward=forward: forward.plain(steps), "exiting": exiting, "parts": ideal}
+        timings = interleaved(candidates, repeats=repeats, warmup=1)
         plain.append(timings["plain"].median / steps)
         taken.append(timings["exiting"].median / steps)
-        best.append(ideal.seconds(traces[-1], forward))
+        best.append(ideal.in_place(skip=1))
+        alone.append(ideal.alone(repeats=repeats))
     depths = torch.cat([trace.depths[0] for trace in traces]).float()
     return {
         "batch": rows,
@@ -197,8 +124,39 @@ def realised(
         "measured_ms": 1e3 * sum(taken) / len(taken),
         "ideal_ms": 1e3 * sum(best) / len(best),
         "realised_over_ideal": sum(best) / sum(taken),
+        "alone_ms": 1e3 * sum(alone) / len(alone),
+        "alone_over_measured": sum(alone) / sum(taken),
         "time_over_plain": sum(taken) / sum(plain),
     }
+
+
+def whole_call(pipeline: EarlyExitPipeline, options: SpeedOptions, sampling: SamplingOptions) -> list[dict]:
+    """The call of the pipeline for one image: off, on but never exiting, and at the mean depths that were asked for."""
+
+    def drawn(policy: Policy | None) -> EarlyExitPipelineOutput:
+        call = {"num_inference_steps": options.steps, "guidance_scale": sampling.guidance_scale, "output_type": "pt"}
+        image = [0] if pipeline.transformer.config.num_classes else None
+        return pipeline(image, exit_policy=policy, generator=torch.Generator().manual_seed(sampling.seed), **call)
+
+    seen = drawn(Policy(Threshold(0.0), record_all=True)).trace
+    policies = {"never": Policy(Threshold(1.0))}
+    for fraction in options.mean_depths:
+        rule = value_for_budget(seen, lambda value: Policy(Threshold(value)), budget=fraction, low=0.0, high=1.0)
+        policies[f"{fraction} of the blocks"] = Policy(Threshold(rule.value))
+    calls = {"off": partial(drawn, None)} | {name: partial(drawn, policy) for name, policy in policies.items()}
+    timings = interleaved(calls, repeats=options.repeats, warmup=1)
+    rows = 2 if sampling.guidance_scale > 1 else 1
+    facts = {"rows": rows, "steps": options.steps}
+    return [
+        {
+            "policy": name,
+            **facts,
+            "executed": 1.0 if name == "off" else drawn(policies[name]).report.fraction_executed,
+            "call_ms": 1e3 * timings[name].median,
+            "time_over_off": timings[name].ratio(timings["off"]),
+        }
+        for name in calls
+    ]
 
 
 def training_step(pipeline: EarlyExitPipeline, mode: str, batch: dict[str, Tensor]) -> Callable[[], object]:
@@ -238,17 +196,19 @@ def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int)
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
-    ideal = Ideal(pipeline, options.repeats)
     overheads = [overhead(pipeline, rows, options, sampling.seed) for rows in options.batch_sizes]
     gains = [
-        realised(pipeline, rows, fraction, options, ideal=ideal, seed=sampling.seed)
+        realised(pipeline, rows, fraction, options, seed=sampling.seed)
         for rows in options.batch_sizes
         for fraction in options.mean_depths
     ]
     cost = training_cost(pipeline, options, sampling.seed)
+    calls = whole_call(pipeline, options, sampling)
     facts = {"settings": asdict(sampling) | asdict(options), "environment": environment()}
-    write_json(folder / "speed.json", facts | {"overhead": overheads, "realised": gains, "training": cost})
-    text = "\n".join(markdown_table(part) for part in (overheads, gains, [cost]))
+    write_json(
+        folder / "speed.json", facts | {"overhead": overheads, "realised": gains, "pipeline": calls, "training": cost}
+    )
+    text = "\n".join(markdown_table(part) for part in (overheads, gains, calls, [cost]))
     write_text(folder / "speed.md", text)
     print(text)
 

@@ -5,6 +5,8 @@ python eval/tradeoff.py --output_dir runs/tradeoff --count 256
 For each budget a threshold is found by replay on calibration seeds. Then every policy, and for each its controls (fewer steps at the
 same measured time, a static schedule with its mean depth per step, random exits with its per-step and with its overall histogram),
 draw the same test seeds. Candidates take turns batch by batch, and a time is the median over batches of (candidate / full model).
+With `--released folder` (exits of variant "released" for the same transformer) DeeDiff as its authors coded it runs beside it: at the
+threshold they name, and at the budgets. Its branches exit on their own, so that of its controls those two run that know no image.
 Writes tradeoff.json, tradeoff.md and tradeoff.png.
 """
 
@@ -12,7 +14,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +27,10 @@ from tqdm.auto import tqdm
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import Generated, controls_of, generate, joined
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.classifiers import data_folder, load_classifier
 from ee_diffusion.measure.features import resnet20_features
@@ -47,6 +53,8 @@ class TradeoffOptions:
     data: str | None = flag(
         "Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or go without."
     )
+    released: str | None = flag("Folder of exits of variant 'released' for the same transformer; none: go without.")
+    released_threshold: float = flag("Certainty above which the authors' code exits on CIFAR-10.", 0.92)
     reference_count: int = flag("Real images behind the FD.", 10_000)
     cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     budgets: list[float] = field(
@@ -56,13 +64,14 @@ class TradeoffOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to draw the images: a policy at a number of steps."""
+    """One way to draw the images: a policy at a number of steps, with exits (None: not needed)."""
 
     name: str
     kind: str
     budget: float | None
     policy: Policy | None
     steps: int
+    exits: DenoisingExits | None = None
 
 
 Draw = Callable[[Candidate, list[int], list[int], int], Generated]
@@ -70,6 +79,7 @@ Draw = Callable[[Candidate, list[int], list[int], int], Generated]
 
 def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
     def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
+        pipeline.exits = candidate.exits
         return generate(
             pipeline,
             chosen,
@@ -116,34 +126,68 @@ def row(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge
     return facts | judge(drawn.images, full.images, torch.tensor(labels))
 
 
-def calibrated(sampling: SamplingOptions, options: TradeoffOptions, draw: Draw, num_classes: int) -> list[Candidate]:
-    """A threshold per budget, from calibration seeds by replay."""
-    chosen = seeds("calibrate", options.calibration_count)
-    recorder = Candidate(
-        "recorder", "recorder", None, Policy(Threshold(1.0), record_all=True), sampling.num_inference_steps
-    )
-    trace = draw(recorder, chosen, balanced_labels(len(chosen), num_classes), 0).trace
+Rule = Callable[[float], Policy]  # from a certainty threshold
+
+
+def recorded(
+    exits: DenoisingExits,
+    rule: Rule,
+    sampling: SamplingOptions,
+    options: TradeoffOptions,
+    *,
+    draw: Draw,
+    num_classes: int,
+) -> Trace:
+    """All exits measured on the calibration seeds, nobody stopping."""
+    chosen, policy = seeds("calibrate", options.calibration_count), replace(rule(1.0), record_all=True)
+    recorder = Candidate("recorder", "recorder", None, policy, sampling.num_inference_steps, exits)
+    return draw(recorder, chosen, balanced_labels(len(chosen), num_classes), 0).trace
+
+
+def calibrated(
+    kind: str, exits: DenoisingExits, rule: Rule, trace: Trace, *, steps: int, budgets: list[float]
+) -> list[Candidate]:
+    """A threshold per budget, by replay of a trace with all exits measured."""
     found = []
-    for budget in options.budgets:
-        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
-        policy = Policy(Threshold(choice.value))
-        print(
-            f"budget {budget}: certainty threshold {choice.value:.5f} (u < {1 - choice.value:.5f}), replayed {choice.fraction:.3f}",
-            flush=True,
-        )
-        found.append(Candidate(f"deediff {budget}", "deediff", budget, policy, sampling.num_inference_steps))
+    for budget in budgets:
+        choice = value_for_budget(trace, rule, budget=budget, low=0.0, high=1.0)
+        print(f"{kind} {budget}: certainty threshold {choice.value:.5f}, replayed {choice.fraction:.3f}", flush=True)
+        found.append(Candidate(f"{kind} {budget}", kind, budget, rule(choice.value), steps, exits))
+    return found
+
+
+def policies_of(
+    pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: TradeoffOptions, *, draw: Draw, num_classes: int
+) -> list[Candidate]:
+    """DeeDiff as written and, if its exits are given, as released, at every budget."""
+    exits, layers = pipeline.exits, len(pipeline.transformer.transformer_blocks)
+    kinds: dict[str, tuple[DenoisingExits, Rule]] = {"deediff": (exits, lambda value: Policy(Threshold(value)))}
+    if options.released is not None:
+        theirs = DenoisingExits.from_pretrained(options.released).to(exits.device, exits.dtype)
+        kinds["released"] = theirs, partial(deediff_released, depths=theirs.depths, num_layers=layers)
+    found = []
+    for kind, (heads, rule) in kinds.items():
+        trace = recorded(heads, rule, sampling, options, draw=draw, num_classes=num_classes)
+        settings = {"steps": sampling.num_inference_steps, "budgets": options.budgets}
+        if kind == "released":
+            value = options.released_threshold
+            found.append(Candidate(f"released at {value}", kind, None, rule(value), settings["steps"], heads))
+        found += calibrated(kind, heads, rule, trace, **settings)
     return found
 
 
 def controls(candidate: Candidate, drawn: Generated, time: float, *, seed: int) -> list[Candidate]:
     """The controls of one policy, from its own trace and its measured time."""
     made = controls_of(drawn.trace, seed=seed)
+    if candidate.policy.guidance == "apart":  # its trace has no line for an image
+        made = {"static": made["static"]}
+    told = candidate.name.removeprefix("deediff ")
     found = [
-        Candidate(f"{kind} {candidate.budget}", kind, candidate.budget, policy, candidate.steps)
+        Candidate(f"{kind} {told}", kind, candidate.budget, policy, candidate.steps, candidate.exits)
         for kind, policy in made.items()
     ]
     steps = max(1, round(candidate.steps * time))
-    return [*found, Candidate(f"fewer steps {candidate.budget}", "fewer_steps", candidate.budget, None, steps)]
+    return [*found, Candidate(f"fewer steps {told}", "fewer_steps", candidate.budget, None, steps)]
 
 
 def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge:
@@ -162,9 +206,10 @@ def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge
 def picture(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for kind in ("deediff", "fewer_steps", "static", "random_per_step", "random_overall"):
+    for kind in ("deediff", "released", "fewer_steps", "static", "random_per_step", "random_overall"):
         points = sorted((r["time"], r["psnr"]["mean"]) for r in rows if r["kind"] == kind)
-        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=kind.replace("_", " "))
+        if points:
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=kind.replace("_", " "))
     axes.set_xlabel("measured time / full model")
     axes.set_ylabel("PSNR to the full model (dB)")
     axes.legend()
@@ -182,11 +227,12 @@ def main() -> None:
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     full = Candidate("full", "full", None, None, sampling.num_inference_steps)
 
-    policies = calibrated(sampling, options, draw, num_classes)
+    policies = policies_of(pipeline, sampling, options, draw=draw, num_classes=num_classes)
     first = in_turns([full, *policies], draw, chosen, labels, batch=sampling.batch_size)
     rows = [row(c, first[c.name], first["full"], judge=judge, labels=labels) for c in [full, *policies]]
     times = {r["name"]: r["time"] for r in rows}
-    others = [o for c in policies for o in controls(c, first[c.name], times[c.name], seed=sampling.seed)]
+    chosen_by_budget = [c for c in policies if c.budget is not None]
+    others = [o for c in chosen_by_budget for o in controls(c, first[c.name], times[c.name], seed=sampling.seed)]
     second = in_turns([full, *others], draw, chosen, labels, batch=sampling.batch_size)
     rows += [row(c, second[c.name], second["full"], judge=judge, labels=labels) for c in others]
 

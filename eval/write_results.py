@@ -156,6 +156,9 @@ def speed(report: dict) -> str:
     tables = [
         markdown_table(report["overhead"]),
         markdown_table(report["realised"]),
+        "`ideal_ms`: parts timed in their places, within a whole forward; `alone_ms`: each in a loop of its own.\n",
+        "The whole call of the pipeline for one image (`time_over_off`: over the call without exits):\n",
+        markdown_table(report["pipeline"]),
         markdown_table([report["training"]]),
     ]
     return "\n".join([*tables, settings(report), environment(report)])

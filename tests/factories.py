@@ -425,7 +425,7 @@ def _planned(trace: Trace) -> Planned:
 def _accumulated(trace: Trace, quantile: float) -> Accumulated:
     """Steps of unlike weight; the second is decided by what the first has left."""
     steps = trace.scores.shape[0]
-    budget = 1 - float(trace.scores[trace.scores.isfinite()].quantile(quantile))
+    budget = 1 - _middle(trace.scores[trace.scores.isfinite()], quantile)  # no score lies on it
     return Accumulated(max(budget, 1e-6), tuple(1.0 + 0.3 * (step % 2) for step in range(steps)), 0.5)
 
 

@@ -43,6 +43,9 @@ class Threshold(Criterion):
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
         return score > threshold_at(self.threshold, where.step, where.exit), state
 
+    def floor(self, where: Where) -> float:
+        return threshold_at(self.threshold, where.step, where.exit)
+
 
 @dataclass(frozen=True)
 class Patience(Criterion):
@@ -82,6 +85,9 @@ class Patience(Criterion):
         needed = self.patience[where.exit] if isinstance(self.patience, tuple) else self.patience
         return crossed & (crossings >= needed), {"crossings": crossings}
 
+    def floor(self, where: Where) -> float | None:
+        return None if self.consecutive else threshold_at(self.threshold, where.step, where.exit)
+
 
 @dataclass(frozen=True)
 class Cumulative(Criterion):
@@ -107,6 +113,9 @@ class Cumulative(Criterion):
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
         survival = state["survival"] * (1 - score)  # (E,): sum_{j<=i} p_j = 1 - prod_{j<=i} (1 - lambda_j)
         return 1 - survival > self.q, {"survival": survival}
+
+    def floor(self, where: Where) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -139,6 +148,9 @@ class Sampled(Criterion):
         survival = state["survival"] * (1 - score)  # (E,)
         return 1 - survival > state["drawn"], state | {"survival": survival}
 
+    def floor(self, where: Where) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class Gate(Criterion):
@@ -166,6 +178,9 @@ class Gate(Criterion):
         conditional = (probability / state["survival"].clamp(min=1e-12)).clamp(max=1)
         state = {"sum": state["sum"] + score, "survival": state["survival"] * (1 - conditional)}
         return conditional >= self.threshold, state
+
+    def floor(self, where: Where) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -203,6 +218,9 @@ class Planned(Criterion):
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
         return state["plan"] <= where.depth, state
 
+    def floor(self, where: Where) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class DecayingThreshold(Criterion):
@@ -231,8 +249,10 @@ class DecayingThreshold(Criterion):
         return score_named(self.score).measure(observation)
 
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
-        decay = math.exp(-self.rate * where.step / self.horizon)
-        return score > self.threshold * (0.9 + 0.1 * decay), state
+        return score > self.floor(where), state
+
+    def floor(self, where: Where) -> float:
+        return self.threshold * (0.9 + 0.1 * math.exp(-self.rate * where.step / self.horizon))
 
 
 @dataclass(frozen=True)
@@ -274,6 +294,9 @@ class Accumulated(Criterion):
         after = state["spent"] + self.weights[where.step] * (1 - score)  # (E,)
         stop = (score > 0) & (after <= self.budget)
         return stop, {"spent": torch.where(stop, after, state["spent"])}
+
+    def floor(self, where: Where) -> float:
+        return 0.0
 
 
 CRITERIA: dict[str, type[Criterion]] = {

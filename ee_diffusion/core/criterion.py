@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,8 +16,7 @@ from ee_diffusion.core.scores import Observation
 State = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(NamedTuple):
     """The place of a decision: `step` of `num_steps`, its `time` (timestep or sigma), `depth` executed blocks, `exit` (policy's index)."""
 
     step: int
@@ -48,3 +48,8 @@ class Criterion(ABC):
     @abstractmethod
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
         """score (E,), NaN where an element has none -> stop (E,) bool and the new state."""
+
+    @abstractmethod
+    def floor(self, where: Where) -> float | None:
+        """A number for which holds: no element with a score at or below it (or without one) stops here, and if all are so, `decide` leaves
+        the state as it was. A session then need not ask. None: there is no such number."""

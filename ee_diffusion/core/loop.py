@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.rows import Departure, rows_of
 from ee_diffusion.core.scores import Observation
 from ee_diffusion.core.session import StepSession
 
@@ -25,45 +27,59 @@ class Lane:
         self.step, self.heads = step, heads
         self.context = dict(context)  # of the running rows
         self.num_rows = len(step.session.rows)
-        self.answers: list[tuple[Tensor, Tensor]] = []  # (rows, answer)
+        self.answers: list[tuple[list[int], Tensor]] = []  # (rows, answer)
         self.observed: Observation | None = None  # the last measured exit's: who went on may still want its answer
         self.keep, self.kept = frozenset(keep), dict[int, Tensor]()  # depth -> (r, N, D)
+        self._hidden: Tensor  # what is being offered
 
     def offer(self, depth: int, hidden: Tensor) -> Tensor:
         """Let rows leave after `depth` blocks: hidden (r, N, D) -> hidden of the rows that go on (possibly none)."""
-        hidden = self._offered(depth, hidden)
+        if depth in self.step.session.exits:
+            hidden = self._offered(depth, hidden)
         if depth in self.keep:
             self.kept[depth] = hidden
         return hidden
 
     def _offered(self, depth: int, hidden: Tensor) -> Tensor:
-        seen: list[Observation] = []
-
-        def measure(exit: int) -> Tensor | None:
-            self.observed = Observation(self.heads, exit, hidden, self.context)
-            seen.append(self.observed)
-            criterion = self.step.session.policy.criterion
-            return None if criterion is None else criterion.measure(seen[0])
-
-        departure = self.step.offer(depth, measure)
-        answered = bool(seen) and seen[0].answered  # the score was made of the answers
-        if answered:
-            self.step.answer_evaluated(depth, len(hidden))
-        if seen:
-            self.context |= seen[0].carried
+        before, self._hidden = self.observed, hidden
+        departure = self.step.offer(depth, self._measure)
+        seen, answer = self.observed, None
+        if seen is not None and seen is not before:  # this exit was measured
+            if seen.answered:  # the score was made of the answers
+                self.step.answer_evaluated(depth, len(hidden))
+                answer = seen.answer
+            self.context |= seen.carried
         if departure is None:
             return hidden
-        leave, keep = departure.leave.to(hidden.device), departure.keep.to(hidden.device)
-        if answered:
-            answer = seen[0].answer.index_select(0, leave)
-        else:  # only where it is taken
-            context = {name: value.index_select(0, leave) for name, value in self.context.items()}
-            answer = self.heads.answer(departure.exit, hidden.index_select(0, leave), context)
-            self.step.answer_evaluated(depth, len(leave))
+        if answer is None:  # only where it is taken
+            self.step.answer_evaluated(depth, len(departure.leave))
+        return self._part(departure, hidden, answer)
+
+    def _measure(self, exit: int) -> Tensor | None:
+        """The scores (r,) of the running rows at an exit of the heads."""
+        criterion = self.step.session.policy.criterion
+        assert criterion is not None, "nothing is measured without a criterion"
+        self.observed = Observation(self.heads, exit, self._hidden, self.context)
+        return criterion.measure(self.observed)
+
+    def _part(self, departure: Departure, hidden: Tensor, answer: Tensor | None) -> Tensor:
+        """Set the answers of those who leave aside; -> hidden of those who go on. `answer` (r, ...): all answers, if they are known."""
+        if not departure.keep:  # all leave: no row has to be looked up
+            answer = self.heads.answer(departure.exit, hidden, self.context) if answer is None else answer
+            self.answers.append((departure.rows, answer))
+            self.kept = {depth: value[:0] for depth, value in self.kept.items()}
+            return hidden[:0]  # (0, N, D)
+        leave, keep = (torch.tensor(places, device=hidden.device) for places in (departure.leave, departure.keep))
+        if answer is None:
+            context = {name: rows_of(value, leave) for name, value in self.context.items()}
+            leaving = hidden.index_select(0, leave)  # faster than hidden[leave]
+            answer = self.heads.answer(departure.exit, leaving, context)
+        else:
+            answer = answer.index_select(0, leave)
         self.answers.append((departure.rows, answer))
-        self.context = {name: value.index_select(0, keep) for name, value in self.context.items()}
+        self.context = {name: rows_of(value, keep) for name, value in self.context.items()}
         self.kept = {depth: value.index_select(0, keep) for depth, value in self.kept.items()}
-        return hidden.index_select(0, keep)  # (r, N, D); faster than hidden[keep]
+        return hidden.index_select(0, keep)  # (r, N, D)
 
     def running(self, tensor: Tensor) -> Tensor:
         """Rows of a whole-batch tensor (R, ...) that are still running -> (r, ...)."""
@@ -77,8 +93,11 @@ class Lane:
         """
         if len(values) == self.num_rows:
             return values
+        if len(self.answers) == 1 and len(self.answers[0][0]) == self.num_rows:  # all left together
+            return self.answers[0][1].to(values.dtype)
         whole = values.new_zeros((self.num_rows, *values.shape[1:]))
-        for rows, answer in [(self.step.rows, values), *self.answers]:
+        parts = [(self.step.rows, values), *((torch.tensor(rows), answer) for rows, answer in self.answers)]
+        for rows, answer in parts:
             whole.index_copy_(0, rows.to(whole.device), answer.to(whole.dtype))
         return whole
 

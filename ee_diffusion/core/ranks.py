@@ -37,7 +37,7 @@ class Vote:
             raise ValueError(f"rank {dist.get_rank()} is not in the group it is to vote in")
 
     def least(self, scores: Tensor) -> Tensor:
-        """scores (E,) of this rank -> (E,) the least safe of all ranks', the same on each; NaN where one of them says NaN."""
+        """scores (n,) of this rank -> (n,) the least safe of all ranks', the same on each; NaN where one of them says NaN."""
         nothing = scores.isnan()
         said = torch.stack([scores.masked_fill(nothing, 0.0), -nothing.to(scores.dtype)])  # (2, E)
         dist.all_reduce(said, op=dist.ReduceOp.MIN, group=self.group)

@@ -1,28 +1,38 @@
-"""Rows of a batch and the elements they belong to: index bookkeeping, on the CPU. Not here: who leaves (session.py).
+"""Rows of a batch and the elements they belong to: index bookkeeping, on the host. Not here: who leaves (session.py).
 
 E elements, R rows, r running rows.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Departure:
     """Rows that leave after an exit: `exit` among the heads; `leave` and `keep`: positions among the rows that were running;
-    `rows`: the leaving rows' places in the whole batch."""
+    `rows`: the leaving rows' places in the whole batch. All ascend."""
 
     exit: int
-    leave: Tensor
-    keep: Tensor
-    rows: Tensor
+    leave: list[int]
+    keep: list[int]
+    rows: list[int]
 
 
-def repeats_of(rows: Tensor, num_elements: int) -> int:
-    """n if rows (R,) are the elements in order, n times over (one row each, or guidance); else 0."""
-    times, rest = divmod(len(rows), num_elements)
-    return 0 if rest or not torch.equal(rows, torch.arange(num_elements).repeat(times)) else times
+def least_of(scores: list[float], elements: list[int], *, num_elements: int) -> list[float]:
+    """Each element's least safe row: scores (r,) of rows of elements (r,) -> (E,), NaN for an element without a row (or with a NaN row)."""
+    least: dict[int, float] = {}
+    for element, score in zip(elements, scores, strict=True):
+        before = least.get(element, math.inf)
+        least[element] = (
+            score if score < before or score != score else before
+        )  # a NaN stays: no comparison with it is true
+    return [least.get(element, math.nan) for element in range(num_elements)]
+
+
+def rows_of(values: Tensor, places: Tensor) -> Tensor:
+    """The rows of values (R, ...) at places (r,) -> (r, ...). One value for all rows (`expand`, stride 0) stays one."""
+    return values[: len(places)] if values.stride(0) == 0 else values.index_select(0, places)

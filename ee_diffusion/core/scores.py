@@ -154,11 +154,3 @@ def score_named(name: str) -> Score:
     if name not in SCORES:
         raise ValueError(f"score={name!r}, expected one of {sorted(SCORES)}")
     return SCORES[name]
-
-
-def per_element(scores: Tensor, elements: Tensor, *, num_elements: int) -> Tensor:
-    """The least safe row of each element: scores (R,), elements (R,) -> (E,), NaN for an element without a row (or with a NaN row)."""
-    nothing = torch.full((num_elements,), torch.nan, dtype=torch.float32, device=scores.device)
-    return nothing.scatter_reduce(
-        0, elements, scores.float(), "amin", include_self=False
-    )  # (E,); a NaN row passes through amin

@@ -1,11 +1,13 @@
 """Session and StepSession: the only code in the project that stops anything. Loops, hooks and the replay drive it.
 
-E elements, R rows (R >= E: guidance gives an image two), K exits of the policy, L layers, S steps. Index bookkeeping is on the CPU;
-scores stay on their device, and one host sync per decision (marked) brings the verdict over.
+E elements, R rows (R >= E: guidance gives an image two), K exits of the policy, L layers, S steps. One host sync per decision (marked)
+brings the scores over; decisions and bookkeeping are the host's: plain lists, since an operation on a tensor of a few numbers that
+comes between two blocks costs the clock more than a loop over them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,9 +18,8 @@ from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.criterion import State, Where
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.core.ranks import Vote
-from ee_diffusion.core.rows import Departure, repeats_of
+from ee_diffusion.core.rows import Departure, least_of
 from ee_diffusion.core.schedules import depth_of
-from ee_diffusion.core.scores import per_element
 from ee_diffusion.core.trace import Trace
 
 if TYPE_CHECKING:
@@ -48,15 +49,11 @@ class Session:
         self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
         self.rows = rows  # (R,) element of each row
-        num_elements = int(rows.max()) + 1
-        self.all_rows = torch.arange(len(rows))
-        self.rows_per_element = torch.bincount(rows, minlength=num_elements).to(torch.int16)  # (E,)
-        self.repeats = repeats_of(rows, num_elements)
-        self.elements_there = rows.to(self.device)  # (R,) as `rows`, on the device
-        self.all_alive = torch.ones(num_elements, dtype=torch.bool)
-        self.no_rows = torch.zeros(num_elements, dtype=torch.int16)
-        self.full_depths = torch.full((num_elements,), num_layers, dtype=torch.int16)
-        self.no_scores = torch.full((len(exits), num_elements), torch.nan)
+        self.elements_of_rows: list[int] = rows.tolist()
+        num_elements = 1 + max(self.elements_of_rows)
+        self.places, self.all_rows, self.no_rows = list(range(len(rows))), torch.arange(len(rows)), torch.arange(0)
+        self.rows_per_element = torch.bincount(rows, minlength=num_elements).tolist()  # (E,)
+        self.no_scores = torch.full((num_elements,), torch.nan)
         self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
@@ -81,7 +78,7 @@ class Session:
             raise ValueError(f"absent is {tuple(absent.shape)}, expected ({len(self.elements)},): one for each element")
         self._open = StepSession(self, index, float(time))
         if absent is not None and bool(absent.any()):
-            self._open.leave_out(absent.cpu())
+            self._open.leave_out(absent.tolist())
         return self._open
 
     def follow(self) -> StepSession:
@@ -121,13 +118,13 @@ class Session:
         steps = self.finished
         return Trace(
             elements=self.elements,
-            rows=self.rows_per_element.long(),
+            rows=torch.tensor(self.rows_per_element),
             times=torch.tensor([step.time for step in steps], dtype=torch.float64),
             exits=torch.tensor(list(self.exits), dtype=torch.int64),
             planned=torch.tensor([step.layers for step in steps]),
-            depths=torch.stack([step.depths for step in steps]),
-            scores=torch.stack([step.scores for step in steps]),
-            ran=torch.stack([step.ran for step in steps]),
+            depths=torch.tensor([step.left for step in steps], dtype=torch.int16),
+            scores=torch.tensor([step.scores for step in steps]).view(len(steps), len(self.exits), len(self.elements)),
+            ran=torch.tensor([step.work for step in steps], dtype=torch.int16).transpose(1, 2).contiguous(),
             measured=torch.tensor([step.measured for step in steps]),
             answered=torch.tensor([step.answered for step in steps]),
             policy=self.policy.to_dict(),
@@ -143,44 +140,44 @@ class StepSession:
     def __init__(self, session: Session, index: int, time: float, leader: StepSession | None = None):
         self.leader = leader  # the forward whose depths this one follows
         self.calls = 1  # forwards of this step: itself and those that followed
-        policy, num_layers = session.policy, session.num_layers
+        policy, num_layers, num_exits = session.policy, session.num_layers, len(session.exits)
         self.session, self.index, self.time = session, index, time
         self.layers = policy.schedule.layers(index, time, num_steps=session.num_steps, num_layers=num_layers)
         self.last = depth_of(self.layers)  # the depth at which everyone leaves
-        num_exits = len(session.exits)
         self.rows = session.all_rows  # (r,) rows still running, as places in the whole batch
-        self.alive, self.depths, self.scores = (
-            session.all_alive,
-            session.full_depths,
-            session.no_scores,
-        )  # replaced, never written to
         self.measured, self.answered = [0] * num_exits, [0] * num_exits  # rows
-        self._scores_there: dict[int, Tensor] = {}
-        self._elements_there = session.elements_there  # (r,) element of each running row, on the device
-        self._ran = [session.no_rows] * num_layers  # for each layer (E,)
+        self._places = session.places  # (r,) the same; lists are replaced, never written to
+        self._elements = session.elements_of_rows  # (r,) element of each running row
         self._counts = session.rows_per_element  # (E,) running rows of each element
+        self.work = [[0] * len(self._counts)] * num_layers  # (L, E) rows that each layer was executed on
+        self.left = [num_layers] * len(self._counts)  # (E,)
+        self._scores: dict[int, list[float]] = {}  # exit -> (E,), NaN where not measured
+        self._unsound: list[int] = []  # depths where an element that was running has no number
         self._state: State = {}
         if policy.criterion is not None and leader is None:
-            ids = session.elements.to(session.device)
-            self._state = policy.criterion.start(ids, step=index, previous=session.state)
+            self._state = policy.criterion.start(session.elements, step=index, previous=session.state)
 
-    def leave_out(self, absent: Tensor) -> None:
-        """Elements (E,) bool that have no part in this step: depth -1, no row runs."""
-        self.alive = ~absent
-        self.depths = self.depths.masked_fill(absent, -1)
-        self._counts = self._counts.masked_fill(absent, 0)
-        self.rows = self.rows[self.alive[self.session.rows]]
-        self._elements_there = self.session.rows[self.rows].to(self.session.device)
+    def leave_out(self, absent: list[bool]) -> None:
+        """Elements (E,) that have no part in this step: depth -1, no row runs."""
+        self._mark(absent, -1)
+        keep = [place for place, element in enumerate(self._elements) if not absent[element]]
+        self._stay(keep)
 
     @property
-    def ran(self) -> Tensor:
-        """(E, L) rows of each element that each layer was executed on."""
-        return torch.stack(self._ran, dim=1)
+    def depths(self) -> Tensor:
+        """(E,) where each element left, so far; L: nowhere before the end; -1: absent."""
+        return torch.tensor(self.left, dtype=torch.int16)
+
+    @property
+    def scores(self) -> list[list[float]]:
+        """(K, E), NaN where not measured."""
+        nothing = [math.nan] * len(self.left)
+        return [self._scores.get(exit, nothing) for exit in range(len(self.measured))]
 
     @property
     def finished(self) -> bool:
         """True when no row is running any more."""
-        return len(self.rows) == 0
+        return not self._elements
 
     @property
     def measures(self) -> bool:
@@ -199,15 +196,16 @@ class StepSession:
 
     def runs(self, layer: int) -> bool:
         """Whether the layer is to be executed, on the rows that are still running."""
-        return self.layers[layer] and len(self.rows) > 0
+        return self.layers[layer] and bool(self._elements)
 
     def executed(self, layer: int) -> None:
         """The driver says: the layer ran on the running rows (on all rows, where those that stopped are carried along)."""
-        self._ran[layer] = self.session.rows_per_element if self.session.frozen else self._counts
+        self.work[layer] = self.session.rows_per_element if self.session.frozen else self._counts
 
     def add_work_of(self, follower: StepSession) -> None:
         """Count what a following forward executed as this step's."""
-        self._ran = [mine + other for mine, other in zip(self._ran, follower._ran, strict=True)]
+        pairs = zip(self.work, follower.work, strict=True)
+        self.work = [[mine + other for mine, other in zip(*pair, strict=True)] for pair in pairs]
         self.answered = [mine + other for mine, other in zip(self.answered, follower.answered, strict=True)]
         self.calls += 1
 
@@ -217,82 +215,80 @@ class StepSession:
 
         Returns the departure of the rows that leave, or None if all go on.
         """
-        if depth not in self.session.exits or self.finished:
+        session = self.session
+        if depth not in session.exits or not self._elements:
             return None
         if depth == self.last:  # decided before the step began: no score, no sync
-            return self._leave(depth, torch.ones_like(self.alive))
+            return self._leave([True] * len(self.left), depth)
         if self.leader is not None:
-            return self._leave_where(self.leader.depths <= depth, depth)
-        criterion = self.session.policy.criterion
+            return self._leave([left <= depth for left in self.leader.left], depth)
+        criterion = session.policy.criterion
         if criterion is None:
             return None
-        exit = self.session.exits[depth]
-        score = self._score(exit, measure(self.session.heads_exits[depth]))  # (E,)
-        where = Where(self.index, self.session.num_steps, self.time, depth, exit)
-        stop, self._state = criterion.decide(score, where, self._state)
-        if self.session.policy.record_all:
-            return None
-        return self._leave_where(stop if stop.is_cpu else stop.cpu(), depth)  # the host sync of this exit
+        exit, seen = session.exits[depth], measure(session.heads_exits[depth])
+        where = Where(self.index, session.num_steps, self.time, depth, exit)
+        if seen is None:
+            scores = session.no_scores
+        else:
+            least = self._scores[exit] = self._least(seen, exit, depth)
+            floor = criterion.floor(where)
+            if floor is not None and not any(score > floor for score in least):
+                return None
+            scores = torch.tensor(least, dtype=torch.float32)  # (E,)
+        stop, self._state = criterion.decide(scores, where, self._state)
+        return None if session.policy.record_all else self._leave(stop.tolist(), depth)
 
     def close(self) -> None:
-        """End the step: scores come to the host, the state goes to the session.
+        """End the step: the state goes to the session.
 
         Raises:
             ValueError: a score was NaN (it stopped nobody; the step is recorded), or the step is closed already.
         """
         self.session.require_open(self)
-        if self._scores_there:
-            said = torch.stack(list(self._scores_there.values())).cpu()  # in the order of the exits
-            if len(said) < len(self.scores):
-                said = self.scores.index_copy(0, torch.tensor(list(self._scores_there)), said)
-            self.scores = said
         if self.leader is None:
             self.session.state = self._state
         self.session.closed(self)
-        if self._scores_there and bool(self.scores.isnan().any()):
-            self._refuse_nan()
-
-    def _refuse_nan(self) -> None:
-        """Raise if an element that reached a measured exit has no number there; NaN elsewhere says that nothing was measured."""
-        reached = torch.tensor(list(self.session.exits))[:, None] <= self.depths  # (K, E)
-        bad = (self.scores.isnan() & reached & (torch.tensor(self.measured) > 0)[:, None]).any(1)
-        if bool(bad.any()):
-            depths = [depth for depth, exit in self.session.exits.items() if bad[exit]]
+        if self._unsound:
             raise ValueError(
-                f"NaN score at step {self.index} after depths {depths}: the hidden states or the heads are not finite"
+                f"NaN score at step {self.index} after depths {self._unsound}: the hidden states or the heads are not finite"
             )
 
-    def _score(self, exit: int, rows: Tensor | None) -> Tensor:
-        num_elements = len(self.alive)
-        if rows is None:
-            return torch.full((num_elements,), torch.nan, device=self.session.device)
-        repeats = self.session.repeats
-        if repeats and len(rows) == len(self.session.rows):  # the usual case, cheaper than a scatter
-            score = rows if rows.dtype == torch.float32 else rows.float()
-            score = score if repeats == 1 else score.view(repeats, num_elements).amin(0)
-        else:
-            score = per_element(rows, self._elements_there, num_elements=num_elements)
-        score = score if self.session.vote is None else self.session.vote.least(score)
-        self._scores_there[exit] = score
-        self.measured[exit] += len(rows)
-        return score  # (E,)
+    def _least(self, seen: Tensor, exit: int, depth: int) -> list[float]:
+        """seen (r,) -> (E,): each element's least safe row."""
+        self.measured[exit] += len(seen)
+        vote = self.session.vote  # of rows: their element's least is then the same on all ranks
+        said = (seen if vote is None else vote.least(seen.float())).tolist()  # the host sync of this exit
+        least = least_of(said, self._elements, num_elements=len(self.left))
+        if any(score != score for score in said):
+            self._unsound.append(depth)
+        return least
 
-    def _leave_where(self, stopped: Tensor, depth: int) -> Departure | None:
-        if True not in stopped.tolist():  # the usual case; a list of few is quicker to search than a tensor
+    def _leave(self, stopped: list[bool], depth: int) -> Departure | None:
+        """The running rows of the elements that stopped (E,) leave; None: there is none."""
+        if True not in stopped:
             return None
-        return self._leave(depth, stopped) if bool((stopped & self.alive).any()) else None
+        elements, places, exit = self._elements, self._places, self.session.heads_exits[depth]
+        leave = [place for place, element in enumerate(elements) if stopped[element]]
+        if not leave:
+            return None
+        self._mark(stopped, depth)
+        keep = [place for place, element in enumerate(elements) if not stopped[element]]
+        self._stay(keep)
+        return Departure(exit, leave, keep, [places[place] for place in leave])
 
-    def _leave(self, depth: int, stopped: Tensor) -> Departure:
-        elements = self.session.rows[self.rows]  # (r,)
-        leaving = stopped[elements]  # (r,) bool
-        leave, keep = leaving.nonzero()[:, 0], (~leaving).nonzero()[:, 0]
-        departure = Departure(self.session.heads_exits[depth], leave, keep, self.rows[leave])
-        self.depths = self.depths.masked_fill(stopped & self.alive, depth)
-        self.alive = self.alive & ~stopped
-        self._counts = self._counts.masked_fill(stopped, 0)
-        self.rows = self.rows[keep]
-        self._elements_there = elements[keep].to(self.session.device, non_blocking=True)
-        return departure
+    def _stay(self, keep: list[int]) -> None:
+        """Of the running rows only those at these places go on."""
+        self._elements, self._places = (
+            [self._elements[place] for place in keep],
+            [self._places[place] for place in keep],
+        )
+        self.rows = torch.tensor(self._places) if keep else self.session.no_rows
+
+    def _mark(self, stopped: list[bool], depth: int) -> None:
+        """Elements (E,) that stop at a depth, if they had not before, have no running rows."""
+        facts = list(zip(stopped, self._counts, self.left, strict=True))
+        self.left = [depth if gone and count else before for gone, count, before in facts]
+        self._counts = [0 if gone else count for gone, count, _ in facts]
 
     def answer_evaluated(self, depth: int, num_rows: int) -> None:
         """The driver says: the head at that depth was evaluated on so many rows."""

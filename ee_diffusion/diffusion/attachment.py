@@ -7,7 +7,6 @@ Here: the driver of step sessions. Not here: the user's interface (attach.py), f
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,9 +22,9 @@ from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.compiled import Compiler, bucket
-from ee_diffusion.diffusion.families import Family, blocks_of
+from ee_diffusion.diffusion.families import Family, blocks_of, times_of
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, RememberingHeads
-from ee_diffusion.diffusion.passage import Passage, layers_of
+from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
 from ee_diffusion.diffusion.runs import Runs
 
 
@@ -55,11 +54,11 @@ class Attachment:
         self.runs: Runs | None = None
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
         self._keeping = isinstance(heads, KeepingHeads)
-        self._packed: WeakKeyDictionary[Session, DenoiserHeads] = WeakKeyDictionary()
+        self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
         self._passage: Passage | None = None
         self._step: StepSession | None = None
-        self._signature = inspect.signature(type(transformer).forward)
+        self._signature = signature_of(type(transformer))
         self._interceptions = [
             Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
         ]
@@ -167,7 +166,9 @@ class Attachment:
         if asked:
             return original(*args, **kwargs)
         sample = arguments["hidden_states"]
-        step = self.runs.step(arguments, self._timestep(arguments, sample), shape=sample.shape, device=sample.device)
+        step = self.runs.step(
+            arguments, times_of(self.family, arguments["timestep"], sample), shape=sample.shape, device=sample.device
+        )
         with self.runs.forgotten_if_it_fails():
             try:
                 return self._run(step, original, arguments, args, kwargs)
@@ -181,8 +182,8 @@ class Attachment:
             )
         sample = arguments["hidden_states"]
         self._check(step, sample)
-        timestep = self._timestep(arguments, sample)  # (R,)
-        heads = self._heads_of(step.session)
+        timestep = times_of(self.family, arguments["timestep"], sample)  # (R,)
+        heads = self._heads_of(step.session, sample)
         context = self._context(heads, step, sample, timestep)
         if step.measures and self.family.image_tokens is not None:
             context["image_tokens"] = self.family.image_tokens(self.transformer, arguments)  # (R, N)
@@ -197,13 +198,19 @@ class Attachment:
         step.close()
         return output
 
-    def _heads_of(self, session: Session) -> DenoiserHeads:
-        """The heads, packed once for each run, where no gradient asks for their parameters."""
-        if not self._packable or torch.is_grad_enabled():
-            return self.heads
-        if session not in self._packed:
-            self._packed[session] = self.heads.packed()
-        return self._packed[session]
+    def _heads_of(self, session: Session, sample: Tensor) -> DenoiserHeads:
+        """The heads, looked at (and packed, where no gradient asks for their parameters) once for each run."""
+        packable = self._packable and not torch.is_grad_enabled()
+        if (known := self._packed.get(session)) is not None and known[0] == packable:
+            return known[1]
+        weight = next(self.heads.parameters(), None) if isinstance(self.heads, nn.Module) else None
+        if weight is not None and weight.device != sample.device:
+            raise ValueError(
+                f"the heads are on {weight.device}, the transformer runs on {sample.device}: move the heads"
+            )
+        heads = self.heads.packed() if packable else self.heads
+        self._packed[session] = (packable, heads)
+        return heads
 
     def _through(self, step: StepSession, original, given: tuple, args: tuple, kwargs: dict[str, Any]):
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
@@ -233,22 +240,7 @@ class Attachment:
             raise ValueError(f"the transformer got {len(sample)} rows, the session was started for {expected}")
         if step.session.num_layers != len(self.blocks):
             raise ValueError(f"a session for {step.session.num_layers} blocks, the transformer has {len(self.blocks)}")
-        weight = next(self.heads.parameters(), None) if isinstance(self.heads, nn.Module) else None
-        if weight is not None and weight.device != sample.device:
-            raise ValueError(
-                f"the heads are on {weight.device}, the transformer runs on {sample.device}: move the heads"
-            )
         step.session.require_open(step)
-
-    def _timestep(self, arguments: dict[str, Any], sample: Tensor) -> Tensor:
-        """(R,) in the scheduler's units. Where every token has a time of its own, a row's is its latest (noisiest)."""
-        timestep = torch.as_tensor(arguments["timestep"], device=sample.device)
-        timestep = timestep.amax(-1) if timestep.ndim > 1 else timestep.reshape(-1)
-        if len(timestep) not in (1, len(sample)):
-            raise ValueError(f"{len(timestep)} timesteps for {len(sample)} rows, expected one or one a row")
-        scale, offset = self.family.time
-        timestep = timestep if (scale, offset) == (1.0, 0.0) else timestep.float() * scale + offset
-        return timestep.expand(len(sample))
 
     def _wrapper(self, original, *args, **kwargs):
         """What `torch.compile` returned is called: exits are on the module inside; without exits, as compiled as ever."""

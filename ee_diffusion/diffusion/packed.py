@@ -22,8 +22,8 @@ Answer = Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]
 class PackedExits:
     """Uncertainty modules `u = sigmoid(W_h h + W_t e + b)` (DeeDiff eq. 4), cut in two once for a run.
 
-    A small model on a CPU waits for the number of operations, not for their size: what can be done for all exits at once, or
-    once for a run, is not done at each exit.
+    A small model on a CPU waits for the number of operations, not for their size, and most for an operation of a kind that has not
+    run for a while: what can be done for all exits at once, or once for a run, is not done at each exit, and the mean is a product, too.
     """
 
     depths: tuple[int, ...]
@@ -34,7 +34,8 @@ class PackedExits:
     for_hidden: tuple[Tensor, ...]  # for each exit (V, D)
     for_time: Tensor  # (K V, D)
     bias: Tensor  # (K V,)
-    minus_mean: Tensor  # (N V,): -1 / (P V) for every value of a patch, 0 for those of prefix tokens
+    minus_mean: Tensor  # (1, N V): -1 / (P V) for every value of a patch, 0 for those of prefix tokens
+    one: Tensor  # (1,)
 
     @classmethod
     def of(
@@ -60,18 +61,26 @@ class PackedExits:
             tuple(linear.weight.detach()[:, :width] for linear in modules),
             torch.cat([linear.weight.detach()[:, width:] for linear in modules]),
             torch.cat([linear.bias.detach() for linear in modules]),
-            minus_mean.flatten(),
+            minus_mean.view(1, -1),
+            one.new_ones(1),
         )
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
-        """timestep (R,) -> `timestep`, and the time's part of every uncertainty module, `time_part` (R, K, 1, V)."""
-        part = nn.functional.linear(
-            timestep_embedding(timestep, self.frequencies), self.for_time, self.bias
-        )  # (R, K V)
-        return {"timestep": timestep, "time_part": part.view(len(part), len(self.depths), 1, -1)}
+        """timestep (R,) -> `timestep`, and the time's part of every uncertainty module, `time_part` (R, K, V).
+
+        Where all rows are at one time (`expand`), its part is made once, and is the bias of the products to come.
+        """
+        times = timestep[:1] if timestep.stride(0) == 0 else timestep
+        part = nn.functional.linear(timestep_embedding(times, self.frequencies), self.for_time, self.bias)  # (R, K V)
+        part = part.view(len(part), len(self.depths), -1).expand(len(timestep), -1, -1)
+        return {"timestep": timestep, "time_part": part}
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> `1 - mean u` (R,), the mean over patches alone."""
-        logits = nn.functional.linear(hidden, self.for_hidden[exit])  # (R, N, V)
-        said = logits.add_(context["time_part"][:, exit]).sigmoid_().flatten(1)  # (R, N V)
-        return torch.addmv(said.new_ones(1), said, self.minus_mean)  # (R,)
+        time, weight = context["time_part"], self.for_hidden[exit]
+        if len(time) == 1 or time.stride(0) == 0:
+            logits = nn.functional.linear(hidden, weight, time[0, exit])  # (R, N, V)
+        else:
+            logits = nn.functional.linear(hidden, weight).add_(time[:, exit, None])
+        said = logits.sigmoid_().view(len(hidden), -1)  # (R, N V)
+        return nn.functional.linear(said, self.minus_mean, self.one).view(-1)  # (R,)

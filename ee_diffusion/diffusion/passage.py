@@ -6,6 +6,7 @@ R rows of the batch, r running rows, N tokens, D width, L layers.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,19 +23,28 @@ TEXT = "encoder_hidden_states"
 
 @dataclass(frozen=True)
 class Layer:
-    """One block on the depth axis: the names of its arguments, and whether it takes text and image as one sequence."""
+    """One block on the depth axis: the names of its arguments, whether it takes text and image as one sequence (concatenated), and
+    whether it takes and returns text beside the image."""
 
     names: tuple[str, ...]
     concatenated: bool
+    text: bool
 
 
 def layers_of(transformer: nn.Module, family: Family) -> list[Layer]:
     """The layers of a transformer, in the order in which they run."""
     return [
-        Layer(tuple(inspect.signature(type(block).forward).parameters)[1:], name in family.concatenated)
+        Layer(tuple(signature_of(type(block)).parameters)[1:], together, family.returns != "image" and not together)
         for name in family.lists
+        for together in [name in family.concatenated]
         for block in getattr(transformer, name)
     ]
+
+
+@functools.cache
+def signature_of(kind: type) -> inspect.Signature:
+    """The signature of a module class's forward, looked up once: that is slow."""
+    return inspect.signature(kind.forward)
 
 
 class Passage:
@@ -58,7 +68,6 @@ class Passage:
         given = any(arguments.get(name) is not None for name in family.residuals)
         self.whole = bool(family.frozen) or given  # the parent holds R rows between blocks, not r
         self.num_text = arguments[TEXT].shape[1] if family.concatenated else 0
-        self._text_beside = family.returns != "image"
         self._rows_for = rows_for
         self.padded = 0  # rows x blocks that ran for no image
         self._rows_after: list[Tensor] = []  # rows that were running when block i returned
@@ -68,12 +77,13 @@ class Passage:
 
     def block(self, layer: int, original: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """One block: let rows leave, then run on the rest."""
-        step, names = self.lane.step, self.layers[layer].names
+        step, facts = self.lane.step, self.layers[layer]
+        names = facts.names
         hidden = args[0] if args else kwargs[names[0]]
-        text = _given(TEXT, names, args, kwargs) if self._has_text(layer) else None
+        text = _given(TEXT, names, args, kwargs) if facts.text else None
         if text is not None:
             self.num_text = text.shape[1]  # of this rank, where the tokens lie on several
-        running_hidden, running_text = self._offer(layer, hidden, text)
+        running_hidden, running_text = self._offer(facts, layer, hidden, text)
         self._rows_after.append(step.rows)
         if not step.runs(layer):
             return self._packed(layer, *((hidden, text) if self.whole else (running_hidden, running_text)))
@@ -117,15 +127,15 @@ class Passage:
         rows = len(self.lane.step.rows)
         return 0 if self._rows_for is None else self._rows_for(rows, self.lane.num_rows) - rows
 
-    def _has_text(self, layer: int) -> bool:
-        return self._text_beside and not self.layers[layer].concatenated
-
-    def _offer(self, layer: int, hidden: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _offer(self, facts: Layer, layer: int, hidden: Tensor, text: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Show the heads the image tokens; -> image (or text and image) and text of the rows that go on."""
-        before, lane = self.lane.step.rows, self.lane
+        lane = self.lane
+        if not (self.whole or facts.text or facts.concatenated):  # a stream of image tokens alone
+            return lane.offer(layer, hidden), None
+        before = lane.step.rows
         if self.whole:
             hidden, text = lane.running(hidden), None if text is None else lane.running(text)
-        if not self.layers[layer].concatenated:
+        if not facts.concatenated:
             hidden = lane.offer(layer, hidden)  # (r, N, D)
         else:
             lane.offer(layer, hidden[:, self.num_text :])
@@ -165,13 +175,13 @@ class Passage:
 
     def _packed(self, layer: int, hidden: Tensor, text: Tensor | None) -> Any:
         """As the family's blocks return it."""
-        if not self._has_text(layer):
+        if not self.layers[layer].text:
             return hidden
         return (text, hidden) if self.family.returns == "text, image" else (hidden, text)
 
     def _unpacked(self, layer: int, output: Any) -> tuple[Tensor, Tensor | None]:
         """What a block returned -> image, text."""
-        if not self._has_text(layer):
+        if not self.layers[layer].text:
             return output, None
         return (output[1], output[0]) if self.family.returns == "text, image" else (output[0], output[1])
 

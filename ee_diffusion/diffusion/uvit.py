@@ -241,8 +241,10 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
 
     def tail(self, tokens: Tensor) -> Tensor:
         """The model's own output head: tokens (B, N, D) -> (B, C, H, W)."""
-        patches = self.proj_out(self.norm_out(tokens)[:, self.num_prefix_tokens :])  # (B, P, p*p*C)
-        size = self.config.sample_size
+        tokens, size = self.norm_out(tokens), self.config.sample_size
+        if len(tokens) == 0:  # all rows have answered elsewhere
+            return tokens.new_empty(0, self.config.in_channels, size, size)
+        patches = self.proj_out(tokens[:, self.num_prefix_tokens :])  # (B, P, p*p*C)
         image = unpatchify(
             patches, channels=self.config.in_channels, patch_size=self.config.patch_size, height=size, width=size
         )

@@ -1,18 +1,20 @@
 """Honest wall clock: candidates that take turns, and the ideal time that skipped work would leave.
 
-Here: `interleaved`, Timing, tables of part times, `ideal_seconds`. Not here: which modules a model's parts are (eval/), FLOPs.
-S steps, E elements, L layers, K exits. A *part* is a name such as "block 3"; its time depends on the number of rows it runs on.
+Here: `interleaved`, Timing, times of parts (alone, or in their places), `ideal_seconds`. Not here: which modules a model's parts are
+(eval/), FLOPs. S steps, E elements, L layers, K exits. A *part* is a name such as "block 3"; its time depends on the number of rows.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
+from torch import nn
 
 from ee_diffusion.core.trace import Trace
 
@@ -121,6 +123,80 @@ def part_times(
         timings = interleaved(calls, repeats=repeats, warmup=warmup, device=device)
         times |= {count: timings[str(count)].median for count in missing}
     return times
+
+
+class Places:
+    """Times of a model's parts where they run: inside a whole forward, whose other parts have the caches before and after them.
+
+    modules: part -> module, in the order in which they run. after: part -> (a name of `modules`, call); `call(output)` runs on the
+    output of that module as soon as it has returned, on the clock of that part alone. before, behind: names of what a forward does before
+    the first module and after the last. What lies between two modules belongs to no part: bookkeeping there never counts as ideal.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        after: Mapping[str, tuple[str, Callable[[Any], object]]],
+        *,
+        before: str,
+        behind: str,
+        device: torch.device | str,
+    ):
+        self.modules, self.after, self.before, self.behind = modules, after, before, behind
+        self.device = torch.device(device)
+
+    def round(self, forward: Callable[[], object]) -> dict[str, float]:
+        """Seconds of every part, once: two forwards, one as it is, in which all but `after` is timed, and one with the calls of `after`, in
+        which those are. For rounds that take turns with something else.
+
+        Raises:
+            ValueError: a module that did not run exactly once.
+        """
+        found = self._forward(forward, {})
+        extra = self._forward(forward, self.after)
+        return found | {part: extra[part] for part in self.after}
+
+    def _forward(
+        self, forward: Callable[[], object], after: Mapping[str, tuple[str, Callable[[Any], object]]]
+    ) -> dict[str, float]:
+        marks: list[tuple[str, float]] = []  # (what begins or ends, when)
+        spent: dict[str, float] = {}
+
+        def begins(name: str) -> None:
+            marks.append((name, self._now()))
+
+        def ends(name: str, output: Any) -> None:
+            marks.append((name, self._now()))
+            for part in (part for part, (place, _) in after.items() if place == name):
+                begun = self._now()
+                after[part][1](output)
+                spent[part] = self._now() - begun
+
+        handles = []
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(lambda _, args, name=name: begins(name)))
+            handles.append(module.register_forward_hook(lambda _, args, output, name=name: ends(name, output)))
+        try:
+            start = self._now()
+            forward()
+            end = self._now()
+        finally:
+            for handle in handles:
+                handle.remove()
+        names, moments = [name for name, _ in marks[::2]], [moment for _, moment in marks]
+        if names != list(self.modules) or len(marks) != 2 * len(names):
+            raise ValueError(f"modules ran as {names}, expected each once: {list(self.modules)}")
+        spent |= {name: moments[2 * i + 1] - moments[2 * i] for i, name in enumerate(names)}
+        return spent | {self.before: moments[0] - start, self.behind: end - moments[-1]}
+
+    def _now(self) -> float:
+        _synchronise(self.device)
+        return time.perf_counter()
+
+
+def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The median of every part over rounds that all hold the same parts."""
+    return {part: median(one[part] for one in rounds) for part in rounds[0]}
 
 
 def executed_counts(trace: Trace) -> Counter[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -154,6 +155,33 @@ def test_nan_never_stops(criterion):
     assert depths(criterion, scores) == [K] * 3
     scores[:, 1] = 0.9
     assert depths(criterion, scores) == [K, 0, K], "a neighbour's NaN changes nothing"
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        Threshold(((0.9, 0.2, 0.4, 0.6), (0.8, 0.3, 0.5, 0.7))),
+        DecayingThreshold(0.5, 4),
+        Patience((0.3, 0.5, 0.7, 0.9), 2, consecutive=False),
+        Accumulated(0.7, (0.5, 1.0), 0.5),
+    ],
+    ids=repr,
+)
+def test_at_the_floor_nobody_stops_and_nothing_changes(criterion):
+    state = criterion.start(torch.arange(3), step=0, previous=None)
+    _, state = criterion.decide(torch.tensor([0.95, 0.5, NAN]), Where(0, 2, 0.0, 1, 0), state)
+    for step, exit in itertools.product(range(2), range(K)):
+        where = Where(step, 2, 0.0, exit + 1, exit)
+        floor = torch.tensor(criterion.floor(where), dtype=torch.float64).float()
+        below = floor.nextafter(torch.tensor(-1.0)) if floor > criterion.floor(where) else floor
+        stop, after = criterion.decide(torch.stack([below, below - 0.1, torch.tensor(NAN)]), where, state)
+        assert not stop.any()
+        assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_a_criterion_that_changes_its_state_at_any_score_has_no_floor():
+    for criterion in (Patience(0.5, 2), Cumulative(0.5), Sampled(0), Gate(0.5), Planned(((1,),))):
+        assert criterion.floor(Where(0, 1, 0.0, 1, 0)) is None
 
 
 @pytest.mark.parametrize("criterion", [Threshold(0.5), Patience(0.3, 2), Cumulative(0.8), Gate(0.4)], ids=repr)

@@ -9,7 +9,7 @@ import torch
 from factories import ToyHeads
 
 from ee_diffusion.core import scores
-from ee_diffusion.core.scores import Observation, per_element, register_score, score_named
+from ee_diffusion.core.scores import Observation, register_score, score_named
 
 
 class CountingHeads(ToyHeads):
@@ -55,22 +55,6 @@ def test_the_answer_is_computed_once_and_only_if_asked_for(observation: Observat
     score_named("margin").measure(observation)
     score_named("max_probability").measure(observation)
     assert (observation.answered, observation.heads.calls) == (True, 1)
-
-
-def test_per_element_is_the_least_safe_row():
-    found = per_element(torch.tensor([0.5, 0.2, 0.9, 0.3]), torch.tensor([2, 0, 2, 0]), num_elements=4)
-    torch.testing.assert_close(found, torch.tensor([0.2, torch.nan, 0.5, torch.nan]), equal_nan=True)
-
-
-@pytest.mark.parametrize("values", [[torch.nan, 0.5], [0.5, torch.nan]])
-def test_a_row_that_is_nan_makes_its_element_nan(values):
-    found = per_element(torch.tensor([*values, 0.7]), torch.tensor([0, 0, 1]), num_elements=2)
-    assert found.isnan().tolist() == [True, False]
-
-
-def test_per_element_keeps_float32_of_half_scores():
-    found = per_element(torch.tensor([0.5], dtype=torch.bfloat16), torch.tensor([0]), num_elements=1)
-    assert found.dtype == torch.float32
 
 
 def test_names(monkeypatch):

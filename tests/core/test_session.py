@@ -58,7 +58,7 @@ def test_a_decision_by_hand():
 
     assert step.offer(1, never) is None  # no exit there
     left = step.offer(0, measure([0.9, 0.9, 0.1, 0.6, 0.7]))  # scores of images: .1, .7, .6
-    assert (left.exit, left.leave.tolist(), left.keep.tolist(), left.rows.tolist()) == (0, [1, 3, 4], [0, 2], [1, 3, 4])
+    assert (left.exit, left.leave, left.keep, left.rows) == (0, [1, 3, 4], [0, 2], [1, 3, 4])
     assert step.rows.tolist() == [0, 2]
     assert (step.runs(0), step.finished) == (True, False)
     for layer in (0, 1):
@@ -67,7 +67,7 @@ def test_a_decision_by_hand():
     for layer in (2, 3):
         step.executed(layer)
     left = step.offer(4, measure([0.9, 0.8]))
-    assert (left.exit, left.leave.tolist(), left.keep.tolist(), left.rows.tolist()) == (2, [0, 1], [], [0, 2])
+    assert (left.exit, left.leave, left.keep, left.rows) == (2, [0, 1], [], [0, 2])
     assert step.finished
     assert not step.runs(4)
     step.close()
@@ -86,9 +86,9 @@ def test_a_departed_row_never_comes_back_in_another_order():
     step = session.step(0, 0.0)
     step.offer(0, lambda exit: torch.tensor([0.0, 0.9, 0.0, 0.0]))
     left = step.offer(2, lambda exit: torch.tensor([0.0, 0.9, 0.0]))  # the second of rows 0, 2, 3
-    assert (left.leave.tolist(), left.rows.tolist()) == ([1], [2])
+    assert (left.leave, left.rows) == ([1], [2])
     left = step.offer(4, lambda exit: torch.tensor([0.0, 0.9]))
-    assert (left.leave.tolist(), left.rows.tolist(), step.rows.tolist()) == ([1], [3], [0])
+    assert (left.leave, left.rows, step.rows.tolist()) == ([1], [3], [0])
 
 
 def test_a_schedule_stops_everybody_without_a_score():
@@ -96,7 +96,7 @@ def test_a_schedule_stops_everybody_without_a_score():
     step = session.step(0, 0.0)
     step.offer(0, lambda exit: torch.tensor([0.9, 0.0, 0.0]))
     left = step.offer(2, never)
-    assert left.rows.tolist() == [1, 2]
+    assert left.rows == [1, 2]
     assert step.offer(4, never) is None
     step.close()
     assert session.trace().depths.tolist() == [[0, 2, 2]]
@@ -139,7 +139,7 @@ def test_nan_stops_nobody_and_raises_after_the_step(rows):
     scores = torch.ones(len(rows))
     scores[-2] = torch.nan
     left = step.offer(0, lambda exit: scores)
-    assert 1 not in [rows[row] for row in left.rows.tolist()]
+    assert 1 not in [rows[row] for row in left.rows]
     step.offer(2, lambda exit: torch.full((len(rows) // 3,), torch.nan))
     step.offer(4, lambda exit: torch.full((len(rows) // 3,), torch.nan))
     with pytest.raises(ValueError, match=r"NaN score at step 0 after depths \[0, 2, 4\]"):
@@ -188,7 +188,7 @@ def test_as_many_rows_left_as_there_are_images():
     step.offer(0, lambda exit: torch.tensor([0.9, 0.1, 0.9, 0.1] * 2))
     assert step.rows.tolist() == [1, 3, 5, 7]
     left = step.offer(2, lambda exit: torch.tensor([0.1, 0.8, 0.9, 0.7]))  # images 1, 3, 1, 3
-    assert left.rows.tolist() == [3, 7]
+    assert left.rows == [3, 7]
     expected = torch.tensor([torch.nan, 0.1, torch.nan, 0.7])
     step.close()
     torch.testing.assert_close(session.trace().scores[0, 1], expected, equal_nan=True)
@@ -199,6 +199,9 @@ def test_a_decision_knows_its_place():
 
     @dataclass(frozen=True)
     class Watching(Threshold):
+        def floor(self, where):
+            return None
+
         def decide(self, score, where, state):
             seen.append(where)
             return super().decide(score, where, state)
@@ -215,6 +218,22 @@ def test_a_decision_knows_its_place():
         Where(1, 2, 2.5, 2, 0),
         Where(1, 2, 2.5, 4, 1),
     ]
+
+
+def test_no_decision_is_asked_for_at_or_below_the_floor():
+    asked = []
+
+    @dataclass(frozen=True)
+    class Counting(Threshold):
+        def decide(self, score, where, state):
+            asked.append(where.depth)
+            return super().decide(score, where, state)
+
+    step = session_of(Policy(Counting((0.9, 0.5, 0.2))), rows=(0, 1, 1), num_steps=1).step(0, 0.0)
+    for depth in (0, 2, 4):
+        step.offer(depth, lambda exit: torch.tensor([0.5, 0.6, 0.1]))  # of elements: 0.5, 0.1
+    step.close()
+    assert (asked, step.depths.tolist()) == ([4], [4, 5])
 
 
 def test_thresholds_of_a_step_are_used_at_that_step():
@@ -246,7 +265,7 @@ def test_an_element_that_is_absent_takes_no_part():
     step = session.step(0, 1.0, absent=torch.tensor([True, False, False]))
     assert step.rows.tolist() == [1, 3, 4]
     left = step.offer(2, lambda exit: torch.tensor([0.9, 0.1, 0.8]))
-    assert (left.leave.tolist(), left.rows.tolist()) == ([0, 2], [1, 4])
+    assert (left.leave, left.rows) == ([0, 2], [1, 4])
     step.executed(3)
     step.close()
     session.step(1, 0.0, absent=torch.tensor([True, True, True])).close()
@@ -281,7 +300,7 @@ def test_a_following_forward_leaves_where_the_first_left_and_adds_its_work():
         leaving = []
         for depth in range(5):
             left = step.offer(depth, measure)
-            leaving += [] if left is None else [(depth, left.rows.tolist())]
+            leaving += [] if left is None else [(depth, left.rows)]
             if left is not None:
                 step.answer_evaluated(depth, len(left.rows))
             if step.runs(depth):

@@ -64,6 +64,10 @@ def test_packed_exits_say_the_same():
             alone = packed.certainty(exit, tokens[1:2], packed.context(times[1:2]))
             torch.testing.assert_close(alone[0], said[1], rtol=1e-6, atol=1e-6)
             assert torch.equal(packed.answer(exit, tokens, {}), exits.answer(exit, tokens, {}))
+            together = times[1:2].expand(len(tokens))  # all rows at one time
+            expected = exits.certainty(exit, tokens, {"timestep": together})
+            for context in (packed.context(together), packed.context(together.contiguous())):
+                torch.testing.assert_close(packed.certainty(exit, tokens, context), expected, rtol=1e-5, atol=1e-6)
     for same in (exits_for(uvit(), DEPTHS, "released"), exits.to(torch.bfloat16)):
         assert same.packed() is same
 

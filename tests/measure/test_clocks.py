@@ -6,14 +6,17 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.measure import clocks
 from ee_diffusion.measure.clocks import (
+    Places,
     Timing,
     executed_counts,
     ideal_seconds,
     interleaved,
+    medians,
     part_times,
     realised,
     time_table,
@@ -172,6 +175,61 @@ def test_ideal_time_of_a_trace_equals_a_slow_loop(clock: Clock):
             expected += cost(kind, rows) if rows else 0.0
     assert ideal_seconds(executed, table, 0.5) == pytest.approx(expected)
     assert set(table) == set(executed)
+
+
+class Slow(nn.Module):
+    """Takes its seconds in turn, and says how often it ran."""
+
+    def __init__(self, clock: Clock, *seconds: float):
+        super().__init__()
+        self.clock, self.seconds, self.calls = clock, seconds, 0
+
+    def forward(self, value: int) -> int:
+        self.clock.now += self.seconds[self.calls % len(self.seconds)]
+        self.calls += 1
+        return value + 1
+
+
+def test_parts_in_their_places(clock: Clock):
+    """A forward of 3 s before, modules of 10 and 20 s with 5 s between them that belong to nobody, 7 s after; two calls after the first."""
+    first, second, seen = Slow(clock, 10.0), Slow(clock, 20.0), []
+
+    def forward() -> None:
+        clock.now += 3
+        value = first(0)
+        clock.now += 5
+        second(value)
+        clock.now += 7
+
+    def asked(name: str, seconds: float):
+        def call(output: int) -> None:
+            seen.append((name, output))
+            clock.now += seconds
+
+        return call
+
+    after = {"score": ("a", asked("score", 0.5)), "head": ("a", asked("head", 0.25)), "last": ("b", asked("last", 2.0))}
+    places = Places({"a": first, "b": second}, after, before="embed", behind="tail", device="cpu")
+    found = medians([places.round(forward) for _ in range(3)])
+    assert found == {"embed": 3, "a": 10, "b": 20, "tail": 7, "score": 0.5, "head": 0.25, "last": 2.0}
+    assert seen == [("score", 1), ("head", 1), ("last", 2)] * 3
+    assert first.calls == 6, "without and with what comes after, three rounds each"
+    assert not first._forward_hooks
+    assert not first._forward_pre_hooks
+
+
+def test_medians_of_rounds():
+    rounds = [{"a": 1.0, "b": 5.0}, {"a": 9.0, "b": 6.0}, {"a": 2.0, "b": 0.0}]
+    assert medians(rounds) == {"a": 2.0, "b": 5.0}
+
+
+def test_a_module_that_did_not_run_once_has_no_place(clock: Clock):
+    modules = {"a": Slow(clock, 1.0), "b": Slow(clock, 1.0)}
+    places = Places(modules, {}, before="embed", behind="tail", device="cpu")
+    for forward in (lambda: modules["a"](0), lambda: [modules[name](0) for name in "aab"], lambda: None):
+        with pytest.raises(ValueError, match="expected each once"):
+            places.round(forward)
+    assert not modules["a"]._forward_hooks
 
 
 def test_a_known_table_is_not_measured_again(clock: Clock):
