@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,8 +100,13 @@ def batch_mates_do_not_matter(driver: Driver, policy: Policy, layout: Layout, to
         torch.testing.assert_close(alone.trace.scores, scores, equal_nan=True, rtol=0, atol=NEAR)
         torch.testing.assert_close(alone.outputs, together.outputs[:, layout.places([image])], rtol=1e-4, atol=1e-4)
     if near:
-        print(f"near cases: {near}")
+        say_near(f"{near} in {policy.criterion}, {layout}")
     return near
+
+
+def say_near(what: str) -> None:
+    """Near cases are left out of law 4, so they stand in the summary of the tests, where what passing tests print does not."""
+    warnings.warn(f"near cases of law 4: {what}", stacklevel=3)
 
 
 def margin_of(trace: Trace, policy: Policy) -> Tensor:

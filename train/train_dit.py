@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
-from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderTiny, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from transformers import HfArgumentParser
 
+from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.latents import decode, encode, enlarged, load_taesd, psnr
 from ee_diffusion.diffusion.objective import DiffusionObjective, forbid_label_drop
 from ee_diffusion.diffusion.parts import Parts
@@ -178,7 +179,7 @@ def build_transformer(config: DiTConfig) -> DiTTransformer2DModel:
 
 
 def save(folder: Path, objective: DiffusionObjective, vae: AutoencoderTiny) -> None:
-    scheduler = DDIMScheduler.from_config(objective.scheduler.config, clip_sample=False)
+    scheduler = sampler("ddim", like=objective.scheduler, clip_sample=False)
     DiTPipeline(objective.transformer, vae, scheduler).save_pretrained(folder)
 
 

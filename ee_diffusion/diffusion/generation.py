@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import (
@@ -39,8 +40,8 @@ SAMPLERS: dict[str, type[SchedulerMixin]] = {
 }
 
 
-def sampler(name: str, *, like: SchedulerMixin) -> SchedulerMixin:
-    """A scheduler of that name with the noise schedule of another.
+def sampler(name: str, *, like: SchedulerMixin, **changes: Any) -> SchedulerMixin:
+    """A scheduler of that name with the noise schedule of another; `changes`: settings that are to differ.
 
     Raises:
         ValueError: an unknown name.
@@ -49,7 +50,7 @@ def sampler(name: str, *, like: SchedulerMixin) -> SchedulerMixin:
         raise ValueError(f"sampler={name!r}, expected one of {sorted(SAMPLERS)}")
     config = dict(like.config)
     config.pop("_use_default_values", None)  # diffusers would put the new class's own defaults (other betas!) there
-    return SAMPLERS[name].from_config(config)
+    return SAMPLERS[name].from_config(config, **changes)
 
 
 def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:

@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.objective import null_class_of
 
 TAESD_FILES = {"encoder": "taesd_encoder.safetensors", "decoder": "taesd_decoder.safetensors"}
@@ -91,7 +92,7 @@ class NoisedStates:
     """
 
     def __init__(self, pipeline: DiffusionPipeline, *, class_drop: float):
-        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.scheduler = sampler("ddpm", like=pipeline.scheduler)
         self.vae = pipeline.components.get("vae")
         self.null_class, self.class_drop = null_class_of(pipeline.transformer), class_drop
         if not 0 <= class_drop <= 1 or (class_drop and self.null_class is None):

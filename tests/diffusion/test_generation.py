@@ -8,7 +8,7 @@ from factories import CLASSES, pipeline
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import SAMPLERS, controls_of, generate, use_sampler
+from ee_diffusion.diffusion.generation import SAMPLERS, controls_of, generate, sampler, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 
 SEEDS, LABELS = [5, 9, 2, 7, 1], [index % CLASSES for index in range(5)]
@@ -86,6 +86,13 @@ def test_samplers_by_name(name: str):
     use_sampler(pipe, name)
     assert type(pipe.scheduler) is SAMPLERS[name]
     torch.testing.assert_close(pipe.scheduler.alphas_cumprod, before)
+
+
+def test_a_setting_may_differ():
+    like = pipeline().scheduler
+    changed = sampler("ddim", like=like, clip_sample=not like.config.clip_sample)
+    assert changed.config.clip_sample != like.config.clip_sample
+    assert changed.config.beta_schedule == like.config.beta_schedule
 
 
 def test_what_does_not_fit_is_refused():

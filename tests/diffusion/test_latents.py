@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, HeunDiscreteScheduler
 from factories import NULL_CLASS, pipeline
 from safetensors.torch import save_file
 from stock import dit_pipeline, tiny_vae
@@ -96,6 +96,14 @@ def test_noised_pixels():
     assert "class_labels" not in unconditional(
         {n: v for n, v in given.items() if n not in ("class_labels", "label_drop")}
     )
+
+
+def test_the_noise_is_that_of_the_pipelines_schedule_whatever_its_class():
+    """A scheduler left at its class's defaults, which are not DDPM's."""
+    pipe = pipeline()
+    pipe.scheduler = HeunDiscreteScheduler()
+    table = NoisedStates(pipe, class_drop=0.0).scheduler.alphas_cumprod
+    torch.testing.assert_close(table, pipe.scheduler.alphas_cumprod)
 
 
 @torch.no_grad()

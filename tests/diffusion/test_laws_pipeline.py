@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from factories import CLASSES, CRITERIA, NULL_CLASS, criteria_for, pipeline
-from laws import Work, counting, margin_of
+from laws import Work, counting, margin_of, say_near
 from torch import Tensor
 
 from ee_diffusion.core.calibrate import replay
@@ -125,7 +125,7 @@ def test_batch_mates_do_not_matter(setting: Setting, name: str):
             assert not isinstance(policy.criterion, Planned)
             first = int((alone.trace.depths != depths).any(1).nonzero()[0])  # what follows differs for good reason
             near = margin_of(together.trace, policy)[:, columns][first]
-            print("near case:", setting, name, image)
+            say_near(f"1 in {setting}, {name}, image {image}")
             assert near[alone.trace.depths[first] != depths[first]].max() <= 1e-5
             continue
         torch.testing.assert_close(alone.images, together.images[[image]], rtol=1e-3, atol=1e-4)
