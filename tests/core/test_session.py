@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Patience, Planned, Threshold
+from ee_diffusion.core.criteria import Accumulated, Patience, Planned, Threshold
 from ee_diffusion.core.criterion import Where
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
@@ -130,6 +130,16 @@ def test_state_belongs_to_a_step():
         assert step.offer(0, lambda exit: torch.ones(1)) is None, "a crossing of the step before does not count"
         assert step.offer(2, lambda exit: torch.ones(1)) is not None
         step.close()
+
+
+def test_what_a_step_spent_is_missing_at_the_next():
+    """Element 0 spends 0.4 of a budget of 0.5 at step 0 and cannot afford it again; element 1 has spent nothing."""
+    session = session_of(Policy(Accumulated(0.5, (1.0, 1.0), 1.0), exits=(0,)), rows=(0, 1))
+    for index, scores in enumerate(([0.6, 0.2], [0.6, 0.6])):
+        step = session.step(index, 0.0)
+        step.offer(0, lambda exit, scores=scores: torch.tensor(scores))
+        step.close()
+    assert session.trace().depths.tolist() == [[0, 5], [5, 0]]
 
 
 @pytest.mark.parametrize("rows", [(0, 1, 2), (0, 1, 2, 0, 1, 2)])
