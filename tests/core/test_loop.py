@@ -77,6 +77,15 @@ def test_everybody_stopped_leaves_nothing_for_the_tail(driver: PlainDriver):
         torch.testing.assert_close(found.outputs[1][image], expected)
 
 
+def test_one_departure_leaves_the_others_their_own_answers(driver: PlainDriver):
+    """Two images leave together, the rest run to the end."""
+    depths = [2, 6, 6, 2, 6, 6, 6]
+    found, inputs = run(driver, Policy(Planned((tuple(depths),) * STEPS)), SINGLE), images_of(EVERYBODY, 0, 1)
+    assert len(found.outputs[0]) == IMAGES
+    for image, depth in enumerate(depths):
+        torch.testing.assert_close(found.outputs[0][image], answer_at(driver, depth, inputs)[image])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(driver: PlainDriver, dtype):
     for module in (driver.model, driver.heads, driver.tail):
