@@ -154,7 +154,7 @@ def gate_loss(gate_logits: Tensor, targets: Tensor) -> Tensor:
     Positive targets weigh (number of zeros) / (number of ones) in the batch, as in the authors' code; without a one nothing is balanced.
     """
     ones = targets.sum()
-    ratio = torch.where(ones > 0, (targets.numel() - ones) / ones.clamp(min=1), 1.0)
+    ratio = (targets.numel() - ones) / ones.clamp(min=1)
     return functional.binary_cross_entropy_with_logits(gate_logits, targets, weight=1 + (ratio - 1) * targets)
 
 

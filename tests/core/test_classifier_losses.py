@@ -99,6 +99,16 @@ def test_halting_divergence_has_the_direction_it_says(halting, direction):
     close(found, total / ROWS)
 
 
+def test_halting_divergence_of_exits_that_hardly_happen():
+    p, q = [1e-6, 3e-4, 1 - 1e-6 - 3e-4], [0.5, 0.3, 0.2]
+    given = torch.tensor(p, dtype=torch.float64)[:, None]
+    for direction, first, second in (("posterior_to_prior", p, q), ("prior_to_posterior", q, p)):
+        expected = sum(x * math.log(x / y) for x, y in zip(first, second, strict=True))
+        close(losses.halting_divergence(given, torch.tensor(q, dtype=torch.float64), direction=direction), expected)
+    never = torch.tensor([[0.0], [0.0], [1.0]])
+    assert bool(torch.isfinite(losses.halting_divergence(never, torch.tensor(q), direction="prior_to_posterior")))
+
+
 def test_ponder_loss(answers, labels, halting):
     found = losses.ponder_loss(answers, labels, halting, rate=0.1, weight=0.5, direction="posterior_to_prior")
     p, ce, q = (
@@ -161,6 +171,11 @@ def test_correctness_of_a_regression():
     answers, labels = torch.randn(2, ROWS, 1), torch.randn(ROWS)
     expected = [[1 - math.tanh(abs(float(answers[k, b, 0]) - float(labels[b]))) for b in range(ROWS)] for k in range(2)]
     close(losses.correctness(answers, labels), expected)
+    answers.requires_grad_()
+    certainty = torch.rand(2, ROWS, requires_grad=True)
+    losses.learned_exit_loss(certainty, answers, labels).backward()
+    assert answers.grad is None
+    assert bool((certainty.grad != 0).all())
 
 
 def test_gate_probabilities_sum_to_one(halting):

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.encoder import tokens
 from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.costs import block_flops, pruned_flops, saliency_flops
@@ -50,6 +51,16 @@ def test_saliency_against_the_models_own_attention(name: str):
                 assert float(found[row, j]) == pytest.approx(float(expected), abs=1e-6)
             assert float(found[row].sum()) == pytest.approx(1, abs=1e-5)
             assert bool((found[row, n:] == 0).all())
+
+
+def test_saliency_of_texts_longer_than_a_piece(monkeypatch):
+    model, batch = model_named("Bert"), batch_for("Bert")
+    with torch.no_grad(), watching(model) as states:
+        model(**batch)
+    block, keys = family_of(model).blocks(model)[0], batch["attention_mask"].bool()
+    whole = saliency(block, states[1], keys)
+    monkeypatch.setattr(tokens, "QUERIES", 4)  # of 9: two whole pieces and a rest
+    torch.testing.assert_close(saliency(block, states[1], keys), whole)
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
