@@ -9,6 +9,7 @@ import torch
 from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.risk import upper_bound
 from ee_diffusion.encoder.evaluate import NOTHING, Look
 from ee_diffusion.encoder.methods import confidence
 
@@ -78,6 +79,8 @@ def test_a_budget_is_met_where_it_was_chosen_and_judged_elsewhere(judge: Judge):
 def test_thirds_by_length(judge: Judge):
     rows = by_length(judge, Policy(), score=NOTHING)
     assert [row["third"] for row in rows] == ["short", "middle", "long"]
+    means = [row["mean_tokens"] for row in rows]
+    assert means[0] < means[1] < means[2]
     assert sum(row["texts"] for row in rows) == 200
     assert all(row["flops_fraction"] == pytest.approx(1) for row in rows)
     overall = sum(row["accuracy"] * row["texts"] for row in rows) / 200
@@ -116,6 +119,25 @@ def test_the_cheapest_setting_that_keeps_the_risk():
     assert found["learn_then_test"]["value"] == found["bound"]["value"] == 3.0, (
         "400 texts are too few to be sure of 0.2"
     )
+
+
+def test_who_proposes_does_not_decide():
+    """A setting that looked harmless on the first half and is not."""
+    texts = torch.arange(1000)
+    lucky = Candidate({"pruning_scale": 1.0, "value": 9.0}, torch.ones(1000).double(), (texts >= 400).double())
+    found = guarantee([*offered()[:2], lucky], torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.25, delta=0.1)
+    assert found["learn_then_test"] is None, "nothing else was proposed: it beat the others in cost and mean loss"
+    for rule in ("conformal", "bound", "naive"):
+        assert found[rule]["value"] == 3.0
+
+
+def test_bounds_share_delta_among_the_candidates():
+    texts, settings = torch.arange(1000), offered()[:4]
+    deciding = settings[2].loss[400:800]
+    risk = (upper_bound(deciding, 0.1 / 4) + upper_bound(deciding, 0.1)) / 2
+    found = guarantee(settings, torch.full((1000,), 4.0), texts[:800], texts[800:], risk=risk, delta=0.1)
+    assert found["bound"]["value"] == 3.0
+    assert found["learn_then_test"]["value"] == 2.0, "a fixed order shares nothing"
 
 
 def test_nothing_is_an_answer():
