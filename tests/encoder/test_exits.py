@@ -97,6 +97,17 @@ def test_own_heads():
     torch.testing.assert_close(ClassifierHeads(model, linear).answer(2, hidden, {}), linear.heads[2].classify(normed))
 
 
+def test_heads_and_lambda_drop_in_training_only():
+    model = model_named("Bert")
+    hidden = torch.randn(ROWS, 3, WIDTH)
+    pooled = exits_for(model, head="pooled", judge="none").heads[0]
+    layer = exits_for(model, head="shared", judge="halting").judges[0]
+    for module, given in ((pooled, hidden), (layer, torch.randn(ROWS, 2 * WIDTH))):
+        assert torch.equal(module(given), module(given))
+        module.train()
+        assert not torch.equal(module(given), module(given))
+
+
 def test_settings_make_the_same_exits():
     model = model_named("Bert")
     exits = exits_for(model, (0, 2), head="linear", judge="statistics")

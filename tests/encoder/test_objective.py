@@ -17,7 +17,7 @@ from ee_diffusion.core import classifier_losses as losses
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.costs import costs_of
 from ee_diffusion.encoder.methods import EXITS
-from ee_diffusion.encoder.objective import FROZEN, ClassifierObjective, Weights
+from ee_diffusion.encoder.objective import FROZEN, PLAIN, ClassifierObjective, Weights
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 
@@ -65,6 +65,35 @@ def test_who_learns(method: str, expected: set[str]):
     objective = objective_for(method)
     assert learners(objective, objective(labelled())["loss"]) == expected
     assert all(p.requires_grad == (method not in FROZEN) for p in objective.classifier.model.parameters())
+    assert all(p.requires_grad == (method not in PLAIN) for p in objective.classifier.exits.parameters())
+
+
+@pytest.mark.parametrize("method", ["plain", "palbert", "deebert", "jei_dnn"])
+def test_looking_without_gradients_builds_no_graph(method: str):
+    with torch.no_grad():
+        found = objective_for(method)(labelled())
+    assert not any(value.requires_grad for value in found.values())
+
+
+def test_losses_and_facts_by_hand():
+    """Ramps and students alone, the model's own answer left out; accuracies of the first and last answer."""
+    for method in ("deebert", "fastbert", "jei_dnn"):
+        objective = objective_for(method, warm_up=5)
+        seen, total = objective._see(labelled()), 0.0
+        logs = seen.answers.detach().double().log_softmax(-1)  # (A, B, C)
+        for exit in range(LAYERS - 1):
+            for row in range(ROWS):
+                if method == "fastbert":
+                    student, teacher = logs[exit, row], logs[-1, row]
+                    total += float((student.exp() * (student - teacher)).sum()) / ROWS
+                else:
+                    total -= float(logs[exit, row, LABELS[row]]) / ROWS
+        found = objective(labelled())
+        assert float(found["loss"]) == pytest.approx(total, rel=1e-5)
+        for name, place in (("accuracy_first", 0), ("accuracy_last", -1)):
+            right = [int(seen.answers[place, row].argmax()) == int(LABELS[row]) for row in range(ROWS)]
+            assert float(found[name]) == pytest.approx(sum(right) / ROWS)
+        assert found["accuracy_first"] != found["accuracy_last"] or method == "jei_dnn"
 
 
 def test_berxit_alternates():
@@ -117,15 +146,35 @@ def test_palbert_loss_is_that_of_the_formula():
     halting = seen.judge.sigmoid()
     expected = losses.ponder_loss(seen.answers, LABELS, halting, rate=0.1, weight=0.5, direction="posterior_to_prior")
     torch.testing.assert_close(found["loss"], expected)
-    assert 1 <= float(found["expected_exit"]) <= LAYERS
+    p = losses.halting_probabilities(halting)
+    mean = sum((place + 1) * float(p[place, row]) for place in range(LAYERS) for row in range(ROWS)) / ROWS
+    assert float(found["expected_exit"]) == pytest.approx(mean, rel=1e-5)
+    numbers = {"rate": 0.4, "divergence": 2.0, "direction": "prior_to_posterior"}
+    for changed in ({}, {"rate": 0.4}, {"divergence": 2.0}, {"direction": "prior_to_posterior"}, numbers):
+        given = {"rate": 0.1, "divergence": 0.5, "direction": "posterior_to_prior"} | changed
+        named = {"rate": given["rate"], "weight": given["divergence"], "direction": given["direction"]}
+        expected = losses.ponder_loss(seen.answers, LABELS, halting, **named)
+        torch.testing.assert_close(objective_for("palbert", **changed)(labelled())["loss"], expected)
 
 
 def test_jei_dnn_targets_use_costs_of_the_batchs_length():
     objective = objective_for("jei_dnn", warm_up=0)
     seen, exits = objective._see(labelled()), objective.classifier.exits
-    costs = costs_of(objective.classifier.model, exits, 9, score="judged").up_to(exits.depths, LAYERS)
-    targets = losses.gate_targets(losses.answer_losses(seen.answers, LABELS), costs, trade_off=0.5)
-    torch.testing.assert_close(objective(labelled())["loss"], losses.gate_loss(seen.judge, targets))
+    each = losses.answer_losses(seen.answers, LABELS)
+
+    def targets_for(score: str | None, trade_off: float) -> Tensor:
+        costs = costs_of(objective.classifier.model, exits, 9, score=score).up_to(exits.depths, LAYERS)
+        return losses.gate_targets(each, costs, trade_off=trade_off)
+
+    torch.testing.assert_close(objective(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("judged", 0.5)))
+    told = (value / 500 for value in range(1, 5000))
+    trade_off = next(value for value in told if not torch.equal(targets_for("judged", value), targets_for(None, value)))
+    gates_cost = ClassifierObjective(
+        objective.classifier, method="jei_dnn", weights=Weights(trade_off=trade_off)
+    ).eval()
+    torch.testing.assert_close(
+        gates_cost(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("judged", trade_off))
+    )
 
 
 @pytest.mark.parametrize("method", ["palbert", "berxit", "jei_dnn"])
@@ -150,7 +199,11 @@ def test_magic_pyramids_soft_stage_learns_weights_and_thresholds():
     plain = objective_for("magic_soft", **MAGIC | {"mask_weight": 0.0})(labelled())
     torch.testing.assert_close(found["loss"] - plain["loss"], 0.1 * found["kept"])
     assert objective.classifier.pruning is None
+    assert objective.thresholds.tolist() == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
     assert objective.trained().pruning == tuple(objective.thresholds.tolist())
+    with torch.no_grad():
+        objective.thresholds.copy_(torch.tensor([-0.1, 0.2, 0.3, 1.5]))
+    assert objective.trained().pruning == pytest.approx((0.0, 0.2, 0.3, 1.0))
 
 
 def test_magic_pyramids_hard_stage_trains_through_removed_tokens():
@@ -161,6 +214,7 @@ def test_magic_pyramids_hard_stage_trains_through_removed_tokens():
     expected = objective.classifier(**batch_for("Bert")).logits
     torch.testing.assert_close(found["loss"], torch.nn.functional.cross_entropy(expected, LABELS))
     assert found["loss"] != objective_for("plain")(labelled())["loss"]
+    assert objective_for("plain", pruning=pruning)(labelled())["loss"] == objective_for("plain")(labelled())["loss"]
     ramps = objective_for("fastbert", pruning=pruning)(labelled())["loss"]
     assert ramps != objective_for("fastbert")(labelled())["loss"], "students see what is left"
 
@@ -198,6 +252,14 @@ def test_images_and_regression():
         (lambda: objective_for("magic_soft", mask_weight=0.1), "needs temperature"),
         (lambda: Weights(rate=1.0), "rate=1.0"),
         (lambda: Weights(phase=0), "phase=0"),
+        (lambda: Weights(divergence=-0.1), "divergence=-0.1"),
+        (lambda: Weights(trade_off=-1.0), "trade_off=-1.0"),
+        (lambda: Weights(warm_up=-1), "warm_up=-1"),
+        (lambda: Weights(mask_weight=-1.0), "mask_weight=-1.0"),
+        (
+            lambda: ClassifierObjective(objective_for("plain").classifier, method="plain", weights=Weights(), parts=0),
+            "parts=0",
+        ),
     ],
 )
 def test_refused(call, words):

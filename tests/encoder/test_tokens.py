@@ -177,6 +177,34 @@ def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
     assert "forward" not in model.bert.encoder.layer[0].__dict__
 
 
+@torch.no_grad()
+def test_faded_tokens_are_what_the_next_layer_sees():
+    model, batch = model_named("Bert"), batch_for("Bert", [0])
+    blocks = family_of(model).blocks(model)
+    with watching(model) as states:
+        model(**batch)
+    hidden, keys = states[0], batch["attention_mask"].bool()
+    for layer, block in enumerate(blocks):
+        output = block(hidden)
+        gate = ((saliency(block, hidden, keys) - THRESHOLDS[layer]) / 0.05).sigmoid()
+        gate[:, 0] = 1
+        hidden = torch.stack([output[:, j] * gate[:, j, None] for j in range(hidden.shape[1])], dim=1)
+    with soft_pruning(model, torch.tensor(THRESHOLDS), batch["attention_mask"], temperature=0.05):
+        found = model(**batch).logits
+    family = family_of(model)
+    torch.testing.assert_close(found, family.classify(model, family.pool(model, hidden, None)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_at_its_threshold_stays():
+    model, batch = model_named("Bert"), batch_for("Bert", [0])
+    with torch.no_grad(), watching(model) as states:
+        model(**batch)
+    s = saliency(family_of(model).blocks(model)[0], states[0], batch["attention_mask"].bool())[0].detach()
+    order = s[1:].sort().values
+    trace = run("Bert", (float(order[3]), 0.0, 0.0, 0.0), rows=[0])[2]
+    assert int(trace.fed[0, 0]) == 1 + len(order) - 3
+
+
 def test_thresholds_are_saved_with_the_classifier(tmp_path: Path):
     model = model_named("Bert")
     classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="none"))
