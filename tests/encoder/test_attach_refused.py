@@ -49,6 +49,11 @@ class TestRefused:
         ):
             pass
 
+    @pytest.mark.parametrize("depth", [4, 5])
+    def test_an_exit_where_the_model_ends(self, model, depth):
+        with pytest.raises(ValueError, match=r"takes 0\.\.3"):
+            exits_for(model, (1, depth), head="pooled", judge="none")
+
     def test_rows_may_not_leave_before_debertas_convolution(self):
         with pytest.raises(ValueError, match=r"takes 1\.\.3"):
             exits_for(model_named("DebertaV2"), (0, 1), head="pooled", judge="none")
@@ -136,6 +141,7 @@ class TestRefused:
         [
             ({"depths": ()}, "at least one"),
             ({"depths": (2, 1)}, "ascending"),
+            ({"depths": (-1, 1)}, "ascending"),
             ({"head": "big"}, "head='big'"),
             ({"judge": "jury"}, "judge='jury'"),
             ({"judge": "statistics", "num_labels": 1}, "class probabilities"),

@@ -110,7 +110,10 @@ def test_heads_and_lambda_drop_in_training_only():
 
 def test_settings_make_the_same_exits():
     model = model_named("Bert")
-    exits = exits_for(model, (0, 2), head="linear", judge="statistics")
+    exits = ClassifierExits.for_model(model, (0, 2), head="linear", judge="statistics", dropout=0.3)
     again = ClassifierExits(**exits.settings())
+    assert again.settings() == exits.settings()
+    assert again.settings()["dropout"] == 0.3
+    assert len({id(gate) for gate in again.judges}) == 2, "a gate for each exit"
     assert again.depths == (0, 2)
     again.load_state_dict(exits.state_dict())
