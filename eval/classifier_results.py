@@ -35,7 +35,7 @@ def classifiers(report: dict) -> str:
         f"{report['texts']} texts judged, {report['calibration_texts']} others to choose thresholds and sets on. `number`: fraction of\n"
         "the layers asked for, of `pabee` the patience. `flops`: in parts of the full model's, judges and exits counted. `spread`:\n"
         "standard deviation over seeds. `shuffled`: random exits with the same histogram. Differences in accuracy, paired over texts,\n"
-        "95 %: to the full model, to constant depths of the same exits and to truncated models, both mixed to exactly the same FLOPs.\n"
+        "95 %: to the full model, and to the best mixtures of constant depths and of truncated models at exactly the same FLOPs.\n"
     )
     return "\n".join([markdown_table(rows, columns), text])
 

@@ -4,8 +4,8 @@ exactly its cost.
 python eval/classifier_table.py --reference results/plain --truncated results/cut2 results/cut4 \
     --names palbert palbert pabee --folders results/palbert-0 results/palbert-1 results/pabee-0 --output_dir results/table
 
-Folders are outputs of eval/classify.py on the same texts; equal names are seeds of one method. A control "at equal cost" is a mixture:
-for a cost between two of its points the text's value is the mean of both, weighed so that the cost is met. Writes report.json.
+Folders are outputs of eval/classify.py on the same texts; equal names are seeds of one method. A control "at equal cost" is the best
+mixture of two of its points: each text's value is the mean of both, weighed so that the cost is met. Writes report.json.
 """
 
 from __future__ import annotations
@@ -62,12 +62,27 @@ class Evaluated:
         return found
 
 
+def hull(points: Sequence[tuple[float, Tensor]]) -> list[tuple[float, Tensor]]:
+    """The points that no mixture of two others beats in mean value at their cost, cheapest first (the upper concave hull)."""
+    kept: list[tuple[float, Tensor]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], point[1].mean().item())):
+        while kept and (kept[-1][0] == cost or (len(kept) > 1 and _below(kept[-2], kept[-1], (cost, value)))):
+            kept.pop()
+        kept.append((cost, value))
+    return kept
+
+
+def _below(left: tuple[float, Tensor], middle: tuple[float, Tensor], right: tuple[float, Tensor]) -> bool:
+    """Whether the line from left to right passes above the middle, in means."""
+    share = (middle[0] - left[0]) / (right[0] - left[0])
+    return bool((1 - share) * left[1].mean() + share * right[1].mean() >= middle[1].mean())
+
+
 def at_cost(points: Sequence[tuple[float, Tensor]], cost: float) -> Tensor | None:
-    """The value (n,) of each text at a cost between two of the points; None outside of them."""
-    points = sorted(points, key=lambda point: point[0])
-    for (below, low), (above, high) in pairwise(points):
+    """The value (n,) of each text at a cost between two points of the hull; None outside of the points."""
+    for (below, low), (above, high) in pairwise(hull(points)):
         if below <= cost <= above:
-            weight = 0.0 if above == below else (cost - below) / (above - below)
+            weight = (cost - below) / (above - below)
             return (1 - weight) * low + weight * high
     return None
 
@@ -167,22 +182,18 @@ def main() -> None:
         rows += rows_of(name, chosen, right, ends)
     report = {"texts": len(right), "calibration_texts": reference.report["calibration_texts"], "rows": rows}
     write_report(Path(options.output_dir) / "report.json", report)
-    print(
-        markdown_table(
-            rows,
-            [
-                "exits",
-                "rule",
-                "number",
-                "layers",
-                "flops_fraction",
-                "accuracy",
-                "to_full",
-                "to_constant",
-                "to_truncated",
-            ],
-        )
-    )
+    wanted = [
+        "exits",
+        "rule",
+        "number",
+        "layers",
+        "flops_fraction",
+        "accuracy",
+        "to_full",
+        "to_constant",
+        "to_truncated",
+    ]
+    print(markdown_table(rows, [name for name in wanted if any(name in row for row in rows)]))
 
 
 def by_cost(ends: list[tuple[Tensor, float]]) -> list[tuple[float, Tensor]]:

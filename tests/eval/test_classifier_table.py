@@ -93,6 +93,11 @@ def test_a_control_at_equal_cost_is_a_mixture():
     points = [(1.0, torch.tensor([1.0, 1.0])), (0.5, torch.tensor([0.0, 1.0]))]
     assert classifier_table.at_cost(points, 0.75).tolist() == [0.5, 1.0]
     assert classifier_table.at_cost(points, 0.6).tolist() == pytest.approx([0.2, 1.0])
+    beaten = [(0.75, torch.tensor([0.0, 1.0])), (1.0, torch.tensor([0.0, 0.0]))]
+    assert classifier_table.at_cost([*points, *beaten], 0.75).tolist() == [0.5, 1.0], "the best mixture at that cost"
+    better = [*points, (0.75, torch.tensor([1.0, 1.0]))]
+    assert classifier_table.at_cost(better, 0.75).tolist() == [1.0, 1.0]
+    assert classifier_table.at_cost(better, 0.625).tolist() == [0.5, 1.0]
     assert classifier_table.at_cost(points, 0.4) is None
     assert classifier_table.at_cost(points, 1.1) is None
 
