@@ -17,7 +17,7 @@ from ee_diffusion.core import classifier_losses as losses
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.costs import costs_of
 from ee_diffusion.encoder.methods import EXITS
-from ee_diffusion.encoder.objective import FROZEN, PLAIN, ClassifierObjective, Weights
+from ee_diffusion.encoder.objective import FROZEN, ClassifierObjective, Weights
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 
@@ -65,7 +65,10 @@ def test_who_learns(method: str, expected: set[str]):
     objective = objective_for(method)
     assert learners(objective, objective(labelled())["loss"]) == expected
     assert all(p.requires_grad == (method not in FROZEN) for p in objective.classifier.model.parameters())
-    assert all(p.requires_grad == (method not in PLAIN) for p in objective.classifier.exits.parameters())
+    assert all(p.requires_grad for p in objective.classifier.exits.parameters())
+    plain = ClassifierObjective(objective.classifier, method="plain", weights=Weights())
+    assert not any(p.requires_grad for p in plain.classifier.exits.parameters())
+    assert all(p.requires_grad for p in plain.classifier.model.parameters())
 
 
 @pytest.mark.parametrize("method", ["plain", "palbert", "deebert", "jei_dnn"])
