@@ -37,7 +37,8 @@ def classifiers(report: dict) -> str:
         "standard deviation over seeds. `shuffled`: random exits with the same histogram. Differences in accuracy, paired over texts,\n"
         "95 %: to the full model, and to the best mixtures of constant depths and of truncated models at exactly the same FLOPs.\n"
     )
-    return "\n".join([markdown_table(rows, columns), text])
+    notes = [f"{report['note']}\n"] if "note" in report else []
+    return "\n".join([markdown_table(rows, columns), text, *notes])
 
 
 def classifier_speed(report: dict) -> str:

@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", required=True, help="The method of each folder.")
     parser.add_argument("--folders", nargs="+", required=True, help="Outputs of eval/classify.py.")
     parser.add_argument("--output_dir", required=True, help="Where report.json goes.")
+    parser.add_argument("--note", help="What a reader must know of the models, kept in the report.")
     options = parser.parse_args()
     if len(options.names) != len(options.folders):
         raise ValueError(f"{len(options.names)} names and {len(options.folders)} folders, expected one name for each")
@@ -181,6 +182,7 @@ def main() -> None:
         chosen = [run for run, own in zip(runs, options.names, strict=True) if own == name]
         rows += rows_of(name, chosen, right, ends)
     report = {"texts": len(right), "calibration_texts": reference.report["calibration_texts"], "rows": rows}
+    report |= {} if options.note is None else {"note": options.note}
     write_report(Path(options.output_dir) / "report.json", report)
     wanted = [
         "exits",

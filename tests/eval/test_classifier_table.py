@@ -59,6 +59,7 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
         monkeypatch,
         classifier_table,
         f"--reference {out}/model --truncated {out}/cut --names palbert palbert --folders {out}/model {out}/other --output_dir {out}",
+        "--note untrained",
     )
     report = json.loads((out / "report.json").read_text())
     full, cut, *rows = report["rows"]
@@ -85,6 +86,7 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
     run(monkeypatch, write_results, f"--reports {results} --output {tmp_path}/RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| truncated 2 |" in text
+    assert "\nuntrained\n" in text
     assert "Nothing certified by: " in text or "learn_then_test |" in text
     assert f"{tmp_path}/model" not in text
 
