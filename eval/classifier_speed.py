@@ -6,7 +6,7 @@ python eval/classifier_speed.py --names full palbert both --models runs/plain/mo
 
 The first setting is what the others are compared with. A policy is a file, `off`, or `own` (saved with the model); pruning `own` or `none`.
 Every run goes over all timed texts, spread evenly over the lengths; one run of each setting warms up. Images: --train_data_files.
-`--dry-run` prints the resolved settings. Writes report.json.
+`--dry-run` prints the resolved settings. Writes report.json, after every batch size.
 """
 
 from __future__ import annotations
@@ -142,17 +142,17 @@ def main() -> None:
     groups = {"all": places}
     if config.thirds:
         groups |= dict(zip(("short", "middle", "long"), places.chunk(3), strict=True))
+    report = {"settings": resolved, "count": len(places), "runs": config.timed_runs}
+    if isinstance(source, TextSource):
+        report["mean_tokens"] = {
+            name: sum(len(source.tokens[i]) for i in own) / len(own) for name, own in groups.items()
+        }
     rows = []
     for group, own in groups.items():
         for size in config.batch_sizes:
             timings = timed(ready, source, own, size=size, runs=config.timed_runs)
             rows += [{"texts": group} | row for row in timings]
-    report = {"count": len(places), "runs": config.timed_runs, "rows": rows}
-    if isinstance(source, TextSource):
-        report["mean_tokens"] = {
-            name: sum(len(source.tokens[i]) for i in own) / len(own) for name, own in groups.items()
-        }
-    write_report(Path(config.output_dir) / "report.json", {"settings": resolved, **report})
+            write_report(Path(config.output_dir) / "report.json", {**report, "rows": rows})
     print(json.dumps(rows))
 
 
