@@ -30,7 +30,7 @@ from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import write_text
 
-OURS = ("remembered", "budgeted", "searched", "tracked")
+OURS = ("remembered", "budgeted", "searched", "searched noise", "tracked")
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
@@ -54,6 +54,7 @@ class FrontierOptions:
     errors: list[float] = _numbers("`remembered`: errors allowed per step (rms, data in [-1, 1]).")
     budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
     shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.5, 0.6, 0.7, 0.76)
+    noise_shares: list[float] = _numbers("`searched noise`: the same where the noise is remembered.")
     tracked: list[float] = _numbers("Errors allowed per step with the exits of --tracking.")
     oracles: list[float] = _numbers("Errors allowed per step where the true error is known.")
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
@@ -84,11 +85,17 @@ def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> MemoryExits:
     return exits
 
 
+def noise_memory(pipeline: EarlyExitPipeline) -> MemoryExits:
+    """Exits that remember the noise, unfitted: a schedule asks for no uncertainty."""
+    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
+
+
 def drawer(
     pipeline: EarlyExitPipeline, sampling: SamplingOptions, memory: MemoryExits, tracking: TrackingExits | None = None
 ) -> Draw:
     """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
     trained, peers = pipeline.exits, dict[str, Peer]()
+    noise = noise_memory(pipeline)
     oracle = OracleExits(memory, pipeline.transformer)
 
     def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
@@ -100,7 +107,7 @@ def drawer(
                     pipeline, candidate.budget, num_steps=candidate.steps, guidance_scale=sampling.guidance_scale
                 )
             return peers[candidate.name].generate(chosen, labels, **call)
-        kinds = {"deediff": trained, "oracle": oracle, "tracked": tracking}
+        kinds = {"deediff": trained, "oracle": oracle, "tracked": tracking, "searched noise": noise}
         pipeline.exits = kinds.get(candidate.kind.split(" of ")[-1], memory)
         if candidate.kind != "oracle":
             return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
@@ -170,6 +177,7 @@ def schedules_of(
     sampling: SamplingOptions,
     options: FrontierOptions,
     weights: tuple[float, ...],
+    shares: list[float],
 ) -> dict[str, list[int]]:
     """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory."""
     steps, count = sampling.num_inference_steps, options.search_count
@@ -177,16 +185,18 @@ def schedules_of(
     call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale}
     course = record(pipeline, memory, seeds("fit", count), labels, **call)
     found = search(gap_prices(memory, course, weights), steps)
-    schedules = (nearest(found, steps * (1 - share)).full for share in options.shares)
+    schedules = (nearest(found, steps * (1 - share)).full for share in shares)
     return {str(len(full)): list(full) for full in schedules}
 
 
-def searched_candidates(schedules: dict[str, list[int]], *, num_steps: int, num_layers: int) -> list[Candidate]:
+def searched_candidates(
+    schedules: dict[str, list[int]], kind: str, *, num_steps: int, num_layers: int
+) -> list[Candidate]:
     """Candidates of `schedules_of`."""
     return [
         Candidate(
-            f"searched {count} full",
-            "searched",
+            f"{kind} {count} full",
+            kind,
             int(count),
             searched(full, num_steps=num_steps, num_layers=num_layers),
             num_steps,

@@ -14,6 +14,7 @@ Writes frontier.json, frontier.md and frontier.png.
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from contenders import (
@@ -26,6 +27,7 @@ from contenders import (
     gains_of,
     kept,
     load_memory,
+    noise_memory,
     noted,
     schedules_of,
     searched_candidates,
@@ -102,17 +104,19 @@ def main() -> None:
         "memory": options.memory,
         "tracking": options.tracking,
     }
-    asked = bool(options.budgets or options.shares)
+    asked = bool(options.budgets or options.shares or options.noise_shares)
     if asked:
         what = [known, "gains", options.gain_images, options.gain_every]
         gains = tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
     weights = influence(sensitivity, gains, power=options.power)
     first = candidates_of(options, sensitivity, weights, tracking.depths if tracking else (0,))
-    if options.shares:
-        weights = influence(sensitivity, gains, power=options.search_power)
-        what = [known, "schedules", options.shares, options.search_count, list(weights)]
-        found = noted(store, what, lambda: schedules_of(pipeline, memory, sampling, options, weights))
-        first += searched_candidates(found, num_steps=steps, num_layers=layers)
+    weights = influence(sensitivity, gains, power=options.search_power)
+    for kind, shares in (("searched", options.shares), ("searched noise", options.noise_shares)):
+        own = noise_memory(pipeline) if kind == "searched noise" else memory
+        what = [known, kind, shares, options.search_count, list(weights)]
+        make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
+        found = noted(store, what, make) if shares else {}
+        first += searched_candidates(found, kind, num_steps=steps, num_layers=layers)
     draw = kept(drawer(pipeline, sampling, memory, tracking), store, known)
 
     def rows_of(some: list[Candidate]) -> tuple[list[dict], dict]:

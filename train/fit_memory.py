@@ -18,7 +18,7 @@ import torch
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.diffusion.courses import fit_trust, record
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.memory_exits import TERMS, MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.gauges import gauge_figures
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -30,6 +30,7 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
     parser.add_argument("--output_dir", required=True, help="Where exits/ and report.json go.")
     parser.add_argument("--length", type=int, default=2, help="Remembered predictions: 1 repeats, 2 draws a line.")
+    parser.add_argument("--terms", choices=TERMS, default="clean", help="What is remembered.")
     parser.add_argument("--learn_trust", action="store_true", help="Learn how far the line through memory is trusted.")
     parser.add_argument("--states", choices=STATES, default="exited", help="Whose trajectories are walked.")
     parser.add_argument("--skip", type=float, default=0.6, help="Probability that a step is answered from memory.")
@@ -60,7 +61,7 @@ def main() -> None:
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     if pipeline.transformer.config.null_class is None:
         raise ValueError("this script walks under guidance: expected a transformer with a null class")
-    made = {"length": options.length, "learned_trust": options.learn_trust}
+    made = {"length": options.length, "learned_trust": options.learn_trust, "terms": options.terms}
     exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
     labels = balanced_labels(options.count, pipeline.transformer.config.null_class)

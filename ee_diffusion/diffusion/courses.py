@@ -22,14 +22,16 @@ LONGEST = 9  # steps between two full steps, at most, that anything is fitted to
 
 @dataclass(frozen=True, eq=False)
 class Course:
-    """`times` (S,); `clean` (S, B, n) the clean images under guidance, flat; `clip`: what the solver clips them to, None: nothing."""
+    """`times` (S,); `clean` (S, B, ...) the clean images under guidance, `samples` (S, B, ...) what the model was asked; `clip`: what the
+    solver clips clean images to, None: nothing."""
 
     times: Tensor
     clean: Tensor
+    samples: Tensor
     clip: float | None
 
     def clipped(self, clean: Tensor) -> Tensor:
-        """What the solver makes of clean images (..., n)."""
+        """What the solver makes of clean images."""
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
 
 
@@ -91,14 +93,16 @@ def record(
     guidance_scale: float,
 ) -> Course:
     """The course of a full run. Raises ValueError as `full_steps` does."""
-    times, clean = [], []
+    times, clean, samples = [], [], []
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     for asked in full_steps(pipeline, seeds, class_labels, **call):
         said = exits.clean_of(asked.sample, asked.output, asked.time.expand(len(asked.sample)))
         conditional, unconditional = said.chunk(2)
-        clean.append((unconditional + guidance_scale * (conditional - unconditional)).flatten(1).float())  # (B, n)
+        clean.append((unconditional + guidance_scale * (conditional - unconditional)).float())  # (B, C, H, W)
+        samples.append(asked.sample[: len(seeds)])
         times.append(float(asked.time))
-    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), _clip_of(pipeline.scheduler))
+    clip = _clip_of(pipeline.scheduler)
+    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip)
 
 
 def _clip_of(scheduler: SchedulerMixin) -> float | None:
@@ -123,10 +127,12 @@ def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int,
         mean over moments and images of |x_t - x_b - c r (x_b - x_a)|^2 / |x_t - x_b|^2,  r = (t - t_b) / (t_b - t_a).
 
     Raises:
-        ValueError: exits without a learned trust, no courses.
+        ValueError: exits without a learned trust or that remember something else than clean images, no courses.
     """
-    if exits.trust is None or not courses:
-        raise ValueError(f"{len(courses)} courses, expected one or more, and exits made with learned_trust=True")
+    if exits.trust is None or exits.config.terms != "clean" or not courses:
+        raise ValueError(
+            f"{len(courses)} courses, terms={exits.config.terms!r}, expected one or more, 'clean', and learned_trust=True"
+        )
     facts = [_products(course) for course in courses]
     steps, bend, times, time = (torch.cat(parts) for parts in zip(*facts, strict=True))
     optimizer = torch.optim.AdamW(exits.trust.parameters(), lr=learning_rate)
@@ -145,7 +151,7 @@ def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int,
 def _products(course: Course) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For n moments (the first axis): r <x_t - x_b, x_b - x_a> / |x_t - x_b|^2 and r^2 |x_b - x_a|^2 / |x_t - x_b|^2 (n, B), the
     remembered times (n, 2), newest first, and the time (n,)."""
-    clean, times = course.clean.double(), course.times  # differences of products that are nearly equal
+    clean, times = course.clean.flatten(2).double(), course.times  # differences of products that are nearly equal
     gram = torch.einsum("sbn,tbn->stb", clean, clean)  # (S, S, B)
     a, b, t = torch.tensor(moments(len(times))).T
     ahead = (times[t] - times[b]) / (times[b] - times[a])  # r (n,)

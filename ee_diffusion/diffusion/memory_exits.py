@@ -19,6 +19,7 @@ from ee_diffusion.core.heads import Space
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.diffusion.loading import load_strictly
 
+TERMS = ("clean", "noise")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
 TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
@@ -45,10 +46,17 @@ class MemoryExits(ModelMixin, ConfigMixin):
     `u = exp(log e + MLP(log e, log distance, log-SNR))` where `e` is what the interpolation's remainder predicts from the error that this
     very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `certainty = 1 - min(u, 1)`; 0 while memory is not full.
 
+    `terms`: what is remembered and extrapolated. `clean`: x_0, and the recalled x_0 knows nothing of the sample now; `noise`: eps, so that
+    `x_0 = (x_t - s_t eps) / a_t` follows the sample, and an error of eps counts s_t / a_t times: less and less towards the data.
+
+    `learned_trust`: how far the line is trusted is learned too, `newest + c (line - newest)` with
+    `c = 1 + MLP(log distance, log spacing of the last two, log-SNR)`: a function of times alone, so that both rows of an image under
+    guidance lean on memory alike. Untrained, c = 1.
+
     Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32.
 
     Raises:
-        ValueError: a length below 1, or an unknown prediction type.
+        ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line.
     """
 
     space: Space = "output"
@@ -65,12 +73,15 @@ class MemoryExits(ModelMixin, ConfigMixin):
         length: int = 2,
         hidden_dim: int = 32,
         learned_trust: bool = False,
+        terms: str = "clean",
     ):
         super().__init__()
         if length < 1:
             raise ValueError(f"length={length}, expected at least 1 remembered prediction")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
+        if terms not in TERMS:
+            raise ValueError(f"terms={terms!r}, expected one of {TERMS}")
         if learned_trust and length < 2:
             raise ValueError(f"learned_trust with length={length}, expected 2 or more predictions: one has no line")
         self.gauge = small_mlp(FEATURES, hidden_dim)
@@ -79,7 +90,13 @@ class MemoryExits(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_pipeline(
-        cls, transformer: ModelMixin, scheduler: SchedulerMixin, *, length: int = 2, learned_trust: bool = False
+        cls,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        *,
+        length: int = 2,
+        learned_trust: bool = False,
+        terms: str = "clean",
     ) -> MemoryExits:
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
@@ -103,6 +120,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
             sample_size=transformer.config.sample_size,
             length=length,
             learned_trust=learned_trust,
+            terms=terms,
         )
         exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
@@ -146,10 +164,10 @@ class MemoryExits(ModelMixin, ConfigMixin):
         if memory is None:
             memory = Memory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
-        clean = memory.recall(time, self.trust_of(memory.times, time))
+        value = memory.recall(time, self.trust_of(memory.times, time))
         return {
             "timestep": timestep,
-            "recalled": self.output_of(sample, clean, timestep).to(sample.dtype),
+            "recalled": self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype),
             "remembers": memory.count,
             "features": self._features(memory, time),
         }
@@ -163,7 +181,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
             memory = Memory.empty(sample.float(), length=self.config.length)
         rows = rows.to(sample.device)
         sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
-        return memory.remember(rows, self.clean_of(sample, output, timestep).to(memory.values.dtype), timestep.double())
+        value = self.value_of(sample, self.clean_of(sample, output, timestep), timestep)
+        return memory.remember(rows, value.to(memory.values.dtype), timestep.double())
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """The recalled output (R, C, H, W).
@@ -200,6 +219,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
     def _features(self, memory: Memory, time: Tensor) -> Tensor:
         snr = self._log_snr(time)  # (R,)
         expected = memory.expected_error(time).clamp(min=1e-6).log()
+        if self.config.terms == "noise":  # of the clean image that follows from it
+            expected = expected - snr
         distance = (time - memory.times[:, 0]).abs().clamp(min=1.0).log()
         return torch.stack([expected, distance - math.log(20.0), snr / 5, (snr / 5).square()], 1).float()  # (R, F)
 
@@ -216,6 +237,20 @@ class MemoryExits(ModelMixin, ConfigMixin):
         """a_t and s_t (R, 1, 1, 1) of `x_t = a_t x_0 + s_t eps`, a_t^2 + s_t^2 = 1."""
         twice = 2 * self._log_snr(timestep.double())[:, None, None, None]
         return twice.sigmoid().sqrt(), (-twice).sigmoid().sqrt()
+
+    def value_of(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
+        """What is remembered of a clean image (R, C, H, W) that was meant at `sample`, in the exits' terms."""
+        if self.config.terms == "clean":
+            return clean
+        signal, noise = self._signal_and_noise(timestep)
+        return (sample - signal * clean) / noise
+
+    def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
+        """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""
+        if self.config.terms == "clean":
+            return value
+        signal, noise = self._signal_and_noise(timestep)
+        return (sample - noise * value) / signal
 
     def clean_of(self, sample: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
         """The x_0 that a model's output means: sample, output (R, C, H, W), timestep (R,) -> (R, C, H, W)."""

@@ -42,26 +42,33 @@ def gap_prices(exits: MemoryExits, course: Course, weights: Sequence[float]) -> 
         raise ValueError(
             f"{len(weights)} weights, {num_steps} steps, length={exits.config.length}: expected as many, and 2 predictions"
         )
+    said = zip(course.samples, course.clean, _times_of(course), strict=True)
+    values = torch.stack([exits.value_of(*one).float() for one in said])  # (S, B, ...)
     prices: Prices = {}
     for b in range(1, num_steps):
         for a in range(max(0, b - LONGEST), b):
             total: Tensor | float = 0.0
             prices[a, b, b + 1] = 0.0
             for t in range(b + 1, min(num_steps, b + LONGEST)):
-                total = total + weights[t] * _missed(exits, course, (a, b, t))
+                total = total + weights[t] * _missed(exits, course, values, (a, b, t))
                 prices[a, b, t + 1] = float(total.square().mean())
     return prices
 
 
 @torch.no_grad()
-def _missed(exits: MemoryExits, course: Course, moment: tuple[int, int, int]) -> Tensor:
-    """Recalled minus said, as the solver sees them (B, n)."""
+def _missed(exits: MemoryExits, course: Course, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
+    """Recalled clean image minus the one that was said, as the solver sees them (B, ...); values (S, B, ...) in the exits' terms."""
     a, b, t = moment
     times, time = course.times[[b, a]][None], course.times[t][None]
-    values = course.clean[[b, a]].flatten(1)[None]  # (1, 2, B n)
-    memory = Memory(values, times, torch.full((1,), torch.nan, dtype=torch.float64))
-    recalled = memory.recall(time, exits.trust_of(times, time))[0].unflatten(0, course.clean.shape[1:])
+    memory = Memory(values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64))
+    recalled = memory.recall(time, exits.trust_of(times, time))[0]  # (B, ...)
+    recalled = exits.clean_from(course.samples[t], recalled, time.expand(len(recalled)))
     return course.clipped(recalled) - course.clipped(course.clean[t])
+
+
+def _times_of(course: Course) -> Tensor:
+    """(S, B)"""
+    return course.times[:, None].expand(course.clean.shape[:2])
 
 
 def price_of(full: Sequence[int], prices: Prices, num_steps: int) -> float:

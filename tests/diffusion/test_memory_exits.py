@@ -71,6 +71,27 @@ def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, pred
     assert checked >= 3
 
 
+@torch.no_grad()
+def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyExitPipeline):
+    """Four outputs of noise that move linearly in t, at samples that do not: each is recalled as it will be."""
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    start, slope = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    memory, rows = None, torch.tensor([0, 1])
+    for time in (900.0, 800.0, 650.0):
+        sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(int(time)))
+        timestep, output = torch.full((2,), time), start + slope * time / 1000
+        if time == 650.0:
+            torch.testing.assert_close(exits.recall(memory, sample, timestep)["recalled"], output, rtol=1e-4, atol=1e-4)
+        memory = exits.remember(memory, rows, sample=sample, timestep=timestep, output=output)
+    missed = Memory(memory.values, memory.times, torch.full((2,), 2e-6, dtype=torch.float64))
+    said = exits.expected_error(exits.recall(missed, sample, torch.full((2,), 600.0))["features"])
+    alpha = pipe.scheduler.alphas_cumprod[600].double()
+    expected = 2e-6 * 50 * 200 * ((1 - alpha) / alpha).sqrt()  # of the clean image that the noise means
+    torch.testing.assert_close(said.double(), expected.expand(2), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="expected one of"):
+        MemoryExits(terms="velocity")
+
+
 def test_off_and_never_are_the_plain_model(pipe: EarlyExitPipeline):
     plain = draw(pipe, None)[0]
     assert torch.equal(draw(pipe, Policy(Threshold(1.0)))[0], plain)

@@ -156,6 +156,8 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
         0.5,
         "--shares",
         0.5,
+        "--noise_shares",
+        0.4,
         "--search_count",
         2,
         "--oracles",
@@ -183,6 +185,7 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert rows["4 steps"]["steps"] == 4
     assert {"deediff 0.5", "budgeted 0.05", "static of budgeted 0.05", "first block 0.3", "mag 0.5"} <= set(rows)
     assert sorted(rows["searched 4 full"]["report"]["executed_per_step"]) == [0, 0, 0, 0, 5, 5, 5, 5]
+    assert sorted(rows["searched noise 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
     assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]
     assert rows["taylor 2"]["psnr"]["mean"] < 100
     assert "remembered 0.02" in capsys.readouterr().out
