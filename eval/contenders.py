@@ -134,7 +134,9 @@ def kept(draw: Draw, folder: Path, settings: dict) -> Draw:
         drawn = draw(candidate, chosen, labels, first)
         if drawn.trace is not None:
             drawn.trace.save(trace)
-        save_file({"images": drawn.images.cpu(), "seconds": torch.tensor(drawn.seconds).double()}, beside(path))
+        save_file(
+            {"images": drawn.images.cpu(), "seconds": torch.tensor(drawn.seconds, dtype=torch.float64)}, beside(path)
+        )
         beside(path).replace(path)
         return drawn
 

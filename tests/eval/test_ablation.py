@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from factories import pipeline
+import torch
+from diffusers import DDIMScheduler
 from tree import ROOT
 
+from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
@@ -26,7 +30,11 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny pipeline and exits of every kind beside it."""
-    made, where = pipeline(), tmp_path_factory.mktemp("ablation")
+    torch.manual_seed(0)
+    sizes = {"sample_size": 16, "patch_size": 4, "num_layers": 5, "num_attention_heads": 2, "attention_head_dim": 8}
+    transformer = UViTTransformer2DModel(**sizes, num_classes=4, null_class=3)
+    exits = DenoisingExits.for_transformer(transformer, (1, 2, 3, 4))
+    made, where = EarlyExitPipeline(transformer, DDIMScheduler(), exits), tmp_path_factory.mktemp("ablation")
     made.save_pretrained(where / "model")
     deeper = {"deeper": (2, 3)}
     MemoryExits.for_pipeline(made.transformer, made.scheduler, learned_trust=True).save_pretrained(where / "trust")
@@ -49,7 +57,7 @@ def test_every_line_of_the_ablation(folder: Path, tmp_path: Path, monkeypatch: p
     call(monkeypatch, ablation, *words)
     rows = {row["name"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     assert rows["full"]["psnr"]["mean"] == 100
-    assert len(rows) == 9
+    assert len(rows) == 10
     whole = rows["both, whole batch"]["report"]
     assert set(whole["spread_per_step"]) == {0}  # within each batch all images do the same, and so here between two
     assert whole["mean_executed"] >= rows["both, per image"]["report"]["mean_executed"]
