@@ -107,7 +107,9 @@ def tenths(values: list[float]) -> dict[str, float]:
 
 
 def frontier(report: dict) -> str:
-    columns = ["name", "steps", "time", "executed", *[name for name in COLUMNS if name in report["rows"][0]]]
+    first = report["rows"][0]
+    columns = ["name", "steps", *(["time"] if "time" in first else []), "executed"]
+    columns += [name for name in COLUMNS if name in first]
     rows = [{**row, "executed": row.get("report", {}).get("mean_executed"), **flat(row)} for row in report["rows"]]
     count = f"{report['rows'][0]['psnr']['count']} images.\n"
     if "clock" in report:
