@@ -11,7 +11,6 @@ log.jsonl, config.json and report.json with the PSNR of the round trip through t
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,21 +19,19 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers import AutoencoderTiny, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from encoding import Encoding, encoded_once, round_trip
 from transformers import HfArgumentParser
 
 from ee_diffusion.diffusion.generation import sampler
-from ee_diffusion.diffusion.latents import decode, encode, enlarged, load_taesd, psnr
+from ee_diffusion.diffusion.latents import load_taesd
 from ee_diffusion.diffusion.objective import DiffusionObjective, forbid_label_drop
-from ee_diffusion.diffusion.parts import Parts
-from ee_diffusion.diffusion.trajectories import fingerprint
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.data import ImageSource, find_data_files, load_image_source
+from ee_diffusion.training.data import find_data_files, load_image_source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import LatentSource
 
 NULL_CLASS = 1000  # what DiTPipeline takes for "no class"
-PSNR_IMAGES = 256
 DEFAULTS = {
     "train_data_files": ["cifar10/train-*.parquet"],
     "image_column": "img",
@@ -102,57 +99,14 @@ def parse() -> tuple[DiTConfig, ImageDataConfig, TrainConfig, bool]:
     return model, data, train, rest.dry_run
 
 
-def latents_of(
-    config: DiTConfig, source: ImageSource, vae: AutoencoderTiny, *, mirrored: bool, folder: Path
-) -> tuple[LatentSource, dict]:
-    """Every rank encodes the parts that are its own and not there yet; then all read all of them. Mirror images follow the images."""
-    state, begun = PartialState(), time.perf_counter()
-    images, size = source.images, config.part_size
-    count = len(images) * (2 if mirrored else 1)
-    what = {"images": source.fingerprint(), "vae": fingerprint(vae), "size": config.image_size, "mirrored": mirrored}
-    what |= {"encoder": "bfloat16"} if config.encode_bf16 else {}
-    parts = Parts(folder, what | {"images_per_part": size}, count=-(-count // size))
-    missing = parts.missing()
-    state.wait_for_everyone()
-    for number in missing[state.process_index :: state.num_processes]:
-        places = torch.arange(number * size, min(count, (number + 1) * size))
-        chunks = [_encoded(config, images, vae, some) for some in places.split(config.encode_batch_size)]
-        parts.write(number, {"latents": torch.cat(chunks)})
-    state.wait_for_everyone()
-    latents = torch.cat([part["latents"] for part in parts.read()])  # (M, 4, h, w) float16
-    labels = source.labels.repeat(2 if mirrored else 1)
-    cost = {"encode_seconds": round(time.perf_counter() - begun, 2), "latents": len(latents), "bytes": parts.nbytes}
-    return LatentSource(latents, labels, json.dumps(parts.identity, sort_keys=True)), cost
-
-
-def _encoded(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny, places: torch.Tensor) -> torch.Tensor:
-    pixels = images[places % len(images)].to(vae.device).float() / 127.5 - 1  # (B, C, H, W)
-    turned = (places >= len(images)).to(vae.device)[:, None, None, None]
-    pixels = torch.where(turned, pixels.flip(-1), pixels)
-    return _latents(config, vae, enlarged(pixels, config.image_size)).cpu().half()
-
-
-def _latents(config: DiTConfig, vae: AutoencoderTiny, pixels: torch.Tensor) -> torch.Tensor:
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.encode_bf16):
-        return encode(vae, pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
-
-
-def round_trip(config: DiTConfig, images: torch.Tensor, vae: AutoencoderTiny) -> dict[str, float]:
-    """Mean PSNR in decibel of decode(encode(image)): at the size it is encoded, and back at the size of the data."""
-    sizes, small = [], images.shape[-1]
-    for some in images[:PSNR_IMAGES].split(config.encode_batch_size):
-        pixels = some.to(vae.device).float() / 127.5 - 1
-        large = enlarged(pixels, config.image_size)
-        back = decode(vae, _latents(config, vae, large))
-        shrunk = torch.nn.functional.interpolate(back, size=(small, small), mode="area")
-        sizes.append(torch.stack([psnr(large, back), psnr(pixels, shrunk)]))
-    large_db, small_db = torch.cat(sizes, dim=1).mean(1).tolist()
-    count = min(PSNR_IMAGES, len(images))
-    return {
-        f"psnr_{config.image_size}px": round(large_db, 2),
-        f"psnr_{small}px": round(small_db, 2),
-        "psnr_images": count,
-    }
+def encoding_of(config: DiTConfig, data: ImageDataConfig) -> Encoding:
+    return Encoding(
+        size=config.image_size,
+        part_size=config.part_size,
+        batch_size=config.encode_batch_size,
+        bf16=config.encode_bf16,
+        mirrored=data.random_flip,
+    )
 
 
 def build_transformer(config: DiTConfig) -> DiTTransformer2DModel:
@@ -194,8 +148,11 @@ def main() -> None:
     vae = load_taesd(find_data_files(model.vae)[0]).to(state.device, memory_format=torch.channels_last)
     source = load_image_source(data, model.num_classes)
     where = Path(model.latents_dir or folder / "latents")
-    latents, cost = latents_of(model, source, vae, mirrored=data.random_flip, folder=where)
-    cost |= round_trip(model, source.images, vae)
+    encoding = encoding_of(model, data)
+    latents, made_from, cost = encoded_once(encoding, source, vae, folder=where)
+    cost |= round_trip(encoding, source.images, vae)
+    labels = source.labels.repeat(2 if encoding.mirrored else 1)
+    latents = LatentSource(latents, labels, json.dumps(made_from, sort_keys=True))
     set_seed(train.seed)
     scheduler = DDPMScheduler(clip_sample=False)
     objective = DiffusionObjective(

@@ -1,0 +1,88 @@
+"""Captioned images for the loop: a split by caption, and encoded images with encoded captions, handed out with all that an objective draws.
+
+Here: which caption belongs to which split, batches. Not here: the encoders of images and texts (a side, a script).
+M images, Q captions, T text tokens, V their width, B samples, C, H, W.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+from torch import Tensor
+
+from ee_diffusion.training.data import Source
+from ee_diffusion.training.draws import Stream, normals, uniforms
+
+SPLITS = ("train", "validation", "test")
+_TONE = r"(?:default|(?:medium[ -])?(?:light|dark)|medium)"
+
+
+def subject(caption: str) -> str:
+    """A caption without case, punctuation and skin tones: what images of one thing share, however their sets spell it.
+
+    'Waving hand: medium-light skin tone' and 'waving hand medium light' are 'waving hand'.
+    """
+    text = re.sub(rf"\b{_TONE} skin tone\b", " ", caption.lower())
+    text = re.sub(rf"(?:[\s:,]+{_TONE})+\s*$", "", text.rstrip(" :,"))
+    return " ".join(re.findall(r"[^\W_]+|[#*]", text))
+
+
+def split_of(caption: str, *, validation: float, test: float, seed: int) -> str:
+    """'train', 'validation' or 'test': a function of the caption's subject and the seed alone, so never of an image or an order.
+
+    `validation`, `test`: the shares of subjects that they get.
+
+    Raises:
+        ValueError: shares that are no probabilities or leave nothing to train on.
+    """
+    if min(validation, test) < 0 or validation + test >= 1:
+        raise ValueError(f"validation={validation}, test={test}, expected shares of at least 0 that sum to less than 1")
+    digest = hashlib.sha256(f"{seed}:{subject(caption)}".encode()).digest()
+    place = int.from_bytes(digest[:8]) / 2**64  # in [0, 1)
+    return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+class CaptionSource(Source):
+    """Encoded images (M, C, H, W), the caption of each (M,), and encoded captions (Q, T, V) with the encoded empty one (T, V).
+
+    `caption_drop`: probability that a sample gets the empty caption (classifier-free guidance, arXiv 2207.12598).
+
+    Raises:
+        ValueError: no images, tensors that do not fit together, captions out of range, a drop that is no probability.
+    """
+
+    def __init__(
+        self, latents: Tensor, captions: Tensor, *, texts: Tensor, empty: Tensor, caption_drop: float, name: str
+    ):
+        fits = latents.ndim == 4 and len(latents) and captions.shape == latents.shape[:1]
+        if not fits or captions.is_floating_point() or texts.ndim != 3 or empty.shape != texts.shape[1:]:
+            raise ValueError(
+                f"latents {tuple(latents.shape)}, captions {captions.dtype} {tuple(captions.shape)}, texts "
+                f"{tuple(texts.shape)}, empty {tuple(empty.shape)}, expected (M, C, H, W), integers (M,), (Q, T, V), (T, V)"
+            )
+        if int(captions.min()) < 0 or int(captions.max()) >= len(texts):
+            raise ValueError(f"captions span {int(captions.min())}..{int(captions.max())}, expected 0..{len(texts) - 1}")
+        if not 0 <= caption_drop <= 1:
+            raise ValueError(f"caption_drop={caption_drop}, expected a probability")
+        self.latents, self.captions, self.texts, self.empty = latents, captions, texts, empty
+        self.caption_drop, self.name = caption_drop, name
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def batch(self, indices: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """`images` (the latents) and `noise` (B, C, H, W), `encoder_hidden_states` (B, T, V), float32; `uniform` (B,) in [0, 1); `key`."""
+        dropped = uniforms(keys, Stream.LABEL_DROP) < self.caption_drop  # (B,)
+        texts = self.texts[self.captions[indices]].to(keys.device)  # (B, T, V)
+        texts = self.empty.to(keys.device).where(dropped[:, None, None], texts)
+        return {
+            "images": self.latents[indices].to(keys.device).float(),
+            "noise": normals(keys, Stream.NOISE, tuple(self.latents.shape[1:])),
+            "uniform": uniforms(keys, Stream.TIMESTEP),
+            "encoder_hidden_states": texts.float(),
+            "key": keys,
+        }
+
+    def fingerprint(self) -> str:
+        return self.name
