@@ -68,6 +68,7 @@ _HOMES = {
     "EarlyExitFluxPipeline": "diffusion.pipelines",
     "EarlyExitPixArtPipeline": "diffusion.pipelines",
     "EarlyExitSD3Pipeline": "diffusion.pipelines",
+    "EarlyExitTextPipeline": "diffusion.text_pipeline",
     "UViTTransformer2DModel": "diffusion.uvit",
     "EarlyExitClassifier": "encoder.classifier",
     "ClassifierExits": "encoder.exits",
@@ -145,6 +146,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     )
     from ee_diffusion.diffusion.solver import step_sensitivity
     from ee_diffusion.diffusion.tracking_exits import TrackingExits
+    from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
     from ee_diffusion.diffusion.truncation import truncate
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier

@@ -25,7 +25,7 @@ PSNR_IMAGES = 256
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images are encoded: enlarged to `size` pixels, `part_size` per file, `batch_size` per forward, `bf16` autocast, `mirrored` too."""
+    """Images are enlarged to `size` pixels, `part_size` per file, `batch_size` per forward; `bf16`: autocast; `mirrored`: these too."""
 
     size: int
     part_size: int

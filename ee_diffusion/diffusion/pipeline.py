@@ -1,14 +1,13 @@
 """EarlyExitPipeline: pixel-space generation with a transformer whose blocks stop per image and per step.
 
-Here: the denoising loop as diffusers users know it. Not here: attaching (attach.py), deciding (core).
+Here: the call as diffusers users know it. Not here: the loop over steps (denoising.py), prompts (text_pipeline.py), deciding (core).
 B images, R = B rows, or 2B under guidance (conditional rows first), C, H, W image, S scheduler steps.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +20,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.attachment import Attachment
+from ee_diffusion.diffusion.denoising import denoise
 from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -109,10 +106,13 @@ class EarlyExitPipeline(DiffusionPipeline):
         labels = self._check_labels(class_labels, batch_size, num_images_per_prompt)  # (B,) or None
         count = batch_size * num_images_per_prompt if labels is None else len(labels)
         guided = guidance_scale > 1
+        if guided and self.transformer.config.null_class is None:
+            raise ValueError(
+                "guidance_scale > 1 needs a transformer trained with a null class (null_class in its config)"
+            )
         policy = self._check_call(
             exit_policy,
             exit_threshold,
-            guided=guided,
             steps=num_inference_steps,
             timesteps=timesteps,
             output_type=output_type,
@@ -128,71 +128,21 @@ class EarlyExitPipeline(DiffusionPipeline):
             labels = torch.cat([labels, torch.full_like(labels, self.transformer.config.null_class)])  # (2B,)
         step_arguments = accepted(self.scheduler, generator=generator, eta=eta)
 
-        with self._exits_on(policy) as attachment:
-            session = self._session(attachment, policy, count, guided=guided, num_steps=len(times), image_ids=image_ids)
-            with self.progress_bar(total=len(times)) as progress:
-                for index, time in enumerate(times):
-                    rows = torch.cat([latents, latents]) if guided else latents  # (R, C, H, W)
-                    rows = self.scheduler.scale_model_input(rows, time).to(self.transformer.dtype)
-                    prediction = self._predict(attachment, session, index, rows=rows, time=time, labels=labels)
-                    if guided:
-                        conditional, unconditional = prediction.chunk(2)
-                        prediction = unconditional + guidance_scale * (conditional - unconditional)  # (B, C, H, W)
-                    latents = self.scheduler.step(prediction, time, latents, **step_arguments).prev_sample
-                    if callback_on_step_end is not None:
-                        shown = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
-                        latents = callback_on_step_end(self, index, time, shown).pop("latents", latents)
-                    progress.update()
-
+        latents, trace = denoise(
+            self,
+            policy,
+            times,
+            latents=latents,
+            conditions={} if labels is None else {"class_labels": labels},
+            guidance_scale=guidance_scale,
+            image_ids=image_ids,
+            step_arguments=step_arguments,
+            on_step_end=callback_on_step_end,
+            on_step_end_inputs=callback_on_step_end_tensor_inputs,
+        )
         images = self._images(latents, output_type)
-        trace = None if session is None else session.trace()
         self.maybe_free_model_hooks()
         return EarlyExitPipelineOutput(images=images, trace=trace) if return_dict else (images, trace)
-
-    def _predict(
-        self,
-        attachment: Attachment | None,
-        session: Session | None,
-        index: int,
-        *,
-        rows: Tensor,
-        time: Tensor,
-        labels: Tensor | None,
-    ) -> Tensor:
-        """One forward of the transformer: rows (R, C, H, W) -> prediction (R, C, H, W)."""
-        timestep = time.to(rows.device).expand(len(rows))  # (R,)
-        if session is None:
-            return self.transformer(rows, timestep, labels).sample
-        with attachment.use(session.step(index, float(time))):
-            return self.transformer(rows, timestep, labels).sample
-
-    @contextmanager
-    def _exits_on(self, policy: Policy) -> Iterator[Attachment | None]:
-        if policy.is_off:
-            yield None
-            return
-        with attach(self.transformer, self.exits) as attachment:
-            yield attachment
-
-    def _session(
-        self,
-        attachment: Attachment | None,
-        policy: Policy,
-        count: int,
-        *,
-        guided: bool,
-        num_steps: int,
-        image_ids: Tensor | None,
-    ) -> Session | None:
-        if attachment is None:
-            return None
-        apart = guided and policy.guidance == "apart"
-        if apart and image_ids is not None:
-            raise ValueError(
-                "image_ids name images; under a policy with guidance='apart' the branches of an image are separate elements"
-            )
-        rows = torch.arange(2 * count) if apart else torch.arange(count).repeat(2 if guided else 1)  # (R,)
-        return attachment.start(policy, rows=rows, num_steps=num_steps, elements=image_ids)
 
     def _check_labels(self, labels: Any, batch_size: int, per_prompt: int) -> Tensor | None:
         num_classes = self.transformer.config.num_classes
@@ -221,10 +171,10 @@ class EarlyExitPipeline(DiffusionPipeline):
         policy: Policy | None,
         threshold: float | None,
         *,
-        guided: bool,
         steps: int,
         timesteps: list[int] | None,
         output_type: str,
+        output_types: tuple[str, ...] = OUTPUT_TYPES,
     ) -> Policy:
         if policy is not None and threshold is not None:
             raise ValueError("give exit_policy or exit_threshold, not both")
@@ -235,16 +185,12 @@ class EarlyExitPipeline(DiffusionPipeline):
             raise ValueError(
                 "an exit policy was given, but this pipeline has no exits; load or train some (component `exits`)"
             )
-        if guided and self.transformer.config.null_class is None:
-            raise ValueError(
-                "guidance_scale > 1 needs a transformer trained with a null class (null_class in its config)"
-            )
         if timesteps is None and (not isinstance(steps, int) or steps < 1):
             raise ValueError(f"num_inference_steps={steps}, expected an integer of at least 1")
         if timesteps is not None and len(timesteps) == 0:
             raise ValueError("timesteps is empty, expected at least one")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type={output_type!r}, expected one of {OUTPUT_TYPES}")
+        if output_type not in output_types:
+            raise ValueError(f"output_type={output_type!r}, expected one of {output_types}")
         return policy
 
     def _check_callback(self, names: tuple[str, ...]) -> None:

@@ -15,9 +15,7 @@ MAX_LENGTH = 77  # tokens of a prompt that the encoder reads; what is longer is 
 
 
 @torch.no_grad()
-def encode_prompts(
-    tokenizer: Callable, text_encoder: nn.Module, prompts: Sequence[str], *, num_tokens: int
-) -> Tensor:
+def encode_prompts(tokenizer: Callable, text_encoder: nn.Module, prompts: Sequence[str], *, num_tokens: int) -> Tensor:
     """prompts (B,) -> (B, T, V) float32: `[mean over tokens of h, h_1, ..., h_(T-1)]`, zeros beyond the prompt's end.
 
     h: the encoder's last hidden states over the whole prompt, so the first T - 1 know of the rest. Each row is scaled to a root mean

@@ -62,7 +62,9 @@ class CaptionSource(Source):
                 f"{tuple(texts.shape)}, empty {tuple(empty.shape)}, expected (M, C, H, W), integers (M,), (Q, T, V), (T, V)"
             )
         if int(captions.min()) < 0 or int(captions.max()) >= len(texts):
-            raise ValueError(f"captions span {int(captions.min())}..{int(captions.max())}, expected 0..{len(texts) - 1}")
+            raise ValueError(
+                f"captions span {int(captions.min())}..{int(captions.max())}, expected 0..{len(texts) - 1}"
+            )
         if not 0 <= caption_drop <= 1:
             raise ValueError(f"caption_drop={caption_drop}, expected a probability")
         self.latents, self.captions, self.texts, self.empty = latents, captions, texts, empty

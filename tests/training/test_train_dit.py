@@ -15,12 +15,14 @@ from PIL import Image
 from stock import tiny_vae
 from tree import ROOT
 
+from ee_diffusion.diffusion.latents import encode, enlarged
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.training.data import ImageSource
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 
 import train_dit
+from encoding import Encoding, encoded_once
 
 TINY = "--image_size 16 --resolution 8 --num_classes 2 --num_layers 2 --num_attention_heads 1 --attention_head_dim 8"
 SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0"
@@ -67,17 +69,17 @@ def test_a_stock_pipeline_comes_out_and_a_resumed_run_is_the_same(tmp_path, data
     assert images.isfinite().all()
 
 
-def test_latents_stand_in_order_and_mirrored(tmp_path, data):
-    config = train_dit.DiTConfig(image_size=16, part_size=5, encode_batch_size=2)
+def test_latents_stand_in_order_and_mirrored(tmp_path):
+    encoding = Encoding(size=16, part_size=5, batch_size=2, bf16=False, mirrored=True)
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     source, vae = ImageSource(images, torch.arange(8), random_flip=False), tiny_vae(times=3)
-    found, _ = train_dit.latents_of(config, source, vae, mirrored=True, folder=tmp_path / "latents")
-    pixels = train_dit.enlarged(torch.cat([images, images.flip(-1)]).float() / 127.5 - 1, 16)
-    torch.testing.assert_close(found.latents.float(), train_dit.encode(vae, pixels), rtol=1e-2, atol=1e-2)
-    assert found.labels.tolist() == [*range(8), *range(8)]
+    found, made_from, cost = encoded_once(encoding, source, vae, folder=tmp_path / "latents")
+    pixels = enlarged(torch.cat([images, images.flip(-1)]).float() / 127.5 - 1, 16)
+    torch.testing.assert_close(found.float(), encode(vae, pixels), rtol=1e-2, atol=1e-2)
+    assert (cost["latents"], made_from["mirrored"]) == (16, True)
     other = ImageSource(images.flip(0), torch.arange(8), random_flip=False)
     with pytest.raises(ValueError, match="something else: images: came"):
-        train_dit.latents_of(config, other, vae, mirrored=True, folder=tmp_path / "latents")
+        encoded_once(encoding, other, vae, folder=tmp_path / "latents")
 
 
 def test_the_model_begins_at_zero_and_drops_no_labels_itself():
