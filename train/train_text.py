@@ -32,7 +32,7 @@ from ee_diffusion.diffusion.objective import MODES, DiffusionObjective
 from ee_diffusion.diffusion.prompts import encode_prompts
 from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.training.captions import CaptionSource, split_of
+from ee_diffusion.training.captions import CaptionSource, names_skin_tone, split_of
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.data import ImageSource, find_data_files, load_image_source
@@ -72,20 +72,21 @@ class TextConfig:
     vae: str | None = _flag("Folder of TAESD; a relative one is also looked up below $EE_DIFFUSION_DATA.")
     text_encoder: str | None = _flag("Path or Hub name of a text encoder of transformers with its tokenizer.")
     caption_column: str = _flag("Column of the captions.", "text")
+    skin_tones: bool = _flag("Also train on captions that name a skin tone.", False)
     validation_share: float = _flag("Share of subjects kept for choosing thresholds.", 0.05)
     test_share: float = _flag("Share of subjects kept for the final figures.", 0.1)
     split_seed: int = _flag("Seed of the split.", 0)
     latents_dir: str | None = _flag("Where latents lie; none: latents/ in output_dir.")
     image_size: int = _flag("Pixels that images are enlarged to before they are encoded.", 64)
-    part_size: int = _flag("Images per file of latents.", 1024)
+    part_size: int = _flag("Images per file of latents.", 512)
     encode_batch_size: int = _flag("Images per forward of the autoencoder.", 32)
     mode: str = _flag("backbone: the plain loss; joint: backbone and exits; frozen: only the exits train.", "backbone")
     init_from: str | None = _flag("Folder with transformer/ (and exits/, if any) to start from; none: from scratch.")
     num_layers: int = _flag("Blocks, an odd number.", 7)
-    num_attention_heads: int = _flag("Attention heads.", 3)
+    num_attention_heads: int = _flag("Attention heads.", 2)
     attention_head_dim: int = _flag("Width of a head.", 64)
     patch_size: int = _flag("Latent pixels per patch side.", 2)
-    num_text_tokens: int = _flag("Text tokens: the mean of the encoder's states and its first ones.", 8)
+    num_text_tokens: int = _flag("Text tokens: the mean of the encoder's states and its first ones.", 4)
     exit_depths: list[int] | None = _flag("Executed blocks at each exit; none: after every block but the last.")
     uncertainty_weight: float = _flag("lambda of DeeDiff eq. 8.", 0.05)
     layerwise_weight: float = _flag("beta of DeeDiff eq. 8.", 0.1)
@@ -133,7 +134,8 @@ def only_training(config: TextConfig, source: ImageSource, captions: list[str]) 
     """The images of the training captions, and how many images each split has."""
     shares = {"validation": config.validation_share, "test": config.test_share, "seed": config.split_seed}
     splits = [split_of(caption, **shares) for caption in captions]
-    kept = [index for index, split in enumerate(splits) if split == "train"]
+    wanted = [config.skin_tones or not names_skin_tone(caption) for caption in captions]
+    kept = [index for index, split in enumerate(splits) if split == "train" and wanted[index]]
     images = ImageSource(source.images[kept], None, random_flip=False)
     return images, [captions[index] for index in kept], dict(Counter(splits))
 
@@ -163,7 +165,7 @@ def load_source(config: TextConfig, data: ImageDataConfig, folder: Path) -> tupl
     latents, made_from, cost = encoded_once(
         encoding, images, vae, folder=Path(config.latents_dir or folder / "latents")
     )
-    cost |= round_trip(encoding, images.images, vae) | {"images_per_split": counts}
+    cost |= round_trip(encoding, images.images, vae) | {"images_per_split": counts, "trained_on": len(captions)}
     distinct = sorted(set(captions))
     texts = encoded_texts(config, distinct, state.device)
     places = torch.tensor([distinct.index(caption) for caption in captions]).repeat(2 if encoding.mirrored else 1)

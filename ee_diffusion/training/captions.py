@@ -16,6 +16,7 @@ from ee_diffusion.training.draws import Stream, normals, uniforms
 
 SPLITS = ("train", "validation", "test")
 _TONE = r"(?:default|(?:medium[ -])?(?:light|dark)|medium)"
+_WORD = r"[^\W_]+|[#*]"
 
 
 def subject(caption: str) -> str:
@@ -25,7 +26,13 @@ def subject(caption: str) -> str:
     """
     text = re.sub(rf"\b{_TONE} skin tone\b", " ", caption.lower())
     text = re.sub(rf"(?:[\s:,]+{_TONE})+\s*$", "", text.rstrip(" :,"))
-    return " ".join(re.findall(r"[^\W_]+|[#*]", text))
+    return " ".join(re.findall(_WORD, text))
+
+
+def names_skin_tone(caption: str) -> bool:
+    """Whether a caption says a skin tone ('default' is none): sets that draw a thing in six tones would else be mostly people."""
+    text = re.sub(r"[\s:,]+default\s*$", "", caption.lower())
+    return " ".join(re.findall(_WORD, text)) != subject(caption)
 
 
 def split_of(caption: str, *, validation: float, test: float, seed: int) -> str:
