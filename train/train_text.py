@@ -17,25 +17,23 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers import DDIMScheduler, DDPMScheduler
 from encoding import Encoding, encoded_once, round_trip
-from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.latents import load_taesd
 from ee_diffusion.diffusion.objective import MODES, DiffusionObjective
-from ee_diffusion.diffusion.prompts import encode_prompts
+from ee_diffusion.diffusion.prompts import encode_many
 from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.training.captions import CaptionSource, names_skin_tone, split_of
+from ee_diffusion.training.captions import CaptionConfig, CaptionSource, load_captioned
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.data import ImageSource, find_data_files, load_image_source
+from ee_diffusion.training.data import ImageSource, find_data_files
 from ee_diffusion.training.loop import Trainer
 
 TEXTS_AT_ONCE = 64
@@ -63,7 +61,7 @@ def _flag(help: str, default=None):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The model, its latents and texts, the split and the objective.
+    """The model, its latents and texts, and the objective.
 
     Raises:
         ValueError: an unknown mode, frozen exits on a backbone from nowhere, sizes below 1.
@@ -71,11 +69,6 @@ class TextConfig:
 
     vae: str | None = _flag("Folder of TAESD; a relative one is also looked up below $EE_DIFFUSION_DATA.")
     text_encoder: str | None = _flag("Path or Hub name of a text encoder of transformers with its tokenizer.")
-    caption_column: str = _flag("Column of the captions.", "text")
-    skin_tones: bool = _flag("Also train on captions that name a skin tone.", False)
-    validation_share: float = _flag("Share of subjects kept for choosing thresholds.", 0.05)
-    test_share: float = _flag("Share of subjects kept for the final figures.", 0.1)
-    split_seed: int = _flag("Seed of the split.", 0)
     latents_dir: str | None = _flag("Where latents lie; none: latents/ in output_dir.")
     image_size: int = _flag("Pixels that images are enlarged to before they are encoded.", 64)
     part_size: int = _flag("Images per file of latents.", 512)
@@ -105,52 +98,25 @@ class TextConfig:
             )
 
 
-def parse() -> tuple[TextConfig, ImageDataConfig, TrainConfig, bool]:
+def parse() -> tuple[TextConfig, ImageDataConfig, CaptionConfig, TrainConfig, bool]:
     """Flags over the defaults."""
-    parser = HfArgumentParser((TextConfig, ImageDataConfig, TrainConfig), description=__doc__.splitlines()[0])
+    kinds = (TextConfig, ImageDataConfig, CaptionConfig, TrainConfig)
+    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="Print the resolved settings as JSON and exit."
     )
     parser.set_defaults(**DEFAULTS)
-    model, data, train, rest = parser.parse_args_into_dataclasses()
+    model, data, captions, train, rest = parser.parse_args_into_dataclasses()
     if not rest.dry_run and not (train.output_dir and model.vae and model.text_encoder):
         raise ValueError(
             f"output_dir={train.output_dir!r}, vae={model.vae!r}, text_encoder={model.text_encoder!r}, expected all three"
         )
-    return model, data, train, rest.dry_run
+    return model, data, captions, train, rest.dry_run
 
 
-def load_captions(config: TextConfig, data: ImageDataConfig) -> list[str]:
-    """The caption of every image, in the order of the images."""
-    files = [file for pattern in data.train_data_files for file in find_data_files(pattern)]
-    table = datasets.load_dataset("parquet", data_files=files, split="train")
-    if config.caption_column not in table.column_names:
-        raise ValueError(f"no column {config.caption_column!r} in the data, which has {table.column_names}")
-    captions = list(table[config.caption_column])
-    return captions if data.max_train_samples is None else captions[: data.max_train_samples]
-
-
-def only_training(config: TextConfig, source: ImageSource, captions: list[str]) -> tuple[ImageSource, list[str], dict]:
-    """The images of the training captions, and how many images each split has."""
-    shares = {"validation": config.validation_share, "test": config.test_share, "seed": config.split_seed}
-    splits = [split_of(caption, **shares) for caption in captions]
-    wanted = [config.skin_tones or not names_skin_tone(caption) for caption in captions]
-    kept = [index for index, split in enumerate(splits) if split == "train" and wanted[index]]
-    images = ImageSource(source.images[kept], None, random_flip=False)
-    return images, [captions[index] for index in kept], dict(Counter(splits))
-
-
-def encoded_texts(config: TextConfig, captions: list[str], device: torch.device) -> Tensor:
-    """The captions (Q, T, V), float16, then the empty one, (Q + 1, T, V)."""
-    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
-    encoder = AutoModel.from_pretrained(config.text_encoder, dtype=torch.float32).to(device).eval()
-    prompts = [*captions, ""]
-    chunks = [prompts[first : first + TEXTS_AT_ONCE] for first in range(0, len(prompts), TEXTS_AT_ONCE)]
-    encoded = [encode_prompts(tokenizer, encoder, some, num_tokens=config.num_text_tokens) for some in chunks]
-    return torch.cat(encoded).cpu().half()
-
-
-def load_source(config: TextConfig, data: ImageDataConfig, folder: Path) -> tuple[CaptionSource, dict]:
+def load_source(
+    config: TextConfig, data: ImageDataConfig, captions: CaptionConfig, folder: Path
+) -> tuple[CaptionSource, dict]:
     """Images and captions of the training split, encoded, and what that took."""
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the Trainer's Accelerator will find it
     vae = load_taesd(find_data_files(config.vae)[0]).to(state.device, memory_format=torch.channels_last)
@@ -161,19 +127,28 @@ def load_source(config: TextConfig, data: ImageDataConfig, folder: Path) -> tupl
         bf16=False,
         mirrored=data.random_flip,
     )
-    images, captions, counts = only_training(config, load_image_source(data, None), load_captions(config, data))
-    latents, made_from, cost = encoded_once(
-        encoding, images, vae, folder=Path(config.latents_dir or folder / "latents")
-    )
-    cost |= round_trip(encoding, images.images, vae) | {"images_per_split": counts, "trained_on": len(captions)}
-    distinct = sorted(set(captions))
-    texts = encoded_texts(config, distinct, state.device)
-    places = torch.tensor([distinct.index(caption) for caption in captions]).repeat(2 if encoding.mirrored else 1)
+    every = load_captioned(data, captions)
+    train = every.part("train")
+    images = ImageSource(train.images, None, random_flip=False)
+    where = Path(config.latents_dir or folder / "latents")
+    latents, made_from, cost = encoded_once(encoding, images, vae, folder=where)
+    cost |= round_trip(encoding, images.images, vae) | {"images_per_split": dict(Counter(every.splits))}
+    distinct = sorted(set(train.captions))
+    texts = encoded_texts(config, [*distinct, ""], state.device)
+    places = torch.tensor([distinct.index(one) for one in train.captions]).repeat(2 if encoding.mirrored else 1)
     name = json.dumps(made_from | {"text_encoder": config.text_encoder, "captions": len(distinct)}, sort_keys=True)
     source = CaptionSource(
         latents, places, texts=texts[:-1], empty=texts[-1], caption_drop=config.caption_drop, name=name
     )
     return source, cost | {"captions": len(distinct)}
+
+
+def encoded_texts(config: TextConfig, prompts: list[str], device: torch.device) -> torch.Tensor:
+    """Prompts (Q, T, V), float16."""
+    tokenizer = AutoTokenizer.from_pretrained(config.text_encoder)
+    encoder = AutoModel.from_pretrained(config.text_encoder, dtype=torch.float32).to(device).eval()
+    sizes = {"num_tokens": config.num_text_tokens, "batch_size": TEXTS_AT_ONCE}
+    return encode_many(tokenizer, encoder, prompts, **sizes).half()
 
 
 def build_objective(config: TextConfig, text_dim: int) -> DiffusionObjective:
@@ -220,17 +195,17 @@ def save(folder: Path, objective: DiffusionObjective) -> None:
 
 
 def main() -> None:
-    model, data, train, dry_run = parse()
-    resolved = asdict(model) | asdict(data) | asdict(train)
+    model, data, captions, train, dry_run = parse()
+    resolved = asdict(model) | asdict(data) | asdict(captions) | asdict(train)
     if dry_run:
         print(json.dumps(resolved, indent=2))
         return
     folder = Path(train.output_dir)
-    source, cost = load_source(model, data, folder)
+    source, cost = load_source(model, data, captions, folder)
     set_seed(train.seed)
     objective = build_objective(model, source.texts.shape[-1])
     places = {"latents_dir": None, "vae": None, "text_encoder": None}
-    trainer = Trainer(objective, source, train, save=save, identity=asdict(model) | places)
+    trainer = Trainer(objective, source, train, save=save, identity=asdict(model) | asdict(captions) | places)
     report = asdict(trainer.fit())
     if trainer.accelerator.is_main_process:
         write_json(folder / "config.json", resolved)

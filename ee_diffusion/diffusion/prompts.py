@@ -37,3 +37,18 @@ def encode_prompts(tokenizer: Callable, text_encoder: nn.Module, prompts: Sequen
     tokens = nn.functional.pad(tokens, (0, 0, 0, num_tokens - tokens.shape[1]))  # (B, T, V)
     scale = tokens.square().mean(dim=-1, keepdim=True).sqrt()
     return tokens / scale.clamp(min=1e-6)
+
+
+def encode_many(
+    tokenizer: Callable, text_encoder: nn.Module, prompts: Sequence[str], *, num_tokens: int, batch_size: int
+) -> Tensor:
+    """`encode_prompts` in batches, kept on the CPU: (B, T, V) float32.
+
+    Raises:
+        ValueError: as `encode_prompts`; a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}, expected at least 1")
+    chunks = [prompts[first : first + batch_size] for first in range(0, max(1, len(prompts)), batch_size)]
+    encoded = [encode_prompts(tokenizer, text_encoder, chunk, num_tokens=num_tokens).cpu() for chunk in chunks]
+    return torch.cat(encoded)

@@ -1,17 +1,20 @@
 """Captioned images for the loop: a split by caption, and encoded images with encoded captions, handed out with all that an objective draws.
 
 Here: which caption belongs to which split, batches. Not here: the encoders of images and texts (a side, a script).
-M images, Q captions, T text tokens, V their width, B samples, C, H, W.
+M images, Q distinct captions, T text tokens, V their width, B samples, C, H, W.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass, field
 
+import datasets
 from torch import Tensor
 
-from ee_diffusion.training.data import Source
+from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.data import Source, find_data_files, load_image_source
 from ee_diffusion.training.draws import Stream, normals, uniforms
 
 SPLITS = ("train", "validation", "test")
@@ -48,6 +51,64 @@ def split_of(caption: str, *, validation: float, test: float, seed: int) -> str:
     digest = hashlib.sha256(f"{seed}:{subject(caption)}".encode()).digest()
     place = int.from_bytes(digest[:8]) / 2**64  # in [0, 1)
     return "test" if place < test else "validation" if place < test + validation else "train"
+
+
+def _flag(help: str, default=None):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Captions of images and their split. The shares are of subjects."""
+
+    caption_column: str = _flag("Column of the captions.", "text")
+    skin_tones: bool = _flag("Also use captions that name a skin tone.", False)
+    validation_share: float = _flag("Share of subjects kept for choosing thresholds.", 0.05)
+    test_share: float = _flag("Share of subjects kept for the final figures.", 0.1)
+    split_seed: int = _flag("Seed of the split.", 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Captioned:
+    """Images (M, C, H, W) uint8 in the order of the data, with the caption and the split of each."""
+
+    images: Tensor
+    captions: tuple[str, ...]
+    splits: tuple[str, ...]
+
+    def part(self, split: str) -> Captioned:
+        """The images of one split, in order. Raises ValueError for an unknown or an empty one."""
+        kept = [index for index, name in enumerate(self.splits) if name == split]
+        if not kept:
+            raise ValueError(f"split {split!r} has no images, expected one of {sorted(set(self.splits))}")
+        return Captioned(self.images[kept], tuple(self.captions[index] for index in kept), (split,) * len(kept))
+
+
+def load_captioned(data: ImageDataConfig, config: CaptionConfig) -> Captioned:
+    """Read and decode images and captions from parquet files.
+
+    Raises:
+        ValueError: no parquet files, no such column, a caption without a word, nothing left; shares as `split_of`.
+    """
+    if not data.train_data_files:
+        raise ValueError(f"train_data_files={data.train_data_files}, expected parquet files of images with captions")
+    files = [file for pattern in data.train_data_files for file in find_data_files(pattern)]
+    table = datasets.load_dataset("parquet", data_files=files, split="train")
+    if config.caption_column not in table.column_names:
+        raise ValueError(f"no column {config.caption_column!r} in the data, which has {table.column_names}")
+    captions = list(table[config.caption_column])[: data.max_train_samples]
+    empty = [index for index, caption in enumerate(captions) if not caption or not subject(caption)]
+    if empty:
+        raise ValueError(
+            f"row {empty[0]} has a caption without a word: {captions[empty[0]]!r} ({len(empty)} such rows)"
+        )
+    kept = [index for index, caption in enumerate(captions) if config.skin_tones or not names_skin_tone(caption)]
+    if not kept:
+        raise ValueError(f"none of {len(captions)} captions is without a skin tone; ask for them by skin_tones")
+    shares = {"validation": config.validation_share, "test": config.test_share, "seed": config.split_seed}
+    chosen = tuple(captions[index] for index in kept)
+    images = load_image_source(data, None).images[kept]
+    return Captioned(images, chosen, tuple(split_of(caption, **shares) for caption in chosen))
 
 
 class CaptionSource(Source):

@@ -171,8 +171,8 @@ def test_backbone_then_exits_then_pictures_and_a_resumed_run_is_the_same(tmp_pat
 
 def test_only_training_captions_are_encoded_in_the_order_of_their_images(tmp_path, data, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train_text.py", *data.split(), "--output_dir", str(tmp_path / "run")])
-    model, images, _, _ = train_text.parse()
-    made, _ = train_text.load_source(model, images, tmp_path / "run")
+    model, images, captions, _, _ = train_text.parse()
+    made, _ = train_text.load_source(model, images, captions, tmp_path / "run")
     kept = [caption for caption in CAPTIONS * 3 if split_of(caption, **(SHARES | {"test": 0.4})) == "train"]
     texts = encode_prompts(tiny_tokenizer(), tiny_encoder(), [*kept, ""], num_tokens=4)
     torch.testing.assert_close(made.texts[made.captions].float(), texts[:-1], rtol=1e-2, atol=1e-2)
