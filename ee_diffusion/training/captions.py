@@ -97,7 +97,7 @@ def load_captioned(data: ImageDataConfig, config: CaptionConfig) -> Captioned:
     if config.caption_column not in table.column_names:
         raise ValueError(f"no column {config.caption_column!r} in the data, which has {table.column_names}")
     captions = list(table[config.caption_column])[: data.max_train_samples]
-    empty = [index for index, caption in enumerate(captions) if not caption or not subject(caption)]
+    empty = [index for index, caption in enumerate(captions) if not caption or not caption.strip()]
     if empty:
         raise ValueError(
             f"row {empty[0]} has a caption without a word: {captions[empty[0]]!r} ({len(empty)} such rows)"

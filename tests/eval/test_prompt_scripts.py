@@ -28,7 +28,8 @@ from ee_diffusion.measure.clip_score import TensorCLIP, clip_scores, read_prompt
 from ee_diffusion.measure.matching import ImageTower, save_tower
 from ee_diffusion.training.captions import CaptionConfig, Captioned, split_of
 
-sys.path[:0] = [str(ROOT / "eval"), str(ROOT / "train")]  # as it is when a script runs
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
+sys.path.insert(0, str(ROOT / "train"))
 
 import clip_score
 import export_text
