@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
+from agreement import check_agrees
 from diffusers import DDIMScheduler, DDPMScheduler
 from encoding import Encoding, encoded_once, round_trip
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
@@ -44,11 +45,10 @@ DEFAULTS = {
     "resolution": 64,
     "random_flip": False,
     "train_batch_size": 64,
-    "learning_rate": 1e-3,
-    "optimizer": "muon",
+    "learning_rate": 1.5e-3,
     "lr_scheduler": "constant_with_warmup",
     "lr_warmup_steps": 50,
-    "adam_weight_decay": 0.03,
+    "adam_weight_decay": 0.01,
     "ema_decay": 0.998,
     "checkpointing_steps": 100,
     "checkpoints_total_limit": 2,
@@ -151,23 +151,28 @@ def encoded_texts(config: TextConfig, prompts: list[str], device: torch.device) 
     return encode_many(tokenizer, encoder, prompts, **sizes).half()
 
 
+def build_transformer(config: TextConfig, text_dim: int) -> UViTTransformer2DModel:
+    sizes = {
+        "sample_size": config.image_size // 8,
+        "patch_size": config.patch_size,
+        "in_channels": 4,
+        "num_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "attention_head_dim": config.attention_head_dim,
+        "text_dim": text_dim,
+        "num_text_tokens": config.num_text_tokens,
+    }
+    if not config.init_from:
+        return UViTTransformer2DModel(**sizes)
+    folder = {"pretrained_model_name_or_path": config.init_from, "subfolder": "transformer"}
+    transformer = UViTTransformer2DModel.from_pretrained(**folder, torch_dtype=torch.float32)
+    check_agrees("transformer", transformer.config, sizes)
+    return transformer
+
+
 def build_objective(config: TextConfig, text_dim: int) -> DiffusionObjective:
     """From scratch, or from `init_from`."""
-    if config.init_from:
-        transformer = UViTTransformer2DModel.from_pretrained(
-            config.init_from, subfolder="transformer", torch_dtype=torch.float32
-        )
-    else:
-        transformer = UViTTransformer2DModel(
-            sample_size=config.image_size // 8,
-            patch_size=config.patch_size,
-            in_channels=4,
-            num_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            attention_head_dim=config.attention_head_dim,
-            text_dim=text_dim,
-            num_text_tokens=config.num_text_tokens,
-        )
+    transformer = build_transformer(config, text_dim)
     return DiffusionObjective(
         transformer,
         build_exits(config, transformer),
@@ -184,7 +189,10 @@ def build_exits(config: TextConfig, transformer: UViTTransformer2DModel) -> Deno
     if config.mode == "backbone":
         return None
     if config.init_from and (Path(config.init_from) / "exits").is_dir():
-        return DenoisingExits.from_pretrained(config.init_from, subfolder="exits", torch_dtype=torch.float32)
+        exits = DenoisingExits.from_pretrained(config.init_from, subfolder="exits", torch_dtype=torch.float32)
+        depths = list(config.exit_depths or exits.config.depths)
+        check_agrees("exits", {"depths": list(exits.config.depths)}, {"depths": depths})
+        return exits
     depths = config.exit_depths or range(1, len(transformer.transformer_blocks))
     return DenoisingExits.for_transformer(transformer, tuple(depths), "paper")
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
+from agreement import check_agrees
 from diffusers import DDPMScheduler
 from presets import PRESETS, UViTConfig, ValidationConfig
 from transformers import HfArgumentParser
@@ -71,13 +72,6 @@ def build_scheduler(config: UViTConfig) -> DDPMScheduler:
     if config.init_from and (Path(config.init_from) / "scheduler").is_dir():
         check_agrees("scheduler", DDPMScheduler.from_pretrained(config.init_from, subfolder="scheduler").config, noise)
     return DDPMScheduler(**noise)
-
-
-def check_agrees(what: str, found: dict, asked: dict) -> None:
-    """Refuse flags that say something else than what was loaded."""
-    differ = [f"{name}: {found[name]!r}, the flags say {asked[name]!r}" for name in asked if found[name] != asked[name]]
-    if differ:
-        raise ValueError(f"the {what} of init_from has other settings: {'; '.join(differ)}")
 
 
 def build_exits(config: UViTConfig, transformer: UViTTransformer2DModel) -> DenoisingExits | None:

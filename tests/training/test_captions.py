@@ -18,6 +18,7 @@ from tree import ROOT
 
 from ee_diffusion.diffusion.prompts import encode_prompts
 from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
+from ee_diffusion.measure.matching import load_tower
 from ee_diffusion.training.captions import CaptionSource, names_skin_tone, split_of, subject
 from ee_diffusion.training.draws import sample_keys
 from ee_diffusion.training.order import Order
@@ -25,6 +26,7 @@ from ee_diffusion.training.order import Order
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 
 import train_text
+import train_tower
 
 SHARES = {"validation": 0.05, "test": 0.1, "seed": 0}
 
@@ -164,6 +166,8 @@ def test_backbone_then_exits_then_pictures_and_a_resumed_run_is_the_same(tmp_pat
     pipe = EarlyExitTextPipeline.from_pretrained(tmp_path / "exits", **words)
     pipe.set_progress_bar_config(disable=True)
     assert (pipe.exits.depths, pipe.scheduler.config.prediction_type) == ((1, 2), "v_prediction")
+    with pytest.raises(ValueError, match="num_layers: 3, the flags say 5"):
+        call(monkeypatch, common, tmp_path / "other", "--num_layers 5 --init_from", tmp_path / "straight")
     images = pipe(held_out[:2], 2, 2.0, exit_threshold=0.9, output_type="pt").images
     assert images.shape == (2, 3, 32, 32)
     assert images.isfinite().all()
@@ -186,11 +190,28 @@ def test_only_training_captions_are_encoded_in_the_order_of_their_images(tmp_pat
         ("--mode sideways", "mode='sideways'"),
         ("--mode frozen", "frozen needs a trained backbone"),
         ("--num_text_tokens 0", "num_text_tokens=0"),
+        ("--output_dir x --vae none-such --text_encoder y", "no data files match none-such"),
     ],
 )
 def test_bad_settings_end_in_words(words, told, monkeypatch):
     with pytest.raises(ValueError, match=told):
         call(monkeypatch, words)
+
+
+def test_a_tower_is_trained_on_training_captions_alone(tmp_path, data, monkeypatch):
+    flags = f"--train_data_files {tmp_path / 'part.parquet'} --text_encoder {tmp_path / 'encoder'} --test_share 0.4 --resolution 32"
+    words = f"train_tower.py {flags} {SHORT} --widths 4 8 --output_dir {tmp_path / 'tower'}"
+    monkeypatch.setattr(sys, "argv", words.split())
+    train_tower.main()
+    tower, facts = load_tower(tmp_path / "tower" / "tower.safetensors")
+    kept = sorted({caption for caption in CAPTIONS if split_of(caption, **(SHARES | {"test": 0.4})) == "train"})
+    assert (facts["captions"], facts["images"], facts["text_encoder"]) == (len(kept), 3 * len(kept), "encoder")
+    texts = encode_prompts(tiny_tokenizer(), tiny_encoder(), kept, num_tokens=1)[:, 0]
+    torch.testing.assert_close(tower.centre, texts.mean(dim=0))
+    assert tower(torch.rand(2, 3, 32, 32)).shape == (2, WIDTH)
+    monkeypatch.setattr(sys, "argv", ["train_tower.py"])
+    with pytest.raises(ValueError, match="output_dir=None, text_encoder=None, expected both"):
+        train_tower.main()
 
 
 def test_dry_run(monkeypatch, capsys):
