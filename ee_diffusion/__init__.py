@@ -145,8 +145,8 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         EarlyExitSD3Pipeline,
     )
     from ee_diffusion.diffusion.solver import step_sensitivity
-    from ee_diffusion.diffusion.tracking_exits import TrackingExits
     from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
+    from ee_diffusion.diffusion.tracking_exits import TrackingExits
     from ee_diffusion.diffusion.truncation import truncate
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier

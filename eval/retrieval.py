@@ -25,7 +25,7 @@ from ee_diffusion.diffusion.latents import decode, encode
 from ee_diffusion.diffusion.prompts import encode_many
 from ee_diffusion.measure.classifiers import in_batches
 from ee_diffusion.measure.files import to_bytes
-from ee_diffusion.measure.matching import ImageTower, load_tower, retrieval
+from ee_diffusion.measure.matching import ImageTower, load_tower, retrieval, shown
 from ee_diffusion.measure.splits import seeds
 from ee_diffusion.measure.tables import markdown_table, write_json, write_report, write_tensors, write_text
 from ee_diffusion.training.captions import CaptionConfig, Captioned, load_captioned, subject
@@ -146,7 +146,7 @@ def main() -> None:
     settings = asdict(options) | {"model": Path(options.model).name, "tower": Path(options.tower).name}
     settings |= {"text_encoder": facts["text_encoder"]}
     write_report(folder / "report.json", {"settings": settings, "tower": facts, "rows": rows}, device=device)
-    write_text(folder / "retrieval.md", markdown_table(rows))
+    write_text(folder / "retrieval.md", markdown_table([shown(one) for one in rows]))
     print((folder / "retrieval.md").read_text(encoding="utf-8"))
 
 

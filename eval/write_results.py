@@ -16,6 +16,7 @@ from pathlib import Path
 from classifier_results import classifier_speed, classifiers, classify
 from cloud_results import cloud_clock, cloud_rows, cloud_tokens
 
+from ee_diffusion.measure.matching import shown
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.tables import markdown_table, write_text
 
@@ -207,23 +208,11 @@ def told(body: Callable[[dict], str]) -> Callable[[dict], str]:
     """A section that ends with its settings, where it has some, and its environment."""
     return lambda report: "\n".join(
         [body(report), *([settings(report)] if "settings" in report else []), environment(report)]
+    )
 
 
 def matching(report: dict) -> str:
-    rows = []
-    for facts in report["rows"]:
-        shown = {"images of": facts["images of"], "steps": facts["steps"], "share of blocks": facts["share of blocks"]}
-        for first in (1, 10):
-            low, high = (facts[f"at_{first}_{end}"] for end in ("low", "high"))
-            shown[f"@{first}"] = f"{facts[f'at_{first}']:.3f} [{low:.3f}, {high:.3f}]"
-        shown |= {"median rank": facts["median_rank"], "images": facts["images"], "captions": facts["captions"]}
-        rows.append(shown)
-    first = report["rows"][0]
-    chance = f"Chance: @1 {first['chance_at_1']:.4f}, @10 {first['chance_at_10']:.4f}; brackets: 95 % over captions.\n"
-    return (
-        markdown_table(rows)
-        + f"\n{chance}Tower: {listed(report['tower'])}.\n\n{settings(report)}\n{environment(report)}"
-    )
+    return markdown_table([shown(row) for row in report["rows"]]) + f"\nTower: {listed(report['tower'])}.\n"
 
 
 def demo(report: dict) -> str:
@@ -279,10 +268,11 @@ SECTIONS = {
         "Seconds of classifiers",
         "python eval/classifier_speed.py --names ... --models ... --policies ... --pruning ... --output_dir ...",
         told(classifier_speed),
+    ),
     "tower-match": (
         "Do images from prompts show what the prompts say",
         "python eval/retrieval.py --model ... --text_encoder ... --tower ... --output_dir ...",
-        matching,
+        told(matching),
     ),
     "cloud-tokens": ("Edge and cloud: tokens, bytes and FLOPs", "python eval/cloud.py ...", told(cloud_tokens)),
     "cloud-clock": ("Edge and cloud: seconds", "python eval/cloud_clock.py ...", told(cloud_clock)),

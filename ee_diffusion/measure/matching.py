@@ -206,6 +206,18 @@ def retrieval(images: Tensor, own: Tensor, texts: Tensor, *, draws: int = 2000) 
     )
 
 
+def shown(row: Mapping[str, object]) -> dict[str, object]:
+    """A row of a table: what stands beside a `Retrieval`'s fields, then shares with their intervals and chance, medians and counts."""
+    names = Retrieval.__dataclass_fields__
+    cells = {name: value for name, value in row.items() if name not in names}
+    for first in (1, 10):
+        value, low, high, chance = (
+            row[name] for name in (f"at_{first}", f"at_{first}_low", f"at_{first}_high", f"chance_at_{first}")
+        )
+        cells[f"@{first} (chance {chance:.3f})"] = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return cells | {"median rank": row["median_rank"], "images": row["images"], "captions": row["captions"]}
+
+
 def _interval(hits: Tensor, own: Tensor, draws: int) -> tuple[float, float]:
     groups, place = own.unique(return_inverse=True)
     sums = torch.zeros(len(groups), dtype=torch.float64).index_add(0, place, hits)
