@@ -21,10 +21,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from agreement import check_agrees
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDPMScheduler
 from encoding import Encoding, encoded_once, round_trip
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
+from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.latents import load_taesd
 from ee_diffusion.diffusion.objective import MODES, DiffusionObjective
@@ -198,7 +199,7 @@ def build_exits(config: TextConfig, transformer: UViTTransformer2DModel) -> Deno
 
 
 def save(folder: Path, objective: DiffusionObjective) -> None:
-    scheduler = DDIMScheduler.from_config(objective.scheduler.config)
+    scheduler = sampler("ddim", like=objective.scheduler)
     EarlyExitTextPipeline(objective.transformer, scheduler, objective.exits).save_pretrained(folder)
 
 
