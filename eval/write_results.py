@@ -269,11 +269,7 @@ SECTIONS = {
         "python eval/classifier_speed.py --names ... --models ... --policies ... --pruning ... --output_dir ...",
         told(classifier_speed),
     ),
-    "tower-match": (
-        "Do images from prompts show what the prompts say",
-        "python eval/retrieval.py --model ... --text_encoder ... --tower ... --output_dir ...",
-        told(matching),
-    ),
+    "tower-match": ("Do images from prompts show what the prompts say", "python eval/retrieval.py ...", told(matching)),
     "cloud-tokens": ("Edge and cloud: tokens, bytes and FLOPs", "python eval/cloud.py ...", told(cloud_tokens)),
     "cloud-clock": ("Edge and cloud: seconds", "python eval/cloud_clock.py ...", told(cloud_clock)),
     "cloud-load": ("A cloud under load", "python eval/cloud_load.py ...", told(cloud_rows)),
