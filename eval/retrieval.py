@@ -143,8 +143,9 @@ def main() -> None:
     images, _, steps = sets["full depth"]
     rows.append(row("full depth, prompts dealt out anew", images, turned, texts, blocks=1.0, steps=steps, **judge))
     write_tensors(folder / "samples.safetensors", {name: images for name, (images, _, _) in sets.items()})
-    settings = asdict(options) | {"model": Path(options.model).name, "tower": Path(options.tower).name}
-    settings |= {"text_encoder": facts["text_encoder"]}
+    places = {"model": options.model, "tower": options.tower, "policies": options.policies}
+    settings = asdict(options) | {name: path and Path(path).name for name, path in places.items()}
+    settings |= {"text_encoder": facts["text_encoder"], "output_dir": None}
     write_report(folder / "report.json", {"settings": settings, "tower": facts, "rows": rows}, device=device)
     write_text(folder / "retrieval.md", markdown_table([shown(one) for one in rows]))
     print((folder / "retrieval.md").read_text(encoding="utf-8"))
