@@ -287,8 +287,8 @@ def main() -> None:
     for start, (title, command, section) in SECTIONS.items():
         for path in sorted(Path(options.reports).glob(f"{start}*.json")):
             report = json.loads(path.read_text(encoding="utf-8"))
-            command = report.get("command", command)
-            parts.append(f"## {title}: {path.stem}\n\n`{command}`\n\n{section(report)}")
+            said = report.get("command", command)
+            parts.append(f"## {title}: {path.stem}\n\n`{said}`\n\n{section(report)}")
     if len(parts) == 1:
         raise ValueError(
             f"no reports in {options.reports}, expected some of {[f'{start}*.json' for start in SECTIONS]}"
