@@ -73,8 +73,12 @@ def test_who_learns(method: str, expected: set[str]):
 
 @pytest.mark.parametrize("method", ["plain", "palbert", "deebert", "jei_dnn"])
 def test_looking_without_gradients_builds_no_graph(method: str):
+    objective, graphs = objective_for(method), []
+    note = lambda module, args, output: graphs.append(output.logits.requires_grad)  # noqa: E731
+    objective.classifier.model.register_forward_hook(note)
     with torch.no_grad():
-        found = objective_for(method)(labelled())
+        found = objective(labelled())
+    assert graphs == [False]
     assert not any(value.requires_grad for value in found.values())
 
 
