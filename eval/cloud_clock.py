@@ -235,7 +235,7 @@ def measure(options: ClockOptions, path: Path) -> None:
         warm = Prompt("warm", "Name a colour.", "")
         for turn, prompt in enumerate([warm, *choose(clock.tokenizer, options)]):
             shift = turn % len(options.candidates)
-            for round_trip in options.round_trips:
+            for round_trip in options.round_trips if turn else options.round_trips[:1]:
                 for name in options.candidates[shift:] + options.candidates[:shift]:
                     if (prompt.name, name, round_trip) in done:
                         continue

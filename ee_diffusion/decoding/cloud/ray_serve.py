@@ -74,16 +74,16 @@ class ReplicatedWorker:
 
     def open(self, owner: str) -> str:
         session = secrets.token_hex(16)
-        return self._call(session, "open", owner, session=session)
+        return self._call(session, "open", (owner,), {"session": session})
 
     def upload(self, owner: str, session: str, first: int, *, hidden: Tensor) -> int:
-        return self._call(session, "upload", owner, session, first, hidden=hidden)
+        return self._call(session, "upload", (owner, session, first), {"hidden": hidden})
 
     def rollback(self, owner: str, session: str, length: int) -> None:
-        self._call(session, "rollback", owner, session, length)
+        self._call(session, "rollback", (owner, session, length), {})
 
     def close(self, owner: str, session: str) -> None:
-        self._call(session, "close", owner, session)
+        self._call(session, "close", (owner, session), {})
 
     def ask(self, owner: str, session: str, position: int) -> Future:
         response = self.handle.options(session_id=session).ask.remote(owner, session, position)
@@ -92,7 +92,7 @@ class ReplicatedWorker:
     def stop(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _call(self, session: str, name: str, *args, **more):
+    def _call(self, session: str, name: str, args: tuple, more: dict):
         return _value(self.handle.options(session_id=session).call.remote(name, args, more))
 
 
