@@ -39,6 +39,14 @@ class ExitHeads(Protocol):
         ...
 
 
+def require_depths(depths: object) -> None:
+    """Raises ValueError unless `depths` is a tuple or list of ascending distinct whole numbers from 0 on, at least one."""
+    listed = list(depths) if isinstance(depths, tuple | list) else []
+    whole = all(isinstance(depth, int) and not isinstance(depth, bool) for depth in listed)
+    if not listed or not whole or listed != sorted(set(listed)) or listed[0] < 0:
+        raise ValueError(f"depths={depths!r}, expected ascending distinct numbers of blocks, at least one")
+
+
 class JudgingHeads(ExitHeads, Protocol):
     """Heads whose learned certainty looks at the answer, or at what earlier exits of the same step carried."""
 

@@ -87,8 +87,12 @@ class Policy:
             facts = f"{self.to_dict()}, {num_layers} blocks, exits {depths}, rows {rows.tolist()}, {num_steps} steps, ids {ids}"
             vote.require_alike(facts, torch.device(device))
         exits = depths if self.exits is None else self.exits
-        if num_steps < 1:
-            raise ValueError(f"num_steps={num_steps}, expected at least 1")
+        if not isinstance(num_steps, int) or num_steps < 1:
+            raise ValueError(f"num_steps={num_steps!r}, expected a whole number, at least 1")
+        if not isinstance(rows, Tensor):
+            raise ValueError(f"rows={rows!r}, expected a tensor: the element of each row")
+        if elements is not None and (not isinstance(elements, Tensor) or elements.is_floating_point()):
+            raise ValueError(f"elements={elements!r}, expected a tensor of ids, whole numbers")
         if rows.ndim != 1 or len(rows) == 0:
             raise ValueError(f"rows is {tuple(rows.shape)}, expected (R,) with at least one row: the batch is empty")
         if depths and depths[-1] >= num_layers:

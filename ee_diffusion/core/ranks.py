@@ -69,7 +69,9 @@ def gather_traces(
     Raises:
         ValueError: on every rank, if an id occurs twice (and `renumber` is False), or the traces are of different policies, steps or exits.
     """
-    traces = [trace]
+    if not isinstance(trace, Trace | None):
+        raise ValueError(f"trace={trace!r}, expected a Trace (attachment.trace) or None")
+    traces: list[Trace | None] = [trace]
     if dist.is_available() and dist.is_initialized():
         traces = [None] * dist.get_world_size(group)
         dist.all_gather_object(traces, trace, group=group)

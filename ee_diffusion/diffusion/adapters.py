@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.heads import Space
+from ee_diffusion.core.heads import Space, require_depths
 from ee_diffusion.diffusion.families import blocks_of, family_of, width_of
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.uvit import timestep_embedding
@@ -66,10 +66,9 @@ class AdapterExits(ModelMixin, ConfigMixin):
         transformer_class: str = "DiTTransformer2DModel",
     ):
         super().__init__()
-        if not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
-            raise ValueError(f"depths={tuple(depths)}, expected ascending distinct numbers of blocks, at least one")
-        if rank < 0:
-            raise ValueError(f"rank={rank}, expected 0 (no adapters) or more")
+        require_depths(depths)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
+            raise ValueError(f"rank={rank!r}, expected a whole number: 0 (no adapters) or more")
         self.depths, self.space = tuple(depths), _HIDDEN
         self.uncertainty_modules = nn.ModuleList(nn.Linear(hidden_dim + TIME_WIDTH, 1) for _ in depths)
         self.heads = nn.ModuleList(Adapter(hidden_dim, rank) for _ in (depths if rank else ()))
@@ -82,9 +81,10 @@ class AdapterExits(ModelMixin, ConfigMixin):
             ValueError: an unknown class, an exit at or beyond the last block, a negative rank.
         """
         layers = len(blocks_of(transformer))
-        if not depths or max(depths) >= layers:
+        require_depths(depths)
+        if depths[-1] >= layers:
             raise ValueError(
-                f"exits at depths {tuple(depths)}, expected at least one, below {layers}: depth {layers} is the model itself"
+                f"exits at depths {tuple(depths)}, expected below {layers}: depth {layers} is the model itself"
             )
         return cls(depths=tuple(depths), rank=rank, **_facts(transformer))
 

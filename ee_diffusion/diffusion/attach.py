@@ -50,11 +50,17 @@ def attach(
     Raises:
         ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width), a diffusers
             cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and `num_steps`, exits that
-            cannot run on a part of the tokens.
+            cannot run on a part of the tokens, arguments of another kind.
     """
     wrapper = _held(target)
     transformer = unwrapped(wrapper)
     family = family_of(transformer)
+    if not isinstance(heads, DenoiserHeads):
+        raise ValueError(
+            f"heads={heads!r}, expected exits such as AdapterExits.for_transformer(transformer, depths, rank=...)"
+        )
+    if not isinstance(vote, Vote | None):
+        raise ValueError(f"vote={vote!r}, expected Vote(group)")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     if "_ee_attachment" in transformer.__dict__:
         raise ValueError(f"exits are attached to this {type(transformer).__name__} already; detach first")
@@ -100,8 +106,9 @@ def _check_arguments(
             f"a policy on a bare {type(transformer).__name__} needs branches= (rows an image has in a forward) and num_steps=; "
             f"got {branches} and {num_steps}"
         )
-    if (branches is not None and branches < 1) or (num_steps is not None and num_steps < 1):
-        raise ValueError(f"branches={branches}, num_steps={num_steps}, expected at least 1")
+    for count in (branches, num_steps):
+        if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ValueError(f"branches={branches!r}, num_steps={num_steps!r}, expected whole numbers, at least 1")
 
 
 def detach(target: nn.Module | DiffusionPipeline) -> None:

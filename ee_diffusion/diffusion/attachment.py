@@ -96,7 +96,9 @@ class Attachment:
 
     @contextmanager
     def use(self, step: StepSession) -> Iterator[None]:
-        """One forward of the transformer inside this context runs under the step session, and closes it."""
+        """One forward of the transformer inside this context runs under the step session, and closes it. Raises ValueError for else."""
+        if not isinstance(step, StepSession):
+            raise ValueError(f"use({step!r}), expected a step session: session.step(index, time)")
         self._step = step
         try:
             yield

@@ -6,6 +6,7 @@ B samples of G rows, R = B * G rows, K exits, N tokens, D width, C, H, W predict
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -111,8 +112,10 @@ class DistillationObjective(nn.Module):
     ):
         super().__init__()
         weights = (uncertainty_weight, layerwise_weight)
-        if not (min(weights) >= 0 and max(weights) > 0):
-            raise ValueError(f"weights {weights}, expected numbers of at least 0, one of them above")
+        if not all(isinstance(one, int | float) and 0 <= one < math.inf for one in weights) or not any(weights):
+            raise ValueError(f"weights {weights}, expected finite numbers of at least 0, one of them above")
+        if not isinstance(exits, nn.Module):
+            raise ValueError(f"exits={exits!r}, expected a module such as AdapterExits or DenoisingExits")
         exits.check_fits(transformer)
         self.transformer, self.exits, self.adapted = transformer, exits, adapted
         self.uncertainty_weight, self.layerwise_weight = weights
@@ -179,12 +182,17 @@ def rows_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The transformer's inputs in a batch, (B, G, ...) -> (R, ...).
 
     Raises:
-        ValueError: no hidden_states or no timestep, or one without rows.
+        ValueError: no hidden_states or no timestep, one without rows, or inputs of different samples or rows.
     """
     inputs = {name: batch[name] for name in ROW_INPUTS if name in batch}
     if not {"hidden_states", "timestep"} <= inputs.keys() or inputs["timestep"].ndim != 2:
         came = {name: tuple(value.shape) for name, value in inputs.items()}
         raise ValueError(f"a batch of {came}, expected at least hidden_states and timestep, each (B, G, ...)")
+    uneven = {name: tuple(value.shape) for name, value in inputs.items() if value.shape[:2] != inputs["timestep"].shape}
+    if uneven:
+        raise ValueError(
+            f"{uneven} beside timesteps {tuple(inputs['timestep'].shape)}, expected the same (B, G) in all"
+        )
     return {name: value.flatten(0, 1) for name, value in inputs.items()}
 
 
@@ -215,10 +223,10 @@ def exit_errors(objective: DistillationObjective, states: States, *, batch_size:
     """The exits against the teacher on all samples of `states`, and the teacher's own mean square (error 1 relative to it: no answer).
 
     Raises:
-        ValueError: a batch size below 1.
+        ValueError: a batch size below 1, or no States.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}, expected at least 1")
+    if not isinstance(states, States) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"states={type(states).__name__}, batch_size={batch_size!r}, expected States and at least 1")
     device = next(objective.exits.parameters()).device
     rows: list[dict[str, Tensor]] = []
     for samples in torch.arange(len(states)).split(batch_size):

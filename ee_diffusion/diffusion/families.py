@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,9 @@ class Family:
         lie elsewhere in every row; None: all are image tokens (but for the prefix).
     inner: the first module inside a block that sees the hidden states; work is counted there.
     frozen: empty: rows that stopped are dropped. Else the reason why they are carried along, unused and counted as executed.
+
+    Raises:
+        ValueError: a field of another kind, or lists that contradict each other.
     """
 
     class_name: str
@@ -64,6 +67,22 @@ class Family:
     image_tokens: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
     inner: str = "attn1"
     frozen: str = ""
+
+    def __post_init__(self) -> None:
+        names = ("block_classes", "concatenated", "row_arguments", "residuals", "plain_if", "width")
+        wrong = [f"{name}={getattr(self, name)!r}" for name in names if not isinstance(getattr(self, name), tuple)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}, expected tuples of names, such as ('temb',)")
+        if not self.class_name or not self.blocks:
+            raise ValueError(f"class_name={self.class_name!r}, blocks={self.blocks!r}, expected names")
+        if self.returns not in get_args(Returns):
+            raise ValueError(f"returns={self.returns!r}, expected one of {get_args(Returns)}")
+        if self.guidance not in ("batch", "calls"):
+            raise ValueError(f"guidance={self.guidance!r}, expected 'batch' or 'calls'")
+        if not set(self.concatenated) <= set(self.lists):
+            raise ValueError(f"concatenated={self.concatenated}, expected names among the lists {self.lists}")
+        if len(self.time) != 2 or not self.time[0]:
+            raise ValueError(f"time={self.time}, expected (scale, offset) with a scale that is not 0")
 
     @property
     def lists(self) -> tuple[str, ...]:
@@ -231,8 +250,10 @@ def register_family(family: Family) -> None:
     """Make a transformer class known to `attach`.
 
     Raises:
-        ValueError: the class is known already.
+        ValueError: the class is known already, or something else than a Family.
     """
+    if not isinstance(family, Family):
+        raise ValueError(f"{family!r}, expected Family(...)")
     add_row(FAMILIES, family.class_name, family, called="the family table")
 
 

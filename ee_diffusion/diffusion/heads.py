@@ -13,7 +13,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.heads import Space
+from ee_diffusion.core.heads import Space, require_depths
 from ee_diffusion.diffusion.families import blocks_of, family_of, width_of
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.packed import PackedExits
@@ -63,8 +63,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         variant: str = "paper",
     ):
         super().__init__()
-        if not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
-            raise ValueError(f"depths={tuple(depths)}, expected ascending distinct numbers of blocks, at least one")
+        require_depths(depths)
         if variant not in ("paper", "released"):
             raise ValueError(f"variant={variant!r}, expected 'paper' or 'released'")
         self.depths = tuple(depths)
@@ -91,9 +90,10 @@ class DenoisingExits(ModelMixin, ConfigMixin):
             ValueError: an unknown class, or an exit at or beyond the last block.
         """
         layers = len(blocks_of(transformer))
-        if not depths or max(depths) >= layers:
+        require_depths(depths)
+        if depths[-1] >= layers:
             raise ValueError(
-                f"exits at depths {tuple(depths)}, expected at least one, below {layers}: depth {layers} is the model itself"
+                f"exits at depths {tuple(depths)}, expected below {layers}: depth {layers} is the model itself"
             )
         return cls(depths=tuple(depths), variant=variant, **_sizes(transformer))
 

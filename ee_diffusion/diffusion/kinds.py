@@ -13,6 +13,7 @@ from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.memory import Memory
 
 
+@runtime_checkable
 class DenoiserHeads(ExitHeads, Protocol):
     """What attaching needs of heads: those of the core, and what all exits of a forward share."""
 

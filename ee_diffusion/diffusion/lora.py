@@ -31,13 +31,13 @@ def add_lora(transformer: nn.Module, *, rank: int) -> nn.Module:
     """
     if not is_peft_available():
         raise ImportError(_MISSING)
-    if rank < 1:
-        raise ValueError(f"rank={rank}, expected at least 1")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank={rank!r}, expected a whole number, at least 1")
     if _layers(transformer):
         raise ValueError(f"this {type(transformer).__name__} has adapters already; merge or unload them first")
-    blocks = family_of(transformer).blocks
+    lists = tuple(f"{name}." for name in family_of(transformer).lists)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    targets = [name for name in linear if name.startswith(f"{blocks}.")]
+    targets = [name for name in linear if name.startswith(lists)]
     transformer.requires_grad_(False)
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), transformer)
     return transformer

@@ -115,6 +115,8 @@ def _call(
     """
     as_output = inspect.signature(stock).bind(*args, **kwargs).arguments.get("return_dict", True)
     trace = None
+    if not isinstance(policy, Policy | None):
+        raise ValueError(f"exit_policy={policy!r}, expected a Policy, for example deediff({policy!r})")
     if policy is None or policy.is_off:
         output = stock(*args, **kwargs)
     elif pipeline.exits is None:

@@ -34,13 +34,15 @@ class Exited:
     """Follow the exited model: `exits` under `policy`.
 
     Raises:
-        ValueError: a policy that is off.
+        ValueError: a policy that is off; something else than a policy and exits.
     """
 
     policy: Policy
     exits: DenoiserHeads
 
     def __post_init__(self):
+        if not isinstance(self.policy, Policy) or not isinstance(self.exits, DenoiserHeads):
+            raise ValueError(f"policy={self.policy!r}, exits={self.exits!r}, expected a Policy and exits")
         if self.policy.is_off:
             raise ValueError("a policy that is off has no exited trajectories: give a criterion or a schedule")
 
@@ -138,6 +140,12 @@ def _digest(values: Any) -> str:
 
 
 def _call_arguments(pipeline: DiffusionPipeline, seeds: Sequence[int], conditions: Conditions) -> dict[str, Any]:
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(f"pipeline={pipeline!r}, expected a diffusers pipeline")
+    if not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"seeds {list(seeds)}, expected whole numbers")
+    if conditions is not None and not (_all_of(int, conditions) or _all_of(str, conditions)):
+        raise ValueError(f"conditions {list(conditions)}, expected class labels (whole numbers) or prompts, not both")
     if not seeds or (conditions is not None and len(conditions) != len(seeds)):
         came = None if conditions is None else len(conditions)
         raise ValueError(f"{len(seeds)} seeds, {came} conditions: expected at least 1 and one condition a seed")
@@ -153,6 +161,10 @@ def _call_arguments(pipeline: DiffusionPipeline, seeds: Sequence[int], condition
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     # a text pipeline need not decode what nobody looks at; the class-conditional ones always do
     return {name: value, "generator": generators, "output_type": "latent" if name == "prompt" else "pt"}
+
+
+def _all_of(kind: type, values: Sequence[Any]) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 class _Recorder:

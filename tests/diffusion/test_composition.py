@@ -27,6 +27,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion import attention
+from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.attention import set_attention
 from ee_diffusion.diffusion.lora import add_lora
@@ -293,3 +294,33 @@ def test_model_offload_on_a_gpu():
         for _ in range(2):
             pipe(**call)
             assert attachment.trace.depths.tolist() == [[1, 4, 2]] * STEPS
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_group_offload_on_a_gpu(kind: str, stream: bool):
+    """With a stream diffusers fetches the group that ran next the first time; blocks that are left out then were not asked for."""
+    pipe, exits = dit_pipeline().to("cuda"), exits_for(dit_pipeline().transformer, rank=0).to("cuda")
+    call = {"class_labels": [0, 1, 2], "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
+    drawn = [[torch.Generator().manual_seed(seed) for seed in range(IMAGES)] for _ in range(4)]
+    plans = (Policy(schedule=FixedDepth(CUT)), PLAN, Policy(schedule=FixedDepth(CUT)), Policy())
+    with torch.no_grad():
+        expected = [
+            draw_on(pipe, exits, plan, {"generator": one} | call) for plan, one in zip(plans, drawn, strict=True)
+        ]
+    size = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    apply_group_offloading(
+        pipe.transformer, onload_device=torch.device("cuda"), offload_type=kind, use_stream=stream, **size
+    )
+    for plan, images in zip(plans, expected, strict=True):
+        again = [torch.Generator().manual_seed(seed) for seed in range(IMAGES)]
+        torch.testing.assert_close(
+            draw_on(pipe, exits, plan, {"generator": again} | call), images, rtol=1e-4, atol=1e-4
+        )
+
+
+def draw_on(pipe: DiffusionPipeline, exits: AdapterExits, policy: Policy, call: dict) -> Tensor:
+    with attach(pipe, exits, policy):
+        return torch.from_numpy(pipe(**call).images)

@@ -4,17 +4,18 @@ nothing of one call is left for the next."""
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from diffusers import (
     FluxImg2ImgPipeline,
     HeunDiscreteScheduler,
     StableDiffusion3Img2ImgPipeline,
 )
 from tiny_families import exits_for, forward, inner_modules, inputs_of, passing
-from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipe
+from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipe, pipeline_named
 from torch import Tensor
 
 from ee_diffusion.core.calibrate import replay
@@ -197,26 +198,61 @@ def test_heads_see_the_schedulers_time(name: str, monkeypatch):
 
 
 @pytest.mark.parametrize("order", ["offload, attach", "attach, offload"])
-def test_offload_hooks_that_are_renewed_after_every_call(order: str, monkeypatch):
-    """As `enable_model_cpu_offload` does: when a call ends, the hook on the transformer is taken off and put on again."""
-    one, plan = pipe("dit"), Policy(Planned(((1, 5, 2),) * STEPS))
+def test_model_offload_renews_its_hooks_after_every_call(order: str):
+    """`enable_model_cpu_offload` takes the hook off the transformer when a call ends, and puts it on again."""
+    plan, one = Policy(Planned(((1, 5, 2),) * STEPS)), pipeline_named("dit")
     expected, trace = under("dit", plan, call_of("dit", IMAGES))
+    if order == "offload, attach":
+        one.enable_model_cpu_offload(device="cpu")
+    with attach(one, exits_for(one.transformer), plan) as attachment:
+        if order == "attach, offload":
+            one.enable_model_cpu_offload(device="cpu")
+        for _ in range(3):
+            assert torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
+            assert torch.equal(attachment.trace.ran, trace.ran)
+            assert one.transformer._hf_hook in [hook.hook for hook in one._all_hooks]
+    assert torch.equal(images_of(one, call_of("dit", IMAGES)), under("dit", Policy(), call_of("dit", IMAGES))[0])
+    one.remove_all_hooks()
+    assert "_hf_hook" not in one.transformer.__dict__
 
-    def renewed(self) -> None:
-        remove_hook_from_module(self.transformer)
-        add_hook_to_module(self.transformer, ModelHook())
 
-    monkeypatch.setattr(type(one), "maybe_free_model_hooks", renewed)
-    try:
-        if order == "offload, attach":
-            add_hook_to_module(one.transformer, ModelHook())
-        with attach(one, exits_for(one.transformer), plan) as attachment:
-            if order == "attach, offload":
-                add_hook_to_module(one.transformer, ModelHook())
-            for _ in range(3):
-                assert torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
-                assert torch.equal(attachment.trace.ran, trace.ran)
-        assert not torch.equal(images_of(one, call_of("dit", IMAGES)), expected)
-    finally:
-        remove_hook_from_module(one.transformer)
-        one.transformer.__dict__.pop("forward", None)
+# --- nothing is kept
+
+
+def tensors() -> int:
+    """Tensors that are alive."""
+    gc.collect()
+    return sum(type(one) is Tensor for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", ["dit", "sd3", "flux", "wan"])
+def test_calls_do_not_gather_memory(name: str, monkeypatch):
+    one, policy, alive = pipe(name), splitting(name), []
+    with attach(one, exits_for(one.transformer), policy) as attachment:
+        for seed in range(4):
+            images_of(one, call_of(name, [seed, seed + 1, seed + 2]))
+            if seed == 2:
+                with monkeypatch.context() as patch:
+                    patch.setattr(AdapterExits, "certainty", _broken)
+                    with pytest.raises(RuntimeError, match="in between"):
+                        images_of(one, call_of(name, IMAGES))
+                images_of(one, call_of(name, [seed, seed + 1, seed + 2]))
+            assert attachment.runs._sessions == []
+            alive.append(tensors())
+    assert alive[1] == alive[2] == alive[3]
+
+
+def test_detached_and_dropped_everything_is_freed():
+    one = pipeline_named("flux")
+    attachment = attach(one, exits_for(one.transformer), Policy(Planned(((1, 3, 2),) * STEPS)))
+    images_of(one, call_of("flux", IMAGES))
+    gone = [weakref.ref(what) for what in (attachment, attachment.runs, attachment.heads)]
+    attachment.detach()
+    del attachment
+    gc.collect()
+    assert [what() for what in gone] == [None] * 3
+    with_exits = weakref.ref(attach(one, exits_for(one.transformer)))
+    gone = [weakref.ref(one), weakref.ref(one.transformer), with_exits]
+    del one
+    gc.collect()
+    assert [what() for what in gone] == [None] * 3, "attached exits keep no pipeline alive"

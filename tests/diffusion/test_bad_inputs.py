@@ -1,0 +1,262 @@
+"""Whatever does not fit ends in a ValueError that says what came and what was expected, before any work, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTPipeline
+from diffusers.utils import is_peft_available
+from tiny_families import exits_for, forward, inputs_of, model_named
+from tiny_pipelines import STOCK, call_of, pipeline_named
+from torch import nn
+
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.ranks import Vote, gather_traces
+from ee_diffusion.diffusion.adapters import AdapterExits
+from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary, transformer_of
+from ee_diffusion.diffusion.attention import set_attention
+from ee_diffusion.diffusion.distillation import DistillationObjective, exit_errors, rows_of
+from ee_diffusion.diffusion.families import Family, blocks_of, family_of, register_family, width_of
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.lora import add_lora
+from ee_diffusion.diffusion.passage import take_rows
+from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
+from ee_diffusion.diffusion.states import States, row_inputs
+from ee_diffusion.diffusion.trajectories import Exited, FreshStates, walk
+from ee_diffusion.diffusion.truncation import truncate
+
+NAME = "DiTTransformer2DModel"
+POLICY = Policy(Threshold(0.5))
+LINEAR = nn.Linear(2, 2)
+COUNTS = (0, -1, 1.5, "2", True)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return model_named(NAME)
+
+
+@pytest.fixture(scope="module")
+def exits(model) -> AdapterExits:
+    return exits_for(model)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> DiTPipeline:
+    return pipeline_named("dit")
+
+
+ATTACH: dict[str, tuple[dict[str, Any], str]] = {
+    "no heads": ({"heads": None}, "heads=None, expected exits"),
+    "a module without exits": ({"heads": LINEAR}, "heads=Linear.*, expected exits"),
+    "a number as policy": ({"policy": 0.3}, "policy=0.3, expected a Policy"),
+    "the class as policy": ({"policy": Policy}, "expected a Policy"),
+    "a vote by name": ({"vote": "all"}, "vote='all', expected Vote"),
+    "no branches": ({"policy": POLICY, "num_steps": 3}, "needs branches="),
+    "no steps": ({"policy": POLICY, "branches": 1}, "needs branches="),
+    "branches alone": ({"branches": 2}, "without a policy"),
+    "options by name": ({"compile_options": "inductor"}, "compile_options='inductor'"),
+    **{
+        f"branches {n!r}": ({"policy": POLICY, "branches": n, "num_steps": 3}, "expected whole numbers") for n in COUNTS
+    },
+    **{f"steps {n!r}": ({"policy": POLICY, "branches": 1, "num_steps": n}, "expected whole numbers") for n in COUNTS},
+}
+
+
+@pytest.mark.parametrize("case", ATTACH)
+def test_attach(case: str, model, exits):
+    given, told = ATTACH[case]
+    before = [set(module.__dict__) for module in model.modules()]
+    with pytest.raises(ValueError, match=told):
+        attach(model, **{"heads": exits} | given)
+    assert [set(module.__dict__) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "function", [detach, summary, attachment_of, transformer_of, lambda target: attach(target, None)]
+)
+@pytest.mark.parametrize("target", [None, "dit", 3, [LINEAR]])
+def test_what_is_no_pipeline_and_no_transformer(function: Callable, target: Any):
+    with pytest.raises(ValueError, match="has no transformer"):
+        function(target)
+
+
+@pytest.mark.parametrize("function", [detach, summary, attachment_of])
+def test_what_nothing_is_attached_to(function: Callable, model, pipe):
+    for target in (model, pipe):
+        with pytest.raises(ValueError, match="no exits are attached to this DiTTransformer2DModel"):
+            function(target)
+
+
+@pytest.mark.parametrize("step", [None, "x", 0])
+def test_a_step_that_is_none(step: Any, model, exits):
+    with attach(model, exits) as attachment:
+        with pytest.raises(ValueError, match="expected a step session"), attachment.use(step):
+            pytest.fail("entered")
+        assert forward(model, inputs_of(NAME, [0])).isfinite().all()
+
+
+START: dict[str, tuple[dict[str, Any], str]] = {
+    "rows as a list": ({"rows": [0, 1]}, r"rows=\[0, 1\], expected a tensor"),
+    "rows with a gap": ({"rows": torch.tensor([0, 2])}, "rows must name every element"),
+    "rows below 0": ({"rows": torch.tensor([-1, 0])}, "rows must name every element"),
+    "rows as fractions": ({"rows": torch.tensor([0.0, 1.0])}, "rows must name every element"),
+    "no rows": ({"rows": torch.arange(0)}, "the batch is empty"),
+    "a table of rows": ({"rows": torch.zeros(2, 2).long()}, r"expected \(R,\)"),
+    "steps as a fraction": ({"num_steps": 1.5}, "num_steps=1.5, expected a whole number"),
+    "no steps": ({"num_steps": 0}, "num_steps=0, expected a whole number"),
+    "ids of others": ({"elements": torch.arange(5)}, r"\(5,\) element ids, expected \(2,\)"),
+    "ids as a list": ({"elements": [0, 1]}, "expected a tensor of ids"),
+    "ids as fractions": ({"elements": torch.tensor([0.5, 1.0])}, "expected a tensor of ids"),
+}
+
+
+@pytest.mark.parametrize("case", START)
+def test_start(case: str, model, exits):
+    given, told = START[case]
+    with attach(model, exits) as attachment, pytest.raises(ValueError, match=told):
+        attachment.start(POLICY, **{"rows": torch.arange(2), "num_steps": 1} | given)
+
+
+FAMILY: dict[str, tuple[dict[str, Any], str]] = {
+    "no name": ({"class_name": ""}, "class_name='', blocks='layers', expected names"),
+    "no list": ({"blocks": ""}, "expected names"),
+    "returns": ({"returns": "tokens"}, "returns='tokens', expected one of"),
+    "guidance": ({"guidance": "both"}, "guidance='both', expected 'batch' or 'calls'"),
+    "one name for a tuple": ({"row_arguments": "temb"}, "row_arguments='temb', expected tuples"),
+    "two of them": ({"width": "hidden", "residuals": "r"}, "residuals='r', width='hidden', expected tuples"),
+    "an unknown list": ({"concatenated": ("other",)}, r"concatenated=\('other',\), expected names among"),
+    "time that stands still": ({"time": (0.0, 1.0)}, "a scale that is not 0"),
+    "time by half": ({"time": (1.0,)}, r"expected \(scale, offset\)"),
+}
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_family(case: str):
+    given, told = FAMILY[case]
+    with pytest.raises(ValueError, match=told):
+        Family(**{"class_name": "Mine", "blocks": "layers"} | given)
+
+
+@pytest.mark.parametrize("what", [None, "Mine", Family])
+def test_registering_something_else(what: Any):
+    with pytest.raises(ValueError, match=r"expected Family\(\.\.\.\)"):
+        register_family(what)
+
+
+@pytest.mark.parametrize("function", [family_of, blocks_of, width_of])
+@pytest.mark.parametrize("what", [None, "dit", LINEAR])
+def test_classes_without_a_family(function: Callable, what: Any):
+    with pytest.raises(ValueError, match="no family for"):
+        function(what)
+
+
+DEPTHS = [(), (2, 1), (1, 1), (-1, 2), (1.5,), (True, 2), 2, "12", None, (5,), (1, 99)]
+
+
+@pytest.mark.parametrize("depths", DEPTHS)
+@pytest.mark.parametrize(
+    "kind", [functools.partial(AdapterExits.for_transformer, rank=2), DenoisingExits.for_transformer]
+)
+def test_depths(kind: Callable, depths: Any, model):
+    with pytest.raises(ValueError, match="depths"):
+        kind(model, depths)
+
+
+@pytest.mark.parametrize("rank", [-1, 1.5, "2", None, True])
+def test_ranks(rank: Any, model):
+    with pytest.raises(ValueError, match=r"rank=.* expected a whole number"):
+        AdapterExits.for_transformer(model, (1,), rank=rank)
+    if is_peft_available():
+        with pytest.raises(ValueError, match=r"rank=.* expected a whole number, at least 1"):
+            add_lora(model, rank=rank)
+
+
+@pytest.mark.parametrize("policy", [0.3, "deediff", Policy, {"criterion": None}])
+def test_a_pipelines_policy(policy: Any, exits):
+    made = EarlyExitDiTPipeline(**STOCK["dit"].make(), exits=exits)
+    with pytest.raises(ValueError, match="expected a Policy, for example deediff"):
+        made(**call_of("dit", [0]), exit_policy=policy)
+
+
+WALK: dict[str, tuple[tuple, dict[str, Any], str]] = {
+    "no seeds": (([], []), {}, "0 seeds, 0 conditions"),
+    "a condition too many": (([1], [0, 1]), {}, "1 seeds, 2 conditions"),
+    "seeds by name": ((["a"], [0]), {}, r"seeds \['a'\], expected whole numbers"),
+    "seeds as fractions": (([1.5], [0]), {}, "expected whole numbers"),
+    "labels as fractions": (([1], [0.5]), {}, "expected class labels"),
+    "labels and prompts": (([1, 2], [0, "a cat"]), {}, "not both"),
+    "prompts for a class-conditional pipeline": (([1], ["a cat"]), {}, "takes no prompt"),
+}
+
+
+@pytest.mark.parametrize("case", WALK)
+def test_walk(case: str, pipe):
+    given, call, told = WALK[case]
+    with pytest.raises(ValueError, match=told):
+        walk(pipe, *given, num_inference_steps=1, **call)
+    assert "forward" not in pipe.transformer.__dict__
+
+
+OTHERS: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
+    "walk nothing": (lambda model, exits, pipe: walk("dit", [1], [0]), "expected a diffusers pipeline"),
+    "walk under a policy alone": (lambda model, exits, pipe: Exited(POLICY, None), "expected a Policy and exits"),
+    "walk under a number": (lambda model, exits, pipe: Exited(0.3, exits), "expected a Policy and exits"),
+    "walk under nothing": (lambda model, exits, pipe: Exited(Policy(), exits), "a policy that is off"),
+    "fresh of no seeds": (lambda model, exits, pipe: FreshStates(pipe, [], [0]), "no seeds"),
+    "truncate to half": (lambda model, exits, pipe: truncate(model, 1.5), "expected an integer in 1..4"),
+    "attention of nothing": (lambda model, exits, pipe: set_attention(None, "native"), "has no transformer"),
+    "attention by number": (lambda model, exits, pipe: set_attention(model, 3), "attention backend 3, expected one of"),
+    "states of nothing": (lambda model, exits, pipe: States.from_tensors({}), r"tensors \[\], expected"),
+    "states joined": (lambda model, exits, pipe: States.concatenate([]), "no states"),
+    "inputs of nothing": (lambda model, exits, pipe: row_inputs({}), "called with"),
+    "errors of nothing": (
+        lambda model, exits, pipe: exit_errors(objective(model, exits), None, batch_size=1),
+        "states=NoneType",
+    ),
+    "errors by none": (
+        lambda model, exits, pipe: exit_errors(objective(model, exits), None, batch_size=0),
+        "batch_size=0",
+    ),
+    "a batch of nothing": (lambda model, exits, pipe: rows_of({}), "expected at least hidden_states and timestep"),
+    "a batch that is uneven": (
+        lambda model, exits, pipe: rows_of(
+            {"hidden_states": torch.zeros(2, 1, 4), "timestep": torch.zeros(2, 1), "class_labels": torch.zeros(3, 1)}
+        ),
+        r"\{'class_labels': \(3, 1\)\} beside timesteps \(2, 1\)",
+    ),
+    "an objective without exits": (
+        lambda model, exits, pipe: objective(model, None),
+        "exits=None, expected a module such as AdapterExits",
+    ),
+    "a vote of one process": (lambda model, exits, pipe: Vote(), "torch.distributed is not initialised"),
+    "traces that are none": (lambda model, exits, pipe: gather_traces("trace"), "trace='trace', expected a Trace"),
+    "rows of something else": (
+        lambda model, exits, pipe: take_rows(torch.zeros(5, 2), torch.tensor([0]), 4, name="temb"),
+        "'temb' has 5 entries, expected one for each of 4 rows",
+    ),
+    **{
+        f"weights {weight!r}": (
+            lambda model, exits, pipe, weight=weight: objective(model, exits, uncertainty_weight=weight),
+            "expected finite numbers of at least 0",
+        )
+        for weight in (-1.0, float("nan"), float("inf"), "1")
+    },
+}
+
+
+def objective(model: nn.Module, exits: Any, **weights: Any) -> DistillationObjective:
+    return DistillationObjective(model, exits, **{"uncertainty_weight": 1.0, "layerwise_weight": 1.0} | weights)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_everything_else(case: str, model, exits, pipe):
+    call, told = OTHERS[case]
+    with pytest.raises(ValueError, match=told):
+        call(model, exits, pipe)
+    assert "forward" not in model.__dict__
