@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space, require_depths
+from ee_diffusion.diffusion.cards import card_of, write_card
 from ee_diffusion.diffusion.families import blocks_of, family_of, width_of
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.uvit import timestep_embedding
@@ -96,15 +96,14 @@ class AdapterExits(ModelMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As diffusers' `save_pretrained`, with a model card beside the weights if there is none yet."""
         super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        if not card.exists():
-            card.write_text(self.model_card())
+        write_card(save_directory, self.model_card())
 
     def model_card(self) -> str:
         """The text of a README.md for the Hub."""
-        config = self.config
-        size = sum(parameter.numel() for parameter in self.parameters())
-        return _CARD.format(**config | {"depths": ", ".join(map(str, self.depths)), "size": size})
+        made_for = self.config.transformer_class
+        return card_of(
+            self, made_for=made_for, facts=f"width {self.config.hidden_dim}, adapter rank {self.config.rank}"
+        )
 
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another class or other sizes."""
@@ -158,22 +157,3 @@ def _facts(transformer: nn.Module) -> dict[str, Any]:
 
 
 _HIDDEN: Space = "hidden"
-
-_CARD = """---
-library_name: diffusers
-tags: [early-exit, ee-diffusion]
----
-
-# Exits for a {transformer_class}
-
-Early exits after {depths} blocks (width {hidden_dim}, adapter rank {rank}, {size} parameters), for `ee_diffusion`:
-
-```python
-from ee_diffusion import AdapterExits, attach, deediff, summary
-
-exits = AdapterExits.from_pretrained("PATH")
-attach(pipe, exits, deediff(THRESHOLD))  # pipe: a diffusers pipeline with a {transformer_class}
-image = pipe(...)
-print(summary(pipe))
-```
-"""

@@ -6,7 +6,9 @@ R rows, X prefix tokens, P patches, N = X + P, D width, C channels, p patch size
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -14,6 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space, require_depths
+from ee_diffusion.diffusion.cards import card_of, write_card
 from ee_diffusion.diffusion.families import blocks_of, family_of, width_of
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.packed import PackedExits
@@ -96,6 +99,18 @@ class DenoisingExits(ModelMixin, ConfigMixin):
                 f"exits at depths {tuple(depths)}, expected below {layers}: depth {layers} is the model itself"
             )
         return cls(depths=tuple(depths), variant=variant, **_sizes(transformer))
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """As diffusers' `save_pretrained`, with a model card beside the weights if there is none yet."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(save_directory, self.model_card())
+
+    def model_card(self) -> str:
+        """The text of a README.md for the Hub."""
+        width, size = self.config.hidden_dim, self.config.sample_size
+        return card_of(
+            self, made_for=f"transformer of width {width} on {size} x {size} samples", facts=self.config.variant
+        )
 
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another model's sizes."""

@@ -108,6 +108,7 @@ def test_gradients_of_the_released_uncertainty_stop_at_the_tokens():
 def test_save_and_load(variant: str, tmp_path):
     exits, (hidden, times) = exits_for(uvit(), DEPTHS, variant), drawn()
     exits.save_pretrained(tmp_path)
+    assert "DenoisingExits.from_pretrained" in (tmp_path / "README.md").read_text()
     loaded = DenoisingExits.from_pretrained(tmp_path)
     assert (loaded.depths, loaded.space, loaded.config.variant) == (exits.depths, exits.space, variant)
     for exit in range(len(DEPTHS)):
@@ -140,7 +141,7 @@ def test_sizes_that_make_no_sense_are_refused(config):
         DenoisingExits(hidden_dim=16, **config)
 
 
-@pytest.mark.parametrize("depths", [(), (7,), (1, 8)], ids=str)
+@pytest.mark.parametrize("depths", [(7,), (1, 8)], ids=str)
 def test_an_exit_beyond_the_last_block_is_refused(depths):
     with pytest.raises(ValueError, match="below 7"):
         DenoisingExits.for_transformer(uvit(), depths)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.utils import is_peft_available
 from factories import dit, exits_for, images_of, uvit
+from tiny_families import model_named
 
 from ee_diffusion.diffusion import lora
 from ee_diffusion.diffusion.distillation import DistillationObjective
@@ -40,6 +41,13 @@ def test_fresh_adapters_change_nothing_and_they_alone_train(kind: str):
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert names
     assert all("lora_" in name and name.startswith("transformer_blocks.") for name in names)
+
+
+@needs_peft
+def test_a_second_list_of_blocks_adapts_too():
+    model = add_lora(model_named("FluxTransformer2DModel"), rank=2)
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[0] for name in names} == {"transformer_blocks", "single_transformer_blocks"}
 
 
 @needs_peft

@@ -133,6 +133,22 @@ def test_nothing_is_left_from_one_call_to_the_next(name: str, monkeypatch):
         assert torch.equal(attachment.trace.depths, trace.depths)
 
 
+@pytest.mark.parametrize("name", ["pixart-sigma", "sd3", "flux", "wan", "qwenimage"])
+def test_a_call_of_another_size(name: str):
+    """Twice as wide: the exits go on, and the next call of the first size is as the first."""
+    wider = {"width": 2 * call_of(name, IMAGES)["width"]}
+    policy = splitting(name)
+    first, trace = under(name, policy, call_of(name, IMAGES))
+    alone, expected = under(name, policy, call_of(name, IMAGES, **wider))
+    with attach(pipe(name), exits_for(pipe(name).transformer), policy) as attachment:
+        assert torch.equal(images_of(pipe(name), call_of(name, IMAGES)), first)
+        assert torch.equal(images_of(pipe(name), call_of(name, IMAGES, **wider)), alone)
+        assert torch.equal(attachment.trace.depths, expected.depths)
+        assert torch.equal(images_of(pipe(name), call_of(name, IMAGES)), first)
+        assert torch.equal(attachment.trace.depths, trace.depths)
+    assert alone.numel() == 2 * first.numel()
+
+
 def _broken(*args, **kwargs):
     raise RuntimeError("in between")
 
