@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from tiny_families import exits_for, forward, inputs_of, model_named
 from tiny_pipelines import call_of, images_of, pipeline_named
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
@@ -31,6 +33,7 @@ from ee_diffusion.diffusion.heads import DenoisingExits
 
 RANKS, ROWS, PATIENCE = 2, [0, 1, 2, 3], timedelta(seconds=60)
 MEASURE = Policy(Threshold(0.5), record_all=True)
+WEIGHTS = "src_data_rank" in inspect.signature(ColwiseParallel).parameters  # what diffusers wants of torch (2.7)
 FAMILIES = ("FluxTransformer2DModel", "WanTransformer3DModel", "Flux2Transformer2DModel")
 
 
@@ -195,7 +198,8 @@ def beside_each_other() -> dict[str, Any]:
 
 def good() -> dict[str, Any]:
     found: dict[str, Any] = {name: together(name, share_tokens) for name in FAMILIES}
-    found["weights"] = together(FAMILIES[0], share_weights)
+    if WEIGHTS:
+        found["weights"] = together(FAMILIES[0], share_weights)
     return found | {"pipeline": in_a_pipeline(), "refused": refused(), "beside": beside_each_other()}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusion.ranks_run import FAMILIES, RANKS
+from diffusion.ranks_run import FAMILIES, RANKS, WEIGHTS
 from tree import ROOT
 
 from ee_diffusion.core.ranks import Vote, gather_traces
@@ -20,7 +20,7 @@ from ee_diffusion.diffusion.parallel import vote_of
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
-TOGETHER = [*FAMILIES, "weights"]
+TOGETHER = [*FAMILIES, *(["weights"] if WEIGHTS else [])]
 
 
 def ranks(scenario: str, folder: Path, *, seconds: int) -> tuple[list[Any], list[str]]:
