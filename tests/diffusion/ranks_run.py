@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import traceback
 from collections.abc import Callable
@@ -31,9 +30,9 @@ from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.heads import DenoisingExits
 
-RANKS, ROWS, PATIENCE = 2, [0, 1, 2, 3], timedelta(seconds=60)
+RANKS, ROWS, PATIENCE = 2, [0, 1, 2, 3], timedelta(seconds=300)
 MEASURE = Policy(Threshold(0.5), record_all=True)
-WEIGHTS = "src_data_rank" in inspect.signature(ColwiseParallel).parameters  # what diffusers wants of torch (2.7)
+WEIGHTS = getattr(ColwiseParallel, "src_data_rank", None) is not None  # what diffusers wants of torch (2.7)
 FAMILIES = ("FluxTransformer2DModel", "WanTransformer3DModel", "Flux2Transformer2DModel")
 
 

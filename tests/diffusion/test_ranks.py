@@ -49,7 +49,7 @@ def ranks(scenario: str, folder: Path, *, seconds: int) -> tuple[list[Any], list
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> list[dict[str, Any]]:
-    results, said = ranks("good", tmp_path_factory.mktemp("ranks"), seconds=180)
+    results, said = ranks("good", tmp_path_factory.mktemp("ranks"), seconds=500)
     for result, words in zip(results, said, strict=True):
         assert isinstance(result, dict), result or words[-3000:]
     return results
