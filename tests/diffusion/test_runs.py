@@ -88,7 +88,7 @@ def test_misuse_is_refused_before_work():
         attach(one.transformer, exits, policy)
     with pytest.raises(ValueError, match=r"policy=0\.2, expected a Policy"):
         attach(one, exits, 0.2)
-    with pytest.raises(ValueError, match="branches=0, num_steps=None, expected at least 1"):
+    with pytest.raises(ValueError, match="branches=0, num_steps=None, expected whole numbers, at least 1"):
         attach(one, exits, policy, branches=0)
     with pytest.raises(ValueError, match="without a policy"):
         attach(one, exits, branches=2)
