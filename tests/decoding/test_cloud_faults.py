@@ -135,9 +135,12 @@ def test_a_server_killed_at_every_phase_of_a_token(nursery: Nursery, method: str
             assert killing.counts[method] >= number
     kill(alive[0][0])
     assert out.sources[-1] == "cloud", out.losses  # the cloud is used again
-    # at the end nobody asks any more; before the first call there is no connection yet, it is made to the other server
-    unnoticed = method == "close" or (method == "open" and when != "after")
-    assert bool(out.losses) != unnoticed, out.losses
+    if method == "next" and when != "after":  # a question that nobody can answer any more
+        assert out.losses
+    if method == "close":  # nobody asks any more
+        assert not out.losses
+    # else states are lost that nobody asked about yet: they may be there again, with another server, before somebody does
+    assert len(out.losses) < TOKENS // 2, out.losses
 
 
 def test_a_line_that_is_cut_and_heals():
