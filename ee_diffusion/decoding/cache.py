@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 Part = tuple[Tensor, Tensor, Tensor]  # rows (r,), keys (r, H, 1, d), values (r, H, 1, d)
@@ -76,3 +76,10 @@ def check_cache(cache: object) -> None:
             raise ValueError(
                 f"layer {index} of the cache is a {type(layer).__name__}, expected a DynamicLayer (no sliding window)"
             )
+
+
+def with_cache(model: PreTrainedModel, model_kwargs: dict) -> dict:
+    """The arguments with a cache, where they ask for one: transformers 5.0 leaves making it to the model's first forward."""
+    if model_kwargs.get("past_key_values") is not None or not model_kwargs.get("use_cache"):
+        return model_kwargs
+    return model_kwargs | {"past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}

@@ -21,7 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.attach import DecodeAttachment
-from ee_diffusion.decoding.cache import check_cache
+from ee_diffusion.decoding.cache import check_cache, with_cache
 from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
@@ -100,7 +100,7 @@ def early_exit_generate(
     """
     if exit_missing not in ("propagate", "recompute"):
         raise ValueError(f"exit_missing={exit_missing!r}, expected 'propagate' or 'recompute'")
-    _check(model, generation_config, model_kwargs)
+    _check(model, generation_config, with_cache(model, model_kwargs))
     check_made_for(model, exit_policy)
     if exit_streamer is not None:
         exit_streamer.put(input_ids.cpu())
@@ -108,10 +108,10 @@ def early_exit_generate(
         "logits_processor": logits_processor,
         "generation_config": generation_config,
         "streamer": exit_streamer,
-        **model_kwargs,
     }
     if exit_policy.is_off:
-        return model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments)
+        return model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
+    arguments |= with_cache(model, model_kwargs)
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
     heads = exit_heads or default_heads(model, exit_policy, num_steps=num_steps)
     heads.check_fits(model)

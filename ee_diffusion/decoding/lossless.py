@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
-from ee_diffusion.decoding.cache import check_cache
+from ee_diffusion.decoding.cache import check_cache, with_cache
 from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.heads import SharedTail
 
@@ -178,6 +178,7 @@ def lossless_generate(
             draft_tokens below 2; a cache that is not empty or not a DynamicCache; scores, logits, attentions or hidden states asked
             for; arguments of the model that are not known here.
     """
+    model_kwargs = with_cache(model, model_kwargs)
     _check(model, generation_config, model_kwargs, exit_depth=exit_depth, draft_tokens=draft_tokens)
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids are empty, expected a prompt of tokens (inputs_embeds are not supported)")
