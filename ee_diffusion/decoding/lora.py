@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import is_peft_available
 
 from ee_diffusion.decoding.families import family_of
+
+if is_peft_available():
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 def add_lora(model: PreTrainedModel, *, rank: int) -> PreTrainedModel:
@@ -18,8 +21,10 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> PreTrainedModel:
     Fresh ones change nothing, bit for bit.
 
     Raises:
-        ValueError: a rank below 1, an unknown class, layers without `nn.Linear`.
+        ImportError: peft is not installed. ValueError: a rank below 1, an unknown class, layers without `nn.Linear`.
     """
+    if not is_peft_available():
+        raise ImportError("LoRA needs peft, which is not installed: pip install 'ee-diffusion[lora]'")
     if rank < 1:
         raise ValueError(f"rank={rank}, expected at least 1")
     layers = family_of(model).layers
@@ -34,7 +39,7 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> PreTrainedModel:
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
     """A copy without adapters whose weights hold what they learned; it needs no peft. Without adapters: the model itself."""
-    if not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if not is_peft_available() or not any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         return model
     plain = copy.deepcopy(model)
     for name, module in list(plain.named_modules()):

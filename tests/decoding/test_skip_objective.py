@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from language import LAYERS, LENGTHS, MODELS, SCHEDULED, TOKENS, alone, generate, model_named, policy_named
+from transformers.utils import is_peft_available
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
@@ -85,6 +86,7 @@ def test_gradients_pass_by_skipped_layers():
         assert found == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=2e-2)
 
 
+@pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 def test_adapters_change_nothing_when_fresh_and_are_merged():
     model = copy.deepcopy(model_named("qwen2"))
     ids = torch.tensor([[5, 9, 11, 30]])
@@ -115,3 +117,11 @@ def test_policies_that_cannot_be_trained_under_are_refused():
         SkipObjective(model, calm(0.5, exits=(2,), score="margin", horizon=None), num_steps=4)
     with pytest.raises(ValueError, match=f"the model has {LAYERS} blocks"):
         SkipObjective(model, skipdecode(warm_up=1, least=2, most=9, horizon=5), num_steps=4)
+
+
+def test_without_peft_adapters_are_refused_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ee_diffusion.decoding.lora.is_peft_available", lambda: False)
+    model = model_named("qwen2")
+    assert merged(model) is model
+    with pytest.raises(ImportError, match=r"ee-diffusion\[lora\]"):
+        add_lora(model, rank=2)

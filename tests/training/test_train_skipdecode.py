@@ -12,6 +12,7 @@ import torch
 from language import LAYERS, alone, generate, model_named, new_tokens
 from tiny_language import text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_peft_available
 from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 
 import skipdecode
 
+needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 SKIP = "--warm_up 1 --least 2 --most 5 --horizon 4"
 SHORT = "--train_batch_size 4 --max_train_steps 4 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0 --max_length 12"
 
@@ -43,7 +45,7 @@ def lines_of(folder: str) -> list[dict]:
     return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("adapters", ["", "--lora_rank 4"])
+@pytest.mark.parametrize("adapters", ["", pytest.param("--lora_rank 4", marks=needs_peft)])
 def test_what_is_trained_is_what_generates(base: Path, monkeypatch, adapters: str):
     longer = "--max_train_steps 40 --learning_rate 1e-2 --checkpointing_steps 40"
     call(monkeypatch, SKIP, SHORT, longer, adapters, "--output_dir skip")
@@ -61,6 +63,7 @@ def test_what_is_trained_is_what_generates(base: Path, monkeypatch, adapters: st
         generate(model_named("llama"), policy, alone(0))
 
 
+@needs_peft
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base: Path, monkeypatch):
     call(monkeypatch, SKIP, SHORT, "--lora_rank 2 --output_dir whole")
     call(monkeypatch, SKIP, SHORT, "--lora_rank 2 --max_train_steps 2 --output_dir parts")
@@ -106,7 +109,7 @@ def test_dry_run(monkeypatch, capsys):
         ("--keep 6 --output_dir x", r"within 1\.\.5"),
         ("--policy calm.json --output_dir x", "criterion"),
         (f"{SKIP} --compile --output_dir x", "compile=True"),
-        (f"{SKIP} --lora_rank 0 --output_dir x", "rank=0"),
+        pytest.param(f"{SKIP} --lora_rank 0 --output_dir x", "rank=0", marks=needs_peft),
     ],
 )
 def test_bad_settings_end_in_words(base: Path, monkeypatch, words: str, error: str):
