@@ -122,7 +122,7 @@ class CloudClient:
         self._session: str | None = None
         self._lost: list[str] = []  # sessions that a living cloud may still hold
         self._sent = 0  # of what is kept, in this session
-        self._not_before = -float("inf")
+        self._not_before, self._why = -float("inf"), ""
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="upload")
         self._sending: Future | None = None
 
@@ -153,7 +153,7 @@ class CloudClient:
         """
         begun = self.clock()
         if begun < self._not_before:
-            raise CloudLost("lost before, not tried again yet")
+            raise CloudLost(f"lost before ({self._why}), not tried again yet")
         try:
             if self._sending is None or self._sending.done():  # a new session after a loss sends what is kept
                 self._sending = self._thread.submit(self._send)
@@ -166,10 +166,9 @@ class CloudClient:
             if not 0 <= token < vocabulary or not 0 <= seconds < math.inf:
                 raise CloudLost(f"wrong: token {token} of a vocabulary of {vocabulary} after {seconds} s")
         except (CloudLost, Late) as error:
-            self._lose()
-            raise (
-                error if isinstance(error, CloudLost) else CloudLost("late: the states were not sent in time")
-            ) from error
+            lost = error if isinstance(error, CloudLost) else CloudLost("late: the states were not sent in time")
+            self._lose(str(lost))
+            raise lost from error
         return token, seconds
 
     def _send(self) -> None:
@@ -187,16 +186,16 @@ class CloudClient:
                 self.transport.upload(session, upload, timeout=self.deadline)
                 self._sent += 1
                 self.payload += len(upload.payload)
-        except CloudLost:
-            self._lose()
+        except CloudLost as error:
+            self._lose(str(error))
             raise
 
-    def _lose(self) -> None:
+    def _lose(self, why: str) -> None:
         """No more of this session; the next one is not before `retry_after` seconds from now."""
         with self._lock:
             if self._session is not None:
                 self._lost.append(self._session)
-            self._session, self._not_before = None, self.clock() + self.retry_after
+            self._session, self._not_before, self._why = None, self.clock() + self.retry_after, why
 
     def _close_lost(self) -> None:
         """Tell the cloud to forget sessions that are used no more; where that fails, they expire by themselves."""
