@@ -28,3 +28,6 @@ class WholeBatch(Criterion):
     def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
         stop, state = self.criterion.decide(score.amin().expand(len(score)), where, state)
         return stop.all().expand(len(score)), state
+
+    def floor(self, where: Where) -> float | None:
+        return self.criterion.floor(where)
