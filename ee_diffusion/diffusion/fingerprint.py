@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ConfigMixin, DiffusionPipeline
 from torch import nn
 
 from ee_diffusion.core.policy import Policy
@@ -33,6 +33,7 @@ def made_for_of(
     """
     return (
         ("weights", fingerprint(pipeline.transformer, pipeline.exits)),
+        ("exits settings", _settings(pipeline.exits.config if isinstance(pipeline.exits, ConfigMixin) else {})),
         ("scheduler", type(pipeline.scheduler).__name__),
         ("scheduler settings", _settings(pipeline.scheduler.config)),
         ("num_inference_steps", str(num_inference_steps)),
@@ -60,6 +61,6 @@ def check_made_for(
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """A fingerprint of a scheduler's noise schedule, spacing and order; versions and defaults (`_...`) are left out."""
+    """A fingerprint of settings (a noise schedule and order, what exits remember); versions and defaults (`_...`) are left out."""
     known = {name: value for name, value in config.items() if not name.startswith("_")}
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]

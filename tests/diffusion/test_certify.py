@@ -11,8 +11,9 @@ from factories import pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.certify import live_losses, marked
-from ee_diffusion.diffusion.fingerprint import fingerprint
+from ee_diffusion.diffusion.fingerprint import fingerprint, made_for_of
 from ee_diffusion.diffusion.generation import generate, use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
 
 SEEDS, LABELS, CALL = [3, 1, 4, 1, 5], [0, 1, 2, 3, 4], {"num_inference_steps": 3, "guidance_scale": 2.0}
 
@@ -92,3 +93,14 @@ def test_bad_input():
             batch_size=5,
             **CALL,
         )
+
+
+def test_what_exits_remember_is_part_of_what_a_policy_was_made_for():
+    pipe = pipeline()
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    marks = []
+    for terms in ("clean", "noise"):
+        pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+        marks.append(dict(made_for_of(pipe, **settings)))
+    different = {name for name in marks[0] if marks[0][name] != marks[1][name]}
+    assert different == {"exits settings"}
