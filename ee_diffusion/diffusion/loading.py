@@ -20,3 +20,17 @@ def load_strictly(load: Callable[..., Any], name: str, path: Any, **options: Any
     if wrong:
         raise ValueError(f"{path} is no checkpoint of a {name}: {wrong}")
     return (model, facts) if wants_facts else model
+
+
+def keep_exits(pipeline_class: type) -> type:
+    """Class decorator for pipelines: exits that are assigned later are saved. diffusers takes a component that once was None for absent
+    whatever is assigned to it, and would leave it out of `save_pretrained`."""
+    assign = pipeline_class.__setattr__
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "exits" and value is not None and "exits" in self.__dict__:
+            self.register_to_config(exits=(type(value).__module__, type(value).__name__))
+        assign(self, name, value)
+
+    pipeline_class.__setattr__ = __setattr__
+    return pipeline_class

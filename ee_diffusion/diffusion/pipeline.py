@@ -25,6 +25,7 @@ from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.denoising import denoise
 from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.loading import keep_exits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.solver import accepted
@@ -46,6 +47,7 @@ class EarlyExitPipelineOutput(BaseOutput):
         return None if self.trace is None else self.trace.report()
 
 
+@keep_exits
 class EarlyExitPipeline(DiffusionPipeline):
     """Generate images with a U-ViT, every image deciding at every step how many blocks it needs.
 
@@ -176,6 +178,10 @@ class EarlyExitPipeline(DiffusionPipeline):
         output_type: str,
         output_types: tuple[str, ...] = OUTPUT_TYPES,
     ) -> Policy:
+        if not isinstance(policy, Policy | None):
+            raise TypeError(
+                f"exit_policy is a {type(policy).__name__}, expected a Policy (a number goes to exit_threshold, a file to Policy.load)"
+            )
         if policy is not None and threshold is not None:
             raise ValueError("give exit_policy or exit_threshold, not both")
         if threshold is not None:

@@ -15,6 +15,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.loading import keep_exits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipelineOutput
 
 Exits = AdapterExits | DenoisingExits | None
@@ -35,6 +36,7 @@ def _parameters_of(stock: type) -> Callable[[Callable], Callable]:
     return annotate
 
 
+@keep_exits
 class EarlyExitDiTPipeline(DiTPipeline):
     """`DiTPipeline` with exits: class-conditional images, every image deciding at every step how many blocks it needs."""
 
@@ -53,6 +55,7 @@ class EarlyExitDiTPipeline(DiTPipeline):
         return _call(super().__call__, self, exit_policy, args, kwargs)
 
 
+@keep_exits
 class EarlyExitPixArtPipeline(PixArtAlphaPipeline):
     """`PixArtAlphaPipeline` with exits. A PixArt-Sigma pipeline is attached to instead: `attach(pipe, exits, policy)`."""
 
@@ -69,6 +72,7 @@ class EarlyExitPixArtPipeline(PixArtAlphaPipeline):
         return _call(super().__call__, self, exit_policy, args, kwargs)
 
 
+@keep_exits
 class EarlyExitSD3Pipeline(StableDiffusion3Pipeline):
     """`StableDiffusion3Pipeline` with exits."""
 
@@ -85,6 +89,7 @@ class EarlyExitSD3Pipeline(StableDiffusion3Pipeline):
         return _call(super().__call__, self, exit_policy, args, kwargs)
 
 
+@keep_exits
 class EarlyExitFluxPipeline(FluxPipeline):
     """`FluxPipeline` with exits; with `true_cfg_scale` the second call of a step follows the depths of the first."""
 

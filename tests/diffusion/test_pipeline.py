@@ -287,3 +287,21 @@ def test_models_that_cannot_do_it(pipe):
     deep = EarlyExitPipeline(uvit(num_layers=3), DDIMScheduler(), exits_for(uvit(), (1, 5)))
     refused(deep, "an exit at depth 5, the model has 3 blocks", exit_threshold=0.5)
     refused(pipeline("text"), "encoder_hidden_states", labels=None, generator=None)
+
+
+def test_exits_that_come_later_are_saved(tmp_path):
+    made = pipeline()
+    late = EarlyExitPipeline(made.transformer, made.scheduler)
+    late.exits = made.exits
+    late.save_pretrained(tmp_path / "late")
+    again = EarlyExitPipeline.from_pretrained(tmp_path / "late")
+    assert again.exits.depths == made.exits.depths
+    late.exits = None
+    late.save_pretrained(tmp_path / "none")
+    assert EarlyExitPipeline.from_pretrained(tmp_path / "none").exits is None
+
+
+@pytest.mark.parametrize("policy", [0.3, "policy.json"])
+def test_what_is_no_policy_is_named(pipe: EarlyExitPipeline, policy):
+    with pytest.raises(TypeError, match=f"exit_policy is a {type(policy).__name__}, expected a Policy"):
+        call(pipe, exit_policy=policy)
