@@ -55,9 +55,11 @@ _HOMES = {
     "MemoryExits": "diffusion.memory_exits",
     "influence": "diffusion.gains",
     "step_gains": "diffusion.gains",
+    "ase": "diffusion.methods",
     "budgeted": "diffusion.methods",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
+    "duodiff": "diffusion.methods",
     "periodic_cache": "diffusion.methods",
     "remembered": "diffusion.methods",
     "searched": "diffusion.methods",
@@ -130,9 +132,11 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.heads import DenoisingExits
     from ee_diffusion.diffusion.memory_exits import MemoryExits
     from ee_diffusion.diffusion.methods import (
+        ase,
         budgeted,
         deediff,
         deediff_released,
+        duodiff,
         periodic_cache,
         remembered,
         searched,

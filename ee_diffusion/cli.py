@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 from diffusers.utils.logging import tqdm
@@ -125,8 +126,8 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     """Number -> policy of the kind asked for; gives the pipeline exits that remember where the kind needs them."""
     if options.kind == "deediff":
         return deediff
-    beside = None if options.model else checkpoint() / "memory"
-    folder = options.memory or beside
+    beside = Path(options.model or checkpoint()) / "memory"
+    folder = options.memory or (beside if beside.is_dir() else None)
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
     exits = MemoryExits.from_pretrained(folder) if folder else MemoryExits.for_pipeline(transformer, scheduler)
     pipeline.exits = exits.to(transformer.device)
