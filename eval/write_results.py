@@ -22,7 +22,7 @@ from ee_diffusion.measure.tables import markdown_table, write_text
 
 HEAD = """# Results
 
-Written by `python eval/write_results.py` from the reports in `results/`; each section names the command that made its report.
+Written by `python eval/write_results.py` from the reports in `results/`; each section names its script and settings.
 Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds.
 FD is the Frechet distance on resnet20's 64 pooled features, FID the one on Inception features; both depend on the number of
 samples, which stands beside them.
