@@ -232,7 +232,8 @@ def _decode(sections: Sections, sequences: Sequences, input_ids: Tensor, model_k
         kept = torch.tensor(sequences.say(logits, tokens), device=mask.device)[:, None]  # (r, 1)
         mask[:, -draft_tokens:] = (torch.arange(draft_tokens, device=mask.device) < kept).long()
         spare = draft_tokens - int(kept.max())
-        cache.crop(-spare)
+        if spare:  # crop(0) empties the cache in older transformers
+            cache.crop(-spare)
         mask = mask[:, : mask.shape[1] - spare]
         mask, next_position = _only(before, sequences.going, cache, mask, next_position + kept)
 
