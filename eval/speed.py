@@ -4,14 +4,15 @@ python eval/speed.py --output_dir runs/speed
 
 Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty
 module and every sync runs) take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at different exits, by
-their own learned scores, at thresholds set so that the mean depth is the one asked for. Ideal = fixed part (embedding, tail) + for every
-executed block its own median time at its number of rows + uncertainty modules and heads at theirs. A part's time is taken where it runs,
-inside a whole forward of the plain model on that number of rows, in turns with the runs (`ideal_ms`); and, beside it, alone in a loop,
-where its weights never leave the caches (`alone_ms`), which no model does. Starting a run, deciding, syncs and the dropping of rows are
+their own learned scores, at thresholds set on these very rows so that the mean depth is the one asked for. Ideal = fixed part
+(embedding, tail) + for every executed block its own median time at its number of rows + uncertainty modules and heads at theirs. A
+part's time is taken where it runs, inside a whole forward of the plain model on that number of rows, in turns with the runs
+(`ideal_ms`); and, beside it, alone in a loop, where its weights never leave the caches (`alone_ms`), which no model does.
+Starting a run, deciding, syncs and the dropping of rows are
 in the measured time only. Inputs are noise: time does not depend on content.
 The same for what a user calls: the pipeline, one image under guidance (two rows), its start and its scheduler included.
 And the cost of a training step (bfloat16 autocast, AdamW) with all exits over the same backbone without.
-Writes speed.json and speed.md.
+Writes speed.json, part by part as they are measured, and at the end speed.md.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from torch import Tensor
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
@@ -47,7 +47,6 @@ class SpeedOptions:
     mean_depths: list[float] = field(default_factory=lambda: [0.75, 0.4], metadata={"help": "Fractions of the blocks."})
     repeats: int = flag("Counted runs of each candidate.", 9)
     steps: int = flag("Forwards of a run, under one session: what a generation does once is shared among them.", 10)
-    pool: int = flag("Rows from which thresholds are set.", 256)
     training_batch: int = flag("Samples of a training step.", 64)
 
 
@@ -73,9 +72,9 @@ def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed
     return {"batch": rows, "plain_ms": 1e3 * timings["plain"].median / steps, **ratios}
 
 
-def thresholds_for(trace: Trace, fraction: float) -> tuple[float, ...]:
-    """One threshold per exit, so that the same share of the remaining rows leaves at each exit and the mean depth is as asked."""
-    scores, depths, num_layers = trace.scores[0], trace.exits.tolist(), trace.planned.shape[1]
+def thresholds_for(scores: Tensor, depths: list[int], num_layers: int, fraction: float) -> tuple[float, ...]:
+    """One threshold per exit from scores (K, R), so that the same share of the remaining rows leaves at each exit (as far as so many rows
+    allow) and the mean depth is as asked."""
 
     def tried(share: float) -> tuple[float, tuple[float, ...]]:
         alive, found, total = torch.ones(scores.shape[1], dtype=torch.bool), [], 0.0
@@ -86,21 +85,19 @@ def thresholds_for(trace: Trace, fraction: float) -> tuple[float, ...]:
             alive &= ~leaves
         return (total + num_layers * int(alive.sum())) / scores.shape[1] / num_layers, tuple(found)
 
-    low, high = 0.0, 1.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (middle, high) if tried(middle)[0] > fraction else (low, middle)
-    return tried(low)[1]
+    tries = [tried(share / 1000) for share in range(1001)]
+    return min(tries, key=lambda one: abs(one[0] - fraction))[1]
 
 
 def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: SpeedOptions, *, seed: int) -> dict:
     """Ideal over measured time at a mean depth, over several batches whose rows leave at different exits."""
     steps, plain, taken, best, alone, traces = options.steps, [], [], [], [], []
+    forwards = [Forward(pipeline, rows, seed + 2 + batch) for batch in range(max(1, 16 // rows))]
     with attach(pipeline.transformer, pipeline.exits) as attachment:
-        recorded = Forward(pipeline, options.pool, seed + 1).under(attachment, Policy(Threshold(1.0), record_all=True))
-    policy = Policy(Threshold(thresholds_for(recorded, fraction)))
-    for batch in range(max(1, 16 // rows)):
-        forward = Forward(pipeline, rows, seed + 2 + batch)
+        seen = [forward.under(attachment, Policy(Threshold(1.0), record_all=True)) for forward in forwards]
+    scores, num_layers = torch.cat([trace.scores[0] for trace in seen], dim=1), seen[0].planned.shape[1]
+    policy = Policy(Threshold(thresholds_for(scores, seen[0].exits.tolist(), num_layers, fraction)))
+    for forward in forwards:
 
         def exiting(forward: Forward = forward) -> None:
             with attach(pipeline.transformer, pipeline.exits) as attachment:
@@ -119,7 +116,7 @@ def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: S
     return {
         "batch": rows,
         "asked": fraction,
-        "mean_depth": float(depths.mean()) / traces[0].planned.shape[1],
+        "mean_depth": float(depths.mean()) / num_layers,
         "distinct_depths_per_batch": median(len(trace.depths[0].unique()) for trace in traces),
         "measured_ms": 1e3 * sum(taken) / len(taken),
         "ideal_ms": 1e3 * sum(best) / len(best),
@@ -196,19 +193,24 @@ def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int)
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
-    overheads = [overhead(pipeline, rows, options, sampling.seed) for rows in options.batch_sizes]
-    gains = [
-        realised(pipeline, rows, fraction, options, seed=sampling.seed)
-        for rows in options.batch_sizes
-        for fraction in options.mean_depths
-    ]
-    cost = training_cost(pipeline, options, sampling.seed)
-    calls = whole_call(pipeline, options, sampling)
     facts = {"settings": asdict(sampling) | asdict(options), "environment": environment()}
-    write_json(
-        folder / "speed.json", facts | {"overhead": overheads, "realised": gains, "pipeline": calls, "training": cost}
-    )
-    text = "\n".join(markdown_table(part) for part in (overheads, gains, calls, [cost]))
+    found: dict[str, list[dict] | dict] = {"overhead": [], "realised": []}
+
+    def keep(part: str, *rows: dict) -> None:
+        """What is measured is written at once: a run that is stopped loses no more than the part it was at."""
+        found.setdefault(part, []).extend(rows)
+        write_json(folder / "speed.json", facts | found)
+        print(markdown_table(list(rows)), flush=True)
+
+    for rows in options.batch_sizes:
+        keep("overhead", overhead(pipeline, rows, options, sampling.seed))
+        for fraction in options.mean_depths:
+            keep("realised", realised(pipeline, rows, fraction, options, seed=sampling.seed))
+    keep("pipeline", *whole_call(pipeline, options, sampling))
+    found["training"] = cost = training_cost(pipeline, options, sampling.seed)
+    write_json(folder / "speed.json", facts | found)
+    tables = (found["overhead"], found["realised"], found["pipeline"], [cost])
+    text = "\n".join(markdown_table(part) for part in tables)
     write_text(folder / "speed.md", text)
     print(text)
 

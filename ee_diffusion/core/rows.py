@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
+
+Shareable = TypeVar("Shareable", Tensor, tuple[Tensor, ...])  # of the rows, or the same for all
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ def least_of(scores: list[float], elements: list[int], *, num_elements: int) -> 
     return [least.get(element, math.nan) for element in range(num_elements)]
 
 
-def rows_of(values: Tensor, places: Tensor) -> Tensor:
-    """The rows of values (R, ...) at places (r,) -> (r, ...). One value for all rows (`expand`, stride 0) stays one."""
+def rows_of(values: Shareable, places: Tensor) -> Shareable:
+    """The rows of values (R, ...) at places (r,) -> (r, ...). One value for all rows (`expand`, stride 0) stays one, a tuple is shared."""
+    if isinstance(values, tuple):
+        return values
     return values[: len(places)] if values.stride(0) == 0 else values.index_select(0, places)

@@ -131,7 +131,8 @@ class DenoisingExits(ModelMixin, ConfigMixin):
 
         They know the weights as they are now. Itself where there is nothing to gain: the released variant, half precision.
         """
-        if not self.paper or self.dtype != torch.float32:
+        dtype = self.uncertainty_modules[0].weight.dtype  # `self.dtype` looks through all parameters
+        if not self.paper or dtype != torch.float32:
             return self
         return PackedExits.of(
             self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class PackedExits:
     for_hidden: tuple[Tensor, ...]  # for each exit (V, D)
     for_time: Tensor  # (K V, D)
     bias: Tensor  # (K V,)
-    minus_mean: Tensor  # (1, N V): -1 / (P V) for every value of a patch, 0 for those of prefix tokens
+    minus_mean: Tensor  # (N V,): -1 / (P V) for every value of a patch, 0 for those of prefix tokens
     one: Tensor  # (1,)
 
     @classmethod
@@ -46,41 +47,41 @@ class PackedExits:
         num_prefix_tokens: int,
         num_patches: int,
     ) -> PackedExits:
-        """W_h as views of the modules' weights (V, 2D), W_t of all modules as one copy."""
-        width = modules[0].in_features // 2
-        values = modules[0].out_features
-        one = modules[0].weight
-        minus_mean = one.new_full((num_prefix_tokens + num_patches, values), -1 / (num_patches * values))
+        """W_h and W_t as views of one copy of the modules' weights."""
+        weights = torch.stack([linear.weight.detach() for linear in modules])  # (K, V, 2D)
+        num_exits, values, width = weights.shape[0], weights.shape[1], weights.shape[2] // 2
+        minus_mean = weights.new_full((num_prefix_tokens + num_patches, values), -1 / (num_patches * values))
         minus_mean[:num_prefix_tokens] = 0
         return cls(
             exits.depths,
             exits.space,
             exits.answer,
             exits.check_fits,
-            embedding_frequencies(width, device=one.device),
-            tuple(linear.weight.detach()[:, :width] for linear in modules),
-            torch.cat([linear.weight.detach()[:, width:] for linear in modules]),
+            embedding_frequencies(width, device=weights.device),
+            weights[:, :, :width].unbind(),
+            weights.view(num_exits * values, -1)[:, width:],
             torch.cat([linear.bias.detach() for linear in modules]),
-            minus_mean.view(1, -1),
-            one.new_ones(1),
+            minus_mean.view(-1),
+            weights.new_ones(1),
         )
 
-    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+    def context(self, timestep: Tensor) -> dict[str, Any]:
         """timestep (R,) -> `timestep`, and the time's part of every uncertainty module, `time_part` (R, K, V).
 
-        Where all rows are at one time (`expand`), its part is made once, and is the bias of the products to come.
+        Where all rows are at one time (`expand`), its part is made once, as K tensors (V,): the biases of the products to come.
         """
-        times = timestep[:1] if timestep.stride(0) == 0 else timestep
-        part = nn.functional.linear(timestep_embedding(times, self.frequencies), self.for_time, self.bias)  # (R, K V)
-        part = part.view(len(part), len(self.depths), -1).expand(len(timestep), -1, -1)
-        return {"timestep": timestep, "time_part": part}
+        if timestep.stride(0) != 0 and len(timestep) > 1:
+            part = nn.functional.linear(timestep_embedding(timestep, self.frequencies), self.for_time, self.bias)
+            return {"timestep": timestep, "time_part": part.view(len(part), len(self.depths), -1)}
+        angles = self.frequencies * timestep[0]  # (D / 2,), in float32 whatever the type of the one time is
+        said = torch.addmv(self.bias, self.for_time, torch.cat([angles.cos(), angles.sin()]))  # (K V,)
+        return {"timestep": timestep, "time_part": said.split(len(said) // len(self.depths))}
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Any]) -> Tensor:
         """hidden (R, N, D) -> `1 - mean u` (R,), the mean over patches alone."""
         time, weight = context["time_part"], self.for_hidden[exit]
-        if len(time) == 1 or time.stride(0) == 0:
-            logits = nn.functional.linear(hidden, weight, time[0, exit])  # (R, N, V)
+        if isinstance(time, tuple):
+            logits = nn.functional.linear(hidden, weight, time[exit])  # (R, N, V)
         else:
             logits = nn.functional.linear(hidden, weight).add_(time[:, exit, None])
-        said = logits.sigmoid_().view(len(hidden), -1)  # (R, N V)
-        return nn.functional.linear(said, self.minus_mean, self.one).view(-1)  # (R,)
+        return torch.addmv(self.one, logits.sigmoid_().view(len(hidden), -1), self.minus_mean)  # (R,)

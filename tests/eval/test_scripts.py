@@ -240,8 +240,6 @@ def test_speed(model, tmp_path, monkeypatch, capsys):
         3,
         "--repeats",
         1,
-        "--pool",
-        16,
         "--steps",
         2,
     ]
@@ -263,7 +261,8 @@ def test_thresholds_reach_the_depth_asked_for(model):
     with speed.attach(pipeline.transformer, pipeline.exits) as attachment:
         recorded = speed.Forward(pipeline, 200, 0).under(attachment, Policy(speed.Threshold(1.0), record_all=True))
         for fraction in (0.75, 0.4):
-            policy = Policy(speed.Threshold(speed.thresholds_for(recorded, fraction)))
+            found = speed.thresholds_for(recorded.scores[0], recorded.exits.tolist(), 5, fraction)
+            policy = Policy(speed.Threshold(found))
             trace = speed.Forward(pipeline, 200, 0).under(attachment, policy)
             assert trace.report().fraction_executed == pytest.approx(fraction, abs=0.05)
             assert len(trace.depths.unique()) > 2
