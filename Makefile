@@ -64,6 +64,7 @@ clean:  ## remove the environments and what was built
 define install_torch
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	@echo "installing into $(1): torch first, then the rest; some minutes, once"
 	$(PIP_ENVIRONMENT) $(1)/bin/pip install --quiet -c $(2) torch
 endef
 

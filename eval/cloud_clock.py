@@ -96,7 +96,7 @@ def started(stack: ExitStack, words: list[str], *, core: int) -> tuple[int, int]
 def servers(stack: ExitStack, options: ClockOptions) -> dict[tuple[str, float], str]:
     """Everything that listens -> the address of (whole or parts, round trip)."""
     edge, cloud = cores()
-    serve = ["-m", "ee_diffusion.decoding.cloud.commands", "cloud", "serve", "--model", options.parts, "--port", "0"]
+    serve = ["-m", "ee_diffusion.cli", "cloud", "serve", "--model", options.parts, "--port", "0"]
     targets = {
         "parts": started(stack, [*serve, "--quiet"], core=cloud)[0],
         "whole": started(stack, ["-m", "ee_diffusion.decoding.cloud.baselines", options.model], core=cloud)[0],

@@ -161,7 +161,7 @@ def main() -> None:
     rows, metrics_port = [], free_port()
     serve = [
         "-m",
-        "ee_diffusion.decoding.cloud.commands",
+        "ee_diffusion.cli",
         "cloud",
         "serve",
         "--model",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -14,6 +17,8 @@ from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+CLOCK = ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def flag(help: str, default=None):
@@ -47,6 +52,16 @@ def parse(*kinds: type, description: str) -> tuple:
         print(json.dumps({name: value for option in options for name, value in asdict(option).items()}, indent=2))
         raise SystemExit(0)
     return tuple(options)
+
+
+def command() -> str:
+    """This script's command line, as a reader would type it in the repository's root, with what the clock depends on before it.
+
+    Of absolute paths, which are of one machine, the last part is kept."""
+    script = Path(sys.argv[0])
+    before = [f"{name}={os.environ[name]}" for name in CLOCK if name in os.environ]
+    words = [f".../{Path(word).name}" if Path(word).is_absolute() else word for word in map(str, sys.argv[1:])]
+    return shlex.join([*before, "python", f"{script.parent.name}/{script.name}", *words])
 
 
 def results_folder(options: SamplingOptions) -> Path:

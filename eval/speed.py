@@ -10,6 +10,8 @@ part's time is taken where it runs, inside a whole forward of the plain model on
 (`ideal_ms`); and, beside it, alone in a loop, where its weights never leave the caches (`alone_ms`), which no model does.
 Starting a run, deciding, syncs and the dropping of rows are
 in the measured time only. Inputs are noise: time does not depend on content.
+On Linux, MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 before the command keep freed memory in the process: without
+them some forwards, of any candidate, pay for thousands of new pages, and others do not.
 The same for what a user calls: the pipeline, one image under guidance (two rows), its start and its scheduler included.
 And the cost of a training step (bfloat16 autocast, AdamW) with all exits over the same backbone without.
 Writes speed.json, part by part as they are measured, and at the end speed.md.
@@ -25,7 +27,7 @@ from statistics import median
 
 import torch
 from forwards import Forward, Ideal
-from options import SamplingOptions, flag, load, parse, results_folder
+from options import SamplingOptions, command, flag, load, parse, results_folder
 from torch import Tensor
 
 from ee_diffusion.core.calibrate import value_for_budget
@@ -47,7 +49,8 @@ class SpeedOptions:
     mean_depths: list[float] = field(default_factory=lambda: [0.75, 0.4], metadata={"help": "Fractions of the blocks."})
     repeats: int = flag("Counted runs of each candidate.", 9)
     steps: int = flag("Forwards of a run, under one session: what a generation does once is shared among them.", 10)
-    training_batch: int = flag("Samples of a training step.", 64)
+    training_repeats: int = flag("Counted training steps of each candidate.", 5)
+    training_batch: int = flag("Samples of a training step; 0: training is not timed.", 64)
 
 
 def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed: int) -> dict:
@@ -185,7 +188,7 @@ def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int)
     batch = {"images": images, "noise": images.flip(0), "uniform": uniform, "label_drop": uniform.flip(0)}
     batch |= {} if forward.labels is None else {"class_labels": forward.labels}
     steps = {mode: training_step(pipeline, mode, batch) for mode in ("backbone", "joint")}
-    timings = interleaved(steps, repeats=options.repeats, warmup=2)
+    timings = interleaved(steps, repeats=options.training_repeats, warmup=1)
     found = {"batch": rows, "backbone_ms": 1e3 * timings["backbone"].median, "joint_ms": 1e3 * timings["joint"].median}
     return found | {"joint_over_backbone": timings["joint"].ratio(timings["backbone"])}
 
@@ -193,8 +196,8 @@ def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int)
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
-    facts = {"settings": asdict(sampling) | asdict(options), "environment": environment()}
-    found: dict[str, list[dict] | dict] = {"overhead": [], "realised": []}
+    facts = {"command": command(), "settings": asdict(sampling) | asdict(options), "environment": environment()}
+    found: dict[str, list[dict]] = {"overhead": [], "realised": []}
 
     def keep(part: str, *rows: dict) -> None:
         """What is measured is written at once: a run that is stopped loses no more than the part it was at."""
@@ -207,10 +210,9 @@ def main() -> None:
         for fraction in options.mean_depths:
             keep("realised", realised(pipeline, rows, fraction, options, seed=sampling.seed))
     keep("pipeline", *whole_call(pipeline, options, sampling))
-    found["training"] = cost = training_cost(pipeline, options, sampling.seed)
-    write_json(folder / "speed.json", facts | found)
-    tables = (found["overhead"], found["realised"], found["pipeline"], [cost])
-    text = "\n".join(markdown_table(part) for part in tables)
+    if options.training_batch:
+        keep("training", training_cost(pipeline, options, sampling.seed))
+    text = "\n".join(markdown_table(part) for part in found.values())
     write_text(folder / "speed.md", text)
     print(text)
 

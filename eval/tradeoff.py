@@ -7,7 +7,7 @@ same measured time, a static schedule with its mean depth per step, random exits
 draw the same test seeds. Candidates take turns batch by batch, and a time is the median over batches of (candidate / full model).
 With `--released folder` (exits of variant "released" for the same transformer) DeeDiff as its authors coded it runs beside it: at the
 threshold they name, and at the budgets. Its branches exit on their own, so that of its controls those two run that know no image.
-Writes tradeoff.json, tradeoff.md and tradeoff.png.
+Writes tradeoff.json, tradeoff.md and tradeoff.png: the policies as soon as they are measured, at the end with their controls.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 from matplotlib.figure import Figure
-from options import SamplingOptions, flag, load, parse, results_folder
+from options import SamplingOptions, command, flag, load, parse, results_folder
 from tqdm.auto import tqdm
 
 from ee_diffusion.core.calibrate import value_for_budget
@@ -227,22 +227,27 @@ def main() -> None:
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     full = Candidate("full", "full", None, None, sampling.num_inference_steps)
 
+    def keep(rows: list[dict]) -> None:
+        """What is measured so far, on disk."""
+        rows.sort(key=lambda r: (-(r["budget"] or 2), r["kind"]))
+        settings = asdict(sampling) | asdict(options)
+        facts = {"command": command(), "settings": settings, "environment": environment()}
+        write_json(folder / "tradeoff.json", facts | {"rows": rows})
+        columns = ["name", "steps", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
+        lines = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
+        write_text(folder / "tradeoff.md", markdown_table(lines, columns))
+        picture(rows, folder / "tradeoff.png")
+
     policies = policies_of(pipeline, sampling, options, draw=draw, num_classes=num_classes)
     first = in_turns([full, *policies], draw, chosen, labels, batch=sampling.batch_size)
     rows = [row(c, first[c.name], first["full"], judge=judge, labels=labels) for c in [full, *policies]]
+    keep(rows)  # the controls take as long again
     times = {r["name"]: r["time"] for r in rows}
     chosen_by_budget = [c for c in policies if c.budget is not None]
     others = [o for c in chosen_by_budget for o in controls(c, first[c.name], times[c.name], seed=sampling.seed)]
     second = in_turns([full, *others], draw, chosen, labels, batch=sampling.batch_size)
     rows += [row(c, second[c.name], second["full"], judge=judge, labels=labels) for c in others]
-
-    rows.sort(key=lambda r: (-(r["budget"] or 2), r["kind"]))
-    settings = asdict(sampling) | asdict(options)
-    write_json(folder / "tradeoff.json", {"settings": settings, "environment": environment(), "rows": rows})
-    columns = ["name", "steps", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
-    lines = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
-    write_text(folder / "tradeoff.md", markdown_table(lines, columns))
-    picture(rows, folder / "tradeoff.png")
+    keep(rows)
     print((folder / "tradeoff.md").read_text())
 
 

@@ -157,16 +157,16 @@ def guarantee(report: dict) -> str:
 
 
 def speed(report: dict) -> str:
+    training = report.get("training", [])
     tables = [markdown_table(report["overhead"]), markdown_table(report["realised"])]
-    if (
-        "pipeline" in report
-    ):  # reports from before 2026-11-24 hold ideal times of parts alone, and no call of the pipeline
+    if "pipeline" in report:  # not in reports from before 2026-11-24, whose ideal times are of parts alone
         tables += [
             "`ideal_ms`: parts timed in their places, within a whole forward; `alone_ms`: each in a loop of its own.\n",
             "The whole call of the pipeline for one image (`time_over_off`: over the call without exits):\n",
             markdown_table(report["pipeline"]),
         ]
-    return "\n".join([*tables, markdown_table([report["training"]]), settings(report), environment(report)])
+    tables += [markdown_table(training if isinstance(training, list) else [training])] if training else []
+    return "\n".join([*tables, settings(report), environment(report)])
 
 
 def uncertainty(report: dict) -> str:

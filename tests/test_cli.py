@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from factories import pipeline
 
-from ee_diffusion.cli import main
+from ee_diffusion.cli import SAMPLERS as cli_samplers
+from ee_diffusion.cli import TRACEBACK, main
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.decoding.cloud.encoding import KINDS
+from ee_diffusion.decoding.cloud.flags import ENCODINGS
+from ee_diffusion.diffusion.generation import SAMPLERS
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 
 
@@ -62,8 +68,8 @@ def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, caps
     policy = Policy.load(output)
     assert policy.criterion is None
     assert [depth > 0 for depth in policy.schedule.depths].count(True) == 3
-    with pytest.raises(ValueError, match="below 1"):
-        main(words(model, output, *goal[:2], "--values", 0.3, 1.5, "--budget", 0.6))
+    assert main(words(model, output, *goal[:2], "--values", 0.3, 1.5, "--budget", 0.6)) == 2
+    assert "below 1" in capsys.readouterr().err
 
 
 def test_none_certified_is_an_answer_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -81,19 +87,52 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
     assert json.loads(capsys.readouterr().out)["kind"] == "budgeted"
     for more, message in (
         (["--budget", 1.5], "expected a share of the blocks"),
-        (["--risk", 0.1], "expected a risk in"),
+        (["--risk", 0.1], "--risk needs --cap"),
+        (["--risk", 1.5, "--cap", 1], "expected a risk in"),
         (["--risk", 0.1, "--cap", 1, "--delta", 2], "expected a probability"),
         (["--budget", 0.5, "--delta", 0.1], "with --risk"),
         (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
         (["--budget", 0.5, "--count", 0], "at least 1 each"),
     ):
-        with pytest.raises(ValueError, match=message):
-            main(words(model, output, *more))
+        assert main(words(model, output, *more)) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("ee-diffusion calibrate: error: ")
+        assert message in said
+        assert said.count("\n") == 1
     assert not output.exists()
 
 
-def test_the_commands_of_edge_and_cloud_are_there(tmp_path: Path, capsys: pytest.CaptureFixture):
-    pytest.importorskip("grpc")
+def test_a_traceback_is_there_for_who_wants_it(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(TRACEBACK, "1")
+    with pytest.raises(ValueError, match="expected a share"):
+        main(words(model, tmp_path / "policy.json", "--budget", 1.5))
+
+
+def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(words(tmp_path / "nowhere", tmp_path / "policy.json", "--budget", 0.5)) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_budget_out_of_reach_says_what_is_in_reach(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    assert main(words(model, tmp_path / "policy.json", "--kind", "deediff", "--values", 0.01, "--budget", 0.5)) == 1
+    assert "no candidate keeps to 0.5 of the blocks: the boldest takes 1.000" in capsys.readouterr().out
+
+
+def test_names_that_the_flags_know_are_those_there_are():
+    assert tuple(sorted(SAMPLERS)) == cli_samplers
+    assert tuple(sorted(KINDS)) == ENCODINGS
+
+
+def test_help_loads_no_model_library_and_a_missing_extra_is_named():
+    block = "import sys; sys.modules['grpc'] = None; from ee_diffusion.cli import main, parser; parser(); "
+    light = "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules); "
+    serve = "sys.exit(main(['cloud', 'serve', '--model', 'parts', '--port', '1']))"
+    done = subprocess.run([sys.executable, "-c", block + light + serve], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "needs the extra `cloud`, grpc is not installed" in done.stderr
+
+
+def test_the_commands_of_edge_and_cloud_are_there(capsys: pytest.CaptureFixture):
     for command, flag in (("cloud serve", "--port"), ("edge split", "--exits"), ("edge generate", "--threshold")):
         with pytest.raises(SystemExit) as stopped:
             main([*command.split(), "--help"])

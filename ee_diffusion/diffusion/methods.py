@@ -19,6 +19,8 @@ def deediff(threshold: float, *, exits: tuple[int, ...] | None = None) -> Policy
     Raises:
         ValueError: threshold outside [0, 1].
     """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}, expected a bound on the mean uncertainty in [0, 1]")
     return Policy(Threshold(1 - threshold), exits=exits)
 
 

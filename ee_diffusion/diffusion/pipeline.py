@@ -93,7 +93,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         """Generate.
 
         Args:
-            class_labels: one class per image, for class-conditional models (None for unconditional ones).
+            class_labels: one class per image, for class-conditional models (None for unconditional ones); the null class: no class.
             num_inference_steps, timesteps, generator, latents, eta, num_images_per_prompt, output_type ("pil", "np", "pt"), return_dict,
                 callback_on_step_end: as in diffusers.
             guidance_scale: classifier-free guidance above 1; needs a transformer with a null class.
@@ -153,7 +153,7 @@ class EarlyExitPipeline(DiffusionPipeline):
                 f"batch_size={batch_size}, num_images_per_prompt={per_prompt}, expected at least 1: the batch is empty"
             )
         if (labels is None) != (num_classes is None):
-            wants = "takes no class_labels" if num_classes is None else f"needs class_labels in 0..{num_classes - 1}"
+            wants = "takes no class_labels" if num_classes is None else f"needs class_labels, {self._classes()}"
             raise ValueError(f"this transformer {wants}, got {labels!r}")
         if labels is None:
             return None
@@ -165,8 +165,15 @@ class EarlyExitPipeline(DiffusionPipeline):
         if len(labels) == 0:
             raise ValueError("class_labels is empty, expected at least one class")
         if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-            raise ValueError(f"class_labels {labels.tolist()}, expected integers in 0..{num_classes - 1}")
+            raise ValueError(f"class_labels {labels.tolist()}, expected {self._classes()}")
         return labels.long().repeat_interleave(per_prompt)  # (B,)
+
+    def _classes(self) -> str:
+        """The class labels there are, in words."""
+        num_classes, null_class = self.transformer.config.num_classes, self.transformer.config.null_class
+        if null_class is None or null_class != num_classes - 1:
+            return f"integers in 0..{num_classes - 1}"
+        return f"integers in 0..{num_classes - 2}, or {null_class} for no class"
 
     def _check_call(
         self,

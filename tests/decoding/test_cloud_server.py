@@ -213,7 +213,7 @@ def test_clear_text_tokens_beyond_this_machine_are_warned_about():
 @pytest.mark.slow
 def test_the_command_serves_and_drains_on_sigterm(tmp_path: Path):
     split_model(model_named("llama"), tmp_path, exits=EXITS)
-    command = [sys.executable, "-m", "ee_diffusion.decoding.cloud.commands", "cloud", "serve"]
+    command = [sys.executable, "-m", "ee_diffusion.cli", "cloud", "serve"]
     process = subprocess.Popen(
         [*command, "--model", str(tmp_path), "--port", "0"],
         stderr=subprocess.PIPE,

@@ -243,13 +243,13 @@ def test_speed(model, tmp_path, monkeypatch, capsys):
         "--steps",
         2,
     ]
-    call(monkeypatch, speed, *words, "--mean_depths", 0.6, "--training_batch", 2)
+    call(monkeypatch, speed, *words, "--mean_depths", 0.6, "--training_batch", 2, "--training_repeats", 1)
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["batch"] for row in report["overhead"]] == [1, 3]
     assert all(row["off"] > 0 and row["never"] > 0 for row in report["overhead"])
     assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in report["realised"])
     assert all(row["alone_ms"] > 0 for row in report["realised"])
-    assert report["training"]["joint_over_backbone"] > 0
+    assert report["training"][0]["joint_over_backbone"] > 0
     calls = {row["policy"]: row for row in report["pipeline"]}
     assert list(calls) == ["off", "never", "0.6 of the blocks"]
     assert (calls["off"]["time_over_off"], calls["off"]["executed"], calls["never"]["executed"]) == (1.0, 1.0, 1.0)

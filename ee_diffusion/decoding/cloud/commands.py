@@ -1,10 +1,8 @@
-"""The commands `cloud serve`, `edge split` and `edge generate`.
+"""The work of `ee-diffusion cloud serve`, `edge split` and `edge generate`; their flags are in flags.py.
 
-python -m ee_diffusion.decoding.cloud.commands edge split --model MODEL --exits 5 10 --output parts
-python -m ee_diffusion.decoding.cloud.commands cloud serve --model parts --port 50051
-python -m ee_diffusion.decoding.cloud.commands edge generate --model parts --tokenizer MODEL --cloud 127.0.0.1:50051 --threshold 0.8 ...
-
-Tokens of clients are read from files or the environment, never from the command line. Here: flags only.
+ee-diffusion edge split --model MODEL --exits 5 10 --output parts
+ee-diffusion cloud serve --model parts --port 50051
+ee-diffusion edge generate --model parts --tokenizer MODEL --cloud 127.0.0.1:50051 --threshold 0.8 ...
 """
 
 from __future__ import annotations
@@ -31,62 +29,6 @@ from ee_diffusion.decoding.cloud.tokens import Tokens
 from ee_diffusion.decoding.cloud.worker import Backend, Metrics, Worker
 
 TOKEN = "EE_DIFFUSION_TOKEN"
-
-
-def register(commands) -> None:
-    """Add `cloud` and `edge` to the subparsers of a command line."""
-    cloud = commands.add_parser("cloud", help="the upper layers of a model, for edges that ask")
-    serving = cloud.add_subparsers(required=True).add_parser("serve", help="serve a cloud part")
-    add_serve_flags(serving)
-    serving.set_defaults(run=run_serve)
-    edge = commands.add_parser("edge", help="the lower layers of a model").add_subparsers(required=True)
-    split = edge.add_parser("split", help="write both parts of a model")
-    split.add_argument("--model", required=True, help="Folder of a causal language model.")
-    split.add_argument("--gguf_file", help="A GGUF file in that folder to load from.")
-    split.add_argument("--exits", type=int, nargs=2, required=True, help="Depths of the edge's two exits.")
-    split.add_argument("--output", required=True, help="Where edge/ and cloud/ go.")
-    split.set_defaults(run=run_split)
-    _generate_flags(edge.add_parser("generate", help="generate, alone or with a cloud"))
-
-
-def add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    """What a server can be told."""
-    parser.add_argument("--model", required=True, help="What `edge split` wrote.")
-    parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument(
-        "--tokens", help="JSON file: token -> client, perhaps with an expiry. Without it anybody may ask."
-    )
-    parser.add_argument("--certificate", help="PEM file, for TLS.")
-    parser.add_argument("--key", help="PEM file, for TLS.")
-    parser.add_argument("--metrics_port", type=int, help="Prometheus metrics on loopback.")
-    parser.add_argument("--sessions", type=int, default=256, help="Most sessions in all.")
-    parser.add_argument("--owner_sessions", type=int, default=64, help="Most sessions of a client.")
-    parser.add_argument("--megabytes", type=int, default=2048, help="Most memory of all sessions.")
-    parser.add_argument("--positions", type=int, default=4096, help="Most positions of a session.")
-    parser.add_argument("--idle_seconds", type=float, default=300.0, help="A session is forgotten after so long.")
-    parser.add_argument("--batch", type=int, default=64, help="Most questions answered in one pass.")
-    parser.add_argument("--quiet", action="store_true", help="No line for every call in the log.")
-    parser.add_argument("--slice", type=int, default=64, help="Most positions of one prompt in one pass.")
-    parser.add_argument("--dtype", default="float32", choices=[name for name in KINDS if name != "int8"])
-
-
-def _generate_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="What `edge split` wrote.")
-    parser.add_argument("--tokenizer", required=True, help="Folder of the tokenizer.")
-    parser.add_argument("--gguf_file", help="A GGUF file in that folder to read the tokenizer from.")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max_new_tokens", type=int, required=True)
-    sure = parser.add_mutually_exclusive_group(required=True)
-    sure.add_argument("--threshold", type=float, help="The edge is sure above this largest probability.")
-    sure.add_argument("--policy", help="A file that Policy.save wrote.")
-    sure.add_argument("--always_ask", action="store_true", help="No exit is ever sure.")
-    parser.add_argument("--cloud", help="host:port; without it the edge is alone.")
-    parser.add_argument("--certificate", help="PEM file of the authority, for TLS.")
-    parser.add_argument("--encoding", default="float16", choices=sorted(KINDS))
-    parser.add_argument("--deadline", type=float, default=2.0, help="Seconds a token may wait for the cloud.")
-    parser.add_argument("--retry_after", type=float, default=5.0, help="Seconds without trying after a loss.")
-    parser.set_defaults(run=run_generate)
 
 
 def run_split(options: argparse.Namespace) -> None:
@@ -158,14 +100,3 @@ def _policy(options: argparse.Namespace, exits: tuple[int, int]) -> Policy:
     if options.policy is not None:
         return Policy.load(options.policy)
     return Policy(Threshold(options.threshold, "max_probability"), exits=exits)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    register(parser.add_subparsers(required=True))
-    options = parser.parse_args(arguments)
-    options.run(options)
-
-
-if __name__ == "__main__":
-    main()

@@ -23,9 +23,10 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 from torch import Tensor
 
-from ee_diffusion.decoding.cloud.commands import add_serve_flags, limits_of, serve_backend
+from ee_diffusion.decoding.cloud.commands import limits_of, serve_backend
 from ee_diffusion.decoding.cloud.context import ContextManager, Limits, Refused
 from ee_diffusion.decoding.cloud.encoding import KINDS
+from ee_diffusion.decoding.cloud.flags import add_serve_flags
 from ee_diffusion.decoding.cloud.split import Part, load_part
 from ee_diffusion.decoding.cloud.worker import Metrics, Worker
 

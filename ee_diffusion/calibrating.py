@@ -1,0 +1,111 @@
+"""The work of `ee-diffusion calibrate`: candidates run live, and the one that keeps to what was asked is written. Flags: cli.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers.utils.logging import tqdm
+
+from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.risk import certified, in_expectation, upper_bound
+from ee_diffusion.diffusion.certify import Live, live_losses, marked
+from ee_diffusion.diffusion.courses import record
+from ee_diffusion.diffusion.gains import influence, step_gains
+from ee_diffusion.diffusion.generation import use_sampler
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, searched
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.search import gap_prices, nearest, search
+from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.measure.paired import relative_squared_error
+from ee_diffusion.measure.splits import balanced_labels, seeds
+
+POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Run the candidates live on calibration seeds and write the one that is asked for, or say that there is none."""
+    values = options.values
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
+    pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    use_sampler(pipeline, options.sampler)
+    settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    policies = [make(value) for make in [maker(pipeline, options)] for value in values]
+    cap = options.cap or 1.0
+    live = live_losses(
+        pipeline,
+        policies,
+        seeds("calibrate", options.count),
+        class_labels=balanced_labels(options.count, pipeline.transformer.config.null_class),
+        loss=lambda images, full: (relative_squared_error(images, full) / cap).clamp(max=1),
+        batch_size=options.batch_size,
+        progress=partial(tqdm, desc="candidates"),
+        **settings,
+    )
+    for value, own, cost in zip(values, live.losses, live.costs.tolist(), strict=True):
+        bound = "" if options.delta is None else f", at most {upper_bound(own, options.delta):.4g}"
+        print(f"{options.kind} {value}: {cost:.3f} of the blocks, loss {own.mean():.4g}{bound}")
+    chosen = choice(live, options)
+    if chosen is None:
+        print(f"{_refused(live, options)}; nothing written")
+        return 1
+    marked(policies[chosen], pipeline, **settings).save(options.output)
+    print(f"wrote {options.output}: {options.kind} {values[chosen]}, {float(live.costs[chosen]):.3f} of the blocks")
+    return 0
+
+
+def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[[float], Policy]:
+    """Number -> policy of the kind asked for; gives the pipeline exits that remember where the kind needs them."""
+    if options.kind == "deediff":
+        return deediff
+    beside = Path(options.model or checkpoint()) / "memory"
+    folder = options.memory or (beside if beside.is_dir() else None)
+    transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
+    exits = MemoryExits.from_pretrained(folder) if folder else MemoryExits.for_pipeline(transformer, scheduler)
+    pipeline.exits = exits.to(transformer.device)
+    sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
+    if options.kind == "remembered":
+        return partial(remembered, sensitivity=sensitivity)
+    labels = balanced_labels(8, transformer.config.null_class)
+    generator = torch.Generator().manual_seed(seeds("fit", 1)[0])
+    call = {"num_inference_steps": steps, "guidance_scale": options.guidance_scale}
+    gains = step_gains(pipeline, pipeline.exits, labels, every=4, generator=generator, **call)
+    power = POWERS[options.kind] if options.power is None else options.power
+    weights = influence(sensitivity, gains, power=power)
+    if options.kind == "budgeted":
+        return partial(budgeted, weights=weights, decay=options.decay)
+    labels = balanced_labels(options.search_count, transformer.config.null_class)
+    course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
+    found = search(gap_prices(pipeline.exits, course, weights), steps)
+    layers = len(transformer.transformer_blocks)
+
+    def schedule(value: float) -> Policy:
+        best = nearest(found, steps * (1 - value))
+        return searched(best.full, num_steps=steps, num_layers=layers)
+
+    return schedule
+
+
+def choice(live: Live, options: argparse.Namespace) -> int | None:
+    """The candidate asked for, None if there is none."""
+    if options.budget is not None:
+        within = (live.costs <= options.budget).nonzero()[:, 0]
+        return int(within[0]) if len(within) else None
+    if options.delta is None:
+        return in_expectation(live.losses, risk=options.risk)
+    good = certified(live.losses, risk=options.risk, delta=options.delta).nonzero()[:, 0]
+    return int(good[-1]) if len(good) else None
+
+
+def _refused(live: Live, options: argparse.Namespace) -> str:
+    """Why no candidate was taken."""
+    if options.budget is not None:
+        return f"no candidate keeps to {options.budget} of the blocks: the boldest takes {float(live.costs.min()):.3f}"
+    if options.delta is None:
+        return f"no candidate keeps the risk {options.risk}: the safest has {float(live.losses[0].mean()):.4g}"
+    return f"none certified: {live.losses.shape[1]} images cannot vouch for a risk of {options.risk} at delta {options.delta}"
