@@ -13,13 +13,11 @@ in the measured time only. Inputs are noise: time does not depend on content.
 On Linux, MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 before the command keep freed memory in the process: without
 them some forwards, of any candidate, pay for thousands of new pages, and others do not.
 The same for what a user calls: the pipeline, one image under guidance (two rows), its start and its scheduler included.
-And the cost of a training step (bfloat16 autocast, AdamW) with all exits over the same backbone without.
 Writes speed.json, part by part as they are measured, and at the end speed.md.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -34,8 +32,6 @@ from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.generation import sampler
-from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
@@ -49,8 +45,6 @@ class SpeedOptions:
     mean_depths: list[float] = field(default_factory=lambda: [0.75, 0.4], metadata={"help": "Fractions of the blocks."})
     repeats: int = flag("Counted runs of each candidate.", 9)
     steps: int = flag("Forwards of a run, under one session: what a generation does once is shared among them.", 10)
-    training_repeats: int = flag("Counted training steps of each candidate.", 5)
-    training_batch: int = flag("Samples of a training step; 0: training is not timed.", 64)
 
 
 def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed: int) -> dict:
@@ -159,40 +153,6 @@ def whole_call(pipeline: EarlyExitPipeline, options: SpeedOptions, sampling: Sam
     ]
 
 
-def training_step(pipeline: EarlyExitPipeline, mode: str, batch: dict[str, Tensor]) -> Callable[[], object]:
-    """One optimiser step of a copy of the model, with or without exits."""
-    transformer = copy.deepcopy(pipeline.transformer).float().train()
-    exits = None if mode == "backbone" else copy.deepcopy(pipeline.exits).float().train()
-    class_drop = 0.1 if transformer.config.null_class is not None else 0.0
-    noise = sampler("ddpm", like=pipeline.scheduler)
-    objective = DiffusionObjective(transformer, exits, noise, mode=mode, class_drop=class_drop)
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=True)
-    device = transformer.device.type
-
-    def run() -> object:
-        with torch.autocast(device, torch.bfloat16):
-            loss = objective(batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    return run
-
-
-def training_cost(pipeline: EarlyExitPipeline, options: SpeedOptions, seed: int) -> dict:
-    """Median of pairwise ratios of a step with exits to one without."""
-    forward, rows = Forward(pipeline, options.training_batch, seed), options.training_batch
-    uniform = torch.linspace(0, 0.999, rows, device=forward.sample.device)
-    images = forward.sample.float()
-    batch = {"images": images, "noise": images.flip(0), "uniform": uniform, "label_drop": uniform.flip(0)}
-    batch |= {} if forward.labels is None else {"class_labels": forward.labels}
-    steps = {mode: training_step(pipeline, mode, batch) for mode in ("backbone", "joint")}
-    timings = interleaved(steps, repeats=options.training_repeats, warmup=1)
-    found = {"batch": rows, "backbone_ms": 1e3 * timings["backbone"].median, "joint_ms": 1e3 * timings["joint"].median}
-    return found | {"joint_over_backbone": timings["joint"].ratio(timings["backbone"])}
-
-
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
@@ -210,8 +170,6 @@ def main() -> None:
         for fraction in options.mean_depths:
             keep("realised", realised(pipeline, rows, fraction, options, seed=sampling.seed))
     keep("pipeline", *whole_call(pipeline, options, sampling))
-    if options.training_batch:
-        keep("training", training_cost(pipeline, options, sampling.seed))
     text = "\n".join(markdown_table(part) for part in found.values())
     write_text(folder / "speed.md", text)
     print(text)

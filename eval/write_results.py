@@ -157,15 +157,12 @@ def guarantee(report: dict) -> str:
 
 
 def speed(report: dict) -> str:
-    training = report.get("training", [])
     tables = [markdown_table(report["overhead"]), markdown_table(report["realised"])]
-    if "pipeline" in report:  # not in reports from before 2026-11-24, whose ideal times are of parts alone
-        tables += [
-            "`ideal_ms`: parts timed in their places, within a whole forward; `alone_ms`: each in a loop of its own.\n",
-            "The whole call of the pipeline for one image (`time_over_off`: over the call without exits):\n",
-            markdown_table(report["pipeline"]),
-        ]
-    tables += [markdown_table(training if isinstance(training, list) else [training])] if training else []
+    tables += [
+        "`ideal_ms`: parts timed in their places, within a whole forward; `alone_ms`: each in a loop of its own.\n",
+        "The whole call of the pipeline for one image (`time_over_off`: over the call without exits):\n",
+        markdown_table(report["pipeline"]),
+    ]
     return "\n".join([*tables, settings(report), environment(report)])
 
 
@@ -247,6 +244,7 @@ SECTIONS = {
         guarantee,
     ),
     "speed": ("The clock of one forward", "python eval/speed.py --output_dir runs/speed", speed),
+    "training-step": ("What exits cost in training", "python eval/training_step.py ...", told(cloud_rows)),
     "uncertainty": (
         "What the uncertainty modules know",
         "python eval/uncertainty.py --output_dir runs/uncertainty",

@@ -31,6 +31,7 @@ import guarantee
 import metrics
 import speed
 import tradeoff
+import training_step
 import uncertainty
 import write_results
 from diffusers import DDIMScheduler
@@ -243,17 +244,27 @@ def test_speed(model, tmp_path, monkeypatch, capsys):
         "--steps",
         2,
     ]
-    call(monkeypatch, speed, *words, "--mean_depths", 0.6, "--training_batch", 2, "--training_repeats", 1)
+    call(monkeypatch, speed, *words, "--mean_depths", 0.6)
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["batch"] for row in report["overhead"]] == [1, 3]
     assert all(row["off"] > 0 and row["never"] > 0 for row in report["overhead"])
     assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in report["realised"])
     assert all(row["alone_ms"] > 0 for row in report["realised"])
-    assert report["training"][0]["joint_over_backbone"] > 0
     calls = {row["policy"]: row for row in report["pipeline"]}
     assert list(calls) == ["off", "never", "0.6 of the blocks"]
     assert (calls["off"]["time_over_off"], calls["off"]["executed"], calls["never"]["executed"]) == (1.0, 1.0, 1.0)
     assert 0 < calls["0.6 of the blocks"]["executed"] < 1
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_training_step(model, tmp_path, monkeypatch, precision):
+    words = ["--model", model, "--output_dir", tmp_path, "--train_batch_size", 2, "--repeats", 1]
+    call(monkeypatch, training_step, *words, "--mixed_precision", precision)
+    report = json.loads((tmp_path / "training-step.json").read_text())
+    assert [row["batch"] for row in report["rows"]] == [2]
+    assert report["rows"][0]["joint_over_backbone"] > 0
+    with pytest.raises(ValueError, match="expected 'no' or 'bf16'"):
+        call(monkeypatch, training_step, *words, "--mixed_precision", "fp8")
 
 
 def test_thresholds_reach_the_depth_asked_for(model):
