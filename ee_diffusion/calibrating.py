@@ -63,11 +63,8 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     """Number -> policy of the kind asked for; gives the pipeline exits that remember where the kind needs them."""
     if options.kind == "deediff":
         return deediff
-    beside = Path(options.model or checkpoint()) / "memory"
-    folder = options.memory or (beside if beside.is_dir() else None)
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
-    exits = MemoryExits.from_pretrained(folder) if folder else MemoryExits.for_pipeline(transformer, scheduler)
-    pipeline.exits = exits.to(transformer.device)
+    pipeline.exits = _memory(pipeline, options).to(transformer.device)
     sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
     if options.kind == "remembered":
         return partial(remembered, sensitivity=sensitivity)
@@ -89,6 +86,20 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
         return searched(best.full, num_steps=steps, num_layers=layers)
 
     return schedule
+
+
+def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryExits:
+    """Exits that remember: those of `--memory`, or those beside the model, or unfitted ones."""
+    beside = Path(options.model or checkpoint()) / "memory"
+    folder = options.memory or (beside if beside.is_dir() else None)
+    known = MemoryExits.from_pretrained(folder) if folder else None
+    if known is not None and options.terms in (None, known.config.terms):
+        return known
+    if options.memory is not None:
+        raise ValueError(
+            f"--terms {options.terms}, but the exits in {folder} remember in terms of {known.config.terms!r}"
+        )
+    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=options.terms or "clean")
 
 
 def choice(live: Live, options: argparse.Namespace) -> int | None:

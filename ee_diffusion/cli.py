@@ -22,13 +22,7 @@ VALUES = {  # candidates, the safest first
 }
 SAMPLERS = ("ddim", "ddpm", "dpm", "euler", "heun", "unipc")  # the names in diffusion/generation.py
 TRACEBACK = "EE_DIFFUSION_TRACEBACK"
-EXTRAS = {
-    "grpc": "cloud",
-    "grpc_health": "cloud",
-    "google": "cloud",
-    "prometheus_client": "cloud",
-    "transformers": "decoding",
-}
+EXTRAS = {"calibrate": "eval", "edge": "cloud", "cloud": "cloud"}  # what a command's work needs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,6 +39,11 @@ def _calibrate_flags(commands) -> None:
     flags.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
     flags.add_argument(
         "--memory", help="Folder of fitted exits that remember; none: those beside the model, or unfitted."
+    )
+    flags.add_argument(
+        "--terms",
+        choices=("clean", "noise"),
+        help="What is remembered; none: as fitted, or clean. With few steps of dpm: noise.",
     )
     flags.add_argument("--kind", choices=sorted(VALUES), default="budgeted", help="The policy whose number is sought.")
     flags.add_argument(
@@ -91,9 +90,9 @@ def run(options: argparse.Namespace) -> int | None:
     try:
         work = resolve_name(options.work)
     except ModuleNotFoundError as missing:
-        extra = EXTRAS.get((missing.name or "").partition(".")[0])
-        if extra is None:
+        if (missing.name or "").startswith("ee_diffusion"):  # ours to mend
             raise
+        extra = EXTRAS[options.command]
         raise ValueError(
             f"needs the extra `{extra}`, {missing.name} is not installed: pip install 'ee-diffusion[{extra}]'"
         ) from missing

@@ -72,6 +72,23 @@ def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, caps
     assert "below 1" in capsys.readouterr().err
 
 
+def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    output = tmp_path / "policy.json"
+    goal = ["--kind", "remembered", "--values", 1e-6, "--budget", 1.0, "--terms"]
+    assert main(words(model, output, *goal, "noise")) == 0
+    pipe = pipeline()
+    for terms in ("noise", "clean"):
+        pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+        if terms == "noise":
+            pipe([1], 6, 2.0, exit_policy=Policy.load(output))
+    with pytest.raises(ValueError, match="calibrated for exits settings"):
+        pipe([1], 6, 2.0, exit_policy=Policy.load(output))
+    folder = tmp_path / "memory"
+    pipe.exits.save_pretrained(folder)
+    assert main(words(model, output, *goal, "noise", "--memory", folder)) == 2
+    assert "remember in terms of 'clean'" in capsys.readouterr().err
+
+
 def test_none_certified_is_an_answer_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output = tmp_path / "policy.json"
     assert main(words(model, output, "--kind", "deediff", "--risk", 0.01, "--delta", 0.1, "--cap", 1.0)) == 1
