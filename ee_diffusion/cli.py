@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from pkgutil import resolve_name
 
+from ee_diffusion import __version__
 from ee_diffusion.decoding.cloud import flags as cloud
 
 VALUES = {  # candidates, the safest first
@@ -28,6 +31,7 @@ EXTRAS = {"calibrate": "eval", "edge": "cloud", "cloud": "cloud"}  # what a comm
 def parser() -> argparse.ArgumentParser:
     """The flags of all commands."""
     made = argparse.ArgumentParser(prog="ee-diffusion", description="Early exit for transformers.")
+    made.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = made.add_subparsers(dest="command", required=True)
     _calibrate_flags(commands)
     cloud.register(commands)
@@ -35,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _calibrate_flags(commands) -> None:
-    flags = commands.add_parser("calibrate", help="Find a policy for a budget or a risk, by live runs, and write it.")
+    about = "Find a policy for a budget or a risk, by live runs, and write it."
+    defaults = argparse.ArgumentDefaultsHelpFormatter
+    flags = commands.add_parser("calibrate", help=about, description=about, formatter_class=defaults)
     flags.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
     flags.add_argument(
         "--memory", help="Folder of fitted exits that remember; none: those beside the model, or unfitted."
@@ -117,6 +123,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"delta={options.delta}, expected a probability in (0, 1), with --risk")
     if options.count < 1 or options.batch_size < 1 or options.num_inference_steps < 1:
         raise ValueError("count, batch_size and num_inference_steps, expected at least 1 each")
+    if options.delta is not None and (1 - options.risk) ** options.count > options.delta:
+        least = math.ceil(math.log(options.delta) / math.log(1 - options.risk))
+        raise ValueError(
+            f"{options.count} images cannot vouch for a risk of {options.risk} at delta {options.delta}, not even without any loss: "
+            f"expected --count {least} or more"
+        )
+    if not Path(options.output).absolute().parent.is_dir():
+        raise ValueError(f"output={options.output}: there is no folder {Path(options.output).absolute().parent}")
 
 
 if __name__ == "__main__":

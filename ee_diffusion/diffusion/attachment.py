@@ -27,6 +27,8 @@ from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHe
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
 from ee_diffusion.diffusion.runs import Runs
 
+COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 class Attachment:
     """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
@@ -210,9 +212,19 @@ class Attachment:
             raise ValueError(
                 f"the heads are on {weight.device}, the transformer runs on {sample.device}: move the heads"
             )
+        if weight is not None and not self._remembering:  # what is remembered has a dtype of its own
+            self._check_dtype(weight.dtype, sample.device.type)
         heads = self.heads.packed() if packable else self.heads
         self._packed[session] = (packable, heads)
         return heads
+
+    def _check_dtype(self, dtype: torch.dtype, device: str) -> None:
+        """Heads look at what blocks put out: one dtype, unless autocast sees to that or the weights are stored in one of another kind."""
+        found = next((weight.dtype for weight in self.blocks[0].parameters() if weight.dtype in COMPUTED_IN), dtype)
+        if dtype != found and not torch.is_autocast_enabled(device):
+            raise ValueError(
+                f"the heads are in {dtype}, the transformer's blocks in {found}: give both one dtype, heads.to({found})"
+            )
 
     def _through(self, step: StepSession, original, given: tuple, args: tuple, kwargs: dict[str, Any]):
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""

@@ -129,10 +129,10 @@ class DenoisingExits(ModelMixin, ConfigMixin):
     def packed(self) -> DenoisingExits | PackedExits:
         """Exits with the same answers and (to rounding) the same certainty, faster, for a run during which no weight changes.
 
-        They know the weights as they are now. Itself where there is nothing to gain: the released variant, half precision.
+        They know the weights as they are now. Itself where there is nothing to gain: the released variant, half precision, autocast.
         """
-        dtype = self.uncertainty_modules[0].weight.dtype  # `self.dtype` looks through all parameters
-        if not self.paper or dtype != torch.float32:
+        weight = self.uncertainty_modules[0].weight  # `self.dtype` looks through all parameters
+        if not self.paper or weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type):
             return self
         return PackedExits.of(
             self,

@@ -47,22 +47,21 @@ class PackedExits:
         num_prefix_tokens: int,
         num_patches: int,
     ) -> PackedExits:
-        """W_h and W_t as views of one copy of the modules' weights."""
-        weights = torch.stack([linear.weight.detach() for linear in modules])  # (K, V, 2D)
-        num_exits, values, width = weights.shape[0], weights.shape[1], weights.shape[2] // 2
-        minus_mean = weights.new_full((num_prefix_tokens + num_patches, values), -1 / (num_patches * values))
+        """W_h as views of the modules' weights (V, 2D), W_t of all modules as one copy."""
+        width, values, one = modules[0].in_features // 2, modules[0].out_features, modules[0].weight
+        minus_mean = one.new_full((num_prefix_tokens + num_patches, values), -1 / (num_patches * values))
         minus_mean[:num_prefix_tokens] = 0
         return cls(
             exits.depths,
             exits.space,
             exits.answer,
             exits.check_fits,
-            embedding_frequencies(width, device=weights.device),
-            weights[:, :, :width].unbind(),
-            weights.view(num_exits * values, -1)[:, width:],
+            embedding_frequencies(width, device=one.device),
+            tuple(linear.weight.detach()[:, :width] for linear in modules),
+            torch.cat([linear.weight.detach()[:, width:] for linear in modules]),
             torch.cat([linear.bias.detach() for linear in modules]),
             minus_mean.view(-1),
-            weights.new_ones(1),
+            one.new_ones(1),
         )
 
     def context(self, timestep: Tensor) -> dict[str, Any]:

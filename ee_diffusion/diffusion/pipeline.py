@@ -67,6 +67,13 @@ class EarlyExitPipeline(DiffusionPipeline):
         exits: AdapterExits | DenoisingExits | MemoryExits | None = None,
     ):
         super().__init__()
+        if "num_classes" not in transformer.config:
+            raise ValueError(
+                f"the transformer is a {type(transformer).__name__}, expected a UViTTransformer2DModel; for diffusers' own there are "
+                "attach(pipe, exits, policy), EarlyExitDiTPipeline, EarlyExitPixArtPipeline, EarlyExitSD3Pipeline, EarlyExitFluxPipeline"
+            )
+        if transformer.config.text_dim is not None:
+            raise ValueError("the transformer takes text, expected one without; it draws by EarlyExitTextPipeline")
         self.register_modules(transformer=transformer, scheduler=scheduler, exits=exits)
 
     @torch.no_grad()
@@ -161,7 +168,10 @@ class EarlyExitPipeline(DiffusionPipeline):
             raise ValueError(
                 f"batch_size={batch_size} is for unconditional models; here there is one image per class label"
             )
-        labels = torch.as_tensor(labels).reshape(-1)
+        try:
+            labels = torch.as_tensor(labels).reshape(-1)
+        except (TypeError, ValueError) as unfit:
+            raise ValueError(f"class_labels {labels!r}, expected {self._classes()}") from unfit
         if len(labels) == 0:
             raise ValueError("class_labels is empty, expected at least one class")
         if labels.is_floating_point() or int(labels.min()) < 0 or int(labels.max()) >= num_classes:
@@ -192,6 +202,8 @@ class EarlyExitPipeline(DiffusionPipeline):
         if policy is not None and threshold is not None:
             raise ValueError("give exit_policy or exit_threshold, not both")
         if threshold is not None:
+            if isinstance(threshold, bool) or not isinstance(threshold, int | float):
+                raise ValueError(f"exit_threshold={threshold!r}, expected a number in [0, 1]")
             policy = deediff(threshold)
         policy = policy or Policy()
         if not policy.is_off and self.exits is None:

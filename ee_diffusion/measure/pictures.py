@@ -13,7 +13,13 @@ from ee_diffusion.core.trace import Trace
 
 
 def exit_map(trace: Trace, *, title: str = "") -> Figure:
-    """Draw where every image stopped at every step: x = step, y = image, colour = depth at which its answer was taken (0..L)."""
+    """Draw where every image stopped at every step: x = step, y = image, colour = depth at which its answer was taken (0..L).
+
+    Raises:
+        ValueError: no trace (the call ran without an exit policy).
+    """
+    if not isinstance(trace, Trace):
+        raise ValueError(f"got {type(trace).__name__}, expected a Trace: a call without an exit policy has none")
     steps, images = trace.depths.shape
     num_layers = trace.planned.shape[1]
     size = (max(5.0, 0.13 * steps), max(2.5, min(8.0, 0.16 * images + 1.2)))
