@@ -33,7 +33,9 @@ def calibrate(options: argparse.Namespace) -> int:
     values = options.values
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
     if pipeline.transformer.config.null_class is None:
-        raise ValueError(f"{options.model} has no null class (null_class in its config), expected a class-conditional model")
+        raise ValueError(
+            f"{options.model} has no null class (null_class in its config), expected a class-conditional model"
+        )
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
@@ -118,7 +120,9 @@ def choice(live: Live, options: argparse.Namespace) -> int | None:
 def _refused(live: Live, options: argparse.Namespace) -> str:
     """Why no candidate was taken."""
     if options.budget is not None:
-        return f"no candidate keeps to {options.budget} of the blocks: the boldest takes {float(live.costs.min()):.3f} (bolder --values, or --kind searched)"
+        least = f"the boldest takes {float(live.costs.min()):.3f}"
+        return f"no candidate keeps to {options.budget} of the blocks: {least} (bolder --values, or --kind searched)"
     if options.delta is None:
         return f"no candidate keeps the risk {options.risk}: the safest has {float(live.losses[0].mean()):.4g}"
-    return f"none certified: {live.losses.shape[1]} images cannot vouch for a risk of {options.risk} at delta {options.delta}"
+    sure = f"with probability {1 - options.delta:g} by {live.losses.shape[1]} images"
+    return f"none certified: of no candidate a risk of {options.risk} is shown {sure}"

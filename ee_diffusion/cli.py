@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int | None:
 
 def _check(options: argparse.Namespace) -> None:
     values = options.values
-    if list(values) != sorted(set(values)) or values[0] <= 0:
+    if not all(map(math.isfinite, values)) or list(values) != sorted(set(values)) or values[0] <= 0:
         raise ValueError(f"values {values}, expected positive numbers, ascending: the safest first")
     if options.kind == "searched" and (values[-1] >= 1 or options.search_count < 1):
         raise ValueError(
@@ -117,10 +117,12 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"budget={options.budget}, expected a share of the blocks in (0, 1]")
     if options.risk is not None and options.cap is None:
         raise ValueError("--risk needs --cap, the relative squared error that counts as loss 1")
-    if options.risk is not None and not (0 < options.risk < 1 and options.cap > 0):
+    if options.risk is not None and not (0 < options.risk < 1 and 0 < options.cap < math.inf):
         raise ValueError(f"risk={options.risk}, cap={options.cap}, expected a risk in (0, 1) and a positive cap")
     if options.delta is not None and (options.risk is None or not 0 < options.delta < 1):
         raise ValueError(f"delta={options.delta}, expected a probability in (0, 1), with --risk")
+    if not math.isfinite(options.guidance_scale):
+        raise ValueError(f"guidance_scale={options.guidance_scale}, expected a finite number")
     if options.count < 1 or options.batch_size < 1 or options.num_inference_steps < 1:
         raise ValueError("count, batch_size and num_inference_steps, expected at least 1 each")
     if options.delta is not None and (1 - options.risk) ** options.count > options.delta:
@@ -129,6 +131,8 @@ def _check(options: argparse.Namespace) -> None:
             f"{options.count} images cannot vouch for a risk of {options.risk} at delta {options.delta}, not even without any loss: "
             f"expected --count {least} or more"
         )
+    if Path(options.output).is_dir():
+        raise ValueError(f"output={options.output} is a folder, expected the name of a file")
     if not Path(options.output).absolute().parent.is_dir():
         raise ValueError(f"output={options.output}: there is no folder {Path(options.output).absolute().parent}")
 

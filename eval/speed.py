@@ -76,7 +76,8 @@ def thresholds_for(scores: Tensor, depths: list[int], num_layers: int, fraction:
     def tried(share: float) -> tuple[float, tuple[float, ...]]:
         alive, found, total = torch.ones(scores.shape[1], dtype=torch.bool), [], 0.0
         for exit, depth in enumerate(depths):
-            found.append(float(scores[exit][alive].quantile(1 - share)) if alive.any() else 1.0)
+            least = float(scores[exit][alive].quantile(1 - share)) if alive.any() else 1.0
+            found.append(min(max(least, 0.0), 1.0))  # a score may be beyond by a rounding
             leaves = alive & (scores[exit] > found[-1])
             total += depth * int(leaves.sum())
             alive &= ~leaves

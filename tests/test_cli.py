@@ -90,9 +90,9 @@ def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path
 
 
 def test_none_certified_is_an_answer_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
-    output = tmp_path / "policy.json"
-    assert main(words(model, output, "--kind", "deediff", "--risk", 0.01, "--delta", 0.1, "--cap", 1.0)) == 1
-    assert "none certified" in capsys.readouterr().out  # eight images cannot vouch for one in a hundred
+    output, goal = tmp_path / "policy.json", ["--risk", 0.4, "--delta", 0.1]
+    assert main(words(model, output, "--kind", "deediff", "--values", 0.6, *goal, "--cap", 1e-12)) == 1
+    assert "none certified" in capsys.readouterr().out  # whatever differs counts as loss 1
     assert not output.exists()
 
 
@@ -110,6 +110,12 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
         (["--budget", 0.5, "--delta", 0.1], "with --risk"),
         (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
         (["--budget", 0.5, "--count", 0], "at least 1 each"),
+        (["--budget", 0.5, "--values", "nan"], "the safest first"),
+        (["--budget", 0.5, "--guidance_scale", "nan"], "expected a finite number"),
+        (["--risk", 0.1, "--cap", "inf"], "a positive cap"),
+        (["--risk", 0.01, "--cap", 1, "--delta", 0.1], "expected --count 230 or more"),
+        (["--budget", 0.5, "--output", tmp_path], "is a folder"),
+        (["--budget", 0.5, "--output", tmp_path / "nowhere" / "p.json"], "there is no folder"),
     ):
         assert main(words(model, output, *more)) == 2
         said = capsys.readouterr().err

@@ -63,7 +63,7 @@ class Patience(Criterion):
     def __post_init__(self) -> None:
         check_range(self.threshold, self.score)
         counts = self.patience if isinstance(self.patience, tuple) else (self.patience,)
-        if not counts or min(counts) < 1:
+        if not counts or not all(isinstance(count, int) for count in counts) or min(counts) < 1:
             raise ValueError(f"patience={self.patience}, expected 1 or more crossings")
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -236,7 +236,7 @@ class DecayingThreshold(Criterion):
 
     def __post_init__(self) -> None:
         check_range(self.threshold, self.score)
-        if self.horizon < 1 or not self.rate >= 0:
+        if not isinstance(self.horizon, int) or self.horizon < 1 or not self.rate >= 0:
             raise ValueError(f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a rate >= 0")
 
     def validate(self, num_steps: int, num_exits: int) -> None:

@@ -44,6 +44,15 @@ class Policy:
     made_for: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
+        for name, kinds in (("criterion", Criterion | None), ("schedule", Schedule), ("record_all", bool)):
+            if not isinstance(value := getattr(self, name), kinds):
+                raise ValueError(f"{name}={value!r}, expected {getattr(kinds, '__name__', kinds)}")
+        if self.exits is not None and not all(isinstance(depth, int) for depth in self.exits):
+            raise ValueError(f"exits={self.exits}, expected depths, whole numbers")
+        if not isinstance(self.made_for, tuple) or not all(
+            isinstance(fact, tuple) and len(fact) == 2 for fact in self.made_for
+        ):
+            raise ValueError(f"made_for={self.made_for!r}, expected pairs (name, value)")
         if self.exits is not None and (
             list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)
         ):
@@ -149,14 +158,20 @@ class Policy:
             ValueError: unknown kinds or fields.
         """
         try:
-            criterion = values["criterion"] and _built(CRITERIA, values["criterion"])
+            criterion = None if values["criterion"] is None else _built(CRITERIA, values["criterion"])
             rest = {name: _tuples(value) for name, value in values.items() if name not in ("criterion", "schedule")}
             return cls(criterion=criterion, schedule=_built(SCHEDULES, values["schedule"]), **rest)
         except (KeyError, TypeError) as error:
             raise ValueError(f"not the description of a policy: {error!r} in {values}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to a JSON file, beside first, then renamed."""
+        """Write to a JSON file, beside first, then renamed.
+
+        Raises:
+            ValueError: a path that is a folder, or no path at all.
+        """
+        if not isinstance(path, str | os.PathLike) or Path(path).is_dir():
+            raise ValueError(f"path={path!r}, expected the name of a file")
         beside = Path(f"{path}.{os.getpid()}.tmp")
         beside.write_text(json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1) + "\n")
         os.replace(beside, path)

@@ -40,6 +40,9 @@ class FixedDepth(Schedule):
 
     depth: int
 
+    def __post_init__(self) -> None:
+        _whole("depth", self.depth)
+
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return _first(self.depth, num_layers)
 
@@ -52,6 +55,11 @@ class DepthPerStep(Schedule):
     """The first `depths[step]` layers: a static schedule by denoising step."""
 
     depths: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.depths, tuple):
+            raise ValueError(f"depths={self.depths!r}, expected a tuple: one depth for each step")
+        _whole("depths", *self.depths)
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return _first(self.depths[step], num_layers)
@@ -73,7 +81,9 @@ class PiecewiseDepth(Schedule):
     depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if len(self.depths) != len(self.edges) + 1 or list(self.edges) != sorted(self.edges):
+        _whole("depths", *self.depths)
+        known = all(edge == edge for edge in self.edges)  # not NaN, which compares with nothing
+        if len(self.depths) != len(self.edges) + 1 or not known or list(self.edges) != sorted(self.edges):
             raise ValueError(
                 f"{len(self.depths)} depths for edges {self.edges}, expected ascending edges and one depth more"
             )
@@ -97,6 +107,7 @@ class Periodic(Schedule):
     depth: int = 0
 
     def __post_init__(self) -> None:
+        _whole("period, warm_up, depth", self.period, self.warm_up, self.depth)
         if self.period < 1 or self.warm_up < 0:
             raise ValueError(f"period={self.period}, warm_up={self.warm_up}, expected at least 1 and at least 0")
 
@@ -113,6 +124,9 @@ class FixedLayers(Schedule):
     """A fixed set of layers, holes allowed (Unified Layer Skipping, arXiv 2404.06954). A layer left out passes its input on."""
 
     keep: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        _whole("keep", *self.keep)
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return tuple(layer in self.keep for layer in range(num_layers))
@@ -138,6 +152,7 @@ class LinearDecay(Schedule):
     bottom: int | None
 
     def __post_init__(self) -> None:
+        _whole("most, least, horizon", self.most, self.least, self.horizon)
         if self.horizon < 2:
             raise ValueError(f"horizon={self.horizon}, expected at least 2 steps from the most layers to the least")
         if self.least > self.most:
@@ -166,6 +181,7 @@ class PowerDecay(Schedule):
     bottom: int | None
 
     def __post_init__(self) -> None:
+        _whole("least", self.least)
         if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}, expected in (0, 1]")
         _check_bottom(self.bottom, self.least)
@@ -189,6 +205,12 @@ def depth_of(layers: tuple[bool, ...]) -> int | None:
     """The depth a schedule without holes stops at, or None if it has holes."""
     depth = sum(layers)
     return depth if all(layers[:depth]) else None
+
+
+def _whole(names: str, *values: int) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{value!r} among {names}, expected whole numbers")
 
 
 def _first(depth: int, num_layers: int) -> tuple[bool, ...]:

@@ -30,7 +30,7 @@ def check_range(thresholds: Thresholds, name: str) -> None:
     if not values:
         raise ValueError("thresholds are empty, expected one number, one per exit, or one per step and exit")
     for value in values:
-        if not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(
                 f"threshold {value!r} is no number; expected numbers, or tuples of them (to be off, give no criterion)"
             )

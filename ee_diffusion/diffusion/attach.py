@@ -101,6 +101,11 @@ def _check_arguments(
         return
     if not isinstance(policy, Policy):
         raise ValueError(f"policy={policy!r}, expected a Policy, for example deediff({policy!r})")
+    if policy.made_for:
+        raise ValueError(
+            "the policy was calibrated for one pipeline and its settings, which are not looked at here: "
+            "give it to the call of that pipeline (exit_policy=), or make it anew without made_for"
+        )
     if bare and (branches is None or num_steps is None):
         raise ValueError(
             f"a policy on a bare {type(transformer).__name__} needs branches= (rows an image has in a forward) and num_steps=; "

@@ -7,6 +7,7 @@ Here: the driver of step sessions. Not here: the user's interface (attach.py), f
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,9 @@ from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHe
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
 from ee_diffusion.diffusion.runs import Runs
 
+OF_OTHER_MODELS = frozenset(
+    ["max_probability", "margin", "low_entropy", "saturation", "judged", "agreement", "closeness", "pruned_probability"]
+)
 COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -60,6 +64,7 @@ class Attachment:
         self._packable = isinstance(heads, PackableHeads)
         self._passage: Passage | None = None
         self._step: StepSession | None = None
+        self._thread: int | None = None  # which runs the step
         self._signature = signature_of(type(transformer))
         self._interceptions = [
             Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
@@ -84,7 +89,10 @@ class Attachment:
         device: torch.device | None = None,
     ) -> Session:
         """Begin a generation: `policy.start` with this transformer's layers and exits; `device`: where it runs, default where its
-        weights are. Raises ValueError as `policy.start` does."""
+        weights are. Raises ValueError as `policy.start` does, and for a score of classes or tokens, which a denoiser has not."""
+        score = getattr(policy.criterion, "score", None)
+        if score in OF_OTHER_MODELS:
+            raise ValueError(f"score {score!r} looks at logits or tokens, a denoiser has none: expected 'certainty'")
         return policy.start(
             len(self.blocks),
             self.heads.depths,
@@ -101,11 +109,11 @@ class Attachment:
         """One forward of the transformer inside this context runs under the step session, and closes it. Raises ValueError for else."""
         if not isinstance(step, StepSession):
             raise ValueError(f"use({step!r}), expected a step session: session.step(index, time)")
-        self._step = step
+        self._step, self._thread = step, threading.get_ident()
         try:
             yield
         finally:
-            self._step, self._passage = None, None
+            self._step, self._passage, self._thread = None, None, None
 
     def detach(self) -> None:
         """Restore the transformer (and pipeline) as it was."""
@@ -159,6 +167,7 @@ class Attachment:
 
     def _forward(self, original, *args, **kwargs):
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
+        self._check_thread()
         if self._step is None and (self.runs is None or not self._interceptions or self._passage is not None):
             return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
@@ -174,10 +183,11 @@ class Attachment:
             arguments, times_of(self.family, arguments["timestep"], sample), shape=sample.shape, device=sample.device
         )
         with self.runs.forgotten_if_it_fails():
+            self._thread = threading.get_ident()
             try:
                 return self._run(step, original, arguments, args, kwargs)
             finally:
-                self._passage = None
+                self._passage, self._thread = None, None
 
     def _run(self, step: StepSession, original, arguments: dict[str, Any], args: tuple, kwargs: dict[str, Any]):
         if self._passage is not None:
@@ -248,6 +258,12 @@ class Attachment:
             return heads.recall(step.session.memories.get(step.call), sample, timestep)
         return heads.context(timestep) if step.measures else {"timestep": timestep}
 
+    def _check_thread(self) -> None:
+        if self._thread is not None and self._thread != threading.get_ident():
+            raise RuntimeError(
+                "two threads call one transformer that has exits: give each thread a pipeline of its own"
+            )
+
     def _check(self, step: StepSession, sample: Tensor) -> None:
         expected = len(step.session.rows)
         if len(sample) != expected:
@@ -264,6 +280,7 @@ class Attachment:
     def _block(self, layer: int, original, *args, **kwargs):
         if self._passage is None:
             return original(*args, **kwargs)
+        self._check_thread()
         if self.compiler is not None:
             original = self.compiler.block(layer, original)
         return self._passage.block(layer, original, args, kwargs)

@@ -101,9 +101,11 @@ def _hunyuan_skip(layer: int, num_layers: int) -> int | None:
 
 
 def _dit_guided(arguments: Mapping[str, Any]) -> bool:
-    """DiTPipeline writes 1000, the null class, into the second half of the labels, and only there."""
-    labels = arguments["class_labels"]
-    return len(labels) % 2 == 0 and bool((labels[len(labels) // 2 :] == 1000).all())
+    """DiTPipeline under guidance gives the same samples twice, and 1000, the null class, to the second half alone. An image of the null
+    class beside others has a sample of its own."""
+    labels, samples = arguments["class_labels"], arguments["hidden_states"]
+    half, odd = divmod(len(labels), 2)
+    return not odd and bool((labels[half:] == 1000).all()) and torch.equal(samples[:half], samples[half:])
 
 
 def _lumina_image_tokens(transformer: nn.Module, arguments: Mapping[str, Any]) -> Tensor:

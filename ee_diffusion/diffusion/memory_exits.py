@@ -146,6 +146,17 @@ class MemoryExits(ModelMixin, ConfigMixin):
         if bool(self.alphas_cumprod.isnan().any()):
             raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
 
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Raises ValueError if these exits know another noise schedule than the scheduler's, or read the model's output in another way."""
+        table, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
+        if kind != self.config.prediction_type:
+            raise ValueError(f"exits that remember read {self.config.prediction_type!r}, the scheduler {kind!r}")
+        known = self.alphas_cumprod.cpu()
+        if table is None or table.shape != known.shape or not torch.allclose(table.cpu().float(), known, atol=1e-4):
+            raise ValueError(
+                f"exits that remember know another noise schedule than this {type(scheduler).__name__}'s: make or fit them for it"
+            )
+
     def _apply(self, fn, recurse=True):
         table = self.alphas_cumprod
         super()._apply(fn, recurse)

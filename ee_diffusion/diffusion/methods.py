@@ -19,7 +19,7 @@ def deediff(threshold: float, *, exits: tuple[int, ...] | None = None) -> Policy
     Raises:
         ValueError: threshold outside [0, 1].
     """
-    if not 0 <= threshold <= 1:
+    if isinstance(threshold, bool) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold}, expected a bound on the mean uncertainty in [0, 1]")
     return Policy(Threshold(1 - threshold), exits=exits)
 
@@ -47,6 +47,8 @@ def ase(depths: tuple[int, ...], *, num_train_timesteps: int = 1000) -> Policy:
     """
     if not depths:
         raise ValueError("depths is empty, expected one for each bin of time")
+    if not num_train_timesteps > 0:
+        raise ValueError(f"num_train_timesteps={num_train_timesteps}, expected a positive number")
     width = num_train_timesteps / len(depths)
     return Policy(schedule=PiecewiseDepth(tuple(width * (i + 1) for i in range(len(depths) - 1)), tuple(depths)))
 
@@ -114,6 +116,8 @@ def searched(full: Sequence[int], *, num_steps: int, num_layers: int) -> Policy:
         ValueError: full steps that are not ascending places of the run, the first of them 0.
     """
     places = list(full)
+    if not all(isinstance(place, int) for place in places):
+        raise ValueError(f"full steps {tuple(full)}, expected places of steps, whole numbers")
     if places != sorted(set(places)) or not places or places[0] != 0 or places[-1] >= num_steps:
         raise ValueError(f"full steps {tuple(full)} of {num_steps}, expected ascending places, the first of them 0")
     depths = tuple(num_layers if step in set(places) else 0 for step in range(num_steps))

@@ -7,6 +7,7 @@ B images, R = B rows, or 2B under guidance (conditional rows first), C, H, W ima
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,18 @@ class EarlyExitPipelineOutput(BaseOutput):
     def report(self) -> Report | None:
         """The trace in a few numbers; `print(output.report.summary())`."""
         return None if self.trace is None else self.trace.report()
+
+
+def check_numbers(guidance_scale: float, eta: float, **counts: int) -> None:
+    """Raises ValueError for a guidance scale that is no finite number, an eta outside [0, 1], or a count that is none of 1, 2, ..."""
+    for name, value in (("guidance_scale", guidance_scale), ("eta", eta)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name}={value!r}, expected a finite number")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta={eta}, expected a number in [0, 1]")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}, expected an integer of at least 1, or the batch is empty")
 
 
 @keep_exits
@@ -112,6 +125,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         Raises:
             ValueError: inputs that do not fit, before any work; NaN uncertainty, after the step it occurred in.
         """
+        check_numbers(guidance_scale, eta, batch_size=batch_size, num_images_per_prompt=num_images_per_prompt)
         labels = self._check_labels(class_labels, batch_size, num_images_per_prompt)  # (B,) or None
         count = batch_size * num_images_per_prompt if labels is None else len(labels)
         guided = guidance_scale > 1
@@ -155,10 +169,6 @@ class EarlyExitPipeline(DiffusionPipeline):
 
     def _check_labels(self, labels: Any, batch_size: int, per_prompt: int) -> Tensor | None:
         num_classes = self.transformer.config.num_classes
-        if per_prompt < 1 or batch_size < 1:
-            raise ValueError(
-                f"batch_size={batch_size}, num_images_per_prompt={per_prompt}, expected at least 1: the batch is empty"
-            )
         if (labels is None) != (num_classes is None):
             wants = "takes no class_labels" if num_classes is None else f"needs class_labels, {self._classes()}"
             raise ValueError(f"this transformer {wants}, got {labels!r}")
@@ -206,12 +216,18 @@ class EarlyExitPipeline(DiffusionPipeline):
                 raise ValueError(f"exit_threshold={threshold!r}, expected a number in [0, 1]")
             policy = deediff(threshold)
         policy = policy or Policy()
+        if not policy.is_off and not hasattr(self.exits, "depths") and self.exits is not None:
+            raise ValueError(f"exits is a {type(self.exits).__name__}, expected exits such as DenoisingExits")
         if not policy.is_off and self.exits is None:
             raise ValueError(
                 "an exit policy was given, but this pipeline has no exits; load or train some (component `exits`)"
             )
-        if timesteps is None and (not isinstance(steps, int) or steps < 1):
+        if not policy.is_off and isinstance(self.exits, MemoryExits):
+            self.exits.check_scheduler(self.scheduler)
+        if timesteps is None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"num_inference_steps={steps}, expected an integer of at least 1")
+        if timesteps is not None and not hasattr(timesteps, "__len__"):
+            raise ValueError(f"timesteps={timesteps!r}, expected a list of them")
         if timesteps is not None and len(timesteps) == 0:
             raise ValueError("timesteps is empty, expected at least one")
         if output_type not in output_types:
@@ -241,8 +257,10 @@ class EarlyExitPipeline(DiffusionPipeline):
             raise ValueError(f"{len(generator)} generators, expected one for each of {count} images")
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        elif latents.shape != shape:
-            raise ValueError(f"latents is {tuple(latents.shape)}, expected {shape}")
+        elif not isinstance(latents, Tensor) or latents.shape != shape:
+            raise ValueError(f"latents is {getattr(latents, 'shape', type(latents))}, expected a tensor {shape}")
+        elif not bool(latents.isfinite().all()):
+            raise ValueError("latents hold numbers that are not finite")
         return latents.to(device) * self.scheduler.init_noise_sigma
 
     def _images(self, latents: Tensor, output_type: str) -> Any:

@@ -20,7 +20,7 @@ from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.latents import decode
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput, check_numbers
 from ee_diffusion.diffusion.prompts import encode_prompts
 from ee_diffusion.diffusion.solver import accepted
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
@@ -102,6 +102,7 @@ class EarlyExitTextPipeline(EarlyExitPipeline):
         Raises:
             ValueError: inputs that do not fit or components that are missing, before any work; NaN uncertainty, after the step.
         """
+        check_numbers(guidance_scale, eta, num_images_per_prompt=num_images_per_prompt)
         policy = self._check_call(
             exit_policy,
             exit_threshold,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import SchedulerType
@@ -30,6 +31,7 @@ from ee_diffusion.training.journal import Clock, Journal
 from ee_diffusion.training.learner import Learner
 from ee_diffusion.training.order import Order
 
+logger = get_logger(__name__)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 STEPS_BETWEEN_VOTES = 10
 
@@ -85,6 +87,8 @@ class Trainer:
         if self.accelerator.distributed_type not in SUPPORTED:
             came, expected = self.accelerator.distributed_type.value, [kind.value for kind in SUPPORTED]
             raise ValueError(f"distributed type {came}, expected one of {expected}")
+        if (slow := slow_in_bfloat16(config, self.accelerator.device)) and self.accelerator.is_main_process:
+            logger.warning(slow)
         self.order = Order(
             len(source),
             config.seed,
@@ -223,6 +227,22 @@ class Trainer:
             trainable_parameters=sum(parameter.numel() for parameter in self.learner.parameters),
             losses={name: value for name, value in line.items() if name not in ("step", "lr", "samples_per_second")},
         )
+
+
+def slow_in_bfloat16(config: TrainConfig, device: torch.device) -> str:
+    """What to say where a CPU without bfloat16 of its own is asked to compute in it; empty: nothing."""
+    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return ""
+    asked = ["--mixed_precision bf16"] if config.mixed_precision == "bf16" else []
+    asked += (
+        ["--optimizer muon"] if config.optimizer == "muon" else []
+    )  # it orthogonalises in bfloat16, whatever the precision
+    if not asked:
+        return ""
+    return (
+        f"this CPU has no bfloat16 of its own: {' and '.join(asked)} may make steps tens of times slower; "
+        "--mixed_precision no --optimizer adamw does not use it"
+    )
 
 
 def _check(objective: nn.Module, source: Source, config: TrainConfig, validate: Callable | None) -> None:

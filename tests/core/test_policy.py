@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -80,12 +81,24 @@ def test_off():
         '{"format": "ee_diffusion.policy.1", "criterion": {"kind": "Threshold", "threshold": 7}, "schedule": {"kind": "FullDepth"}}',
         '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FullDepth"}, "surplus": 1}',
         '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FullDepth", "depth": 1}}',
+        '{"format": "ee_diffusion.policy.1", "criterion": [], "schedule": {"kind": "FullDepth"}}',
+        '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FullDepth"}, "record_all": "false"}',
+        '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FixedDepth", "depth": "3"}}',
+        '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "DepthPerStep", "depths": 3}}',
     ],
 )
 def test_files_that_are_no_policies_are_refused(text: str, tmp_path):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"policy|outside"):
+    with pytest.raises(ValueError, match=r"policy|outside|expected"):
         Policy.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", [".", None, True])
+def test_what_is_no_file_is_refused_and_nothing_is_left(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="expected the name of a file"):
+        Policy().save(name)
+    assert not [*tmp_path.iterdir(), *tmp_path.parent.glob(f"{tmp_path.name}.*")]
 
 
 def test_a_binary_file_is_refused(tmp_path):
@@ -112,6 +125,14 @@ def test_a_truncated_file_is_refused(tmp_path):
         lambda: Policy(record_all=True),
         lambda: Policy(Planned(((1,),)), record_all=True),
         lambda: Policy(guidance="both"),
+        lambda: Policy("deediff"),
+        lambda: Policy(schedule=None),
+        lambda: Policy(exits=(2.0, 3.5)),
+        lambda: Policy(made_for="abc"),
+        lambda: Policy(made_for=(("weights",),)),
+        lambda: Policy(Threshold(True)),
+        lambda: Policy(Patience(0.5, math.nan)),
+        lambda: Policy(DecayingThreshold(0.5, math.nan)),
     ],
 )
 def test_policies_that_say_nothing_sensible_are_refused(make):

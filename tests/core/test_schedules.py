@@ -137,6 +137,16 @@ def test_decays_are_their_formulas():
         (lambda: PowerDecay(0.0, 2, bottom=1), "alpha=0"),
         (lambda: PowerDecay(1.1, 2, bottom=1), "alpha=1.1"),
         (lambda: PowerDecay(0.9, 2, bottom=3), "bottom=3"),
+        (lambda: PowerDecay(0.9, 2.5, bottom=None), "whole numbers"),
+        (lambda: LinearDecay(5, 2, 4.0, bottom=1), "whole numbers"),
+        (lambda: FixedDepth(2.5), "whole numbers"),
+        (lambda: FixedDepth(True), "whole numbers"),
+        (lambda: DepthPerStep((1, 2.0)), "whole numbers"),
+        (lambda: PiecewiseDepth((math.nan,), (3, 2)), "ascending edges"),
+        (lambda: PiecewiseDepth((1.0,), (3, 2.5)), "whole numbers"),
+        (lambda: Periodic(2.5, 1), "whole numbers"),
+        (lambda: Periodic(math.nan, 1), "whole numbers"),
+        (lambda: FixedLayers((0.0, 2.5)), "whole numbers"),
     ],
 )
 def test_decays_that_make_no_sense_are_refused(make, message):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import DiTPipeline
 from diffusers.utils import is_peft_available
+from stock import dit_pipeline
 from tiny_families import exits_for, forward, inputs_of, model_named
 from tiny_pipelines import STOCK, call_of, pipeline_named
 from torch import nn
@@ -260,3 +261,43 @@ def test_everything_else(case: str, model, exits, pipe):
     with pytest.raises(ValueError, match=told):
         call(model, exits, pipe)
     assert "forward" not in model.__dict__
+
+
+def test_the_rows_of_stacked_arguments_are_those_of_every_stack():
+    stacked = torch.arange(8).view(8, 1)  # two stacks of four rows
+    assert take_rows(stacked, torch.tensor([1, 3]), 4, name="temb")[:, 0].tolist() == [1, 3, 5, 7]
+    nested = take_rows({"a": (stacked, None)}, torch.tensor([2]), 4, name="kwargs")
+    assert nested["a"][0][:, 0].tolist() == [2, 6]
+
+
+def test_a_policy_calibrated_for_one_pipeline_is_refused_by_attach():
+    pipe = dit_pipeline()
+    exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=2)
+    with pytest.raises(ValueError, match="calibrated for one pipeline"):
+        attach(pipe, exits, Policy(Threshold(0.5), made_for=(("weights", "x"),)))
+    assert "forward" not in pipe.transformer.__dict__
+
+
+def test_heads_of_another_dtype_are_refused_before_any_block():
+    pipe = dit_pipeline()
+    exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=2)
+    pipe.transformer.to(torch.bfloat16)
+    ran = []
+    pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
+    with attach(pipe, exits, Policy(Threshold(0.5))):
+        with pytest.raises(ValueError, match=r"heads are in torch.float32.*blocks in torch.bfloat16"):
+            pipe([1], num_inference_steps=2)
+    assert not ran
+
+
+def test_an_image_of_the_null_class_is_no_branch_of_another():
+    """Two images without guidance, the second of DiT's null class 1000: each is alone."""
+    pipe = dit_pipeline()
+    exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=2)
+    for labels, elements in (([5, 1000], 2), ([5, 7], 2)):
+        with attach(pipe, exits, Policy(Threshold(0.5))) as attachment:
+            pipe(labels, guidance_scale=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+            assert attachment.trace.depths.shape == (2, elements)
+    with attach(pipe, exits, Policy(Threshold(0.5))) as attachment:
+        pipe([5], guidance_scale=4.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
+        assert attachment.trace.rows.tolist() == [2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -14,12 +16,14 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from factories import CLASSES, exits_for, pipeline, uvit
+from factories import CLASSES, dit, exits_for, pipeline, uvit
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
-from ee_diffusion.diffusion.methods import deediff
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import deediff, periodic_cache
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
 
 SCHEDULERS = {
@@ -184,7 +188,7 @@ def test_half_precision(name: str, dtype):
 def test_a_nan_raises_after_the_step_and_leaves_the_transformer_whole(pipe):
     before = call(pipe).images
     noise = torch.randn(3, 3, 8, 8)
-    noise[1, 0, 0, 0] = torch.nan
+    noise[1] = 3e38  # finite, but no block's output is
     with pytest.raises(ValueError, match="NaN score at step 0"):
         call(pipe, latents=noise, exit_threshold=0.6)
     assert "forward" not in pipe.transformer.__dict__
@@ -251,6 +255,18 @@ STEP_PLAN = Policy(Planned(((0, 2, 5),) * 2))
         ("latents is", {"latents": torch.zeros(3, 3, 4, 4)}),
         ("callback_on_step_end_tensor_inputs", {"callback_on_step_end_tensor_inputs": ("noise",)}),
         ("not both", {"exit_threshold": 0.5, "exit_policy": Policy()}),
+        ("expected a number in", {"exit_threshold": True}),
+        ("expected a number in", {"exit_threshold": "0.2"}),
+        ("guidance_scale=nan", {"guidance": float("nan")}),
+        ("guidance_scale='4'", {"guidance": "4"}),
+        ("eta=2", {"eta": 2}),
+        ("eta=nan", {"eta": float("nan")}),
+        ("num_images_per_prompt=2.5", {"num_images_per_prompt": 2.5, "generator": None}),
+        ("num_inference_steps=True", {"steps": True}),
+        ("timesteps=5", {"timesteps": 5}),
+        ("not finite", {"latents": torch.full((3, 3, 8, 8), torch.nan)}),
+        ("expected a tensor", {"latents": [1]}),
+        ("expected integers", {"labels": ["cat"]}),
         ("mean uncertainty in", {"exit_threshold": 1.5}),
         ("mean uncertainty in", {"exit_threshold": -0.5}),
         ("mean uncertainty in", {"exit_threshold": float("nan")}),
@@ -286,7 +302,38 @@ def test_models_that_cannot_do_it(pipe):
     refused(other, "heads of another model", exit_threshold=0.5)
     deep = EarlyExitPipeline(uvit(num_layers=3), DDIMScheduler(), exits_for(uvit(), (1, 5)))
     refused(deep, "an exit at depth 5, the model has 3 blocks", exit_threshold=0.5)
-    refused(pipeline("text"), "encoder_hidden_states", labels=None, generator=None)
+    with pytest.raises(ValueError, match="the transformer takes text"):
+        pipeline("text")
+    with pytest.raises(ValueError, match="is a DiTTransformer2DModel, expected a UViTTransformer2DModel"):
+        EarlyExitPipeline(dit(), DDIMScheduler())
+    other.exits = "x"
+    refused(other, "exits is a str", exit_threshold=0.5)
+    wrong = MemoryExits.for_pipeline(pipe.transformer, DDIMScheduler(prediction_type="v_prediction"))
+    memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
+    refused(memory, "read 'v_prediction', the scheduler 'epsilon'", exit_policy=periodic_cache(2, warm_up=1))
+    wrong = MemoryExits.for_pipeline(pipe.transformer, DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+    memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
+    refused(memory, "know another noise schedule", exit_policy=periodic_cache(2, warm_up=1))
+
+
+def test_scores_of_other_models_are_refused_before_any_block(pipe):
+    refused(pipe, "looks at logits or tokens", exit_policy=Policy(Threshold(0.5, "max_probability")))
+
+
+def test_two_threads_in_one_pipeline_are_told_so(pipe):
+    with attach(pipe.transformer, pipe.exits) as attachment:
+        session = attachment.start(Policy(Threshold(1.0)), rows=torch.arange(1), num_steps=1)
+        inputs = (torch.zeros(1, 3, 8, 8), torch.tensor([5]), torch.tensor([0]))
+        with attachment.use(session.step(0, 5.0)), ThreadPoolExecutor(1) as other:
+            with pytest.raises(RuntimeError, match="two threads"):
+                other.submit(pipe.transformer, *inputs).result()
+            pipe.transformer(*inputs)
+    assert session.trace().depths.shape == (1, 1)
+
+
+def test_autocast_runs_with_exits(pipe):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(pipe, exit_threshold=0.3).trace is not None
 
 
 def test_exits_that_come_later_are_saved(tmp_path):

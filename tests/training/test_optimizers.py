@@ -11,7 +11,7 @@ from training.test_resume import weights
 from training.tiny_run import TinyObjective, save, tiny_config, tiny_source
 
 from ee_diffusion.training.learner import build_optimizers
-from ee_diffusion.training.loop import Trainer
+from ee_diffusion.training.loop import Trainer, slow_in_bfloat16
 
 needs_muon = pytest.mark.skipif(
     getattr(torch.optim, "Muon", None) is None, reason="torch.optim.Muon came with torch 2.9"
@@ -67,3 +67,14 @@ def test_muon_without_a_matrix_or_without_torch_having_it_is_refused(tmp_path: P
         monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match=r"expected torch 2\.9 or newer"):
         build_optimizers(BlocksObjective(), config, fused=False)
+
+
+def test_a_cpu_without_bfloat16_is_named_before_hours_are_lost(tmp_path: Path, monkeypatch):
+    cpu = torch.device("cpu")
+    for there in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda there=there: there)
+        said = [slow_in_bfloat16(tiny_config(tmp_path, mixed_precision=name), cpu) for name in ("no", "bf16")]
+        assert [bool(one) for one in said] == [False, not there]
+        muon = slow_in_bfloat16(tiny_config(tmp_path, optimizer="muon"), cpu)
+        assert ("--optimizer muon may make" in muon) is not there
+    assert slow_in_bfloat16(tiny_config(tmp_path, mixed_precision="bf16"), torch.device("cuda")) == ""
