@@ -306,8 +306,8 @@ def test_models_that_cannot_do_it(pipe):
         pipeline("text")
     with pytest.raises(ValueError, match="is a DiTTransformer2DModel, expected a UViTTransformer2DModel"):
         EarlyExitPipeline(dit(), DDIMScheduler())
-    other.exits = "x"
-    refused(other, "exits is a str", exit_threshold=0.5)
+    other.exits = torch.nn.Linear(1, 1)
+    refused(other, "exits is a Linear", exit_threshold=0.5)
     wrong = MemoryExits.for_pipeline(pipe.transformer, DDIMScheduler(prediction_type="v_prediction"))
     memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
     refused(memory, "read 'v_prediction', the scheduler 'epsilon'", exit_policy=periodic_cache(2, warm_up=1))
