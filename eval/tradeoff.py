@@ -34,6 +34,7 @@ from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.classifiers import data_folder, load_classifier
 from ee_diffusion.measure.features import resnet20_features
+from ee_diffusion.measure.paired import PSNR_CAP
 from ee_diffusion.measure.perceptual import load_lpips
 from ee_diffusion.measure.pictures import save_figure
 from ee_diffusion.measure.quality import COLUMNS, Judge, flat
@@ -203,11 +204,19 @@ def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge
     return Judge(perceptual=load_lpips(data), features=network, reference=known.statistics, classifier=classifier)
 
 
+def line_of(row: dict) -> str | None:
+    """The line of a picture that a row lies on; None: on none, its images are the full model's."""
+    if row["psnr"]["mean"] >= PSNR_CAP:
+        return None
+    return "static released" if row["name"].startswith("static released") else row["kind"]
+
+
 def picture(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for kind in ("deediff", "released", "fewer_steps", "static", "random_per_step", "random_overall"):
-        points = sorted((r["time"], r["psnr"]["mean"]) for r in rows if r["kind"] == kind)
+    kinds = ("deediff", "released", "fewer_steps", "static", "static released", "random_per_step", "random_overall")
+    for kind in kinds:
+        points = sorted((r["time"], r["psnr"]["mean"]) for r in rows if line_of(r) == kind)
         if points:
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=kind.replace("_", " "))
     axes.set_xlabel("measured time / full model")
