@@ -101,6 +101,9 @@ def main() -> None:
     )
     print(f"\n{markdown_table(rows, list(rows[0]))}")
     print(
+        f"memory: `remembered({options.error}, ...)`, answers from the last full steps of an image where it trusts them."
+    )
+    print(
         f"wall-clock ratio: time of the policy over time of the full model, this machine, median over batches. Pictures are in {output}/"
     )
 

@@ -285,8 +285,8 @@ def main() -> None:
     for start, (title, command, section) in SECTIONS.items():
         for path in sorted(Path(options.reports).glob(f"{start}*.json")):
             report = json.loads(path.read_text(encoding="utf-8"))
-            said = report.get("command", command)
-            parts.append(f"## {title}: {path.stem}\n\n`{said}`\n\n{section(report)}")
+            said = f"`{report['command']}`" if "command" in report else f"`{command}`, with the settings below"
+            parts.append(f"## {title}: {path.stem}\n\n{said}\n\n{section(report)}")
     if len(parts) == 1:
         raise ValueError(
             f"no reports in {options.reports}, expected some of {[f'{start}*.json' for start in SECTIONS]}"
