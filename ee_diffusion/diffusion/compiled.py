@@ -100,7 +100,8 @@ class Compiler:
             self._wholes[plan] = torch.compile(types.MethodType(_own(type(self)._traced), self), **self.options)
         try:
             with self._standing(places):
-                output, answer = self._wholes[plan](forward, *call)
+                function, owner = _apart(forward)
+                output, answer = self._wholes[plan](function, (*owner, *call[0]), call[1])
         finally:
             self.plan, self._answer, self._context = None, None, {}
         _record(step, len(self.layers))
@@ -113,7 +114,8 @@ class Compiler:
             rows = len(args[0] if args else kwargs[self.layers[layer].names[0]])
             if rows not in self._blocks:
                 self._blocks[rows] = torch.compile(_own(_run), **self.options)
-            return self._blocks[rows](original, args, kwargs)
+            function, owner = _apart(original)
+            return self._blocks[rows](function, (*owner, *args), kwargs)
 
         return run
 
@@ -174,6 +176,11 @@ def compiler_for(
 
 def _run(forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     return forward(*args, **kwargs)
+
+
+def _apart(forward: Callable[..., Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """A bound method as its function and its object: each look-up makes a new method, and torch 2.6 guards on which one it is."""
+    return (forward.__func__, (forward.__self__,)) if isinstance(forward, types.MethodType) else (forward, ())
 
 
 def _own(function: types.FunctionType) -> types.FunctionType:
