@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ee_diffusion.core.trace import Trace
 
+DPI = 110
+
 
 def exit_map(trace: Trace, *, title: str = "") -> Figure:
     """Draw where every image stopped at every step: x = step, y = image, colour = depth at which its answer was taken (0..L).
@@ -44,7 +46,8 @@ def image_grid(images: Tensor, *, columns: int = 8, scale: int = 2) -> Figure:
     grid = cells.reshape(rows, columns, channels, height + 2, width + 2)
     grid = grid.permute(0, 3, 1, 4, 2)  # (rows, H, columns, W, C)
     grid = grid.reshape(rows * (height + 2), columns * (width + 2), channels)
-    figure = Figure(figsize=(grid.shape[1] * scale / 110, grid.shape[0] * scale / 110))
+    # pixels / DPI * DPI may fall just below the pixels, and matplotlib 3.9 cuts off the fraction: one pixel less
+    figure = Figure(figsize=tuple((side * scale + 1e-3) / DPI for side in (grid.shape[1], grid.shape[0])))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(grid.squeeze(-1).numpy(), interpolation="nearest", cmap="gray")
     axes.set_axis_off()
@@ -54,5 +57,5 @@ def image_grid(images: Tensor, *, columns: int = 8, scale: int = 2) -> Figure:
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
     """Write a PNG, beside first, then renamed."""
     beside = Path(f"{path}.{os.getpid()}.tmp")
-    figure.savefig(beside, format="png", dpi=110)
+    figure.savefig(beside, format="png", dpi=DPI)
     os.replace(beside, path)
