@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,12 +22,16 @@ from ee_diffusion.encoder.costs import block_flops, costs_of, flops_of, saliency
 from ee_diffusion.encoder.methods import EXITS, confidence, jei_dnn, palbert
 
 TOKENS = 7
+# ModernBERT's angles (positions x frequencies), before the first layer: a product below this version, made once for every layer
+MULTIPLIED_ANGLES = Version(transformers.__version__) < Version("5.15")
 
 
 def outside(name: str, model) -> int:
-    """Products that are no part of a layer or an end: ALBERT's embedding projection, ViT's patches; of a ViT also its own length."""
+    """Products that are no part of a layer or an end: ALBERT's embedding projection, ViT's patches, angles of rotary positions."""
     patches = 2 * 4 * WIDTH * 3 * 4 * 4
-    return {"Albert": 2 * TOKENS * 8 * WIDTH, "ViT": patches}.get(name, 0)
+    frequencies = WIDTH // model.config.num_attention_heads // 2
+    angles = LAYERS * 2 * TOKENS * frequencies if MULTIPLIED_ANGLES else 0
+    return {"Albert": 2 * TOKENS * 8 * WIDTH, "ViT": patches, "ModernBert": angles}.get(name, 0)
 
 
 def length(name: str) -> int:
