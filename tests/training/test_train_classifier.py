@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
-    AutoImageProcessor,
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
@@ -21,6 +20,9 @@ from transformers import (
     ViTConfig,
     pipeline,
 )
+
+# Its own module: `from transformers import AutoImageProcessor` asks for torchvision below 5.18, the class does not.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tree import ROOT
 
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
