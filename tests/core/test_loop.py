@@ -9,7 +9,7 @@ from laws import counting
 from torch import nn
 
 from ee_diffusion.core.criteria import Planned, Threshold
-from ee_diffusion.core.loop import run_blocks
+from ee_diffusion.core.loop import Lane, run_blocks
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
 
@@ -124,6 +124,32 @@ def test_scores_made_of_answers_evaluate_the_head_once():
     inputs = images_of(EVERYBODY, 1, 1)
     for image, depth in enumerate(depths.tolist()):
         torch.testing.assert_close(found.outputs[1][image], answer_at(driver, depth, inputs)[image])
+
+
+def test_an_exit_that_is_not_measured_answers_for_itself():
+    """The schedule ends at 3: nothing is measured there, and what exit 1 answered when it was measured is not taken."""
+    driver = PlainDriver("output", depths=(1, 3))
+    found = run(driver, Policy(Threshold(1.0, score="max_probability"), FixedDepth(3)), SINGLE)
+    assert (found.trace.depths == 3).all()
+    for index in range(STEPS):
+        torch.testing.assert_close(found.outputs[index], answer_at(driver, 3, images_of(EVERYBODY, index, 1)))
+
+
+def test_states_that_are_kept_are_those_of_the_rows_that_go_on():
+    heads, hidden = Carrying(), torch.arange(4.0)[:, None, None].expand(4, 2, 3)
+    plan = Policy(Planned(((1, 4, 2, 4),)))
+    step = plan.start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
+    lane = Lane(step, heads, {}, keep=(0, 1))
+    kept = []
+    for depth in range(4):
+        hidden = lane.offer(depth, hidden)
+        kept.append([value[:, 0, 0].tolist() for value in lane.kept.values()])
+    assert kept == [[[0, 1, 2, 3]], [[1, 2, 3]] * 2, [[1, 3]] * 2, [[1, 3]] * 2]
+    everybody = Policy(schedule=FixedDepth(2)).start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
+    lane = Lane(everybody, heads, {}, keep=(0,))
+    for depth in range(3):
+        hidden = lane.offer(depth, torch.zeros(4, 2, 3))
+    assert [len(value) for value in lane.kept.values()] == [0]
 
 
 def test_gradients_reach_the_blocks_that_ran(driver: PlainDriver):

@@ -22,7 +22,7 @@ from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary, transformer_of
 from ee_diffusion.diffusion.attention import set_attention
 from ee_diffusion.diffusion.distillation import DistillationObjective, exit_errors, rows_of
-from ee_diffusion.diffusion.families import Family, blocks_of, family_of, register_family, width_of
+from ee_diffusion.diffusion.families import Family, blocks_of, family_of, register_family, times_of, width_of
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.lora import add_lora
 from ee_diffusion.diffusion.passage import take_rows
@@ -268,6 +268,8 @@ def test_the_rows_of_stacked_arguments_are_those_of_every_stack():
     assert take_rows(stacked, torch.tensor([1, 3]), 4, name="temb")[:, 0].tolist() == [1, 3, 5, 7]
     nested = take_rows({"a": (stacked, None)}, torch.tensor([2]), 4, name="kwargs")
     assert nested["a"][0][:, 0].tolist() == [2, 6]
+    shared = torch.zeros(1, 2)  # one for all rows
+    assert take_rows(shared, torch.tensor([1, 3]), 4, name="temb") is shared
 
 
 def test_a_policy_calibrated_for_one_pipeline_is_refused_by_attach():
@@ -301,3 +303,30 @@ def test_an_image_of_the_null_class_is_no_branch_of_another():
     with attach(pipe, exits, Policy(Threshold(0.5))) as attachment:
         pipe([5], guidance_scale=4.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
         assert attachment.trace.rows.tolist() == [2]
+
+
+def test_a_row_whose_tokens_have_times_of_their_own_is_at_its_latest():
+    family = family_of(model_named(NAME))
+    times = torch.tensor([[3.0, 900.0], [500.0, 20.0]])
+    assert times_of(family, times, torch.zeros(2, 1)).tolist() == [900.0, 500.0]
+
+
+def test_another_batch_begins_another_run_though_time_goes_down(model, exits):
+    first, second = inputs_of(NAME, [0, 1], time=900.0), inputs_of(NAME, [0, 1, 2], time=600.0)
+    first["class_labels"], second["class_labels"] = torch.tensor([1, 2]), torch.tensor([1, 2, 3])
+    first["timestep"], second["timestep"] = torch.full((2,), 900), torch.full((3,), 600)
+    with attach(model, exits, POLICY, branches=1, num_steps=2) as attachment:
+        forward(model, first)
+        assert attachment.trace.depths.shape == (1, 2)
+        forward(model, second)
+        assert attachment.trace.depths.shape == (1, 3)
+
+
+def test_image_tokens_of_lumina_are_those_after_its_text_and_before_its_padding():
+    model = model_named("Lumina2Transformer2DModel")
+    size, latents = model.config.patch_size, torch.zeros(2, 1, 4, 4)
+    count = (4 // size) ** 2
+    arguments = {"encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "hidden_states": latents}
+    found = family_of(model).image_tokens(model, arguments)
+    assert found.shape == (2, 3 + count)
+    assert [row.nonzero()[:, 0].tolist() for row in found] == [[*range(2, 2 + count)], [*range(3, 3 + count)]]

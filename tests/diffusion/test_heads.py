@@ -65,6 +65,7 @@ def test_packed_exits_say_the_same():
             torch.testing.assert_close(alone[0], said[1], rtol=1e-6, atol=1e-6)
             assert torch.equal(packed.answer(exit, tokens, {}), exits.answer(exit, tokens, {}))
             together = times[1:2].expand(len(tokens))  # all rows at one time
+            assert isinstance(packed.context(together)["time_part"], tuple), "made once, not for each row"
             expected = exits.certainty(exit, tokens, {"timestep": together})
             for context in (packed.context(together), packed.context(together.contiguous())):
                 torch.testing.assert_close(packed.certainty(exit, tokens, context), expected, rtol=1e-5, atol=1e-6)
