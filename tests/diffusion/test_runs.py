@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,10 @@ from tiny_pipelines import STEPS, call_of, images_of, pipe
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.session import Session
 from ee_diffusion.diffusion.attach import attach, detach, summary
+from ee_diffusion.diffusion.families import family_of
+from ee_diffusion.diffusion.runs import Runs
 
 IMAGES = [0, 1, 2]
 
@@ -114,3 +119,74 @@ def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
         patch.setattr(one, "encode_prompt", functools.partial(type(one).encode_prompt, one))
         with pytest.raises(ValueError, match="does not say whether it guides: attach with branches="):
             images_of(one, call_of("pixart", IMAGES))
+
+
+# --- forwards without a model: which steps and branches they are taken for
+
+
+class Forwards:
+    """Runs of a family whose guidance is a second call, under a scheduler with these timesteps; forwards at times, of named branches."""
+
+    def __init__(self, times: list[float], dtype: torch.dtype = torch.float32):
+        pipeline = SimpleNamespace(
+            scheduler=SimpleNamespace(timesteps=torch.tensor(times)),
+            progress_bar=lambda *args: None,
+            maybe_free_model_hooks=lambda: None,
+        )
+        model, self.dtype = model_named("WanTransformer3DModel"), dtype
+
+        def start(policy: Policy, *, rows: torch.Tensor, num_steps: int, device) -> Session:
+            return policy.start(4, (1,), rows=rows, num_steps=num_steps)
+
+        said = {"pipeline": pipeline, "branches": None, "num_steps": None, "renew": lambda: None}
+        self.runs = Runs(Policy(Threshold(0.5)), start, model, family_of(model), **said)
+
+    def __call__(self, time: float, branch: str | None = None) -> None:
+        arguments, shape = {"timestep": torch.tensor([time], dtype=self.dtype)}, torch.Size((1, 2))
+        named = nullcontext() if branch is None else self.runs._cache_context(nullcontext, branch)
+        with named:
+            step = self.runs.step(arguments, torch.tensor([time]), shape=shape, device=torch.device("cpu"))
+            step.close()
+
+    @property
+    def seen(self) -> tuple[list[float], list[int]]:
+        """Times of the steps, forwards of each."""
+        return self.runs.trace.times.tolist(), list(self.runs.trace.calls)
+
+
+def test_named_branches_of_a_solver_with_two_stages():
+    forwards = Forwards([900.0, 600.0, 600.0, 300.0])
+    for time in (900.0, 600.0, 600.0, 300.0):
+        forwards(time, "cond")
+        forwards(time, "uncond")
+    assert forwards.seen == ([900, 600, 600, 300], [2, 2, 2, 2])
+
+
+def test_without_names_the_scheduler_says_whether_a_time_comes_twice():
+    forwards = Forwards([900.0, 600.0, 600.0, 300.0])
+    for time in (900.0, 600.0, 600.0, 300.0):
+        forwards(time)
+    assert forwards.seen == ([900, 600, 600, 300], [1, 1, 1, 1])
+    forwards = Forwards([900.0, 600.0])
+    for time in (900.0, 900.0, 600.0, 600.0):
+        forwards(time)
+    assert forwards.seen == ([900, 600], [2, 2])
+
+
+def test_a_branch_has_its_name_only_as_long_as_the_pipeline_says():
+    forwards = Forwards([900.0, 600.0])
+    for time in (900.0, 600.0):
+        forwards(time, "cond")
+        forwards(time, "uncond")
+    for time in (900.0, 900.0, 600.0, 600.0):
+        forwards(time)
+    assert forwards.seen == ([900, 600], [2, 2])
+
+
+def test_a_time_that_the_model_sees_rounded_is_found_among_the_schedulers():
+    forwards = Forwards([999.0, 501.0, 300.0], torch.bfloat16)
+    forwards(502.0)  # 501 in bfloat16: image to image begins at the second
+    forwards(300.0)
+    assert forwards.seen == ([501, 300], [1, 1])
+    with pytest.raises(ValueError, match="forward 3 of a run of 2 steps"):
+        forwards(200.0)
