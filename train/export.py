@@ -16,6 +16,7 @@ import torch
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import generate, use_sampler
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -43,6 +44,15 @@ def forget_origin(path: Path) -> None:
         write_json(path, values)
 
 
+def write_policies(folder: Path, trace: Trace, budgets: list[float]) -> None:
+    """policies/blocks-80.json, ...: for each share of the blocks the threshold that takes it when the trace is replayed."""
+    (folder / "policies").mkdir(exist_ok=True)
+    for budget in budgets:
+        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
+        Policy(Threshold(choice.value)).save(folder / "policies" / f"blocks-{round(100 * budget)}.json")
+        print(f"budget {budget}: certainty above {choice.value:.5f}; replayed share of blocks {choice.fraction:.3f}")
+
+
 def main() -> None:
     options = flags()
     folder = Path(options.output_dir)
@@ -56,7 +66,6 @@ def main() -> None:
 
     pipeline = EarlyExitPipeline.from_pretrained(folder)  # what users will load decides
     pipeline.set_progress_bar_config(disable=True)
-    (folder / "policies").mkdir(exist_ok=True)
     trace = generate(
         pipeline,
         seeds("calibrate", options.count),
@@ -66,10 +75,7 @@ def main() -> None:
         guidance_scale=options.guidance_scale,
         exit_policy=Policy(Threshold(1.0), record_all=True),
     ).trace
-    for budget in options.budgets:
-        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
-        Policy(Threshold(choice.value)).save(folder / "policies" / f"blocks-{round(100 * budget)}.json")
-        print(f"budget {budget}: certainty above {choice.value:.5f}; replayed share of blocks {choice.fraction:.3f}")
+    write_policies(folder, trace, options.budgets)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from export import forget_origin
+from export import forget_origin, write_policies
 from transformers import AutoModel, AutoTokenizer
 
-from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
@@ -87,12 +86,7 @@ def main() -> None:
     }
     pipeline = EarlyExitTextPipeline.from_pretrained(folder, **words)  # what users will load decides
     pipeline.set_progress_bar_config(disable=True)
-    trace = recorded(options, pipeline)
-    (folder / "policies").mkdir(exist_ok=True)
-    for budget in options.budgets:
-        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
-        Policy(Threshold(choice.value)).save(folder / "policies" / f"blocks-{round(100 * budget)}.json")
-        print(f"budget {budget}: certainty above {choice.value:.5f}; replayed share of blocks {choice.fraction:.3f}")
+    write_policies(folder, recorded(options, pipeline), options.budgets)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
-from agreement import check_agrees
+from agreement import check_agrees, uvit_from
 from diffusers import DDPMScheduler
 from encoding import Encoding, encoded_once, round_trip
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
@@ -163,12 +163,7 @@ def build_transformer(config: TextConfig, text_dim: int) -> UViTTransformer2DMod
         "text_dim": text_dim,
         "num_text_tokens": config.num_text_tokens,
     }
-    if not config.init_from:
-        return UViTTransformer2DModel(**sizes)
-    folder = {"pretrained_model_name_or_path": config.init_from, "subfolder": "transformer"}
-    transformer = UViTTransformer2DModel.from_pretrained(**folder, torch_dtype=torch.float32)
-    check_agrees("transformer", transformer.config, sizes)
-    return transformer
+    return uvit_from(config.init_from, sizes)
 
 
 def build_objective(config: TextConfig, text_dim: int) -> DiffusionObjective:

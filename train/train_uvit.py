@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from agreement import check_agrees
+from agreement import check_agrees, uvit_from
 from diffusers import DDPMScheduler
 from presets import PRESETS, UViTConfig, ValidationConfig
 from transformers import HfArgumentParser
@@ -59,12 +59,7 @@ def build_transformer(config: UViTConfig, resolution: int) -> UViTTransformer2DM
         "num_classes": None if config.num_classes is None else config.num_classes + 1,
         "null_class": config.num_classes,
     }
-    if not config.init_from:
-        return UViTTransformer2DModel(**sizes)
-    folder = {"pretrained_model_name_or_path": config.init_from, "subfolder": "transformer"}
-    transformer = UViTTransformer2DModel.from_pretrained(**folder, torch_dtype=torch.float32)
-    check_agrees("transformer", transformer.config, sizes)
-    return transformer
+    return uvit_from(config.init_from, sizes)
 
 
 def build_scheduler(config: UViTConfig) -> DDPMScheduler:
