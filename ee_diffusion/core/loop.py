@@ -19,7 +19,8 @@ from ee_diffusion.core.session import StepSession
 class Lane:
     """One forward under one step session. Rows that leave are dropped; their answers wait here.
 
-    `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`). `keep`: depths whose hidden states of the
+    `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`), or tuples of tensors that all rows share.
+    `keep`: depths whose hidden states of the
     rows that go on are kept in `kept`, for heads that remember them; rows that leave later leave there too.
     """
 

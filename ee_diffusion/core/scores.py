@@ -21,7 +21,8 @@ from ee_diffusion.core.registry import add_row
 class Observation:
     """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
 
-    `hidden` (R, N, D); `context`: tensors with leading R; `exit`: index among the heads. What a score puts into `carried` (tensors with
+    `hidden` (R, N, D); `context`: tensors with leading R (tuples: what all rows share);
+    `exit`: index among the heads. What a score puts into `carried` (tensors with
     leading R) is in the context of the rows that go on at the next exit of the same step.
     """
 

@@ -258,7 +258,8 @@ class EarlyExitPipeline(DiffusionPipeline):
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         elif not isinstance(latents, Tensor) or latents.shape != shape:
-            raise ValueError(f"latents is {getattr(latents, 'shape', type(latents))}, expected a tensor {shape}")
+            came = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+            raise ValueError(f"latents is {came}, expected a tensor {shape}")
         elif not bool(latents.isfinite().all()):
             raise ValueError("latents hold numbers that are not finite")
         return latents.to(device) * self.scheduler.init_noise_sigma

@@ -81,15 +81,32 @@ def test_off():
         '{"format": "ee_diffusion.policy.1", "criterion": {"kind": "Threshold", "threshold": 7}, "schedule": {"kind": "FullDepth"}}',
         '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FullDepth"}, "surplus": 1}',
         '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FullDepth", "depth": 1}}',
-        '{"format": "ee_diffusion.policy.1", "criterion": [], "schedule": {"kind": "FullDepth"}}',
-        '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FullDepth"}, "record_all": "false"}',
-        '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "FixedDepth", "depth": "3"}}',
-        '{"format": "ee_diffusion.policy.1", "criterion": null, "schedule": {"kind": "DepthPerStep", "depths": 3}}',
     ],
 )
 def test_files_that_are_no_policies_are_refused(text: str, tmp_path):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"policy|outside|expected"):
+    with pytest.raises(ValueError, match=r"policy|outside"):
+        Policy.load(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "rest, message",
+    [
+        ('"criterion": [], "schedule": {"kind": "FullDepth"}', "not the description of a policy"),
+        (
+            '"criterion": null, "schedule": {"kind": "FullDepth"}, "record_all": "false"',
+            "record_all='false', expected bool",
+        ),
+        (
+            '"criterion": null, "schedule": {"kind": "FixedDepth", "depth": "3"}',
+            "'3' among depth, expected whole numbers",
+        ),
+        ('"criterion": null, "schedule": {"kind": "DepthPerStep", "depths": 3}', "depths=3, expected a tuple"),
+    ],
+)
+def test_files_with_values_of_another_kind_are_refused(rest: str, message: str, tmp_path):
+    (tmp_path / "a.json").write_text(f'{{"format": "ee_diffusion.policy.1", {rest}}}')
+    with pytest.raises(ValueError, match=message):
         Policy.load(tmp_path / "a.json")
 
 

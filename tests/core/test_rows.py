@@ -35,3 +35,5 @@ def test_rows_of_a_tensor():
         assert torch.equal(rows_of(one, places), one[[3, 0]])
         assert rows_of(one, places).stride(0) == 0, "what is one for all rows stays one"
         assert rows_of(one, places[:0]).shape == (0, 2)
+    shared = (values, values)
+    assert rows_of(shared, places) is shared
