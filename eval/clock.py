@@ -15,7 +15,7 @@ from statistics import median
 
 from contenders import drawer, load_memory
 from frontier import finished
-from options import SamplingOptions, load
+from options import SamplingOptions, command, load
 from tradeoff import Candidate, in_turns
 
 from ee_diffusion.core.policy import Policy
@@ -59,7 +59,8 @@ def main() -> None:
     full = drawn["full"].seconds
     for row in report["rows"]:
         row["time"] = median(a / b for a, b in zip(drawn[row["name"]].seconds, full, strict=True))
-    clock = {"images": options.images, "batches": len(full), "batch_size": batch, "environment": environment()}
+    counts = {"images": options.images, "batches": len(full), "batch_size": batch}
+    clock = {"command": command(), **counts, "environment": environment()}
     finished(folder, report | {"clock": clock})
 
 

@@ -115,7 +115,8 @@ def frontier(report: dict) -> str:
     count = f"{report['rows'][0]['psnr']['count']} images.\n"
     if "clock" in report:
         again = report["clock"]
-        count += f"\nTimes measured anew (`eval/clock.py`) on {again['images']} images in {again['batches']} batches.\n"
+        place = f"{again['images']} images in {again['batches']} batches, {again['environment']['threads']} threads"
+        count += f"\nTimes measured anew on {place}: `{again['command']}`\n"
     count += f"\n{report['note']}\n" if "note" in report else ""
     return "\n".join(
         [markdown_table(rows, columns), count, report["verdict"] + "\n", settings(report), environment(report)]
