@@ -5,8 +5,9 @@ accelerate launch train/exit_heads_lm.py --model MODEL --chat --exit_depths 5 10
 
 The model reads the texts once; what is needed of it (its states at the exits' depths and before the LM head, at the answers' tokens) lies
 in states.safetensors, and a sample of the training is a token. `--teacher model`: the exits learn the model's own next-token distribution;
-`labels`: the text's next token. `--dry-run` prints the resolved settings; `--resume_from_checkpoint latest` goes on after a stop. Writes
-exits.safetensors (`LearnedExits.load(file).bind(model)`; an `Edge` takes it, too), log.jsonl, config.json, report.json.
+`labels`: the text's next token. `--sampled_tokens N` makes steps some ten times cheaper; a short last run over all tokens
+(`--init_exits`) sets certainties right. `--dry-run` prints the resolved settings; `--resume_from_checkpoint latest` goes on after
+a stop. Writes exits.safetensors (`LearnedExits.load(file).bind(model)`; an `Edge` takes it, too), log.jsonl, config.json, report.json.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.prompts import PromptSource
 from ee_diffusion.training.sources import TableSource
 
+WINDOW = 16  # batches among which texts are sorted by length
 DEFAULTS = {  # of the loop, where fitting small heads differs from training a model
     "learning_rate": 1e-3,
     "adam_weight_decay": 0.01,
@@ -53,6 +55,8 @@ class HeadsConfig(ModelConfig):
     exit_depths: list[int] | None = flag("Executed layers at each exit, ascending, below the model's.")
     adapter_width: int | None = flag("Inner width of the adapters before the LM head; none: certainties alone.")
     teacher: str = flag("model: its own next-token distribution; labels: the text's next token.", "model")
+    sampled_tokens: int | None = flag("Tokens drawn for each step's loss, beside the likely ones; none: all tokens.")
+    init_exits: str | None = flag("exits.safetensors to go on from; none: fresh ones.")
     states: str | None = flag("Where the model's states lie; none: states.safetensors in output_dir.")
     collect_batch_size: int = flag("Texts per forward of the model.", 4)
     held_out: int = flag("States at the end that the exits are judged on and not fitted to.", 1024)
@@ -78,10 +82,14 @@ def parse() -> tuple[HeadsConfig, PromptDataConfig, TrainConfig, bool]:
 
 
 def batches(source: PromptSource, size: int) -> Iterator[dict[str, Tensor]]:
-    """All texts in a fixed order that mixes the files."""
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
-    for places in order.split(size):
-        yield source.batch(places, places)
+    """All texts in a fixed order that mixes the files; texts of like length share a batch, and batches come in no order of length."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(source), generator=generator)
+    lengths = torch.tensor([len(one) for one in source.tokens])
+    for window in order.split(WINDOW * size):
+        alike = window[lengths[window].argsort(stable=True)].split(size)
+        for batch in torch.randperm(len(alike), generator=generator).tolist():
+            yield source.batch(alike[batch], alike[batch])
 
 
 def find_states(config: HeadsConfig, model: PreTrainedModel, source: PromptSource, file: Path) -> TokenStates:
@@ -107,19 +115,34 @@ def run(config: HeadsConfig, data: PromptDataConfig, train: TrainConfig) -> dict
     set_seed(train.seed)
     width, made_for = model.config.get_text_config().hidden_size, fingerprint_of(model)
     shape = {"adapter_width": config.adapter_width, "made_for": made_for}
-    exits = LearnedExits(tuple(config.exit_depths), width, **shape).bind(model)
+    exits = LearnedExits(tuple(config.exit_depths), width, **shape)
+    if config.init_exits:
+        came = LearnedExits.load(config.init_exits).at(tuple(config.exit_depths))
+        if (came.width, came.adapter_width) != (width, config.adapter_width):
+            raise ValueError(
+                f"the exits in {config.init_exits} have width {came.width} and adapters of {came.adapter_width}, "
+                f"expected {width} and adapter_width={config.adapter_width}"
+            )
+        exits = came
+    exits.bind(model)
     file = Path(config.states or Path(train.output_dir) / "states.safetensors")
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     model.to(device)
     fitted, held = find_states(config, model, config.source(tokenizer, data), file).split(config.held_out)
-    objective = ExitObjective(model, exits, teacher=config.teacher).to(device)
+    objective = ExitObjective(model, exits, teacher=config.teacher, sampled_tokens=config.sampled_tokens).to(device)
     before = exit_table(objective, held, batch_size=train.train_batch_size)
     trainer = Trainer(
         objective,
         TableSource(fitted, fitted.name),
         train,
         save=lambda folder, trained: trained.exits.save(folder / "exits.safetensors"),
-        identity={"teacher": config.teacher, "adapter_width": config.adapter_width, "backbone": made_for},
+        identity={
+            "teacher": config.teacher,
+            "adapter_width": config.adapter_width,
+            "sampled_tokens": config.sampled_tokens,
+            "init_exits": config.init_exits,
+            "backbone": made_for,
+        },
     )
     report = trainer.fit()
     if not trainer.accelerator.is_main_process:

@@ -42,7 +42,7 @@ class SharedTail:
         return self.model.get_output_embeddings()(self.family.norm(self.model, hidden[:, -1:]))[:, -1]
 
     def answer_among(self, exit: int, hidden: Tensor, classes: Tensor) -> Tensor:
-        """Logits of some tokens alone: hidden (R, N, D), classes (R, k) -> (R, k).
+        """Logits of some tokens alone: hidden (R, N, D), classes (R, k), or (k,) the same for all rows -> (R, k).
 
         Raises:
             ValueError: an LM head whose rows cannot be taken one by one.
@@ -51,6 +51,8 @@ class SharedTail:
         if type(head) is not nn.Linear:
             raise ValueError(f"the LM head is a {type(head).__name__}, expected nn.Linear: its rows are needed")
         normed = self.family.norm(self.model, hidden[:, -1:])[:, -1]  # (R, D)
+        if classes.ndim == 1:
+            return nn.functional.linear(normed, head.weight[classes], None if head.bias is None else head.bias[classes])
         logits = torch.einsum("rd,rkd->rk", normed, head.weight[classes])
         return logits if head.bias is None else logits + head.bias[classes]
 

@@ -12,7 +12,14 @@ from language import EXITS, LENGTHS, alone, generate, model_named, prompts
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.exit_objective import ExitObjective, TokenStates, collect_states, exit_table
+from ee_diffusion.decoding.exit_objective import (
+    LIKELY,
+    ExitObjective,
+    TokenStates,
+    collect_states,
+    exit_table,
+    tokens_to_look_at,
+)
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import LearnedExits
 
@@ -86,6 +93,68 @@ def test_the_loss_is_that_of_a_slow_loop(teacher: str):
     for row, depth in zip(table, EXITS, strict=True):
         assert row["loss"] == pytest.approx(said_terms[f"answer_{depth}"], abs=1e-9)
         assert row["same"] == pytest.approx(said_terms[f"same_{depth}"], abs=1e-9)
+
+
+def keyed(states: TokenStates, key: int = 3) -> dict[str, torch.Tensor]:
+    return states[torch.arange(len(states))] | {"key": torch.arange(len(states)) + key}
+
+
+@pytest.mark.parametrize("teacher", ["model", "labels"])
+def test_a_loss_over_all_tokens_drawn_is_the_loss_over_all(teacher: str):
+    model = copy.deepcopy(model_named("llama"))
+    exits, states = exits_on(model), states_of(model)
+    vocabulary = model.lm_head.out_features
+    whole = ExitObjective(model, exits, teacher=teacher)(keyed(states))
+    drawn = ExitObjective(model, exits, teacher=teacher, sampled_tokens=vocabulary)(keyed(states))
+    for name, value in whole.items():
+        assert drawn[name].item() == pytest.approx(value.item(), abs=1e-6), name
+
+
+def test_a_loss_over_some_tokens_is_that_of_a_slow_loop():
+    model = copy.deepcopy(model_named("llama"))
+    exits, states = exits_on(model), states_of(model)
+    batch, count, vocabulary = keyed(states), 6, model.lm_head.out_features
+    terms = ExitObjective(model, exits, teacher="model", sampled_tokens=count)(batch)
+    classes, shift = tokens_to_look_at(batch, vocabulary, count)
+    known = {*states.likely.flatten().tolist(), *states.labels.tolist()}
+    assert known < set(classes.tolist())
+    assert len(classes) == len(known) + count
+    weight = {c: 1.0 if c in known else (vocabulary - len(known)) / count for c in classes.tolist()}
+    assert torch.allclose(shift.exp(), torch.tensor([weight[c] for c in classes.tolist()]))
+    for exit, depth in enumerate(EXITS):
+        total = 0.0
+        for row in range(len(states)):
+            said = exits.answer(exit, states.hidden[row, exit][None, None], {})[0].detach().tolist()
+            full = model.lm_head(states.final[row]).detach().tolist()
+            sums = [sum(w * math.exp(of[c]) for c, w in weight.items()) for of in (said, full)]
+            for c, w in weight.items():
+                p, q = w * math.exp(full[c]) / sums[1], w * math.exp(said[c]) / sums[0]
+                total += p * math.log(p / q)
+        assert terms[f"answer_{depth}"].item() == pytest.approx(total / len(states), abs=1e-6)
+
+
+def test_drawn_tokens_are_given_by_the_batchs_keys_and_estimate_the_softmaxs_sum():
+    model = model_named("llama")
+    states, vocabulary = states_of(model), model.lm_head.out_features
+    logits = model.lm_head(states.final)[0].detach()
+    same = [tokens_to_look_at(keyed(states, 3), vocabulary, 8)[0] for _ in range(2)]
+    other, _ = tokens_to_look_at(keyed(states, 4), vocabulary, 8)
+    assert torch.equal(*same)
+    assert not torch.equal(same[0], other)
+    estimates = []
+    for key in range(400):
+        classes, shift = tokens_to_look_at(keyed(states, key), vocabulary, 8)
+        estimates.append((logits[classes] + shift).exp().sum())
+    error = torch.stack(estimates).std() / 20
+    assert abs(torch.stack(estimates).mean() - logits.exp().sum()) < 4 * error
+
+
+def test_likely_tokens_are_the_models_best():
+    model = model_named("llama")
+    states = states_of(model)
+    assert torch.equal(states.likely, model.lm_head(states.final).topk(LIKELY).indices)
+    with pytest.raises(ValueError, match="sampled_tokens=0"):
+        ExitObjective(model, exits_on(model), teacher="model", sampled_tokens=0)
 
 
 def test_fresh_adapters_are_the_models_own_tail():

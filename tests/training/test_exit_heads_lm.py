@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_exits_come_nearer_to_the_frozen_model(base: Path, monkeypatch, capsys):
     lines = [json.loads(line) for line in (base / "fit" / "log.jsonl").read_text().splitlines()]
     for depth in EXITS:
         assert lines[-1][f"answer_{depth}"] < 0.5 * lines[0][f"answer_{depth}"]
-        assert lines[-1][f"sure_{depth}"] < lines[0][f"sure_{depth}"]
+        same, sure = (sum(line[f"{name}_{depth}"] for line in lines[-20:]) / 20 for name in ("same", "sure"))
+        assert sure < -same * math.log(same) - (1 - same) * math.log(1 - same), "better than saying the share of hits"
     assert report["fit"]["finished"]
     model = AutoModelForCausalLM.from_pretrained(base / "model").eval()
     exits = LearnedExits.load(base / "fit" / "exits.safetensors").bind(model)
@@ -82,6 +84,20 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(base: Path, monkeypa
         call(monkeypatch, base, HEADS, SHORT, labels, "--output_dir parts")
     with pytest.raises(ValueError, match="holds the states"):
         call(monkeypatch, base, "--exit_depths 1 2 --adapter_width 16", SHORT, "--output_dir parts")
+
+
+def test_steps_over_some_tokens_then_a_last_run_over_all(base: Path, monkeypatch):
+    monkeypatch.chdir(base)
+    longer = "--max_train_steps 60 --learning_rate 1e-2 --checkpointing_steps 60 --ema_decay 0.5 --sampled_tokens 4"
+    report = call(monkeypatch, base, HEADS, SHORT, longer, "--output_dir drawn")
+    for before, after in zip(report["before"], report["after"], strict=True):
+        assert after["loss"] < before["loss"], "judged over all tokens"
+    last = "--init_exits drawn/exits.safetensors --states drawn/states.safetensors --learning_rate 1e-9"
+    again = call(monkeypatch, base, HEADS, SHORT, last, "--output_dir all")
+    for drawn, went_on in zip(report["after"], again["before"], strict=True):
+        assert went_on["loss"] == pytest.approx(drawn["loss"], abs=1e-6)
+    with pytest.raises(ValueError, match="adapters of 16, expected 32 and adapter_width=8"):
+        call(monkeypatch, base, "--exit_depths 1 2 4 --adapter_width 8", SHORT, last, "--output_dir other")
 
 
 def test_the_edge_answers_through_the_exits_of_its_depths(base: Path, monkeypatch):
