@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from pkgutil import resolve_name
 
 from ee_diffusion import __version__
 from ee_diffusion.decoding.cloud import flags as cloud
+from ee_diffusion.errors import said_in_one_line
 
 VALUES = {  # candidates, the safest first
     "deediff": (0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.25),
@@ -24,7 +24,6 @@ VALUES = {  # candidates, the safest first
     "searched": (0.4, 0.5, 0.6, 0.66, 0.72, 0.78),  # share of the steps that memory answers
 }
 SAMPLERS = ("ddim", "ddpm", "dpm", "euler", "heun", "unipc")  # the names in diffusion/generation.py
-TRACEBACK = "EE_DIFFUSION_TRACEBACK"
 EXTRAS = {"calibrate": "eval", "edge": "cloud", "cloud": "cloud"}  # what a command's work needs
 
 
@@ -76,13 +75,7 @@ def _calibrate_flags(commands) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """The program. Returns its exit status: 0; 1 if no policy keeps to what was asked; 2 for an error, said in one line on stderr."""
     options = parser().parse_args(words)
-    try:
-        return run(options) or 0
-    except (ValueError, OSError) as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        print(f"ee-diffusion {options.command}: error: {error} ({TRACEBACK}=1 shows where)", file=sys.stderr)
-        return 2
+    return said_in_one_line(f"ee-diffusion {options.command}", lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int | None:

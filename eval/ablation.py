@@ -25,6 +25,7 @@ from ee_diffusion.diffusion.generation import Generated, generate
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from options import DTYPES, flag, parse
 from prompt_sets import Prompt, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.tables import write_text
 
 
@@ -99,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import write_report
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
@@ -157,4 +158,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -24,6 +24,7 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.evaluate import NOTHING, Look
 from ee_diffusion.encoder.methods import pabee, pondernet
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.paired import summary
 from ee_diffusion.measure.tables import markdown_table, write_report
 
@@ -207,4 +208,4 @@ def by_cost(ends: list[tuple[Tensor, float]]) -> list[tuple[float, Tensor]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

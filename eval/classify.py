@@ -38,6 +38,7 @@ from ee_diffusion.encoder.evaluate import NOTHING, Look, look
 from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.methods import pabee
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.tables import write_report
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.data import Source
@@ -224,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from prompting import draw, load_text_pipeline
 from transformers import CLIPModel, CLIPProcessor
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clip_score import clip_scores, read_prompts
 from ee_diffusion.measure.paired import summary
 from ee_diffusion.measure.splits import seeds
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

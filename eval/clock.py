@@ -20,6 +20,7 @@ from tradeoff import Candidate, in_turns
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment
 
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

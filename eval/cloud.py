@@ -30,6 +30,7 @@ from ee_diffusion.decoding.cloud.context import ContextManager, Limits
 from ee_diffusion.decoding.cloud.edge import Edge, EdgeOutput
 from ee_diffusion.decoding.cloud.split import Part, load_part
 from ee_diffusion.decoding.heads import LearnedExits
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.flops import counting_flops
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 from ee_diffusion.measure.texts import text_scores
@@ -227,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

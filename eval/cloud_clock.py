@@ -35,6 +35,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.cloud.baselines import NaiveSplit, ask_whole
 from ee_diffusion.decoding.cloud.client import CloudClient
 from ee_diffusion.decoding.cloud.remote import RemoteTransport
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 from ee_diffusion.measure.texts import text_scores
 
@@ -264,4 +265,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

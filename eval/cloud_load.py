@@ -30,6 +30,7 @@ from ee_diffusion.decoding.cloud.client import CloudLost, Upload
 from ee_diffusion.decoding.cloud.encoding import encode
 from ee_diffusion.decoding.cloud.remote import RemoteTransport
 from ee_diffusion.decoding.cloud.split import Part, load_part
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 DEADLINE = 120.0  # seconds
@@ -197,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.cloud.baselines import whole_answer
 from ee_diffusion.decoding.cloud.edge import Edge
 from ee_diffusion.decoding.cloud.split import load_part
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
 from ee_diffusion.measure.texts import agreement, perplexity, text_scores
@@ -147,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

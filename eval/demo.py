@@ -21,6 +21,7 @@ from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.paired import psnr
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -109,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

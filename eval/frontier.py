@@ -39,6 +39,7 @@ from tradeoff import Candidate, in_turns, judge_of, row
 from ee_diffusion.diffusion.gains import influence
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.pictures import save_figure
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

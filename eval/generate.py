@@ -21,6 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import Generated, generate
 from ee_diffusion.diffusion.methods import deediff
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import write_json, write_tensors
@@ -96,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

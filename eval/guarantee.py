@@ -27,6 +27,7 @@ from ee_diffusion.diffusion.certify import live_losses
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
 from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.paired import relative_squared_error
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_tensors, write_text
@@ -155,4 +156,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -40,6 +40,7 @@ from ee_diffusion.diffusion.kinds import DenoiserHeads
 from ee_diffusion.diffusion.methods import periodic_cache, remembered
 from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
@@ -273,4 +274,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

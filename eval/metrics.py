@@ -20,6 +20,7 @@ from options import flag, parse
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.classifiers import class_accuracy, data_folder, load_classifier
 from ee_diffusion.measure.features import (
     InceptionFeatures,
@@ -148,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,7 @@ from prompting import draw, load_text_pipeline
 from torch import Tensor
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clip_score import read_prompts
 from ee_diffusion.measure.pictures import save_figure
 from ee_diffusion.measure.splits import seeds
@@ -86,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -23,6 +23,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.generation import controls_of
 from ee_diffusion.diffusion.latents import decode, encode
 from ee_diffusion.diffusion.prompts import encode_many
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.classifiers import in_batches
 from ee_diffusion.measure.files import to_bytes
 from ee_diffusion.measure.matching import ImageTower, load_tower, retrieval, shown
@@ -152,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -25,6 +25,7 @@ from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach, detach
 from ee_diffusion.diffusion.truncation import truncate
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
 
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -33,6 +33,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
 
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

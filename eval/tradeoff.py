@@ -32,6 +32,7 @@ from ee_diffusion.diffusion.generation import Generated, controls_of, generate, 
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.classifiers import data_folder, load_classifier
 from ee_diffusion.measure.features import resnet20_features
 from ee_diffusion.measure.paired import PSNR_CAP
@@ -261,4 +262,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

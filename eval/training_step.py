@@ -19,6 +19,7 @@ from torch import Tensor
 from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
@@ -81,4 +82,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

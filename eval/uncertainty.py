@@ -18,6 +18,7 @@ from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.splits import HELD_OUT
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
 from ee_diffusion.training.config import ImageDataConfig
@@ -119,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

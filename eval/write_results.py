@@ -16,6 +16,7 @@ from pathlib import Path
 from classifier_results import classifier_speed, classifiers, classify
 from cloud_results import cloud_clock, cloud_rows, cloud_tokens
 
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.matching import shown
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.tables import markdown_table, write_text
@@ -296,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from factories import pipeline
+from tree import ROOT
 
 from ee_diffusion.cli import SAMPLERS as cli_samplers
-from ee_diffusion.cli import TRACEBACK, main
+from ee_diffusion.cli import main
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.cloud.encoding import KINDS
 from ee_diffusion.decoding.cloud.flags import ENCODINGS
 from ee_diffusion.diffusion.generation import SAMPLERS
 from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.errors import TRACEBACK, said_in_one_line
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +132,19 @@ def test_a_traceback_is_there_for_who_wants_it(model: Path, tmp_path: Path, monk
     monkeypatch.setenv(TRACEBACK, "1")
     with pytest.raises(ValueError, match="expected a share"):
         main(words(model, tmp_path / "policy.json", "--budget", 1.5))
+
+
+@pytest.mark.parametrize("script", ["eval/generate.py", "train/fit_memory.py"])
+def test_a_scripts_error_is_one_line_and_a_bug_is_a_traceback(script: str, tmp_path: Path):
+    command = [sys.executable, str(ROOT / script), "--model", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 2
+    assert said.startswith(f"{Path(script).name}: error: ")
+    assert "nowhere" in said
+    assert "Traceback" not in done.stderr
+    with pytest.raises(KeyError):
+        said_in_one_line("a bug", lambda: {}["a"])
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -117,3 +117,11 @@ def test_no_shipped_config_names_the_folder_it_came_from():
     configs = [path for path in tracked_files() if "checkpoints" in path.parts and path.suffix == ".json"]
     assert configs
     assert not [path for path in configs if "_name_or_path" in path.read_text(encoding="utf-8")]
+
+
+def test_scripts_say_their_errors_in_one_line():
+    scripts = [path for folder in ("eval", "train") for path in sorted((ROOT / folder).glob("*.py"))]
+    programs = [path for path in scripts if "__main__" in path.read_text(encoding="utf-8")]
+    assert len(programs) > 30
+    wrong = [path.name for path in programs if not path.read_text(encoding="utf-8").endswith("    run_script(main)\n")]
+    assert not wrong

@@ -54,7 +54,7 @@ DISTRIBUTIONS = {
     "google": "protobuf",
 }
 # Parts that may import every folder of the package (never each other's files, except their own).
-MODULES = {"cli.py", "calibrating.py"}  # the command line
+MODULES = {"cli.py", "calibrating.py", "errors.py"}  # the command line
 TOP = {*MODULES, "pipelines", "train", "eval"}
 HEAVY = ("diffusers", "transformers", "accelerate", "torchmetrics", "datasets", "matplotlib")
 

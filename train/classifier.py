@@ -37,6 +37,7 @@ from ee_diffusion.encoder.methods import EXITS
 from ee_diffusion.encoder.objective import PLAIN, ClassifierObjective, Weights
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
 from ee_diffusion.encoder.truncation import first_layers
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig, TrainConfig
 from ee_diffusion.training.data import Source
@@ -214,4 +215,4 @@ def write_reports(directory: Path, resolved: dict, report: dict, processes: int)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

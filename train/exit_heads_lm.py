@@ -27,6 +27,7 @@ from transformers import HfArgumentParser, PreTrainedModel
 from ee_diffusion.decoding.exit_objective import TEACHERS, ExitObjective, TokenStates, collect_states, exit_table
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import LearnedExits
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
@@ -167,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -19,6 +19,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import generate, use_sampler
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import write_json
 
@@ -79,4 +80,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

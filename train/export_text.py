@@ -20,6 +20,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.latents import load_taesd
 from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.splits import seeds
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
 from ee_diffusion.training.config import ImageDataConfig
@@ -90,4 +91,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -41,6 +41,7 @@ from ee_diffusion.diffusion.objective import null_class_of
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.states import States
 from ee_diffusion.diffusion.trajectories import Exited, fingerprint
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
@@ -241,4 +242,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ from ee_diffusion.diffusion.courses import fit_trust, record
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
 from ee_diffusion.diffusion.memory_exits import TERMS, MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.gauges import gauge_figures
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
@@ -85,4 +86,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,6 +21,7 @@ from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import VARIANTS, TrackingExits
 from ee_diffusion.diffusion.tracking_fit import Moments, errors_of, fit_corrections, fit_gauges, walk_tracks
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.gauges import gauge_figures
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
@@ -101,4 +102,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -28,6 +28,7 @@ from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.methods import skipdecode
 from ee_diffusion.decoding.skip_objective import SkipObjective
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
@@ -160,4 +161,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

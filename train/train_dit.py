@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 from ee_diffusion.diffusion.generation import sampler
 from ee_diffusion.diffusion.latents import load_taesd
 from ee_diffusion.diffusion.objective import DiffusionObjective, forbid_label_drop
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.data import find_data_files, load_image_source
@@ -175,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

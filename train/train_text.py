@@ -32,6 +32,7 @@ from ee_diffusion.diffusion.objective import MODES, DiffusionObjective
 from ee_diffusion.diffusion.prompts import encode_many
 from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.captions import CaptionConfig, CaptionSource, load_captioned
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
@@ -220,4 +221,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
 from ee_diffusion.diffusion.prompts import encode_many
+from ee_diffusion.errors import run_script
 from ee_diffusion.measure.matching import ImageTower, MatchingObjective, save_tower
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
 from ee_diffusion.training.checkpoints import write_json
@@ -122,4 +123,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

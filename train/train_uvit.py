@@ -29,6 +29,7 @@ from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.errors import run_script
 from ee_diffusion.training.checkpoints import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.data import load_image_source
@@ -134,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
