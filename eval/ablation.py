@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from contenders import WARM_UP, FrontierOptions, gains_of, kept, load_memory
-from options import SamplingOptions, flag, load, parse, results_folder
+from options import SamplingOptions, command, flag, load, parse, results_folder
 from together import WholeBatch
 from tradeoff import Candidate, in_turns, judge_of, row
 
@@ -99,7 +99,8 @@ def main() -> None:
     settings = asdict(sampling) | asdict(options)
     drawn = in_turns(some, kept(draw, folder / "drawn", settings), chosen, labels, batch=sampling.batch_size)
     rows = [row(one, drawn[one.name], drawn["full"], judge=judge, labels=labels) for one in some]
-    write_json(folder / "ablation.json", {"settings": settings, "environment": environment(), "rows": rows})
+    report = {"command": command(), "settings": settings, "environment": environment(), "rows": rows}
+    write_json(folder / "ablation.json", report)
     columns = ["name", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
     shown = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
     write_text(folder / "ablation.md", markdown_table(shown, columns))

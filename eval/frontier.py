@@ -33,7 +33,7 @@ from contenders import (
     searched_candidates,
 )
 from matplotlib.figure import Figure
-from options import SamplingOptions, load, parse, results_folder
+from options import SamplingOptions, command, load, parse, results_folder
 from tradeoff import Candidate, in_turns, judge_of, row
 
 from ee_diffusion.diffusion.gains import influence
@@ -131,7 +131,7 @@ def main() -> None:
     second = [other for c in deciding for other in controls(c, drawn[c.name].trace, seed=sampling.seed)]
     rows += rows_of([first[0], *second])[0][1:] if second else []
     settings = asdict(sampling) | asdict(options) | ({"gains": gains} if asked else {})
-    finished(folder, {"settings": settings, "environment": environment(), "rows": rows})
+    finished(folder, {"command": command(), "settings": settings, "environment": environment(), "rows": rows})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import clip_score
 import export_text
 import prompting
 import retrieval
-import write_results
+from diffusion_results import matching
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_retrieval_from_folder_to_table(data, model, monkeypatch):
     drawn = load_file(data / "out" / "samples.safetensors")
     assert drawn["full depth"].shape == (2 * len(held_out), 3, 32, 32)
     assert not torch.equal(drawn["full depth"], drawn["some"])
-    assert "full depth" in write_results.matching(report)
+    assert "full depth" in matching(report)
 
 
 def test_a_gallery_has_one_caption_a_subject_and_all_its_images():

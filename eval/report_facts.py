@@ -1,0 +1,41 @@
+"""What every section of RESULTS.md ends with: settings and environment of a report. Not here: sections, writing them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+
+def environment(report: dict) -> str:
+    facts = report["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    return f"Device: {facts['device']} ({facts['machine']}), {facts['threads']} threads; {versions}.\n"
+
+
+def settings(report: dict) -> str:
+    return f"Settings: {listed(report['settings'])}.\n"
+
+
+def listed(values: dict) -> str:
+    """Settings in a line, without places on a disk."""
+    places = (
+        "model",
+        "models",
+        "policies",
+        "states",
+        "exits",
+        "fit_report",
+        "output_dir",
+        "cache_dir",
+        "data",
+        "data_files",
+        "device",
+        "parts",
+    )
+    return ", ".join(f"{name} {value}" for name, value in values.items() if name not in places and value is not None)
+
+
+def told(body: Callable[[dict], str]) -> Callable[[dict], str]:
+    """A section that ends with its settings, where it has some, and its environment."""
+    return lambda report: "\n".join(
+        [body(report), *([settings(report)] if "settings" in report else []), environment(report)]
+    )
