@@ -2,7 +2,7 @@
 
 python eval/write_results.py
 
-Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, ablation*, dit-journey*, speed*,
+Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, ablation*, dit-journey*, speed*, hot-path*,
 uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
 """
 
@@ -71,6 +71,7 @@ SECTIONS = {
     ),
     "speed": ("The clock of one forward", "python eval/speed.py --output_dir runs/speed", speed),
     "training-step": ("What exits cost in training", "python eval/training_step.py ...", told(cloud_rows)),
+    "hot-path": ("Where the time of a run goes", "python eval/hot_path.py ...", told(cloud_rows)),
     "uncertainty": (
         "What the uncertainty modules know",
         "python eval/uncertainty.py --output_dir runs/uncertainty",

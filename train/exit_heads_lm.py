@@ -13,6 +13,7 @@ a stop. Writes exits.safetensors (`LearnedExits.load(file).bind(model)`; an `Edg
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from language_model import ModelConfig, flag, machine
 from torch import Tensor
+from tqdm import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
 from ee_diffusion.decoding.exit_objective import TEACHERS, ExitObjective, TokenStates, collect_states, exit_table
@@ -100,7 +102,9 @@ def find_states(config: HeadsConfig, model: PreTrainedModel, source: PromptSourc
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with state.main_process_first():
         if not file.is_file():
-            found = collect_states(model, batches(source, config.collect_batch_size), depths, name=name)
+            texts = batches(source, config.collect_batch_size)
+            texts = tqdm(texts, desc="texts", total=math.ceil(len(source) / config.collect_batch_size), miniters=1)
+            found = collect_states(model, texts, depths, name=name)
             file.parent.mkdir(parents=True, exist_ok=True)
             found.save(file)
     return TokenStates.load(file, name=name)

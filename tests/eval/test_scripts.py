@@ -28,6 +28,7 @@ import demo
 import frontier
 import generate
 import guarantee
+import hot_path
 import metrics
 import speed
 import tradeoff
@@ -254,6 +255,22 @@ def test_speed(model, tmp_path, monkeypatch, capsys):
     assert list(calls) == ["off", "never", "0.6 of the blocks"]
     assert (calls["off"]["time_over_off"], calls["off"]["executed"], calls["never"]["executed"]) == (1.0, 1.0, 1.0)
     assert 0 < calls["0.6 of the blocks"]["executed"] < 1
+
+
+def test_hot_path(model, tmp_path, monkeypatch, capsys):
+    words = ["--num_inference_steps", 2, "--batch_size", 2, "--device", "cpu", "--thresholds", 0, 1]
+    call(monkeypatch, hot_path, "--model", model, "--output_dir", tmp_path, *words)
+    rows = json.loads((tmp_path / "hot-path.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["no exits", "deediff 0", "deediff 1"]
+    kinds = ("operations", "model", "exits", "torch", "diffusers", "other")
+    for row in rows:
+        assert sum(row[kind] for kind in kinds) == pytest.approx(1)
+        assert 0 < row["largest_share"] < row["exits"] < 1
+        assert row["model"] > 0
+    assert rows[1]["exits"] > rows[0]["exits"]
+    assert hot_path.kind_of("~") == "operations"
+    assert hot_path.kind_of("/somewhere/ee_diffusion/core/loop.py") == "exits"
+    assert "largest_share" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
