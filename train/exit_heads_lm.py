@@ -23,7 +23,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from language_model import ModelConfig, flag, machine
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
 from ee_diffusion.decoding.exit_objective import TEACHERS, ExitObjective, TokenStates, collect_states, exit_table
