@@ -18,7 +18,7 @@ from statistics import fmean, median
 
 import torch
 from answers import chat, choose
-from options import flag, parse
+from options import command, flag, parse
 from prompt_sets import Prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -53,6 +53,7 @@ class CloudOptions:
     max_prompt_tokens: int = flag("Longer prompts are left out.", 256)
     max_new_tokens: int = flag("Tokens of an answer.", 32)
     candidates: list[str] = field(default_factory=list, metadata={"help": "always-KIND, sure-T, alone."})
+    flops_count: int | None = flag("Count FLOPs, which is slow, on so many prompts of each set; none: on all.")
     seed: int = flag("Seed of the bootstrap.", 0)
     output_dir: str = flag("Where rows.jsonl and cloud.json go.")
 
@@ -86,13 +87,15 @@ def candidate(name: str, score: str, exits: tuple[int, ...]) -> tuple[Policy, st
 
 
 class Counted:
-    """A cloud in this process whose FLOPs are counted apart."""
+    """A cloud in this process whose FLOPs are counted apart, while `counts`."""
 
     def __init__(self, manager: ContextManager):
-        self.manager, self.compute, self.flops = manager, manager.compute, 0
+        self.manager, self.compute, self.flops, self.counts = manager, manager.compute, 0, True
         manager.compute = self._compute  # type: ignore[method-assign]
 
     def _compute(self, rows):
+        if not self.counts:
+            return self.compute(rows)
         with counting_flops() as counter:
             made = self.compute(rows)
         self.flops += counter.get_total_flops()
@@ -111,17 +114,24 @@ class Runs:
         self.cloud = Counted(ContextManager(cloud, part, limits=LIMITS))
         self.limits = {"max_new_tokens": options.max_new_tokens, "eos_token_id": self.tokenizer.eos_token_id}
 
-    def row(self, prompt: Prompt, name: str) -> dict:
-        """What a candidate says to a prompt, and what it took."""
+    def row(self, prompt: Prompt, name: str, *, flops: bool) -> dict:
+        """What a candidate says to a prompt, and what it took; FLOPs are None if they are not counted."""
         words = chat(self.tokenizer, prompt.text)
         ids = self.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        before, row = self.cloud.flops, {"prompt": prompt.name, "candidate": name, "prompt_tokens": ids.shape[1]}
-        with counting_flops() as counter:
-            row |= self._full(ids) if name == "full" else self._candidate(ids, name)
-        cloud = counter.get_total_flops() if name == "full" else self.cloud.flops - before
-        row |= {"edge_flops": counter.get_total_flops() - cloud, "cloud_flops": cloud}
+        row = {"prompt": prompt.name, "candidate": name, "prompt_tokens": ids.shape[1]}
+        row |= self._counted(ids, name) if flops else self._said(ids, name) | {"edge_flops": None, "cloud_flops": None}
         text = self.tokenizer.decode(row["tokens"], skip_special_tokens=True).strip()
         return row | {"text": text, "reference": prompt.reference}
+
+    def _counted(self, ids: torch.Tensor, name: str) -> dict:
+        before = self.cloud.flops
+        with counting_flops() as counter:
+            said = self._said(ids, name)
+        cloud = counter.get_total_flops() if name == "full" else self.cloud.flops - before
+        return said | {"edge_flops": counter.get_total_flops() - cloud, "cloud_flops": cloud}
+
+    def _said(self, ids: torch.Tensor, name: str) -> dict:
+        return self._full(ids) if name == "full" else self._candidate(ids, name)
 
     def _full(self, ids: torch.Tensor) -> dict:
         tokens, gaps = whole_answer(self.whole, ids, **self.limits)
@@ -141,6 +151,14 @@ def _facts(out: EdgeOutput, ids: torch.Tensor) -> dict:
         raise RuntimeError(f"the cloud was lost in its own process: {out.losses[0]}")
     sources = {source: out.sources.count(source) for source in sorted(set(out.sources))}
     return {"tokens": out.sequences[0, ids.shape[1] :].tolist(), "sources": sources, "payload": out.payload}
+
+
+def first_of_each(prompts: list[Prompt], count: int | None) -> set[str]:
+    """Names of the first `count` prompts of each set; None: of all."""
+    sets: dict[str, list[str]] = {}
+    for one in prompts:
+        sets.setdefault(one.name.split("/")[0], []).append(one.name)
+    return {name for names in sets.values() for name in names[:count]}
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -186,7 +204,14 @@ def _summary(name: str, candidate_name: str, rows: list[dict], full: list[dict],
     given = [[row["reference"]] for row in rows]
     tokens = sum(len(row["tokens"]) for row in rows)
     asked = sum(row.get("sources", {}).get("cloud", 0) for row in rows)
-    cloud_full = sum(one["cloud_flops"] for one in full)
+    counted = [
+        (row, one) for row, one in zip(rows, full, strict=True) if None not in (row["cloud_flops"], one["cloud_flops"])
+    ]
+    cloud_full = sum(one["cloud_flops"] for _, one in counted)
+    flops = {
+        kind: sum(row[kind] for row, _ in counted) / cloud_full if counted else None
+        for kind in ("cloud_flops", "edge_flops")
+    }
     return {
         "set": name,
         "candidate": candidate_name,
@@ -201,8 +226,8 @@ def _summary(name: str, candidate_name: str, rows: list[dict], full: list[dict],
         "differing_far": sum(gap >= 1e-4 for _, gap in differing),
         "gap": median(gap for _, gap in differing) if differing else None,
         "payload": fmean(row.get("payload", 0) for row in rows),
-        "cloud_flops": sum(row["cloud_flops"] for row in rows) / cloud_full,
-        "edge_flops": sum(row["edge_flops"] for row in rows) / cloud_full,
+        **flops,
+        "flops_prompts": len(counted),
     }
 
 
@@ -214,15 +239,19 @@ def main() -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     runs, path = Runs(options), folder / "rows.jsonl"
-    keys = [(one, name) for one in choose(runs.tokenizer, options) for name in ("full", *options.candidates)]
+    chosen = choose(runs.tokenizer, options)
+    counted = first_of_each(chosen, options.flops_count)
+    keys = [(one, name) for one in chosen for name in ("full", *options.candidates)]
     done = {(row["prompt"], row["candidate"]) for row in read_rows(path)}
     for prompt, name in keys:
         if (prompt.name, name) not in done:
-            add_row(path, runs.row(prompt, name))
+            runs.cloud.counts = prompt.name in counted
+            add_row(path, runs.row(prompt, name, flops=runs.cloud.counts))
             print(prompt.name, name, flush=True)
     rows = summarise(read_rows(path), seed=options.seed)
     settings = {name: value for name, value in asdict(options).items() if name != "text_folder"}
-    report = {"settings": settings, "exits": said_of(options.exits), "rows": rows, "environment": environment("cpu")}
+    facts = {"command": command(), "settings": settings, "exits": said_of(options.exits)}
+    report = facts | {"rows": rows, "environment": environment("cpu")}
     write_json(folder / "cloud.json", report)
     print(markdown_table(rows))
 

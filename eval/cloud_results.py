@@ -21,9 +21,10 @@ _TOKENS = [
 def cloud_tokens(report: dict) -> str:
     note = (
         "`differing`: answers that differ from the whole model's; `differing_far`: where its two best logits were 1e-4 apart or more\n"
-        "there, `gap`: median of that distance. `payload`: bytes of an answer. FLOPs (counted) in parts of the whole model's.\n"
+        "there, `gap`: median of that distance. `payload`: bytes of an answer. FLOPs, counted on `flops_prompts` of each set, in parts\n"
+        "of the whole model's.\n"
     )
-    table = markdown_table(report["rows"], [*_TOKENS, "payload", "cloud_flops", "edge_flops"])
+    table = markdown_table(report["rows"], [*_TOKENS, "payload", "cloud_flops", "edge_flops", "flops_prompts"])
     return "\n".join([table, note, f"Exits: {report['exits']}.\n"])
 
 

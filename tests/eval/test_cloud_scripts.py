@@ -106,6 +106,31 @@ def test_tokens_bytes_and_flops_beside_the_whole_model(folder: Path, monkeypatch
         cloud.candidate("often", "margin", EXITS)
 
 
+def test_flops_are_counted_on_the_first_prompts_of_each_set():
+    names = [prompt("alpaca", 3), prompt("truthfulqa", 1), prompt("alpaca", 5)]
+    assert cloud.first_of_each(names, 1) == {"alpaca/test/3", "truthfulqa/test/1"}
+    assert len(cloud.first_of_each(names, None)) == 3
+    row = {
+        "candidate": "full",
+        "text": "a b",
+        "reference": "a b",
+        "tokens": [1, 2],
+        "gaps": [0.1, 0.1],
+        "prompt_tokens": 2,
+    }
+    some = [row | {"prompt": "alpaca/test/0", "cloud_flops": 8, "edge_flops": 0}]
+    some += [row | {"prompt": "alpaca/test/1", "cloud_flops": None, "edge_flops": None}]
+    some += [one | {"candidate": "alone"} for one in some]
+    some[2] |= {"edge_flops": 2, "cloud_flops": 0}
+    alone, full = cloud.summarise(some, seed=0)
+    assert (alone["flops_prompts"], alone["edge_flops"], alone["cloud_flops"], alone["prompts"]) == (1, 0.25, 0, 2)
+    assert (full["cloud_flops"], full["edge_flops"]) == (1, 0)
+
+
+def prompt(name: str, place: int) -> cloud.Prompt:
+    return cloud.Prompt(f"{name}/test/{place}", "text", "reference")
+
+
 def test_where_an_answer_first_differs():
     assert cloud.first_difference([1, 2], [1, 2], [0.1, 0.2]) is None
     assert cloud.first_difference([1, 3, 5], [1, 2, 4], [0.1, 0.2, 0.3]) == (1, 0.2)
