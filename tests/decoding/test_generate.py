@@ -296,6 +296,8 @@ def test_a_policy_fitted_for_another_model_is_refused():
 def test_the_policy_must_be_given():
     with pytest.raises(TypeError, match="exit_policy"):
         model_named("llama").generate(**prompts(), custom_generate=early_exit_generate)
+    with pytest.raises(ValueError, match="exit_policy=None, expected a Policy"):
+        generate(model_named("llama"), None)  # type: ignore[arg-type]
 
 
 def test_depths_for_another_number_of_requests_are_refused():
