@@ -20,10 +20,12 @@ from language import (
     prompts,
     recorded,
 )
+from transformers import DynamicCache
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
+from ee_diffusion.decoding.deferred import DeferredAttachment
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import SharedTail
 from ee_diffusion.decoding.methods import calm, skipdecode
@@ -81,6 +83,17 @@ def test_batch_mates_do_not_matter_nor_ends(score: str):
         stop = int(places[0]) + 1 if len(places) else TOKENS
         assert torch.equal(short[row, :stop], whole[:stop])
         assert not short[row, stop:].any(), "padding after the end"
+
+
+def test_saturation_looks_at_the_layer_before_and_positions_need_no_ids():
+    out = deferred("llama", splitting("llama", "saturation"))
+    expected = recorded("llama", "saturation").scores[0, EXITS.index(DEPTH)]  # of the same states: nobody has left yet
+    torch.testing.assert_close(out.trace.scores[0, 0], expected)
+    cache, ids = DynamicCache(), torch.zeros(2, 1, dtype=torch.int64)
+    cache.update(torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8), 0)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert DeferredAttachment._place(None, mask, cache, ids).tolist() == [[2], [4]]
+    assert DeferredAttachment._place(None, None, cache, ids).tolist() == [[4], [4]]
 
 
 def test_upper_layers_run_once_for_each_position_and_only_when_needed():
