@@ -187,6 +187,30 @@ def test_the_cloud_refuses_and_lives_on():
     assert LIMITS.sessions == 80
 
 
+def test_what_is_held_is_counted_to_the_last_session_position_and_second():
+    now, one = [0.0], torch.zeros(1, 32)
+    cloud = manager(limits=Limits(2, 2, 10**8, 10**6, 10.0), clock=lambda: now[0])
+    assert cloud.positions_limit == 64  # the model has no more
+    mine, other = cloud.open("a"), cloud.open("b")
+    with pytest.raises(Refused, match="2 sessions are open, 0 of them"):
+        cloud.open("c")
+    for wrong in (-1, 64):
+        with pytest.raises(Refused, match=r"expected within 0\.\.63"):
+            cloud.ready("a", mine, wrong)
+    assert cloud.upload("a", mine, 0, hidden=one.expand(3, -1)) == 3
+    cloud.answer([("a", mine, 1)])
+    assert cloud.upload("a", mine, 1, hidden=one.expand(3, -1)) == 1  # one was processed, one waits, one is new
+    assert cloud.bytes == 4 * cloud.bytes_per_position
+    now[0] = 10.0
+    assert not cloud.ready("a", mine, 63)  # used now, the other one not since it was opened
+    assert len(cloud.sessions) == 2
+    now[0] = 10.1
+    assert cloud.expire() == 1
+    assert other not in cloud.sessions
+    now[0] = 20.0
+    assert cloud.expire() == 0
+
+
 class Failing(LocalTransport):
     """Fails at chosen calls: (method, number of the call)."""
 
