@@ -260,6 +260,15 @@ def test_a_wrong_cloud_leaves_the_edge_to_itself():
     assert len(out.losses) == TOKENS
 
 
+def test_the_edges_own_token_is_its_second_exits_whatever_the_policy_looks_at():
+    both, first = (
+        edge().generate(prompt(0), Policy(Threshold(1.0, "max_probability"), exits=exits), max_new_tokens=TOKENS)
+        for exits in (EXITS, EXITS[:1])
+    )
+    assert first.sources == both.sources == ["own"] * TOKENS
+    assert torch.equal(first.sequences, both.sequences)
+
+
 def test_a_client_serves_one_generation():
     """Its states are sent again after a loss: those of another text among them would give its tokens."""
     with client() as cloud:
