@@ -94,6 +94,9 @@ def test_encodings(kind: str, size: int):
             decode(wrong, 5, 32, kind=kind)
     with pytest.raises(ValueError, match="NaN"):
         encode(hidden * torch.nan, kind=kind)
+    with pytest.raises(ValueError, match="0 positions"):
+        decode(b"", 0, 32, kind=kind)
+    assert not decode(encode(torch.zeros(2, 32), kind=kind), 2, 32, kind=kind).any()
 
 
 def test_float16_overflow_offers_another_encoding():
@@ -267,6 +270,13 @@ def test_the_edges_own_token_is_its_second_exits_whatever_the_policy_looks_at():
     )
     assert first.sources == both.sources == ["own"] * TOKENS
     assert torch.equal(first.sequences, both.sequences)
+
+
+def test_the_edge_ends_with_the_end_of_text():
+    own = edge().generate(prompt(0), Policy(), max_new_tokens=TOKENS).sequences[0, prompt(0).shape[1] :].tolist()
+    out = edge().generate(prompt(0), Policy(), max_new_tokens=TOKENS, eos_token_id=own[2])
+    assert out.sequences[0, prompt(0).shape[1] :].tolist() == own[: own.index(own[2]) + 1]
+    assert len(out.sources) == len(out.times) == own.index(own[2]) + 1 < TOKENS
 
 
 def test_a_client_serves_one_generation():
