@@ -12,6 +12,7 @@ Rows are kept in rows.jsonl; a stopped run goes on. Writes cloud.json. Seconds: 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -168,7 +169,9 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Append a row at once."""
+    """Append a row at once, in the place of a line that a stop cut short."""
+    if path.is_file() and not (text := path.read_bytes()).endswith(b"\n"):
+        os.truncate(path, text.rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from ee_diffusion.core.schedules import FullDepth
 from ee_diffusion.core.session import Session
 from ee_diffusion.decoding.families import layers_of
 
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 FROZEN = "waiting positions go through the upper layers together, for all sequences"
 
 
@@ -41,6 +43,8 @@ class DeferredAttachment:
         self.recomputed: list[int] = []
         self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
         self._waiting: list[Tensor] = []  # K states (R, 1, D) at the exit
+        self._places: list[Tensor] = []  # their positions (R, 1)
+        self._cache: DynamicCache | None = None
         self._states: dict[str, Tensor] = {}  # of the present position, before and after the last layer below the exit
         self._absent: Tensor | None = None
         self._armed, self._part = False, "all"
@@ -55,6 +59,13 @@ class DeferredAttachment:
     def __exit__(self, *exception) -> None:
         while self._interceptions:
             self._interceptions.pop().restore()
+        if (
+            self._cache is not None
+        ):  # positions that still wait are in the lower layers alone: whoever goes on reads them again
+            known = self._cache.get_seq_length(self.depth)
+            for layer in self._cache.layers[: self.depth]:
+                if layer.get_seq_length() > known:
+                    layer.crop(known - layer.get_seq_length())
 
     def begin(self, absent: Tensor) -> None:
         """The next forward is a step of the session; `absent` (R,) bool: sequences that have ended."""
@@ -68,11 +79,12 @@ class DeferredAttachment:
         step = self.session.step(index, float(index), absent=self._absent)
         lane = Lane(step, self.heads, {})
         ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs["past_key_values"]
-        places = self._positions(mask, cache, ids)  # (R, N)
+        self._cache, place = cache, self._place(kwargs.get("position_ids"), mask, cache, ids)  # (R, 1)
         given = {"attention_mask": mask, "use_cache": True}
         self._part = "lower"
-        self.model.base_model(ids, position_ids=places[:, -1:], past_key_values=cache, **given)
+        self.model.base_model(ids, position_ids=place, past_key_values=cache, **given)
         self._waiting.append(self._states["now"])
+        self._places.append(place)
         for layer in range(self.depth):
             step.executed(layer)
         lane.context["previous"] = lane.running(self._states["before"])
@@ -81,7 +93,7 @@ class DeferredAttachment:
             count = len(self._waiting)
             dummies = ids[:, -1:].expand(-1, count)  # (R, K); their states are known
             self._part = "upper"
-            positions = {"position_ids": places[:, -count:], "past_key_values": self._upper(cache)}
+            positions = {"position_ids": torch.cat(self._places, dim=1), "past_key_values": self._upper(cache)}
             logits = original(dummies, logits_to_keep=1, **positions, **given).logits[:, -1]  # (R, V)
             logits = lane.put_back(lane.running(logits))
             for layer in range(self.depth, len(self.layers)):
@@ -92,7 +104,7 @@ class DeferredAttachment:
             logits = self._states["now"].new_zeros(len(ids), self.model.get_output_embeddings().weight.shape[0])
         self.recomputed.append((len(self._waiting) - 1) * len(ids) if len(staying) else 0)
         if len(staying):
-            self._waiting = []
+            self._waiting, self._places = [], []
         self._part = "all"
         step.close()
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
@@ -119,15 +131,23 @@ class DeferredAttachment:
         return upper
 
     @staticmethod
-    def _positions(mask: Tensor | None, cache: DynamicCache, ids: Tensor) -> Tensor:
-        """(R, N) position of each place."""
+    def _place(given: Tensor | None, mask: Tensor | None, cache: DynamicCache, ids: Tensor) -> Tensor:
+        """(R, 1) position of the token that is read."""
+        if given is not None:
+            return given[:, -1:].expand(len(ids), -1)
         if mask is not None:
-            return (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return torch.arange(cache.get_seq_length() + 1, device=ids.device).expand(len(ids), -1)
+            return (mask.long().sum(-1, keepdim=True) - 1).clamp(min=0)
+        return torch.full_like(ids[:, -1:], cache.get_seq_length())
 
 
-def check_deferrable(policy: Policy, depths: tuple[int, ...]) -> None:
-    """Raise ValueError unless a policy has a criterion, every layer in its schedule, and one exit above depth 0."""
+def check_deferrable(policy: Policy, depths: tuple[int, ...], model_kwargs: Mapping[str, object]) -> None:
+    """Raise ValueError unless a policy has a criterion, every layer in its schedule, and one exit above depth 0, and the model gets
+    nothing but what is handed on to both halves."""
+    unknown = sorted(name for name, value in model_kwargs.items() if name not in _KNOWN and value is not None)
+    if unknown:
+        raise ValueError(
+            f"exit_missing='recompute' with arguments {unknown} of the model, expected none but {sorted(_KNOWN)}"
+        )
     exits = depths if policy.exits is None else policy.exits
     if policy.criterion is None or not isinstance(policy.schedule, FullDepth) or len(exits) != 1 or exits[0] < 1:
         raise ValueError(

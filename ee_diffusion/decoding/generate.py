@@ -87,7 +87,8 @@ def early_exit_generate(
         exit_policy: what may run and when to stop. Off (`Policy()`): transformers' own loop, bit for bit.
         exit_heads: exits; None: the model's own tail at the policy's depths.
         exit_missing: keys and values of layers that a token did not run. "propagate": from the state it left with; "recompute": exact,
-            tokens that left wait until one goes on and take the upper layers with it (deferred.py; one exit).
+            tokens that left wait until one goes on and take the upper layers with it (deferred.py; one exit). The cache holds what all
+            layers have read: without the tokens that wait at the end.
         exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
         The rest is prepared by `generate`.
 
@@ -117,7 +118,7 @@ def early_exit_generate(
     heads.check_fits(model)
     attach, frozen = DecodeAttachment, ""
     if exit_missing == "recompute":
-        check_deferrable(exit_policy, heads.depths)
+        check_deferrable(exit_policy, heads.depths, model_kwargs)
         attach, frozen = DeferredAttachment, FROZEN
     session = exit_policy.start(
         len(layers_of(model)),
@@ -155,12 +156,15 @@ def default_heads(model: PreTrainedModel, policy: Policy, *, num_steps: int) -> 
     return SharedTail(model, tuple(sorted(depths)))
 
 
-def check_made_for(model: PreTrainedModel, policy: Policy) -> None:
-    """Raise ValueError if the policy was made for another model, or for something that is no language model."""
+def check_made_for(model: PreTrainedModel, policy: Policy, *, part_of: str | None = None) -> None:
+    """Raise ValueError for what is no policy, or one that was made for another model or for something that is no language model.
+    `part_of`: the whole model's fingerprint, where `model` is a part of it."""
+    if not isinstance(policy, Policy):
+        raise ValueError(f"exit_policy={policy!r}, expected a Policy")
     for name, value in policy.made_for:
         if name != "model":
             raise ValueError(f"the policy was made for {name}={value!r}, expected a policy for a causal language model")
-        if value != (came := fingerprint_of(model)):
+        if value != (came := part_of or fingerprint_of(model)):
             raise ValueError(
                 f"the policy was made for another model, {value}; this one is {came} (fingerprints of the weights)"
             )

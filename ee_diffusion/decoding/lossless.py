@@ -148,6 +148,12 @@ class Sequences:
         scores = self.processors(ids, logits.float().expand(len(self.ids), -1).clone())  # (R, V)
         return scores[sequence].argmax(-1, keepdim=True)
 
+    def ahead(self, count: int, max_length: int) -> Tensor:
+        """(r, K) how far the drafted positions are from the next one: no further than what a sequence may still read, since the model may
+        have no positions beyond (such drafts are never kept)."""
+        room = torch.tensor([max_length - len(self.ids[sequence]) for sequence in self.going])  # (r,)
+        return torch.arange(count).minimum(room[:, None] - 1)
+
     def padded(self, pad: int) -> Tensor:
         """(R, n) all sequences, padded on the right."""
         return torch.nn.utils.rnn.pad_sequence(self.ids, batch_first=True, padding_value=pad)
@@ -171,10 +177,11 @@ def lossless_generate(
     Each cycle adds 1 to `draft_tokens` tokens to every sequence, whatever its batch-mates do. To be handed to `model.generate` as
     `custom_generate`. Tokens are those of greedy search up to rounding: a position that is verified beside others may differ in the
     last bits, which shows where the two best tokens are that close. `exit_heads`: what drafts at `exit_depth`, None: the model's own tail.
-    `exit_streamer`: for one sequence; gets prompt and tokens.
+    `exit_streamer`: for one sequence; gets prompt and tokens. A cache that was passed is of use afterwards for one sequence alone: those of
+    a batch have holes.
 
     Raises:
-        ValueError: sampling, beams or assistants; exit_depth outside 1..L-1, or without an exit among the heads;
+        ValueError: sampling, beams, assistants or guidance; exit_depth outside 1..L-1, or without an exit among the heads;
             draft_tokens below 2; a cache that is not empty or not a DynamicCache; scores, logits, attentions or hidden states asked
             for; arguments of the model that are not known here.
     """
@@ -192,7 +199,7 @@ def lossless_generate(
     if exit_depth not in heads.depths:
         raise ValueError(f"exit_depth={exit_depth}, the exit heads are at depths {heads.depths}")
     with Sections(model, exit_depth, heads) as sections:
-        _decode(sections, sequences, input_ids, model_kwargs, draft_tokens)
+        _decode(sections, sequences, input_ids, model_kwargs, draft_tokens, generation_config.max_length)
     if exit_streamer is not None:
         exit_streamer.end()
     pad = generation_config._pad_token_tensor
@@ -203,12 +210,20 @@ def lossless_generate(
     return LosslessOutput(sequences=ids, verified=verified, drafted=drafted, accepted=accepted)
 
 
-def _decode(sections: Sections, sequences: Sequences, input_ids: Tensor, model_kwargs: dict, draft_tokens: int) -> None:
+def _decode(
+    sections: Sections,
+    sequences: Sequences,
+    input_ids: Tensor,
+    model_kwargs: dict,
+    draft_tokens: int,
+    max_length: int,
+) -> None:
     """The prompt at full depth, then cycles until every sequence has ended."""
     model, cache = sections.model, model_kwargs["past_key_values"]
     given = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if given is None else given.long()  # (R, N)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    positions = model_kwargs.get("position_ids")
+    positions = (mask.cumsum(-1) - 1).clamp(min=0) if positions is None else positions.expand(len(mask), -1)  # (R, N)
     logits = model(
         input_ids, attention_mask=given, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     ).logits
@@ -222,7 +237,7 @@ def _decode(sections: Sections, sequences: Sequences, input_ids: Tensor, model_k
             torch.stack([sequences.ids[row][-1:] for row in sequences.going]),
         )  # (r, 1)
         mask = torch.cat([mask, mask.new_ones(len(tokens), draft_tokens)], dim=1)  # (r, N + K)
-        places = next_position + torch.arange(draft_tokens, device=mask.device)  # (r, K)
+        places = next_position + sequences.ahead(draft_tokens, max_length).to(mask.device)  # (r, K)
         for k in range(draft_tokens):
             seen = mask[:, : mask.shape[1] - draft_tokens + k + 1]
             sections.draft(tokens[:, -1:], mask=seen, positions=places[:, k : k + 1], cache=cache)
@@ -256,13 +271,15 @@ def _check(
         raise ValueError(
             f"generation mode {mode.value!r}, expected greedy search (do_sample=False, num_beams=1, no assistant)"
         )
-    if not 1 <= exit_depth < num_layers:
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
+    if not isinstance(exit_depth, int) or not 1 <= exit_depth < num_layers:
         raise ValueError(
             f"exit_depth={exit_depth}, expected within 1..{num_layers - 1}: the model has {num_layers} layers"
         )
-    if draft_tokens < 2:
+    if not isinstance(draft_tokens, int) or draft_tokens < 2:
         raise ValueError(
-            f"draft_tokens={draft_tokens}, expected at least 2: the last position of a cycle is only verified"
+            f"draft_tokens={draft_tokens}, expected a whole number, at least 2: the last position of a cycle is only verified"
         )
     if config.output_scores or config.output_logits or config.output_attentions or config.output_hidden_states:
         raise ValueError(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from language import LAYERS, LENGTHS, MODELS, TOKENS, alone, generate, model_named, plain, policy_named, prompts, run
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
@@ -109,6 +109,12 @@ def test_other_caches_are_refused():
     for wrong in (None, "cache"):
         with pytest.raises(ValueError, match="expected a DynamicCache"):
             check_cache(wrong)
+    windowed = DynamicCache(config=MistralConfig(sliding_window=8, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="no sliding window"):
+        check_cache(windowed)
+    sliding.offloading = True
+    with pytest.raises(ValueError, match="without offloading"):
+        check_cache(sliding)
 
 
 def test_full_depth_by_schedule_is_the_model():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from language import model_named
@@ -10,10 +13,14 @@ from split_parts import EXITS, LIMITS, TOKENS, client, edge, manager, parts, pro
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
+from ee_diffusion.decoding.cloud import client as client_module
 from ee_diffusion.decoding.cloud.client import CloudLost, LocalTransport
-from ee_diffusion.decoding.cloud.context import Limits, Refused
+from ee_diffusion.decoding.cloud.context import ContextManager, Limits, Refused
+from ee_diffusion.decoding.cloud.edge import Edge
 from ee_diffusion.decoding.cloud.encoding import decode, encode, payload_bytes
 from ee_diffusion.decoding.cloud.split import split_model
+from ee_diffusion.decoding.heads import LearnedExits, SharedTail
+from ee_diffusion.decoding.methods import skipdecode
 
 
 def unsure(threshold: float = 1.0) -> Policy:
@@ -87,12 +94,33 @@ def test_encodings(kind: str, size: int):
             decode(wrong, 5, 32, kind=kind)
     with pytest.raises(ValueError, match="NaN"):
         encode(hidden * torch.nan, kind=kind)
+    with pytest.raises(ValueError, match="0 positions"):
+        decode(b"", 0, 32, kind=kind)
+    assert not decode(encode(torch.zeros(2, 32), kind=kind), 2, 32, kind=kind).any()
 
 
 def test_float16_overflow_offers_another_encoding():
     with pytest.raises(ValueError, match="use bfloat16"):
         encode(torch.full((1, 4), 1e5), kind="float16")
     assert torch.isfinite(decode(encode(torch.full((1, 4), 1e5), kind="int8"), 1, 4, kind="int8")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_overflows_in_the_cloud_is_refused(dtype: torch.dtype):
+    """Finite on the wire, but not in the cloud's precision, or not after its layers: no token is made up of that."""
+    cloud = ContextManager(copy.deepcopy(parts("llama")[1][0]).to(dtype), parts("llama")[1][1], limits=LIMITS)
+    session, large = cloud.open("a"), torch.full((1, 32), 1e38)
+    if dtype is torch.float16:
+        with pytest.raises(Refused, match=r"infinity in torch\.float16"):
+            cloud.upload("a", session, 0, hidden=large)
+        assert cloud.bytes == 0
+        large = torch.full((1, 32), 6e4)
+    cloud.upload("a", session, 0, hidden=large)
+    with torch.no_grad():
+        cloud.model.get_output_embeddings().weight[0, 0] = torch.nan
+    (answer,) = cloud.answer([("a", session, 0)])
+    assert isinstance(answer, Refused)
+    assert "logits" in str(answer)
 
 
 def states(row: int) -> torch.Tensor:
@@ -162,6 +190,30 @@ def test_the_cloud_refuses_and_lives_on():
     assert LIMITS.sessions == 80
 
 
+def test_what_is_held_is_counted_to_the_last_session_position_and_second():
+    now, one = [0.0], torch.zeros(1, 32)
+    cloud = manager(limits=Limits(2, 2, 10**8, 10**6, 10.0), clock=lambda: now[0])
+    assert cloud.positions_limit == 64  # the model has no more
+    mine, other = cloud.open("a"), cloud.open("b")
+    with pytest.raises(Refused, match="2 sessions are open, 0 of them"):
+        cloud.open("c")
+    for wrong in (-1, 64):
+        with pytest.raises(Refused, match=r"expected within 0\.\.63"):
+            cloud.ready("a", mine, wrong)
+    assert cloud.upload("a", mine, 0, hidden=one.expand(3, -1)) == 3
+    cloud.answer([("a", mine, 1)])
+    assert cloud.upload("a", mine, 1, hidden=one.expand(3, -1)) == 1  # one was processed, one waits, one is new
+    assert cloud.bytes == 4 * cloud.bytes_per_position
+    now[0] = 10.0
+    assert not cloud.ready("a", mine, 63)  # used now, the other one not since it was opened
+    assert len(cloud.sessions) == 2
+    now[0] = 10.1
+    assert cloud.expire() == 1
+    assert other not in cloud.sessions
+    now[0] = 20.0
+    assert cloud.expire() == 0
+
+
 class Failing(LocalTransport):
     """Fails at chosen calls: (method, number of the call)."""
 
@@ -209,3 +261,51 @@ def test_a_wrong_cloud_leaves_the_edge_to_itself():
     assert torch.equal(out.sequences, own.sequences)
     assert all("wrong" in reason for _, reason in out.losses)
     assert len(out.losses) == TOKENS
+
+
+def test_the_edges_own_token_is_its_second_exits_whatever_the_policy_looks_at():
+    both, first = (
+        edge().generate(prompt(0), Policy(Threshold(1.0, "max_probability"), exits=exits), max_new_tokens=TOKENS)
+        for exits in (EXITS, EXITS[:1])
+    )
+    assert first.sources == both.sources == ["own"] * TOKENS
+    assert torch.equal(first.sequences, both.sequences)
+
+
+def test_the_edge_ends_with_the_end_of_text():
+    own = edge().generate(prompt(0), Policy(), max_new_tokens=TOKENS).sequences[0, prompt(0).shape[1] :].tolist()
+    out = edge().generate(prompt(0), Policy(), max_new_tokens=TOKENS, eos_token_id=own[2])
+    assert out.sequences[0, prompt(0).shape[1] :].tolist() == own[: own.index(own[2]) + 1]
+    assert len(out.sources) == len(out.times) == own.index(own[2]) + 1 < TOKENS
+
+
+def test_a_client_serves_one_generation():
+    """Its states are sent again after a loss: those of another text among them would give its tokens."""
+    with client() as cloud:
+        edge().generate(prompt(0), Policy(), cloud, max_new_tokens=2)
+        with pytest.raises(ValueError, match="one client for each generation"):
+            edge().generate(prompt(1), Policy(), cloud, max_new_tokens=2)
+
+
+def test_a_long_prompt_goes_in_several_messages(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(client_module, "LARGEST", 3 * 4 * 32 + 5)
+    transport = Failing(set())
+    with client(transport) as cloud:
+        out = edge().generate(prompt(0), Policy(), cloud, max_new_tokens=TOKENS)
+    assert tuple(out.sequences[0].tolist()) == whole(0)
+    assert transport.calls["upload"] == 3 + TOKENS - 1  # seven positions, three at a time
+    assert out.payload == payload_bytes(prompt(0).shape[1] + TOKENS - 1, 32, kind="float32")
+
+
+def test_what_does_not_belong_to_the_edge_is_refused():
+    (model, part), policy = parts("llama")[0], unsure(0.5)
+    for heads in (SharedTail(model_named("llama"), EXITS), LearnedExits(EXITS, 32)):
+        with pytest.raises(ValueError, match=r"another|bind"):
+            Edge(model, part, heads=heads)
+    other = dataclasses.replace(policy, made_for=(("model", "0" * 16),))
+    own = dataclasses.replace(policy, made_for=(("model", part.fingerprint),))
+    for wrong in (other, skipdecode(warm_up=1, least=2, most=5, horizon=5), None):
+        with pytest.raises(ValueError, match=r"another model|leaves out layers|expected a Policy"):
+            edge().generate(prompt(0), wrong, max_new_tokens=2)
+    fine = [edge().generate(prompt(0), one, max_new_tokens=2).sources for one in (own, policy)]
+    assert fine[0] == fine[1]

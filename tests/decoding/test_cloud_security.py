@@ -61,7 +61,15 @@ def test_the_file_of_tokens(tmp_path: Path):
         said = [tokens.owner(token) for token in ("plain", "dated", "elsewhere", "for good")]
         assert "".join(owner for owner in said if owner) == known
     assert [tokens.owner(token) for token in ("", "Plain", "plain ", "plainx")] == [None] * 4
-    for wrong in ({}, {"": "a"}, {"x": 1}, {"x": {"client": "a", "until": "2027"}}, {"x": {"expires": None}}, ["x"]):
+    for wrong in (
+        {},
+        {"": "a"},
+        {"x": 1},
+        {"x": {"client": "a", "until": "2027"}},
+        {"x": {"expires": None}},
+        {"x": {"client": "a", "expires": 5}},
+        ["x"],
+    ):
         path.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=r"expected|with something else") as error:
             Tokens.read(path)

@@ -20,10 +20,13 @@ from language import (
     prompts,
     recorded,
 )
+from transformers import DynamicCache
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
+from ee_diffusion.decoding.deferred import DeferredAttachment
+from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import SharedTail
 from ee_diffusion.decoding.methods import calm, skipdecode
 
@@ -82,6 +85,17 @@ def test_batch_mates_do_not_matter_nor_ends(score: str):
         assert not short[row, stop:].any(), "padding after the end"
 
 
+def test_saturation_looks_at_the_layer_before_and_positions_need_no_ids():
+    out = deferred("llama", splitting("llama", "saturation"))
+    expected = recorded("llama", "saturation").scores[0, EXITS.index(DEPTH)]  # of the same states: nobody has left yet
+    torch.testing.assert_close(out.trace.scores[0, 0], expected)
+    cache, ids = DynamicCache(), torch.zeros(2, 1, dtype=torch.int64)
+    cache.update(torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8), 0)
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    assert DeferredAttachment._place(None, mask, cache, ids).tolist() == [[2], [4]]
+    assert DeferredAttachment._place(None, None, cache, ids).tolist() == [[4], [4]]
+
+
 def test_upper_layers_run_once_for_each_position_and_only_when_needed():
     model, policy, counts = model_named("llama"), splitting("llama"), [0] * LAYERS
     handles = [
@@ -105,6 +119,32 @@ def test_upper_layers_run_once_for_each_position_and_only_when_needed():
     ran = out.trace.ran.sum((0, 1)) + torch.tensor([0] * DEPTH + [int(out.recomputed.sum())] * (LAYERS - DEPTH))
     assert (ran + prompt).tolist() == counts
     assert out.trace.frozen
+
+
+def test_a_cache_whose_last_tokens_wait_can_be_used_again():
+    """Those that wait at the end are in no layer of the cache: another generation reads them again, with or without exits."""
+    model, always = model_named("llama"), Policy(Threshold(0.0, "max_probability"), exits=(DEPTH,))
+    more = {"max_new_tokens": 3, "eos_token_id": None, "do_sample": False}
+    for go_on in (
+        {},
+        {"custom_generate": early_exit_generate, "exit_policy": Policy(Threshold(1.0, "margin"), exits=(2,))},
+    ):
+        out = deferred("llama", always, alone(0))
+        assert {layer.get_seq_length() for layer in out.past_key_values.layers} == {LENGTHS[0]}
+        again = model.generate(out.sequences, past_key_values=out.past_key_values, **more | go_on)
+        assert torch.equal(again, model.generate(out.sequences, **more))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_positions_are_those_of_the_caller(name: str):
+    model, inputs = model_named(name), alone(0) | {"position_ids": 3 * torch.arange(LENGTHS[0])[None]}
+    never = Policy(Threshold(1.0, "margin"), exits=(DEPTH,))
+    stock = generate(model, Policy(), inputs)
+    assert not torch.equal(stock.sequences, generate(model, Policy(), alone(0)).sequences)
+    assert torch.equal(deferred(name, never, inputs).sequences, stock.sequences)
+    other = torch.zeros_like(inputs["input_ids"])
+    with pytest.raises(ValueError, match=r"arguments \['token_type_ids'\]"):
+        deferred("gpt2", never, alone(0) | {"token_type_ids": other})
 
 
 def test_nobody_leaving_is_the_model_and_the_model_is_restored():

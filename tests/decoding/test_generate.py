@@ -164,7 +164,8 @@ def test_skipped_work_is_not_executed(name: str, policy: str):
         module.register_forward_pre_hook(counting(layer)) for layer, module in enumerate(running_modules(model))
     ]
     try:
-        trace = generate(model, rule).trace
+        out = generate(model, rule)
+        trace = out.trace
     finally:
         for handle in handles:
             handle.remove()
@@ -172,6 +173,9 @@ def test_skipped_work_is_not_executed(name: str, policy: str):
     assert torch.equal(counts[1:], trace.ran.sum(1))
     assert torch.equal(trace.ran.bool(), trace.needed)
     assert trace.report().mean_executed < LAYERS
+    written = out.propagated + trace.ran.sum(1)  # (S, L): a layer knows every row of a step, or none: it was dropped
+    assert ((written == len(LENGTHS)) | (written == 0)).all()
+    assert (written[:, 0] == len(LENGTHS)).all()
 
 
 def test_heads_are_evaluated_where_needed():
@@ -296,6 +300,8 @@ def test_a_policy_fitted_for_another_model_is_refused():
 def test_the_policy_must_be_given():
     with pytest.raises(TypeError, match="exit_policy"):
         model_named("llama").generate(**prompts(), custom_generate=early_exit_generate)
+    with pytest.raises(ValueError, match="exit_policy=None, expected a Policy"):
+        generate(model_named("llama"), None)  # type: ignore[arg-type]
 
 
 def test_depths_for_another_number_of_requests_are_refused():

@@ -51,6 +51,23 @@ def test_for_every_depth_and_length_of_draft(exit_depth: int, draft_tokens: int)
     assert (out.verified + out.accepted == LONGER - 1).all()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama"])
+def test_no_draft_is_beyond_the_models_positions(name: str):
+    """Prompts that end where the model's positions do: drafts of the last cycles would be at positions that it does not have."""
+    model, ids = model_named(name), torch.randint(2, 61, (2, 59))
+    inputs = {"input_ids": ids, "attention_mask": torch.stack([torch.ones(59), torch.arange(59) >= 3]).long()}
+    out = lossless(model, inputs, draft_tokens=5, max_new_tokens=5)
+    assert torch.equal(out.sequences, plain(model, inputs, max_new_tokens=5).sequences)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_positions_are_those_of_the_caller(name: str):
+    model, inputs = model_named(name), alone(0) | {"position_ids": 3 * torch.arange(LENGTHS[0])[None]}
+    stock = plain(model, inputs).sequences
+    assert not torch.equal(stock, plain(model, alone(0)).sequences)
+    assert torch.equal(lossless(model, inputs).sequences, stock)
+
+
 def test_exit_heads_draft():
     """Adapters change what is drafted, never what is said; heads that are not at the exit are refused."""
     model = well_drafted()
@@ -127,6 +144,9 @@ def test_the_model_is_restored_and_the_streamer_hears_it():
         ({"exit_depth": 0}, "within 1..5"),
         ({"exit_depth": LAYERS}, "within 1..5"),
         ({"draft_tokens": 1}, "at least 2"),
+        ({"draft_tokens": None}, "at least 2"),
+        ({"exit_depth": 2.0}, "within 1..5"),
+        ({"guidance_scale": 1.5}, "guidance"),
         ({"do_sample": True}, "expected greedy search"),
         ({"num_beams": 2}, "expected greedy search"),
         ({"output_logits": True}, "output_logits"),

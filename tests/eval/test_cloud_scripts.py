@@ -131,6 +131,17 @@ def prompt(name: str, place: int) -> cloud.Prompt:
     return cloud.Prompt(f"{name}/test/{place}", "text", "reference")
 
 
+@pytest.mark.parametrize("cut", ["", '{"prompt": "b", "te', '{"kept": 1}\n', '{"kept": 1}\n{"prompt": "b"'])
+def test_a_line_that_was_cut_short_is_made_again(tmp_path: Path, cut: str):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(cut)
+    kept = cloud.read_rows(path)
+    assert kept == [{"kept": 1}] * cut.count("\n")
+    for row in ({"prompt": "b"}, {"prompt": "c"}):
+        cloud.add_row(path, row)
+    assert cloud.read_rows(path) == [*kept, {"prompt": "b"}, {"prompt": "c"}]
+
+
 def test_where_an_answer_first_differs():
     assert cloud.first_difference([1, 2], [1, 2], [0.1, 0.2]) is None
     assert cloud.first_difference([1, 3, 5], [1, 2, 4], [0.1, 0.2, 0.3]) == (1, 0.2)

@@ -18,7 +18,9 @@ from typing import Protocol
 from torch import Tensor
 
 from ee_diffusion.decoding.cloud.context import ContextManager, Refused
-from ee_diffusion.decoding.cloud.encoding import decode, encode
+from ee_diffusion.decoding.cloud.encoding import decode, encode, payload_bytes
+
+LARGEST = 2**21  # bytes of states in one message: a long prompt goes in several, below what servers take
 
 
 class CloudLost(Exception):
@@ -118,6 +120,7 @@ class CloudClient:
         self.transport, self.kind, self.deadline, self.retry_after = transport, kind, deadline, retry_after
         self.clock, self.payload = clock, 0
         self._kept: list[Upload] = []
+        self._taken = 0  # positions of what is kept
         self._lock = threading.Lock()  # of the session
         self._session: str | None = None
         self._lost: list[str] = []  # sessions that a living cloud may still hold
@@ -139,9 +142,15 @@ class CloudClient:
         """Take the states (N, D) of positions first.. and return; they are sent while the caller goes on.
 
         Raises:
-            ValueError: states that are not finite, or overflow the encoding.
+            ValueError: states that are not finite, or overflow the encoding; positions that do not follow those before (a second
+                generation needs a client of its own).
         """
-        self._kept.append(Upload(first, len(hidden), self.kind, encode(hidden, kind=self.kind)))
+        if first != self._taken:
+            raise ValueError(f"states from position {first} on, expected {self._taken}: one client for each generation")
+        self._taken += len(hidden)
+        for part in hidden.split(max(1, LARGEST // payload_bytes(1, hidden.shape[1], kind=self.kind))):
+            self._kept.append(Upload(first, len(part), self.kind, encode(part, kind=self.kind)))
+            first += len(part)
         if self.clock() >= self._not_before:
             self._sending = self._thread.submit(self._send)
 

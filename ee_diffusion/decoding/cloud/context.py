@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ee_diffusion.decoding.cloud.split import Part
 
+NO_TOKEN = -1
+
 
 class Refused(ValueError):
     """The cloud will not do that. `kind`: "unknown" (session), "limit", "invalid", "missing" (states that were not uploaded yet)
@@ -74,7 +76,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Made:
-    """What a pass made of a Row: keys and values per layer (1, H, n, d) of its positions, and the token after the last of them."""
+    """What a pass made of a Row: keys and values per layer (1, H, n, d) of its positions, and the token after the last of them (NO_TOKEN:
+    its logits are not finite)."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -127,11 +130,12 @@ class ContextManager:
         context = self._context(owner, session)
         if hidden.ndim != 2 or hidden.shape[1] != self.width or not hidden.is_floating_point():
             raise Refused("invalid", f"states {tuple(hidden.shape)} {hidden.dtype}, expected (N, {self.width}) floats")
+        hidden = hidden.to(self.model.device, self.model.dtype)
         if not bool(hidden.isfinite().all()):
-            raise Refused("invalid", "states hold NaN or infinity, expected finite numbers")
+            raise Refused("invalid", f"states hold NaN or infinity in {hidden.dtype}, expected finite numbers")
         if first < 0 or first + len(hidden) > self.positions_limit:
             raise Refused("limit", f"positions {first}..{first + len(hidden) - 1}, at most {self.positions_limit} fit")
-        new = {first + place: state for place, state in enumerate(hidden.to(self.model.device, self.model.dtype))}
+        new = {first + place: state for place, state in enumerate(hidden)}
         new = {at: state for at, state in new.items() if at >= context.processed and at not in context.pending}
         if self.bytes + len(new) * self.bytes_per_position > self.limits.total_bytes:
             raise Refused(
@@ -205,6 +209,8 @@ class ContextManager:
         context = row.context
         if context.epoch != row.epoch or context.processed != row.past:
             return Refused("invalid", "the session was rolled back while it was asked")
+        if made.token == NO_TOKEN:
+            return Refused("invalid", "the logits hold NaN or infinity: the states are too large")
         end = row.past + len(row.states)
         context.keys = (
             [torch.cat(pair, dim=2) for pair in zip(row.keys, made.keys, strict=True)] if row.past else made.keys
@@ -272,7 +278,8 @@ class ContextManager:
             use_cache=True,
         ).last_hidden_state  # (B, N, D)
         last = states[torch.arange(len(rows), device=device), torch.tensor(counts, device=device) - 1]  # (B, D)
-        tokens = self.model.get_output_embeddings()(last).argmax(-1).tolist()
+        logits = self.model.get_output_embeddings()(last)  # (B, V)
+        tokens = logits.argmax(-1).where(logits.isfinite().all(-1), NO_TOKEN).tolist()
         return [
             _made(cache, place, slice(longest, longest + counts[place]), token) for place, token in enumerate(tokens)
         ]

@@ -19,12 +19,14 @@ from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.cache import write_position
 from ee_diffusion.decoding.cloud.client import CloudLost, Helper
 from ee_diffusion.decoding.cloud.split import Part
 from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.generate import check_made_for
 from ee_diffusion.decoding.heads import SharedTail
 
 
@@ -60,6 +62,7 @@ class Edge:
         self.heads = SharedTail(model, part.exits) if heads is None else heads
         if tuple(self.heads.depths) != tuple(part.exits):
             raise ValueError(f"heads at depths {self.heads.depths}, expected the part's exits {part.exits}")
+        self.heads.check_fits(model)
 
     @torch.no_grad()
     def generate(
@@ -77,12 +80,17 @@ class Edge:
         from the state it left with, as in `early_exit_generate`. The cloud gets the state at e1 of every position.
 
         Raises:
-            ValueError: not one sequence of one or more tokens; a policy that does not fit the exits; NaN scores.
+            ValueError: not one sequence of one or more tokens; a policy that does not fit the exits, that was made for another model or
+                whose schedule leaves out layers below others; a cloud that is not at the first position; NaN scores.
         """
         if input_ids.ndim != 2 or len(input_ids) != 1 or input_ids.shape[1] == 0 or max_new_tokens < 1:
             raise ValueError(
                 f"input_ids {tuple(input_ids.shape)}, max_new_tokens={max_new_tokens}, expected (1, N >= 1) and at least 1"
             )
+        check_made_for(self.model, policy, part_of=self.part.fingerprint)
+        plans = policy.schedule.plans(num_steps=max_new_tokens, num_layers=self.part.num_layers)
+        if any(depth_of(plan) is None for plan in plans):
+            raise ValueError(f"the schedule {policy.schedule} leaves out layers below others, expected one that stops")
         session = policy.start(
             self.part.num_layers, self.part.exits, rows=torch.zeros(1, dtype=torch.int64), num_steps=max_new_tokens
         )

@@ -59,4 +59,6 @@ def _entry(value: object) -> Entry:
     if not isinstance(value, dict) or not isinstance(value.get("client"), str) or set(value) - {"client", "expires"}:
         raise ValueError('a token with something else than "client" or {"client": ..., "expires": ...}')
     expires = value.get("expires")
+    if not isinstance(expires, str | None):
+        raise ValueError("an expiry that is no text, expected as in 2027-01-31T12:00:00+00:00")
     return Entry(value["client"], None if expires is None else datetime.fromisoformat(expires))
