@@ -14,6 +14,7 @@ batches against each prompt alone. `--mode calibrate`: which of the policies (sa
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -87,16 +88,21 @@ def quality(decoder: Decoder, meanings: dict[str, list[str]]) -> list[dict]:
         if name == "assistant":
             continue
         parts = [_written(decoder, name, chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        tokens = torch.cat([tokens for tokens, _ in parts])
+        tokens = torch.cat([tokens for tokens, _, _ in parts])
         full = tokens if full is None else full
         scores = text_scores(decoder.texts(tokens), wanted, resamples=1000, seed=options.seed)
         same = {f"same_{key}": value for key, value in agreement(tokens, full).items()}
-        rows.append({"name": name, **scores, **same, "perplexity": sum(value for _, value in parts) / len(parts)})
+        rows.append({"name": name, **scores, **same, "perplexity": pooled([(ppl, count) for _, ppl, count in parts])})
     return rows
 
 
-def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, float]:
-    """Tokens (R, T), padded to the number that was asked for, and their perplexity under the full model."""
+def pooled(parts: list[tuple[float, int]]) -> float:
+    """The perplexity of all tokens from those of some batches and how many tokens each had."""
+    return math.exp(sum(count * math.log(value) for value, count in parts) / sum(count for _, count in parts))
+
+
+def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, float, int]:
+    """Tokens (R, T), padded to the number that was asked for, their perplexity under the full model, and how many they are."""
     inputs, pad = decoder.inputs(meanings), decoder.tokenizer.pad_token_id
     padded, out = decoder.written(name, inputs)
     width = inputs["input_ids"].shape[1]
@@ -107,7 +113,8 @@ def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, 
         logits = decoder.model(
             out.sequences, attention_mask=mask, position_ids=positions, logits_to_keep=tokens.shape[1] + 1
         ).logits[:, :-1]
-    return padded, perplexity(logits.float(), tokens.masked_fill(tokens == pad, -100))
+    targets = tokens.masked_fill(tokens == pad, -100)
+    return padded, perplexity(logits.float(), targets), int((targets >= 0).sum())
 
 
 def tables(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOptions) -> dict[str, list[dict]]:
@@ -132,6 +139,10 @@ def main() -> None:
     for name in ("model", "text", "output_dir"):
         if getattr(options, name) is None:
             raise ValueError(f"--{name} is missing")
+    if mode.mode == "tables" and options.repeats and options.max_new_tokens < 2:
+        raise ValueError(
+            f"max_new_tokens={options.max_new_tokens}, expected at least 2: the first token is the prompt's time"
+        )
     if mode.mode not in MODES:
         raise ValueError(f"mode={mode.mode!r}, expected one of {sorted(MODES)}")
     meanings, folder = read_meanings(options), Path(options.output_dir)

@@ -83,11 +83,17 @@ def test_a_shape_can_be_timed_without_its_weights(folder: Path, monkeypatch, cap
     assert report["quality"] == []
 
 
+def test_perplexity_is_of_all_tokens_whatever_the_batches():
+    assert decode.pooled([(2.0, 1), (8.0, 3)]) == pytest.approx((2 * 8**3) ** (1 / 4))
+
+
 def test_what_is_missing_or_ambiguous_is_refused(folder: Path, monkeypatch):
     with pytest.raises(ValueError, match="two policies"):
         call(monkeypatch, folder, "--policies", folder / "skip.json", folder / "skip.json")
     with pytest.raises(ValueError, match="without --exit_depth"):
         call(monkeypatch, folder, "--assistant", "true")
+    with pytest.raises(ValueError, match="max_new_tokens=1, expected at least 2"):
+        call(monkeypatch, folder, "--max_new_tokens", 1)
     (folder / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected mr and ref"):
         call(monkeypatch, folder, "--text", folder / "other.csv")
