@@ -25,7 +25,7 @@ from ee_diffusion.decoding.cache import check_cache, with_cache
 from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
-from ee_diffusion.decoding.heads import SharedTail
+from ee_diffusion.decoding.heads import SharedTail, check_heads
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -114,8 +114,8 @@ def early_exit_generate(
         return model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
     arguments |= with_cache(model, model_kwargs)
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
-    heads = exit_heads or default_heads(model, exit_policy, num_steps=num_steps)
-    heads.check_fits(model)
+    heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads
+    check_heads(model, heads)
     attach, frozen = DecodeAttachment, ""
     if exit_missing == "recompute":
         check_deferrable(exit_policy, heads.depths, model_kwargs)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ee_diffusion.core.heads import Space
+from ee_diffusion.core.heads import ExitHeads, Space
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 
@@ -64,6 +64,13 @@ class SharedTail:
         """Raise ValueError if these are exits of another model."""
         if model is not self.model:
             raise ValueError(f"exits made for another {type(self.model).__name__} object than the one that generates")
+
+
+def check_heads(model: nn.Module, heads: ExitHeads) -> None:
+    """Raise ValueError for what is no exits, or exits of another model."""
+    if not hasattr(heads, "check_fits"):
+        raise ValueError(f"exit_heads={heads!r}, expected exits, as LearnedExits.load(path).bind(model)")
+    heads.check_fits(model)
 
 
 class Adapter(nn.Module):
@@ -121,7 +128,8 @@ class LearnedExits(nn.Module):
         most = num_layers - 1 if part_of is None else num_layers
         if width != self.width or self.depths[-1] > most:
             raise ValueError(
-                f"exits of width {self.width} up to depth {self.depths[-1]}, the model has width {width} and {num_layers} layers"
+                f"exits of width {self.width} up to depth {self.depths[-1]}, the model has width {width} and {num_layers} layers; "
+                f"expected that width and depths up to {most} (`at(depths)` takes some of the exits; `part_of` says that a model is a part)"
             )
         if self.made_for and self.made_for != (came := part_of or fingerprint_of(model)):
             raise ValueError(f"exits made for model {self.made_for}, this one is {came} (fingerprints of the weights)")
@@ -185,8 +193,10 @@ class LearnedExits(nn.Module):
         """Read what `save` wrote; bind it to a model before use.
 
         Raises:
-            ValueError: a file that holds something else.
+            ValueError: a folder, or a file that holds something else.
         """
+        if Path(path).is_dir():
+            raise ValueError(f"{path} is a folder, expected the file of the exits (exits.safetensors)")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:

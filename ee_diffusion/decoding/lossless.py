@@ -24,7 +24,7 @@ from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.decoding.cache import check_cache, with_cache
 from ee_diffusion.decoding.families import layers_of
-from ee_diffusion.decoding.heads import SharedTail
+from ee_diffusion.decoding.heads import SharedTail, check_heads
 
 _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
@@ -194,8 +194,8 @@ def lossless_generate(
             raise ValueError(f"exit_streamer with {len(input_ids)} sequences, expected one")
         exit_streamer.put(input_ids.cpu())
     sequences = Sequences(input_ids, logits_processor, stopping_criteria, exit_streamer)
-    heads = exit_heads or SharedTail(model, (exit_depth,))
-    heads.check_fits(model)
+    heads = SharedTail(model, (exit_depth,)) if exit_heads is None else exit_heads
+    check_heads(model, heads)
     if exit_depth not in heads.depths:
         raise ValueError(f"exit_depth={exit_depth}, the exit heads are at depths {heads.depths}")
     with Sections(model, exit_depth, heads) as sections:

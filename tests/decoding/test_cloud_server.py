@@ -18,6 +18,7 @@ import pytest
 import torch
 from language import model_named
 from split_parts import EXITS, TOKENS, client, edge, parts, prompt, whole
+from tiny_language import text_folder
 from tree import ROOT
 
 grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
@@ -25,6 +26,7 @@ grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
 from cloud_servers import serving  # noqa: E402
 from grpc_health.v1 import health_pb2, health_pb2_grpc  # noqa: E402
 
+from ee_diffusion.cli import main  # noqa: E402
 from ee_diffusion.core.policy import Policy  # noqa: E402
 from ee_diffusion.decoding.cloud import wire_pb2 as wire  # noqa: E402
 from ee_diffusion.decoding.cloud.client import CloudLost, Upload  # noqa: E402
@@ -34,6 +36,7 @@ from ee_diffusion.decoding.cloud.rpc import SERVICE  # noqa: E402
 from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: E402
 from ee_diffusion.decoding.cloud.split import split_model  # noqa: E402
 from ee_diffusion.decoding.cloud.tokens import Entry, Tokens  # noqa: E402
+from ee_diffusion.decoding.heads import LearnedExits  # noqa: E402
 
 WIDTH = 32
 
@@ -230,3 +233,18 @@ def test_the_command_serves_and_drains_on_sigterm(tmp_path: Path):
         assert process.wait(timeout=20) == 0
     finally:
         process.kill()
+
+
+def test_the_command_generates_with_trained_exits(tmp_path: Path, capsys: pytest.CaptureFixture):
+    model = str(text_folder(tmp_path) / "model")
+    assert main(["edge", "split", "--model", model, "--exits", *map(str, EXITS), "--output", str(tmp_path)]) == 0
+    LearnedExits((1, *EXITS), 32).save(tmp_path / "exits.safetensors")
+    command = ["edge", "generate", "--model", str(tmp_path), "--tokenizer", model, "--prompt", "w3 w4"]
+    command += ["--max_new_tokens", "3", "--threshold", "0.0"]
+    capsys.readouterr()
+    assert main([*command, "--exits", str(tmp_path / "exits.safetensors")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"].keys() == {"exit 0"}
+    assert main([*command, "--exits", str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+    assert main([*command, "--cloud", "localhost"]) == 2
+    assert "host:port" in capsys.readouterr().err

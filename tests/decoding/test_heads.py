@@ -102,6 +102,8 @@ def test_learned_exits_are_saved_and_loaded(tmp_path: Path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no exits"):
         LearnedExits.load(tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="is a folder"):
+        LearnedExits.load(tmp_path)
 
 
 def test_exits_of_another_model_are_refused():
@@ -113,6 +115,8 @@ def test_exits_of_another_model_are_refused():
         generate(model, policy, exit_heads=learned(other))
     with pytest.raises(ValueError, match="another"):
         generate(model, policy, exit_heads=SharedTail(other, EXITS))
+    with pytest.raises(ValueError, match="expected exits"):
+        generate(model, policy, exit_heads="exits.safetensors")
     with pytest.raises(ValueError, match="width 16"):
         LearnedExits(EXITS, 16).bind(model)
     with pytest.raises(ValueError, match="6 layers"):

@@ -27,6 +27,7 @@ from ee_diffusion.decoding.cloud.server import CloudServer, serve
 from ee_diffusion.decoding.cloud.split import load_part, split_model
 from ee_diffusion.decoding.cloud.tokens import Tokens
 from ee_diffusion.decoding.cloud.worker import Backend, Metrics, Worker
+from ee_diffusion.decoding.heads import LearnedExits
 
 TOKEN = "EE_DIFFUSION_TOKEN"
 
@@ -72,10 +73,20 @@ def serve_backend(worker: Backend, options: argparse.Namespace, *, metrics: Metr
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print the answer, and who said its tokens."""
+    if options.cloud is not None and ":" not in options.cloud:
+        raise ValueError(f"--cloud {options.cloud}, expected host:port")
     model, part = load_part(options.model, "edge", dtype=torch.float32)
     source = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, **source)
-    ids = tokenizer(options.prompt, return_tensors="pt")["input_ids"]
+    heads = None
+    if options.exits is not None:
+        heads = LearnedExits.load(options.exits).at(part.exits).bind(model, part_of=part.fingerprint)
+    if options.chat:
+        asked = [{"role": "user", "content": options.prompt}]
+        ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    else:
+        ids = tokenizer(options.prompt, return_tensors="pt")
+    ids = ids["input_ids"]
     limits = {"max_new_tokens": options.max_new_tokens, "eos_token_id": tokenizer.eos_token_id}
     with ExitStack() as stack:
         cloud = None
@@ -86,7 +97,7 @@ def run_generate(options: argparse.Namespace) -> None:
             )
             waits = {"deadline": options.deadline, "retry_after": options.retry_after}
             cloud = stack.enter_context(CloudClient(transport, kind=options.encoding, **waits))
-        out = Edge(model, part).generate(ids, _policy(options, part.exits), cloud, **limits)
+        out = Edge(model, part, heads=heads).generate(ids, _policy(options, part.exits), cloud, **limits)
     print(tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True))
     counts = {source: out.sources.count(source) for source in sorted(set(out.sources))}
     print(

@@ -54,11 +54,15 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="Folder of the tokenizer.")
     parser.add_argument("--gguf_file", help="A GGUF file in that folder to read the tokenizer from.")
     parser.add_argument("--prompt", required=True)
+    parser.add_argument("--chat", action="store_true", help="Ask through the tokenizer's chat template.")
     parser.add_argument("--max_new_tokens", type=int, required=True)
     sure = parser.add_mutually_exclusive_group(required=True)
     sure.add_argument("--threshold", type=float, help="The edge is sure above this largest probability.")
     sure.add_argument("--policy", help="A file that Policy.save wrote.")
     sure.add_argument("--always_ask", action="store_true", help="No exit is ever sure.")
+    parser.add_argument(
+        "--exits", help="File of trained exits (exits.safetensors); without it the model's own tail answers."
+    )
     parser.add_argument("--cloud", help="host:port; without it the edge is alone.")
     parser.add_argument("--certificate", help="PEM file of the authority, for TLS.")
     parser.add_argument("--encoding", default="float16", choices=ENCODINGS)

@@ -73,7 +73,9 @@ def load_part(folder: str | os.PathLike, side: str, *, dtype: torch.dtype) -> tu
     """
     path = Path(folder) / side
     if side not in ("edge", "cloud") or not (path / "part.json").is_file():
-        raise ValueError(f"{path} holds no part, expected what split_model wrote: {folder}/edge or {folder}/cloud")
+        raise ValueError(
+            f"{path} holds no part, expected the folder with edge/ and cloud/ that `edge split` wrote: {folder}"
+        )
     values = json.loads((path / "part.json").read_text(encoding="utf-8"))
     if values.pop("format", None) != _FORMAT:
         raise ValueError(f"{path}/part.json is of another format, expected {_FORMAT!r}")
