@@ -196,25 +196,26 @@ def _summary(key: tuple, rows: list[dict], whole: dict) -> dict:
 def break_even(rows: list[dict], *, resamples: int, seed: int) -> list[dict]:
     """For each set and link: the share of asked tokens at which CE-CoLLM takes as long as the whole model at the cloud.
 
-    A line through (share, total over the whole model's total at the same prompt) of all candidates that ask for some tokens or all; where
-    it crosses 1, with a bootstrap interval over answers. Above 1 it is never slower, below 0 always.
+    A line through (share, total over the whole model's total at the same prompt) of all candidates from the edge alone (share 0) to
+    asking for all; where it crosses 1, with a bootstrap interval over prompts. Above 1 it is never slower, below 0 always.
     """
     whole = {(row["prompt"], row["round_trip"]): row["total"] for row in rows if row["candidate"] == "whole"}
-    groups: dict[tuple, list[tuple[float, float]]] = {}
+    groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}  # (set, link) -> prompt -> points
     for row in rows:
         key = (row["prompt"], row["round_trip"])
-        if row["candidate"] not in ("whole", "naive") and row["asked"] and key in whole:
+        if row["candidate"] not in ("whole", "naive") and key in whole:
+            of_prompts = groups.setdefault((row["prompt"].split("/")[0], row["round_trip"]), {})
             point = (row["asked"] / len(row["tokens"]), row["total"] / whole[key])
-            groups.setdefault((row["prompt"].split("/")[0], row["round_trip"]), []).append(point)
+            of_prompts.setdefault(row["prompt"], []).append(point)
     found = []
-    for (name, round_trip), points in sorted(groups.items()):
-        values = torch.tensor(points, dtype=torch.float64)  # (R, 2)
-        if len(points) < 3 or float(values[:, 0].std()) == 0:
+    for (name, round_trip), of_prompts in sorted(groups.items()):
+        prompts = [torch.tensor(points, dtype=torch.float64) for points in of_prompts.values()]  # (r, 2) each
+        if len(prompts) < 2 or float(torch.cat(prompts)[:, 0].std()) == 0:
             continue
-        drawn = torch.randint(len(points), (resamples, len(points)), generator=torch.Generator().manual_seed(seed))
-        crossings = sorted(_crossing(values[places]) for places in drawn)
+        drawn = torch.randint(len(prompts), (resamples, len(prompts)), generator=torch.Generator().manual_seed(seed))
+        crossings = sorted(_crossing(torch.cat([prompts[place] for place in places])) for places in drawn.tolist())
         cuts = quantiles(crossings, n=40)
-        row = {"set": name, "round_trip": round_trip, "answers": len(points), "share": _crossing(values)}
+        row = {"set": name, "round_trip": round_trip, "prompts": len(prompts), "share": _crossing(torch.cat(prompts))}
         found.append(row | {"low": cuts[0], "high": cuts[-1]})
     return found
 

@@ -35,7 +35,7 @@ def cloud_clock(report: dict) -> str:
         "`whole`.\n"
     )
     even = markdown_table(report["break_even"]) if report["break_even"] else "Too few answers for a break-even share.\n"
-    said = "Share of asked tokens at which the total equals the whole model's, with a 95 % bootstrap interval over answers:\n"
+    said = "Share of asked tokens at which the total equals the whole model's, with a 95 % bootstrap interval over prompts:\n"
     return "\n".join([markdown_table(report["rows"]), note, said, even, f"Exits: {report['exits']}.\n"])
 
 

@@ -248,3 +248,9 @@ def test_the_command_generates_with_trained_exits(tmp_path: Path, capsys: pytest
     assert "is a folder" in capsys.readouterr().err
     assert main([*command, "--cloud", "localhost"]) == 2
     assert "host:port" in capsys.readouterr().err
+    assert main([*command[:-2], "--always_ask"]) == 2
+    assert "expected somebody to ask" in capsys.readouterr().err
+    assert main([*command[:-2], "--always_ask", "--cloud", "127.0.0.1:1", "--deadline", "0.2"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out.splitlines()[-1])["tokens"] == {"own": 3}
+    assert "warning: the cloud was asked" in told.err

@@ -163,11 +163,12 @@ def test_the_break_even_is_where_the_line_crosses_one():
         prompt, whole = f"alpaca/{place}", 2.0 + place
         rows.append(row(prompt, "whole", whole, 10))
         rows += [row(prompt, f"sure-{asked}", whole * (0.5 + asked / 10), asked) for asked in (1, 4, 10)]
-        rows += [row(prompt, "naive", 9 * whole, 10), row(prompt, "alone", whole / 9, 0)]  # these do not count
+        rows += [row(prompt, "alone", whole / 2, 0), row(prompt, "naive", 9 * whole, 10)]  # that does not count
     (found,) = cloud_clock.break_even(rows, resamples=50, seed=0)
     assert found["share"] == pytest.approx(0.5)
     assert found["low"] == pytest.approx(0.5) == found["high"]
-    assert found["answers"] == 12
+    assert found["prompts"] == 4
+    assert cloud_clock.break_even(rows[:6], resamples=9, seed=0) == [], "one prompt has no interval"
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import sys
 from contextlib import ExitStack
 
 import torch
@@ -75,6 +76,8 @@ def run_generate(options: argparse.Namespace) -> None:
     """Print the answer, and who said its tokens."""
     if options.cloud is not None and ":" not in options.cloud:
         raise ValueError(f"--cloud {options.cloud}, expected host:port")
+    if options.always_ask and options.cloud is None:
+        raise ValueError("--always_ask without --cloud, expected somebody to ask")
     model, part = load_part(options.model, "edge", dtype=torch.float32)
     source = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, **source)
@@ -98,6 +101,9 @@ def run_generate(options: argparse.Namespace) -> None:
             waits = {"deadline": options.deadline, "retry_after": options.retry_after}
             cloud = stack.enter_context(CloudClient(transport, kind=options.encoding, **waits))
         out = Edge(model, part, heads=heads).generate(ids, _policy(options, part.exits), cloud, **limits)
+    if out.losses:
+        said = f"{len(out.losses)} times without an answer, the edge said its own token: {out.losses[0][1]}"
+        print(f"ee-diffusion edge: warning: the cloud was asked {said}", file=sys.stderr)
     print(tokenizer.decode(out.sequences[0, ids.shape[1] :], skip_special_tokens=True))
     counts = {source: out.sources.count(source) for source in sorted(set(out.sources))}
     print(
