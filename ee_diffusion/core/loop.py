@@ -20,8 +20,8 @@ class Lane:
     """One forward under one step session. Rows that leave are dropped; their answers wait here.
 
     `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`), or tuples of tensors that all rows share.
-    `keep`: depths whose hidden states of the
-    rows that go on are kept in `kept`, for heads that remember them; rows that leave later leave there too.
+    `keep`: depths whose hidden states of the rows that go on are kept in `kept`, for heads that remember them; rows that leave later
+    leave there too.
     """
 
     def __init__(self, step: StepSession, heads: ExitHeads, context: Mapping[str, Tensor], *, keep: Sequence[int] = ()):
