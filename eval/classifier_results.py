@@ -31,14 +31,29 @@ def classifiers(report: dict) -> str:
                 row[name] = f"{row[name]:+.4f} ({row[f'{kind}_low']:+.4f} to {row[f'{kind}_high']:+.4f})"
         rows.append(row)
     columns = [name for name in (*CLASSIFIER_COLUMNS, *DIFFERENCES) if any(row.get(name) is not None for row in rows)]
+    folds = f", {report['folds']} folds, each with others of its own" if report.get("folds", 1) > 1 else ""
     text = (
-        f"{report['texts']} texts judged, {report['calibration_texts']} others to choose thresholds and sets on. `number`: fraction of\n"
-        "the layers asked for, of `pabee` the patience. `flops`: in parts of the full model's, judges and exits counted. `spread`:\n"
-        "standard deviation over seeds. `shuffled`: random exits with the same histogram. Differences in accuracy, paired over texts,\n"
-        "95 %: to the full model, and to the best mixtures of constant depths and of truncated models at exactly the same FLOPs.\n"
+        f"{report['texts']} texts judged, {report['calibration_texts']} others to choose thresholds and sets on{folds}.\n"
+        "`number`: fraction of the layers asked for, of `pabee` the patience; rule `none`: the last answer. `flops`: in parts of the full\n"
+        "model's, judges and exits counted. `spread`: standard deviation over seeds and folds. `shuffled`: random exits with the same\n"
+        "histogram. Differences in accuracy, paired over texts, 95 %: to the full model, and to the best mixtures of constant depths and\n"
+        "of truncated models at exactly the same FLOPs.\n"
     )
     notes = [f"{report['note']}\n"] if "note" in report else []
-    return "\n".join([markdown_table(rows, columns), text, *notes])
+    return "\n".join([markdown_table(rows, columns), text, *by_length(report["rows"]), *notes])
+
+
+def by_length(rows: list[dict]) -> list[str]:
+    """The thirds of the texts, short ones first, where the table was made with --lengths."""
+    found = []
+    for row in rows:
+        shown = {"exits": row["exits"], "rule": row["rule"], "number": row.get("number")}
+        for third, facts in row.get("lengths", {}).items():
+            difference = f"{facts['to_full']:+.4f} ({facts['full_low']:+.4f} to {facts['full_high']:+.4f})"
+            shown |= {f"{third}: flops": facts["flops_fraction"], f"{third}: accuracy to full": difference}
+        if "lengths" in row:
+            found.append(shown)
+    return [markdown_table(found), "The shortest, middle and longest third of the texts.\n"] if found else []
 
 
 def classifier_speed(report: dict) -> str:

@@ -78,6 +78,7 @@ class ClassifierConfig:
     mask_weight: float | None = _flag("What a kept token costs (magic_soft).")
     temperature: float | None = _flag("T of the fading (magic_soft).")
     top_threshold: float | None = _flag("The last layer's saliency threshold to begin with (magic_soft).")
+    bottom_threshold: float = _flag("The first layer's saliency threshold to begin with (magic_soft).", 0.0)
 
     num_layers: int | None = _flag("Keep only the first so many layers of init_from: the truncated control.")
     random_weights: bool = _flag("Take the configuration of init_from, not its weights.", False)
@@ -102,6 +103,7 @@ class ClassifierConfig:
             mask_weight=self.mask_weight,
             temperature=self.temperature,
             top_threshold=self.top_threshold,
+            bottom_threshold=self.bottom_threshold,
         )
 
 

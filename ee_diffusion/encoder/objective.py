@@ -34,7 +34,7 @@ class Weights:
     warm_up: JEI-DNN's batches of heads alone at the beginning; phase: batches of gates, then as many of heads, in turn.
     released: the cancelling weights of JEI-DNN's code.
     mask_weight, temperature, top_threshold: Magic Pyramid's soft stage: what a kept token costs, T of the sigmoid, and the last layer's
-    threshold to begin with (the first layer's is 0); none has a default.
+    threshold to begin with; none has a default. bottom_threshold: the first layer's; those between are on the line.
 
     Raises:
         ValueError: a number out of range.
@@ -50,12 +50,17 @@ class Weights:
     mask_weight: float | None = None
     temperature: float | None = None
     top_threshold: float | None = None
+    bottom_threshold: float = 0.0
 
     def __post_init__(self):
         for name, least in (("divergence", 0), ("trade_off", 0), ("warm_up", 0), ("phase", 1), ("mask_weight", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}, expected at least {least}")
+        for name in ("top_threshold", "bottom_threshold"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name}={value}, expected a mean attention probability in [0, 1]")
         losses.truncated_geometric(self.rate, 1)
 
 
@@ -82,7 +87,8 @@ class ClassifierObjective(nn.Module):
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         if method == "magic_soft":
             layers = family_of(classifier.model).num_layers(classifier.model)
-            self.thresholds = nn.Parameter(torch.linspace(0, weights.top_threshold, layers))  # (L,)
+            ends = (weights.bottom_threshold, weights.top_threshold)
+            self.thresholds = nn.Parameter(torch.linspace(*ends, layers))  # (L,)
         classifier.model.requires_grad_(method not in FROZEN)
         classifier.exits.requires_grad_(method not in PLAIN)
 

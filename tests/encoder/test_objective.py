@@ -207,6 +207,9 @@ def test_magic_pyramids_soft_stage_learns_weights_and_thresholds():
     torch.testing.assert_close(found["loss"] - plain["loss"], 0.1 * found["kept"])
     assert objective.classifier.pruning is None
     assert objective.thresholds.tolist() == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert objective_for("magic_soft", **MAGIC, bottom_threshold=0.04).thresholds.tolist() == pytest.approx(
+        [0.04, 0.06, 0.08, 0.1]
+    )
     assert objective.trained().pruning == tuple(objective.thresholds.tolist())
     with torch.no_grad():
         objective.thresholds.copy_(torch.tensor([-0.1, 0.2, 0.3, 1.5]))
@@ -263,6 +266,8 @@ def test_images_and_regression():
         (lambda: Weights(trade_off=-1.0), "trade_off=-1.0"),
         (lambda: Weights(warm_up=-1), "warm_up=-1"),
         (lambda: Weights(mask_weight=-1.0), "mask_weight=-1.0"),
+        (lambda: Weights(top_threshold=1.5), "top_threshold=1.5"),
+        (lambda: Weights(bottom_threshold=-0.1), "bottom_threshold=-0.1"),
         (
             lambda: ClassifierObjective(objective_for("plain").classifier, method="plain", weights=Weights(), parts=0),
             "parts=0",

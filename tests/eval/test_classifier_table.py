@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -62,14 +63,17 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
         "--note untrained",
     )
     report = json.loads((out / "report.json").read_text())
-    full, cut, *rows = report["rows"]
-    assert (full["exits"], full["to_full"], full["flops_fraction"]) == ("full model", 0, pytest.approx(1))
-    assert cut["exits"] == "truncated 2"
-    assert 0.4 < cut["flops_fraction"] < 0.6
     single = (
         json.loads((out / "model" / "report.json").read_text()),
         json.loads((out / "other" / "report.json").read_text()),
     )
+    full, cut, own, *rows = report["rows"]
+    assert (own["exits"], own["rule"], own["number"]) == ("palbert", "none", None)
+    ends = [one["controls"]["constant_depth"][-1]["accuracy"] for one in single]
+    assert own["accuracy"] == pytest.approx(sum(ends) / 2)
+    assert (full["exits"], full["to_full"], full["flops_fraction"]) == ("full model", 0, pytest.approx(1))
+    assert cut["exits"] == "truncated 2"
+    assert 0.4 < cut["flops_fraction"] < 0.6
     found = {(row["rule"], row["number"]): row for row in rows}
     assert {("palbert", 0.9), ("confidence", 0.6), ("pabee", 1), ("pondernet", 0)} <= found.keys()
     row = found["palbert", 0.9]
@@ -89,6 +93,53 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
     assert "\nuntrained\n" in text
     assert "Nothing certified by: " in text or "learn_then_test |" in text
     assert f"{tmp_path}/model" not in text
+
+
+def half(folder: Path, texts: int) -> Path:
+    """An evaluation as if of the first or last texts alone: `texts` above 0 or below."""
+    look = classifier_table.Look.load(folder / "look.safetensors")
+    places = torch.arange(len(look.labels))
+    out = folder.with_name(f"{folder.name}{texts}")
+    shutil.copytree(folder, out)
+    look.part(places[:texts] if texts > 0 else places[texts:]).save(out / "look.safetensors")
+    return out
+
+
+def test_folds_count_every_text_once_beside_its_own_reference(tmp_path: Path, monkeypatch):
+    variants(tmp_path)
+    evaluated(tmp_path, monkeypatch, "model", "cut", "other")
+    out = tmp_path / "out"
+    whole = ("--reference {0}/other --truncated {0}/cut --names palbert --folders {0}/model --lengths", "whole")
+    count = len(classifier_table.Look.load(out / "model" / "look.safetensors").labels)
+    first = count // 3
+    for name in ("model", "cut", "other"):
+        half(out / name, first), half(out / name, first - count)
+    split = (
+        f"--reference {{0}}/other{first} {{0}}/other{first - count} --truncated {{0}}/cut{first - count} {{0}}/cut{first} "
+        f"--names palbert palbert --folders {{0}}/model{first - count} {{0}}/model{first} --lengths",
+        "split",
+    )
+    reports = {}
+    for words, name in (whole, split):
+        run(monkeypatch, classifier_table, f"{words.format(out)} --output_dir {out}/{name}")
+        reports[name] = json.loads((out / name / "report.json").read_text())
+    assert reports["split"]["texts"] == reports["whole"]["texts"] == count
+    assert (reports["whole"]["folds"], reports["split"]["folds"]) == (1, 2)
+    for one, other in zip(reports["whole"]["rows"], reports["split"]["rows"], strict=True):
+        assert (one["exits"], one["rule"], one["seeds"]) == (other["exits"], other["rule"], other["seeds"])
+        if one["rule"] == "pondernet":  # draws by place among the texts
+            continue
+        for fact in ("accuracy", "flops_fraction", "to_full", "full_low", "full_high"):
+            assert one[fact] == pytest.approx(other[fact]), (one["rule"], fact)
+    row = reports["whole"]["rows"][-1]
+    mean = sum(third["to_full"] for third in row["lengths"].values()) / 3
+    assert mean == pytest.approx(row["to_full"], abs=0.1)
+    assert reports["split"]["rows"][2]["to_truncated"] == pytest.approx(
+        reports["whole"]["rows"][2]["to_truncated"], abs=0.02
+    )
+    words = f"--reference {out}/other{first} {out}/other{first - count} --names palbert --folders {out}/model{first}"
+    with pytest.raises(ValueError, match=r"palbert: \[1, 0\] runs"):
+        run(monkeypatch, classifier_table, f"{words} --output_dir {out}/broken")
 
 
 def test_a_control_at_equal_cost_is_a_mixture():
