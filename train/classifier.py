@@ -65,6 +65,7 @@ class ClassifierConfig:
     init_from: str | None = _flag("Folder or Hub name to start from.")
     num_labels: int = _flag("Classes; 1: regression.", 2)
     exit_depths: list[int] | None = _flag("Executed layers at each exit; none: after every layer but the last.")
+    pooling: str = _flag("What exits look at: first (the first token) or mean (of all tokens).", "first")
     prior_rate: float = _flag("lambda_p of the geometric prior (palbert, pondernet).", 0.1)
     divergence_weight: float = _flag("beta, the weight of the KL (palbert, pondernet).", 0.5)
     divergence_direction: str = _flag(
@@ -147,7 +148,7 @@ def build_objective(config: ClassifierConfig, *, images: bool = False) -> Classi
         model = first_layers(model, config.num_layers)
     head, judge = EXITS.get(config.method, ("shared", "none"))
     depths = None if config.exit_depths is None else tuple(config.exit_depths)
-    exits = ClassifierExits.for_model(model, depths, head=head, judge=judge)
+    exits = ClassifierExits.for_model(model, depths, head=head, judge=judge, pooling=config.pooling)
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = pruning
     return ClassifierObjective(classifier, method=config.method, weights=config.weights(), parts=config.length_parts)

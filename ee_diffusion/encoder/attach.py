@@ -183,6 +183,7 @@ class _Run:
                 hidden = self.tokens.layer(
                     layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows
                 )
+                lane.context["attention_mask"] = self.tokens.keys  # (r, M), of what is left
             lane.step.executed(layer)
         if layer == self.num_layers - 1 and self.family.tail_takes_all:
             hidden = lane.spread(hidden)  # (R, N, D)

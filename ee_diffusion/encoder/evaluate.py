@@ -27,7 +27,7 @@ from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.costs import ways
 from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.families import family_of
-from ee_diffusion.encoder.seeing import INPUTS, look_through, text_lengths
+from ee_diffusion.encoder.seeing import INPUTS, look_through, masks_at, text_lengths
 from ee_diffusion.encoder.tokens import TokenTrace
 
 _FORMAT = "ee_diffusion.look.1"
@@ -208,21 +208,21 @@ def look(classifier: EarlyExitClassifier, batches: Iterable[dict[str, Tensor]], 
 
 def _look_at(heads: ClassifierHeads, pruning, batch: dict[str, Tensor], measures: list, traces: list[TokenTrace]):
     """Of one batch: answers (A, B, C), scores (number of scores, K, B), labels, tokens, keys (B,)."""
-    if "first" in batch:
+    if "vectors" in batch:
         if pruning is not None:
             raise ValueError("stored states of a classifier that prunes tokens: what they cost was not stored")
-        states, context = list(batch["first"][:, :, None].unbind(1)), {}
+        states, masks = list(batch["vectors"][:, :, None].unbind(1)), None
         own, tokens = batch["own"], batch["tokens"]
     else:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        context = {name: value for name, value in inputs.items() if name == "attention_mask"}
         run = attach(heads.model, heads.exits, Policy(), pruning=pruning, token_traces=traces)
         with run, watching(heads.model) as all_states:
             own = heads.model(**inputs).logits  # (B, C)
         states = [all_states[depth] for depth in heads.depths]
+        masks = masks_at(heads.depths, inputs.get("attention_mask"), None if pruning is None else traces[-1])
         tokens = text_lengths(batch, all_states[0])
     answers, found = [], []
-    for observation in look_through(heads, states, context):
+    for observation in look_through(heads, states, masks):
         found.append(torch.stack([score.measure(observation) for score in measures]))
         answers.append(observation.answer)
     keys = batch["key"].cpu() if "key" in batch else None

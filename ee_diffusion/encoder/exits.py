@@ -17,6 +17,7 @@ from ee_diffusion.core.scores import Observation
 from ee_diffusion.encoder.families import Family, family_of
 
 HEADS = ("shared", "pooled", "linear")
+POOLINGS = ("first", "mean")
 JUDGES = ("none", "halting", "linear_halting", "correctness", "statistics")
 
 
@@ -33,7 +34,7 @@ def answer_statistics(answer: Tensor) -> Tensor:
 
 
 class PooledHead(nn.Module):
-    """Linear(D -> D), tanh, dropout, Linear(D -> C) on the first token: the shape of BERT's own end."""
+    """Linear(D -> D), tanh, dropout, Linear(D -> C) on one vector of a text: the shape of BERT's own end."""
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float):
         super().__init__()
@@ -41,20 +42,20 @@ class PooledHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.classify = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.classify(self.dropout(self.pool(hidden[:, 0]).tanh()))  # (R, C)
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.classify(self.dropout(self.pool(vector).tanh()))  # (R, D) -> (R, C)
 
 
 class LinearHead(nn.Module):
-    """LayerNorm, Linear(D -> C) on the first token (JEI-DNN's inference modules)."""
+    """LayerNorm, Linear(D -> C) on one vector of a text (JEI-DNN's inference modules)."""
 
     def __init__(self, hidden_size: int, num_labels: int):
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
         self.classify = nn.Linear(hidden_size, num_labels)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.classify(self.norm(hidden[:, 0]))  # (R, C)
+    def forward(self, vector: Tensor) -> Tensor:
+        return self.classify(self.norm(vector))  # (R, D) -> (R, C)
 
 
 class ClassifierExits(nn.Module):
@@ -68,9 +69,12 @@ class ClassifierExits(nn.Module):
             Linear, on `[z_i ; z_{i-1}]`, shared by all exits; `linear_halting`: PonderNet's single Linear on z_i, shared;
             `correctness`: BERxiT's Linear on the first token, shared; `statistics`: JEI-DNN's Linear(4 -> 1) on `answer_statistics`,
             one for each exit.
+        pooling: what heads and judges look at: `first`, the first token, as all the papers do; `mean`, the mean of a text's tokens in
+            the place of the first. Lower layers of an encoder whose first token was not trained to say anything (all that were trained
+            on the mean) tell by the mean alone.
 
     Raises:
-        ValueError: depths not ascending, an unknown head or judge, statistics of a regression.
+        ValueError: depths not ascending, an unknown head, judge or pooling, statistics of a regression.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class ClassifierExits(nn.Module):
         head: str,
         judge: str,
         dropout: float = 0.1,
+        pooling: str = "first",
     ):
         super().__init__()
         depths = tuple(depths)
@@ -89,10 +94,12 @@ class ClassifierExits(nn.Module):
             raise ValueError(f"depths={depths}, expected ascending distinct numbers of layers, at least one")
         if head not in HEADS or judge not in JUDGES:
             raise ValueError(f"head={head!r} and judge={judge!r}, expected one of {HEADS} and one of {JUDGES}")
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling={pooling!r}, expected one of {POOLINGS}")
         if judge == "statistics" and num_labels < 2:
             raise ValueError(f"judge='statistics' looks at class probabilities, but num_labels={num_labels}")
         self.depths, self.hidden_size, self.num_labels = depths, hidden_size, num_labels
-        self.head, self.judge, self.dropout = head, judge, dropout
+        self.head, self.judge, self.dropout, self.pooling = head, judge, dropout, pooling
         own = depths if head != "shared" else ()
         self.heads = nn.ModuleList(
             PooledHead(hidden_size, num_labels, dropout) if head == "pooled" else LinearHead(hidden_size, num_labels)
@@ -102,7 +109,14 @@ class ClassifierExits(nn.Module):
 
     @classmethod
     def for_model(
-        cls, model: nn.Module, depths: tuple[int, ...] | None = None, *, head: str, judge: str, dropout: float = 0.1
+        cls,
+        model: nn.Module,
+        depths: tuple[int, ...] | None = None,
+        *,
+        head: str,
+        judge: str,
+        dropout: float = 0.1,
+        pooling: str = "first",
     ) -> ClassifierExits:
         """Untrained exits that fit a classifier of the family table; depths None: after every layer but the last.
 
@@ -111,7 +125,8 @@ class ClassifierExits(nn.Module):
         """
         family = family_of(model)
         chosen = tuple(range(1, family.num_layers(model))) if depths is None else tuple(depths)
-        exits = cls(chosen, model.config.hidden_size, model.config.num_labels, head=head, judge=judge, dropout=dropout)
+        sizes = (model.config.hidden_size, model.config.num_labels)
+        exits = cls(chosen, *sizes, head=head, judge=judge, dropout=dropout, pooling=pooling)
         exits.check_fits(model)
         return exits
 
@@ -130,7 +145,7 @@ class ClassifierExits(nn.Module):
 
     def settings(self) -> dict:
         """The arguments that make these exits anew, as plain values."""
-        names = ("hidden_size", "num_labels", "head", "judge", "dropout")
+        names = ("hidden_size", "num_labels", "head", "judge", "dropout", "pooling")
         return {"depths": list(self.depths), **{name: getattr(self, name) for name in names}}
 
 
@@ -148,7 +163,7 @@ def _judges(kind: str, hidden_size: int, num_exits: int, dropout: float) -> list
 class ClassifierHeads:
     """Exits and the model they sit on, as the core asks them (`JudgingHeads`). An answer is the logits (R, C).
 
-    `context` holds the batch's `attention_mask` (R, N), if it has one.
+    `context` holds the `attention_mask` (R, N) of the hidden states, if they have one: after tokens were removed, of those that are left.
     """
 
     model: nn.Module
@@ -168,14 +183,26 @@ class ClassifierHeads:
         self.exits.check_fits(model)
 
     def pool(self, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """z: what the model's own classifier would look at, hidden (R, N, D) -> (R, D)."""
+        """z: what the model's own classifier would look at, hidden (R, N, D) -> (R, D); of `mean` exits, were the mean all there is."""
+        if self.exits.pooling == "mean":
+            return self.family.pool(self.model, self.vector(hidden, context)[:, None], None)
         return self.family.pool(self.model, hidden, context.get("attention_mask"))
+
+    def vector(self, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """What the exits look at: hidden (R, N, D) -> (R, D), the first token or the mean of all that are no padding."""
+        if self.exits.pooling == "first":
+            return hidden[:, 0]
+        mask = context.get("attention_mask")
+        if mask is None:
+            return hidden.mean(1)
+        weights = mask.to(hidden.dtype)[:, :, None]  # (R, N, 1)
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> logits (R, C)."""
         if self.exits.head == "shared":
             return self.family.classify(self.model, self.pool(hidden, context))
-        return self.exits.heads[exit](hidden)
+        return self.exits.heads[exit](self.vector(hidden, context))
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """As `judge`, of a judge without a memory. Raises ValueError for `halting`, which has one: use the score 'judged'."""
@@ -200,7 +227,7 @@ class ClassifierHeads:
             facts = answer_statistics(observation.answer)  # (R, 4)
             return judges[observation.exit](facts)[:, 0]
         if kind == "correctness":
-            return judges[0](observation.hidden[:, 0].detach())[:, 0]
+            return judges[0](self.vector(observation.hidden, observation.context).detach())[:, 0]
         pooled = self.pool(observation.hidden, observation.context)  # (R, D)
         if kind == "linear_halting":
             return judges[0](pooled)[:, 0]

@@ -21,8 +21,8 @@ from ee_diffusion.encoder.costs import costs_of
 from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.families import family_of
 from ee_diffusion.encoder.methods import EXITS
-from ee_diffusion.encoder.seeing import INPUTS, Seen, by_length, look_through
-from ee_diffusion.encoder.tokens import soft_pruning
+from ee_diffusion.encoder.seeing import INPUTS, Seen, by_length, look_through, masks_at
+from ee_diffusion.encoder.tokens import TokenTrace, soft_pruning
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ClassifierObjective(nn.Module):
         return {"loss": terms["loss"]} | facts | self._accuracies(seen)
 
     def _see(self, batch: dict[str, Tensor]) -> Seen:
-        if "first" in batch:
+        if "vectors" in batch:
             return self._see_stored(batch)
         return Seen.joined([self._see_part(part) for part in by_length(batch, self.parts)])
 
@@ -124,13 +124,14 @@ class ClassifierObjective(nn.Module):
         model = self.classifier.model
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         train_model = torch.is_grad_enabled() and self.method not in FROZEN
-        with self._tokens(inputs) as gates, watching(model) as states, torch.set_grad_enabled(train_model):
+        traces: list[TokenTrace] = []
+        with self._tokens(inputs, traces) as gates, watching(model) as states, torch.set_grad_enabled(train_model):
             own = model(**inputs).logits  # (B, C)
-        context = {"attention_mask": inputs["attention_mask"]} if "attention_mask" in inputs else {}
         kept = sum(gate.sum() for gate in gates) / len(gates) if gates else None
         real = inputs["attention_mask"].sum() if gates else None
         depths = self.classifier.exits.depths if self.method not in PLAIN else ()
-        answers, judge = self._asked([states[depth] for depth in depths], context)
+        masks = masks_at(depths, inputs.get("attention_mask"), traces[0] if traces else None)
+        answers, judge = self._asked([states[depth] for depth in depths], masks)
         tokens = states[0].shape[1]
         return Seen(torch.stack([*answers, own]).float(), judge, batch["labels"], tokens, kept, real)
 
@@ -138,30 +139,31 @@ class ClassifierObjective(nn.Module):
         """A batch of `StoredStates`."""
         if self.method not in FROZEN:
             raise ValueError(f"{self.method} trains the model, whose states cannot be stored; {FROZEN} do not")
-        states = list(batch["first"][:, :, None].unbind(1))  # K of (B, 1, D)
-        answers, judge = self._asked(states, {})
+        states = list(batch["vectors"][:, :, None].unbind(1))  # K of (B, 1, D)
+        answers, judge = self._asked(states, None)
         tokens = int(batch["tokens"].max())
         return Seen(torch.stack([*answers, batch["own"]]).float(), judge, batch["labels"], tokens)
 
-    def _asked(self, states: list[Tensor], context: dict[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
+    def _asked(self, states: list[Tensor], masks: list[Tensor | None] | None) -> tuple[list[Tensor], Tensor | None]:
         """The exits' answers, K of (B, C), and judge logits (K, B)."""
         heads, answers, judged = ClassifierHeads(self.classifier.model, self.classifier.exits), [], []
-        for observation in look_through(heads, states, context):
+        for observation in look_through(heads, states, masks):
             answers.append(observation.answer)
             if heads.exits.judge != "none":
                 judged.append(heads.judge_logits(observation))
         return answers, torch.stack(judged).float() if judged else None
 
     @contextmanager
-    def _tokens(self, inputs: dict[str, Tensor]) -> Iterator[list[Tensor]]:
-        """What becomes of tokens in the forward within; yields the gates of soft pruning, one for each layer."""
+    def _tokens(self, inputs: dict[str, Tensor], traces: list[TokenTrace]) -> Iterator[list[Tensor]]:
+        """What becomes of tokens in the forward within; yields the gates of soft pruning, one for each layer. What was removed is appended
+        to `traces`."""
         model, pruning = self.classifier.model, self.classifier.pruning
         if self.method == "magic_soft":
             temperature = self.weights.temperature
             with soft_pruning(model, self.thresholds, inputs["attention_mask"], temperature=temperature) as gates:
                 yield gates
         elif self.method != "plain" and pruning is not None:
-            with attach(model, self.classifier.exits, Policy(), pruning=pruning):
+            with attach(model, self.classifier.exits, Policy(), pruning=pruning, token_traces=traces):
                 yield []
         else:
             yield []

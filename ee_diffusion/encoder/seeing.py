@@ -1,6 +1,6 @@
 """What training and looking see of a batch: the answers and judges of all exits, from one forward or from states stored before.
 
-Here: batches cut by length, first tokens stored once for exits on a frozen model. Not here: losses (objective.py), figures.
+Here: batches cut by length, what exits on a frozen model look at, stored once. Not here: losses (objective.py), figures.
 B samples, N tokens, D width, C classes, K exits, A = K + 1 answers, n texts of a store.
 """
 
@@ -21,6 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.scores import Observation
 from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.exits import ClassifierHeads
+from ee_diffusion.encoder.tokens import TokenTrace
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
@@ -65,20 +66,34 @@ def by_length(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def look_through(heads: ClassifierHeads, states: Sequence[Tensor], context: dict[str, Tensor]) -> Iterator[Observation]:
-    """What each exit observes of states (B, N, D), one for each exit, what an exit carries handed on to the next."""
+def look_through(
+    heads: ClassifierHeads, states: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
+) -> Iterator[Observation]:
+    """What each exit observes of states (B, N, D) with the masks (B, N) of their tokens (None: all are there), one for each exit, what an
+    exit carries handed on to the next."""
+    carried: dict[str, Tensor] = {}
     for exit, hidden in enumerate(states):
+        mask = None if masks is None else masks[exit]
+        context = carried if mask is None else carried | {"attention_mask": mask}
         observation = Observation(heads, exit, hidden, context)
         yield observation
-        context = context | observation.carried
+        carried = carried | observation.carried
+
+
+def masks_at(depths: Sequence[int], mask: Tensor | None, tokens: TokenTrace | None) -> list[Tensor | None]:
+    """The mask (B, M) of the states at each depth: the batch's own, or of what a forward in which nobody left did not remove."""
+    if tokens is None:
+        return [mask] * len(depths)
+    return [tokens.keys[depth - 1] if depth else mask for depth in depths]
 
 
 @dataclass(frozen=True, eq=False)
 class StoredStates:
-    """First tokens' states at the exits' depths, first (n, K, D); the model's own answers (n, C); labels (n,); tokens (n,); `origin`: the
-    model, its pruning, the depths and the data. Enough for exits that look at the first token alone, on a model that stays as it is."""
+    """What exits look at of a text's states at their depths, vectors (n, K, D): first tokens, or means; the model's own answers (n, C);
+    labels (n,); tokens (n,); `origin`: the model, its pruning, the depths, the pooling and the data. Enough for exits with heads and judges
+    of their own, on a model that stays as it is."""
 
-    first: Tensor
+    vectors: Tensor
     own: Tensor
     labels: Tensor
     tokens: Tensor
@@ -88,14 +103,14 @@ class StoredStates:
         return len(self.labels)
 
     def __getitem__(self, samples: Tensor) -> dict[str, Tensor]:
-        names = ("first", "own", "labels", "tokens")
+        names = ("vectors", "own", "labels", "tokens")
         return {name: getattr(self, name)[samples] for name in names}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, beside first, then renamed."""
         beside = Path(f"{path}.{os.getpid()}.tmp")
         beside.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name).contiguous() for name in ("first", "own", "labels", "tokens")}
+        tensors = {name: getattr(self, name).contiguous() for name in ("vectors", "own", "labels", "tokens")}
         save_file(tensors, beside, metadata={"origin": self.origin})
         os.replace(beside, path)
 
@@ -122,7 +137,8 @@ def origin_of(heads: ClassifierHeads, pruning: tuple[float, ...] | None, data: s
     digest = 0
     for name, value in heads.model.state_dict().items():
         digest = zlib.crc32(value.cpu().contiguous().view(torch.uint8).numpy(), zlib.crc32(name.encode(), digest))
-    return f"{type(heads.model).__name__} crc32={digest:08x} pruning={pruning} depths={heads.depths} of {data}"
+    exits = f"depths={heads.depths} pooling={heads.exits.pooling}"
+    return f"{type(heads.model).__name__} crc32={digest:08x} pruning={pruning} {exits} of {data}"
 
 
 @torch.no_grad()
@@ -132,31 +148,35 @@ def stored_states(
     """Run the model once over batches, in eval mode, and keep what exits on it see, in the order of their `key`; `data` names them.
 
     Raises:
-        ValueError: exits that look at more than the first token (head or halting judge through the model's own pooler), no batches.
+        ValueError: exits that go through the model's own pooler (head `shared`, judges that halt), no batches.
     """
     check_storable(heads)
     heads.model.eval()
     parts = []
     for batch in batches:
         inputs = {name: batch[name] for name in INPUTS if name in batch}
-        with attach(heads.model, heads.exits, Policy(), pruning=pruning), watching(heads.model) as states:
+        traces: list[TokenTrace] = []
+        run = attach(heads.model, heads.exits, Policy(), pruning=pruning, token_traces=traces)
+        with run, watching(heads.model) as all_states:
             own = heads.model(**inputs).logits  # (B, C)
-        first = torch.stack([states[depth][:, 0] for depth in heads.depths], dim=1)  # (B, K, D)
-        kept = (first, own, batch["labels"], text_lengths(batch, states[0]), batch["key"])
+        states = [all_states[depth] for depth in heads.depths]
+        masks = masks_at(heads.depths, inputs.get("attention_mask"), traces[0] if traces else None)
+        seen = [heads.vector(one.hidden, one.context) for one in look_through(heads, states, masks)]  # K of (B, D)
+        kept = (torch.stack(seen, dim=1), own, batch["labels"], text_lengths(batch, all_states[0]), batch["key"])
         parts.append([value.cpu() for value in kept])
     if not parts:
         raise ValueError("no batches to store states of")
     *kept, keys = (torch.cat(part) for part in zip(*parts, strict=True))
-    first, own, labels, tokens = (value[keys.argsort()] for value in kept)
-    return StoredStates(first, own, labels, tokens, origin_of(heads, pruning, data))
+    vectors, own, labels, tokens = (value[keys.argsort()] for value in kept)
+    return StoredStates(vectors, own, labels, tokens, origin_of(heads, pruning, data))
 
 
 def check_storable(heads: ClassifierHeads) -> None:
-    """Raise ValueError for exits that see more of a state than its first token."""
+    """Raise ValueError for exits that see more of a state than the one vector that is stored."""
     exits = heads.exits
     if exits.head == "shared" or exits.judge in ("halting", "linear_halting"):
         raise ValueError(
-            f"head={exits.head!r}, judge={exits.judge!r}: these exits go through the model's own end, which stored first tokens "
+            f"head={exits.head!r}, judge={exits.judge!r}: these exits go through the model's own end, which stored vectors "
             "do not replace"
         )
 

@@ -65,11 +65,13 @@ PARTS: dict[str, Parts] = {
 @dataclass(frozen=True, eq=False)
 class TokenTrace:
     """What one forward did to tokens. attended and fed (B, L): tokens of the row that the layer's attention and its feed-forward part
-    ran on, 0 where the row had left; computed (L, 2): positions that both really ran on, padding included."""
+    ran on, 0 where the row had left; computed (L, 2): positions that both really ran on, padding included; keys: of each layer that ran,
+    where tokens of the running rows are after it (r, M) bool; empty where batches were joined."""
 
     attended: Tensor
     fed: Tensor
     computed: Tensor
+    keys: tuple[Tensor, ...] = ()
 
 
 def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
@@ -121,6 +123,7 @@ class TokenLane:
         shape = (rows, len(thresholds))
         self.attended, self.fed = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
         self.computed = torch.zeros(len(thresholds), 2, dtype=torch.int64)
+        self.keys_after: list[Tensor] = []
 
     def layer(self, layer: int, block: nn.Module, hidden: Tensor, *, mask: Tensor | None, rows: Tensor) -> Tensor:
         """One layer on the running rows: hidden (r, M, D), the stock mask of these rows -> (r, M', D), M' the longest survivor's."""
@@ -138,6 +141,7 @@ class TokenLane:
             keep = keep.gather(1, order)
         self.packed = self.packed or not torch.equal(keep, keys)
         self.keys = keep
+        self.keys_after.append(keep)
         self.computed[layer] = torch.tensor([len(rows) * hidden.shape[1], len(rows) * longest])
         return parts.feed(block, attended)
 
@@ -153,7 +157,7 @@ class TokenLane:
 
     def trace(self) -> TokenTrace:
         """What was done."""
-        return TokenTrace(self.attended, self.fed, self.computed)
+        return TokenTrace(self.attended, self.fed, self.computed, tuple(self.keys_after))
 
 
 def _additive(keys: Tensor, dtype: torch.dtype) -> Tensor:

@@ -38,16 +38,18 @@ METHODS = {
 
 
 @functools.cache
-def fixture(name: str, method: str) -> tuple[nn.Module, ClassifierExits, Policy]:
-    """A model, exits and a policy whose number splits the batch: somebody leaves early, somebody later."""
+def fixture(name: str, case: str) -> tuple[nn.Module, ClassifierExits, Policy]:
+    """A model, exits and a policy whose number splits the batch: somebody leaves early, somebody later. `case`: a method, and perhaps
+    ` of the mean` of all tokens."""
     model = model_named(name)
+    method, pooling = case.removesuffix(MEAN), "mean" if case.endswith(MEAN) else "first"
     head, judge = methods.EXITS[method]
     for seed, value in itertools.product(range(11, 16), (0.5, 0.6, 0.4, 0.7, 0.3, 0.8, 0.2)):
-        exits = exits_for(model, head=head, judge=judge, seed=seed)
+        exits = exits_for(model, head=head, judge=judge, seed=seed, pooling=pooling)
         policy = METHODS[method](value)
         if len(run(model, exits, policy, batch_for(name))[1].depths.unique()) > 1:
             return model, exits, policy
-    raise AssertionError(f"no number splits the batch of {name} under {method}")
+    raise AssertionError(f"no number splits the batch of {name} under {case}")
 
 
 @torch.no_grad()
@@ -70,6 +72,9 @@ def answers_everywhere(model, exits, batch) -> Tensor:
 
 CASES = [(name, "palbert") for name in NAMES] + [("Bert", method) for method in METHODS if method != "palbert"]
 CASES += [("Albert", "pabee"), ("ViT", "jei_dnn"), ("ModernBert", "berxit"), ("DebertaV2", "fastbert")]
+MEAN = " of the mean"
+CASES += [("Bert", method + MEAN) for method in METHODS]
+CASES += [("Albert", "palbert" + MEAN), ("ModernBert", "palbert" + MEAN), ("ViT", "jei_dnn" + MEAN)]
 each = pytest.mark.parametrize("name, method", CASES)
 
 

@@ -144,6 +144,7 @@ class TestRefused:
             ({"depths": (-1, 1)}, "ascending"),
             ({"head": "big"}, "head='big'"),
             ({"judge": "jury"}, "judge='jury'"),
+            ({"pooling": "last"}, "pooling='last'"),
             ({"judge": "statistics", "num_labels": 1}, "class probabilities"),
         ],
     )

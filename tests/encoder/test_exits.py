@@ -97,12 +97,37 @@ def test_own_heads():
     torch.testing.assert_close(ClassifierHeads(model, linear).answer(2, hidden, {}), linear.heads[2].classify(normed))
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_exits_of_the_mean_look_at_all_tokens_but_padding(masked: bool):
+    model, hidden = model_named("Bert"), torch.randn(ROWS, 3, WIDTH)
+    mask = torch.tensor([[1, 1, 1]] * (ROWS - 1) + [[1, 1, 0]])
+    context = {"attention_mask": mask} if masked else {}
+    mean = hidden.mean(1)
+    if masked:
+        mean[-1] = hidden[-1, :2].mean(0)
+    heads = ClassifierHeads(model, exits_for(model, head="pooled", judge="correctness", pooling="mean"))
+    one = heads.exits.heads[1]
+    torch.testing.assert_close(heads.answer(1, hidden, context), one.classify(one.pool(mean).tanh()))
+    judged = heads.judge_logits(Observation(heads, 1, hidden, context))
+    torch.testing.assert_close(judged, heads.exits.judges[0](mean)[:, 0])
+    linear = ClassifierHeads(model, exits_for(model, head="linear", judge="none", pooling="mean"))
+    normed = torch.nn.functional.layer_norm(mean, (WIDTH,))
+    torch.testing.assert_close(linear.answer(2, hidden, context), linear.exits.heads[2].classify(normed))
+    shared = ClassifierHeads(model, exits_for(model, head="shared", judge="halting", pooling="mean"))
+    own = model.classifier((model.bert.pooler.dense(mean)).tanh())
+    torch.testing.assert_close(shared.answer(0, hidden, context), own)
+    observation = Observation(shared, 0, hidden, context)
+    pooled = model.bert.pooler.dense(mean).tanh()
+    expected = shared.exits.judges[0](torch.cat([pooled, torch.zeros_like(pooled)], 1))[:, 0]
+    torch.testing.assert_close(shared.judge_logits(observation), expected)
+
+
 def test_heads_and_lambda_drop_in_training_only():
     model = model_named("Bert")
-    hidden = torch.randn(ROWS, 3, WIDTH)
+    vectors = torch.randn(ROWS, WIDTH)
     pooled = exits_for(model, head="pooled", judge="none").heads[0]
     layer = exits_for(model, head="shared", judge="halting").judges[0]
-    for module, given in ((pooled, hidden), (layer, torch.randn(ROWS, 2 * WIDTH))):
+    for module, given in ((pooled, vectors), (layer, torch.randn(ROWS, 2 * WIDTH))):
         assert torch.equal(module(given), module(given))
         module.train()
         assert not torch.equal(module(given), module(given))
@@ -110,10 +135,12 @@ def test_heads_and_lambda_drop_in_training_only():
 
 def test_settings_make_the_same_exits():
     model = model_named("Bert")
-    exits = ClassifierExits.for_model(model, (0, 2), head="linear", judge="statistics", dropout=0.3)
+    exits = ClassifierExits.for_model(model, (0, 2), head="linear", judge="statistics", dropout=0.3, pooling="mean")
     again = ClassifierExits(**exits.settings())
     assert again.settings() == exits.settings()
-    assert again.settings()["dropout"] == 0.3
+    assert (again.settings()["dropout"], again.settings()["pooling"]) == (0.3, "mean")
+    old = {name: value for name, value in exits.settings().items() if name != "pooling"}
+    assert ClassifierExits(**old).pooling == "first", "exits that were saved before there was a choice"
     assert len({id(gate) for gate in again.judges}) == 2, "a gate for each exit"
     assert again.depths == (0, 2)
     again.load_state_dict(exits.state_dict())

@@ -25,8 +25,9 @@ LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 def objective_for(method: str, name: str = "Bert", **weights) -> ClassifierObjective:
     model = model_named(name)
     head, judge = EXITS.get(method, ("shared", "none"))
-    pruning = weights.pop("pruning", None)
-    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head=head, judge=judge))
+    pruning, pooling = weights.pop("pruning", None), weights.pop("pooling", "first")
+    exits = exits_for(model, head=head, judge=judge, pooling=pooling)
+    classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = pruning
     return ClassifierObjective(classifier, method=method, weights=Weights(trade_off=0.5, **weights)).eval()
 

@@ -15,6 +15,7 @@ from tiny_classifiers import CLASSES, LAYERS, ROWS, WIDTH, batch_for, exits_for,
 
 from ee_diffusion.encoder.evaluate import look
 from ee_diffusion.encoder.exits import ClassifierHeads
+from ee_diffusion.encoder.objective import FROZEN
 from ee_diffusion.encoder.seeing import StoredStates, by_length, origin_of, stored_states
 
 
@@ -39,9 +40,11 @@ def test_parts_are_cut_to_their_longest():
     assert by_length(images, 3) == [images]
 
 
-def heads_for(name: str = "Bert", judge: str = "statistics", head: str = "linear") -> ClassifierHeads:
+def heads_for(
+    name: str = "Bert", judge: str = "statistics", head: str = "linear", pooling: str = "first"
+) -> ClassifierHeads:
     model = model_named(name)
-    return ClassifierHeads(model, exits_for(model, head=head, judge=judge))
+    return ClassifierHeads(model, exits_for(model, head=head, judge=judge, pooling=pooling))
 
 
 def halves(name: str = "Bert") -> list[dict]:
@@ -53,21 +56,22 @@ def halves(name: str = "Bert") -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["Bert", "ViT"])
-@pytest.mark.parametrize("method", ["jei_dnn", "fastbert", "deebert"])
-def test_stored_states_have_the_loss_of_the_live_model(method: str, name: str):
-    objective = objective_for(method, name)
+@pytest.mark.parametrize("method, pooling", [(m, "first") for m in FROZEN] + [("jei_dnn", "mean")])
+def test_stored_states_have_the_loss_of_the_live_model(method: str, pooling: str, name: str):
+    objective = objective_for(method, name, pooling=pooling)
     classifier = objective.classifier
     heads = ClassifierHeads(classifier.model, classifier.exits)
     kept = stored_states(heads, halves(name), pruning=None, data="texts")
-    assert (len(kept), kept.first.shape) == (ROWS, (ROWS, LAYERS - 1, WIDTH))
+    assert (len(kept), kept.vectors.shape) == (ROWS, (ROWS, LAYERS - 1, WIDTH))
     found, expected = objective(kept[torch.arange(ROWS)]), objective(labelled(name))
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_stored_states_of_removed_tokens():
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_stored_states_of_removed_tokens(pooling: str):
     pruning = (0.06, 0.1, 0.12, 0.2)
-    objective = objective_for("fastbert", pruning=pruning)
+    objective = objective_for("fastbert", pruning=pruning, pooling=pooling)
     heads = ClassifierHeads(objective.classifier.model, objective.classifier.exits)
     kept = stored_states(heads, halves(), pruning=pruning, data="texts")
     found, expected = objective(kept[torch.arange(ROWS)]), objective(labelled())
@@ -96,11 +100,12 @@ def test_a_store_is_read_for_its_own_model_and_data_alone(tmp_path: Path):
     kept = stored_states(heads, halves(), pruning=None, data="texts")
     kept.save(tmp_path / "deep" / "states")
     again = StoredStates.load(tmp_path / "deep" / "states", origin=origin_of(heads, None, "texts"))
-    for name in ("first", "own", "labels", "tokens"):
+    for name in ("vectors", "own", "labels", "tokens"):
         assert torch.equal(getattr(again, name), getattr(kept, name))
     others = [origin_of(heads, None, "other texts"), origin_of(heads, (0.0,) * LAYERS, "texts")]
     torch.nn.init.zeros_(heads.model.classifier.bias)
     others.append(origin_of(heads, None, "texts"))
+    others.append(origin_of(heads_for(pooling="mean"), None, "texts"))
     shallow = ClassifierHeads(heads.model, exits_for(heads.model, (1,), head="linear", judge="none"))
     others.append(origin_of(shallow, None, "texts"))
     for origin in others:
@@ -114,7 +119,7 @@ def test_a_store_is_read_for_its_own_model_and_data_alone(tmp_path: Path):
 
 def test_refused():
     for judge, head in (("halting", "shared"), ("none", "shared"), ("linear_halting", "pooled")):
-        with pytest.raises(ValueError, match="first tokens"):
+        with pytest.raises(ValueError, match="stored vectors"):
             stored_states(heads_for(judge=judge, head=head), halves(), pruning=None, data="texts")
     with pytest.raises(ValueError, match="no batches"):
         stored_states(heads_for(), [], pruning=None, data="texts")

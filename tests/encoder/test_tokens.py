@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.encoder import tokens
 from ee_diffusion.encoder.attach import attach, watching
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
@@ -27,9 +28,9 @@ THRESHOLDS = (0.06, 0.1, 0.12, 0.2)
 
 
 @torch.no_grad()
-def run(name: str, thresholds, policy: Policy | None = None, rows=None, **changes):
+def run(name: str, thresholds, policy: Policy | None = None, rows=None, pooling="first", **changes):
     model = model_named(name, **changes)
-    exits, token_traces = exits_for(model, head="pooled", judge="none"), []
+    exits, token_traces = exits_for(model, head="pooled", judge="none", pooling=pooling), []
     with attach(model, exits, policy or Policy(), pruning=thresholds, token_traces=token_traces) as traces:
         logits = model(**batch_for(name, rows)).logits
     return logits, traces[0], token_traces[0]
@@ -73,19 +74,25 @@ def test_nothing_to_prune_is_the_stock_model(name: str):
 
 
 @torch.no_grad()
-def slow_logits(name: str, row: int) -> torch.Tensor:
-    """One text alone, layer by layer, tokens taken out by hand."""
+def slow_states(name: str, row: int) -> list[torch.Tensor]:
+    """One text alone, layer by layer, tokens taken out by hand: the states (1, m, D) before each layer and after the last."""
     model, batch = model_named(name), batch_for(name, [row])
     blocks = family_of(model).blocks(model)
     with watching(model) as states:
         model(**batch)
-    hidden = states[0]
+    hidden, found = states[0], [states[0]]
     for layer in range(LAYERS):
         block = blocks[layer % len(blocks)]
         s = saliency(block, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))[0]
         attended = PARTS[type(block).__name__].attend(block, hidden, None)
         kept = [0] + [j for j in range(1, hidden.shape[1]) if float(s[j]) >= THRESHOLDS[layer]]
         hidden = PARTS[type(block).__name__].feed(block, attended[:, kept])
+        found.append(hidden)
+    return found
+
+
+def slow_logits(name: str, row: int) -> torch.Tensor:
+    model, hidden = model_named(name), slow_states(name, row)[-1]
     family = family_of(model)
     return family.classify(model, family.pool(model, hidden, None))[0]
 
@@ -127,10 +134,11 @@ def test_attention_implementations_prune_alike():
     torch.testing.assert_close(sdpa[0], eager[0], rtol=1e-4, atol=1e-5)
 
 
-def test_both_pyramids_at_once():
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_both_pyramids_at_once(pooling: str):
     for speed in (0.6, 0.7, 0.8, 0.9, 0.95):
         policy = fastbert(speed)
-        logits, trace, tokens = run("Bert", THRESHOLDS, policy)
+        logits, trace, tokens = run("Bert", THRESHOLDS, policy, pooling=pooling)
         depths = trace.depths[0]
         if len(depths.unique()) > 1:
             break
@@ -139,9 +147,22 @@ def test_both_pyramids_at_once():
         depth = int(depths[row])
         assert bool((tokens.attended[row, :depth] > 0).all())
         assert bool((tokens.attended[row, depth:] == 0).all())
-        alone, its_trace, _ = run("Bert", THRESHOLDS, policy, rows=[row])
+        alone, its_trace, _ = run("Bert", THRESHOLDS, policy, rows=[row], pooling=pooling)
         assert int(its_trace.depths[0, 0]) == depth
         torch.testing.assert_close(alone[0], logits[row], rtol=1e-4, atol=1e-4)
+
+
+def test_exits_of_the_mean_see_what_is_left_of_a_text():
+    """Against one text, its tokens taken out by hand: the answer at depth 2 is made of the survivors' mean."""
+    model = model_named("Bert")
+    exits = exits_for(model, (2,), head="pooled", judge="none", pooling="mean")
+    with torch.no_grad(), attach(model, exits, Policy(schedule=FixedDepth(2)), pruning=THRESHOLDS):
+        logits = model(**batch_for("Bert")).logits
+    for row in range(ROWS):
+        hidden = slow_states("Bert", row)[2]  # (1, m, D)
+        one = exits.heads[0]
+        expected = one.classify(one.pool(hidden.mean(1)).tanh())
+        torch.testing.assert_close(logits[row], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_everything_may_be_pruned_but_the_first_token():

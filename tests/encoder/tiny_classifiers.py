@@ -80,11 +80,17 @@ def widen(module: nn.Module) -> None:
 
 
 def exits_for(
-    model: nn.Module, depths: tuple[int, ...] | None = None, *, head: str, judge: str, seed: int = 11
+    model: nn.Module,
+    depths: tuple[int, ...] | None = None,
+    *,
+    head: str,
+    judge: str,
+    seed: int = 11,
+    pooling: str = "first",
 ) -> ClassifierExits:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        exits = ClassifierExits.for_model(model, depths, head=head, judge=judge)
+        exits = ClassifierExits.for_model(model, depths, head=head, judge=judge, pooling=pooling)
         widen(exits)
     return exits.eval()
 
