@@ -96,6 +96,10 @@ def test_encodings(kind: str, size: int):
         encode(hidden * torch.nan, kind=kind)
     with pytest.raises(ValueError, match="0 positions"):
         decode(b"", 0, 32, kind=kind)
+    if kind in ("float16", "bfloat16"):
+        broken = torch.full((2, 32), torch.nan, dtype=getattr(torch, kind)).view(torch.uint8).numpy().tobytes()
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            decode(broken, 2, 32, kind=kind)
     assert not decode(encode(torch.zeros(2, 32), kind=kind), 2, 32, kind=kind).any()
 
 

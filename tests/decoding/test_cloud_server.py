@@ -153,9 +153,10 @@ def test_what_is_malformed_is_refused_and_late_is_late():
         wrong = wire.OpenRequest(version=2, fingerprint=transport.part.fingerprint, width=WIDTH)
         with pytest.raises(CloudLost, match="version 2, expected 1"):
             transport._call("Open", wrong, 5)
-        wrong = wire.OpenRequest(version=1, fingerprint="another", width=WIDTH)
-        with pytest.raises(CloudLost, match="another model"):
-            transport._call("Open", wrong, 5)
+        for print_, width in (("another", WIDTH), (transport.part.fingerprint, WIDTH + 1)):
+            wrong = wire.OpenRequest(version=1, fingerprint=print_, width=width)
+            with pytest.raises(CloudLost, match="another model"):
+                transport._call("Open", wrong, 5)
 
 
 def test_a_server_that_dies_and_comes_back():

@@ -269,6 +269,13 @@ def test_what_exits_cannot_do_is_refused(options: dict, message: str):
         generate(model_named("llama"), policy_named("softmax", "llama"), **options)
 
 
+def test_an_attention_that_cannot_drop_rows_is_refused():
+    model = copy.deepcopy(model_named("llama"))
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match="attention implementation 'flex_attention'"):
+        generate(model, policy_named("softmax", "llama"))
+
+
 @pytest.mark.parametrize(
     "policy,message",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,18 @@ def test_the_shared_tail_is_that_of_the_model(name: str):
     classes = torch.tensor([[5, 0, 60], [1, 2, 3], [9, 9, 8], [0, 1, 2]])
     found = heads.answer_among(0, states[0], classes)
     torch.testing.assert_close(found, logits[:, -1].gather(1, classes), rtol=1e-12, atol=1e-12)
+
+
+def test_an_lm_heads_bias_is_in_the_answers_among_some_tokens():
+    model = copy.deepcopy(model_named("llama"))
+    head = torch.nn.Linear(32, model.config.vocab_size, bias=True).double()
+    model.set_output_embeddings(head)
+    heads, hidden = SharedTail(model, EXITS), torch.randn(len(LENGTHS), 3, 32, dtype=torch.float64)
+    whole = heads.answer(0, hidden, {})
+    classes = torch.tensor([[5, 0], [1, 2], [9, 8], [0, 1]])
+    torch.testing.assert_close(heads.answer_among(0, hidden, classes), whole.gather(1, classes), rtol=1e-12, atol=1e-12)
+    same = heads.answer_among(0, hidden, torch.tensor([7, 3]))
+    torch.testing.assert_close(same, whole[:, [7, 3]], rtol=1e-12, atol=1e-12)
 
 
 def test_learned_exits_decide():
@@ -121,8 +134,9 @@ def test_exits_of_another_model_are_refused():
         LearnedExits(EXITS, 16).bind(model)
     with pytest.raises(ValueError, match="6 layers"):
         LearnedExits((LAYERS,), 32).bind(model)
-    with pytest.raises(ValueError, match="ascending"):
-        LearnedExits((3, 2), 32)
+    for depths in ((3, 2), (-1, 2), (2, 2), ()):
+        with pytest.raises(ValueError, match="ascending"):
+            LearnedExits(depths, 32)
 
 
 def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch):
