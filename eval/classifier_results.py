@@ -24,7 +24,7 @@ DIFFERENCES = {"to_full": "full", "to_constant": "constant", "to_truncated": "tr
 def classifiers(report: dict) -> str:
     """The rows of eval/classifier_table.py, differences in accuracy with their intervals."""
     rows = []
-    for row in report["rows"]:
+    for row in filter(shown, report["rows"]):
         row = row | {"flops": row["flops_fraction"], "shuffled": row.get("shuffled_accuracy")}
         for name, kind in DIFFERENCES.items():
             if name in row:
@@ -37,10 +37,15 @@ def classifiers(report: dict) -> str:
         "`number`: fraction of the layers asked for, of `pabee` the patience; rule `none`: the last answer. `flops`: in parts of the full\n"
         "model's, judges and exits counted. `spread`: standard deviation over seeds and folds. `shuffled`: random exits with the same\n"
         "histogram. Differences in accuracy, paired over texts, 95 %: to the full model, and to the best mixtures of constant depths and\n"
-        "of truncated models at exactly the same FLOPs.\n"
+        "of truncated models at exactly the same FLOPs. Other rules on the same exits are in the JSON.\n"
     )
     notes = [f"{report['note']}\n"] if "note" in report else []
-    return "\n".join([markdown_table(rows, columns), text, *by_length(report["rows"]), *notes])
+    return "\n".join([markdown_table(rows, columns), text, *by_length([*filter(shown, report["rows"])]), *notes])
+
+
+def shown(row: dict) -> bool:
+    """Whether RESULTS.md shows a row: the last answer, plain confidence, and the rule after which the exits are named."""
+    return row["rule"] in ("none", "confidence") or row["exits"].startswith(row["rule"])
 
 
 def by_length(rows: list[dict]) -> list[str]:

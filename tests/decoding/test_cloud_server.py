@@ -255,3 +255,19 @@ def test_the_command_generates_with_trained_exits(tmp_path: Path, capsys: pytest
     told = capsys.readouterr()
     assert json.loads(told.out.splitlines()[-1])["tokens"] == {"own": 3}
     assert "warning: the cloud was asked" in told.err
+
+
+def test_a_call_that_breaks_is_not_counted_as_answered(monkeypatch: pytest.MonkeyPatch):
+    with serving() as there, line(there.port) as transport:
+
+        def broken(owner: str):
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(there.worker, "open", broken)
+        with pytest.raises(CloudLost, match="UNKNOWN"):
+            transport.open(timeout=5)
+        counted = {
+            status: there.metrics.registry.get_sample_value("ee_cloud_calls_total", {"call": "Open", "status": status})
+            for status in ("UNKNOWN", "OK")
+        }
+    assert counted == {"UNKNOWN": 1, "OK": None}

@@ -171,3 +171,31 @@ def test_a_worker_needs_room_for_one():
         with pytest.raises(ValueError, match="at least 1"):
             Worker(manager(), Metrics(), **wrong)
     assert isinstance(manager(), ContextManager)
+
+
+@pytest.mark.parametrize("broken", ["take", "finish"])
+def test_a_turn_that_fails_is_told_and_the_worker_lives_on(broken: str):
+    with Watched() as watched:
+        watched.go.set()
+        session, last = watched.session(0), len(states(0)) - 1
+        working = getattr(watched.cloud, broken)
+
+        def failing(*args, **kwargs):
+            setattr(watched.cloud, broken, working)
+            raise RuntimeError("broken")
+
+        setattr(watched.cloud, broken, failing)
+        with pytest.raises(Refused, match="the server failed: RuntimeError"):
+            watched.worker.ask("a", session, last).result(timeout=20)
+        assert watched.worker.ask("a", watched.session(0), last).result(timeout=20)[0] == whole(0)[-1]
+
+
+def test_two_questions_of_one_session_are_not_of_one_pass():
+    with Watched() as watched:
+        session, other = watched.session(3, 3), watched.session(3, 3)
+        with watched.worker.changed:
+            asked = [watched.worker.ask("a", one, 2) for one in (session, session, other)]
+        watched.go.set()
+        tokens = [future.result(timeout=20)[0] for future in asked]
+    assert len(set(tokens)) == 1
+    assert watched.passes[0] == (2, 3)

@@ -116,10 +116,12 @@ class CloudServer:
         }[name]
 
         def call(request, context: grpc.ServicerContext):
-            status, begun = grpc.StatusCode.OK, time.monotonic()
+            status, begun = grpc.StatusCode.UNKNOWN, time.monotonic()  # what grpc says of any other exception
             try:
                 with self._owner(context) as owner:
-                    return function(owner, request, context)
+                    reply = function(owner, request, context)
+                status = grpc.StatusCode.OK
+                return reply
             except Refused as refused:
                 status = STATUS[refused.kind]
                 context.abort(status, str(refused))

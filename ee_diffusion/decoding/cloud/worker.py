@@ -154,21 +154,35 @@ class Worker:
         self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            with self.changed:
+        going = True
+        while going:
+            try:
+                going = self._turn()
+            except (
+                Exception
+            ) as error:  # told to all who wait, for whatever is broken may be theirs; the worker lives on
+                LOG.error(json.dumps({"event": "a turn failed", "error": type(error).__name__}))
+                with self.changed:
+                    for question in list(self._questions):
+                        self._tell(question, Refused("invalid", f"the server failed: {type(error).__name__}"))
+
+    def _turn(self) -> bool:
+        """Wait for questions, make one pass, answer. False: the server ends."""
+        with self.changed:
+            taken = self._take()
+            while not taken and not self._stopped:
+                self.changed.wait(timeout=1.0)
+                self.manager.expire()
                 taken = self._take()
-                while not taken and not self._stopped:
-                    self.changed.wait(timeout=1.0)
-                    self.manager.expire()
-                    taken = self._take()
-                if self._stopped:
-                    for question in self._questions:
-                        if question.answer.set_running_or_notify_cancel():
-                            question.answer.set_exception(CancelledError())
-                    return
-            made, seconds = self._pass([row for _, row in taken])  # without the lock: uploads go on meanwhile
-            with self.changed:
-                self._finish(taken, made, seconds)
+            if self._stopped:
+                for question in self._questions:
+                    if question.answer.set_running_or_notify_cancel():
+                        question.answer.set_exception(CancelledError())
+                return False
+        made, seconds = self._pass([row for _, row in taken])  # without the lock: uploads go on meanwhile
+        with self.changed:
+            self._finish(taken, made, seconds)
+        return True
 
     def _take(self) -> list[tuple[Question, Row]]:
         """Who is next, and the rows of their pass; none: nobody is ready."""
