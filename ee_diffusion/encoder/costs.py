@@ -69,8 +69,8 @@ def position_flops(model: nn.Module, tokens: int) -> float:
 
 
 def saliency_flops(tokens: int, *, hidden_size: int) -> float:
-    """The extra query and key projections and their product, from which saliency is read: `4 n D^2 + 2 n^2 D`."""
-    return float(4 * tokens * hidden_size**2 + 2 * tokens**2 * hidden_size)
+    """The extra query-key product from which saliency is read: `2 n^2 D`; queries and keys are the layer's own."""
+    return float(2 * tokens**2 * hidden_size)
 
 
 def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: str | None) -> Costs:
@@ -157,7 +157,7 @@ def pruned_layers(model: nn.Module, tokens: TokenTrace) -> Tensor:
     width, inner = model.config.hidden_size, _inner_size(model)
     n, m = tokens.attended.double(), tokens.fed.double()  # (B, L)
     attention = 8 * n * width**2 + 4 * n**2 * width
-    return attention + 4 * m * width * inner + 4 * n * width**2 + 2 * n**2 * width
+    return attention + 4 * m * width * inner + 2 * n**2 * width
 
 
 def _layer_flops(model: nn.Module, tokens: int) -> tuple[float, float]:

@@ -87,19 +87,32 @@ def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
         raise ValueError(f"pruning threshold {wrong[0]}, expected a mean attention probability in [0, 1]")
 
 
-def saliency(block: nn.Module, hidden: Tensor, keys: Tensor) -> Tensor:
-    """Attention paid to each token, mean over heads and over real query positions: hidden (r, M, D), keys (r, M) bool -> (r, M).
+@contextmanager
+def projected(block: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, the block runs once; yields a list that then holds its own queries and keys, (r, M, D) each."""
+    modules = PARTS[type(block).__name__].projections(block)
+    found: list[Tensor] = [torch.empty(0)] * len(modules)
+    keep = lambda place: lambda module, args, output: found.__setitem__(place, output)  # noqa: E731
+    handles = [one.register_forward_hook(keep(place)) for place, one in enumerate(modules)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def saliency(query: Tensor, key: Tensor, keys: Tensor, *, heads: int) -> Tensor:
+    """Attention paid to each token, mean over heads and over real query positions: a layer's queries and keys (r, M, D), keys (r, M) bool
+    -> (r, M).
 
     `s(x_j) = 1/(H n) sum_h sum_i A_h(i, j)`; sums to 1 over the real tokens, 0 for padding. One query-key product beside the layer's
     own, in pieces of query positions, so that it works with any attention.
     """
-    parts = PARTS[type(block).__name__]
-    heads, (query, key) = parts.heads(block), parts.projections(block)
-    rows, length, width = hidden.shape[0], hidden.shape[1], query.out_features // heads
-    q = query(hidden).view(rows, length, heads, width).transpose(1, 2)  # (r, H, M, D/H)
-    k = key(hidden).view(rows, length, heads, width).permute(0, 2, 3, 1)  # (r, H, D/H, M)
+    rows, length, width = query.shape[0], query.shape[1], query.shape[2] // heads
+    q = query.view(rows, length, heads, width).transpose(1, 2)  # (r, H, M, D/H)
+    k = key.view(rows, length, heads, width).permute(0, 2, 3, 1)  # (r, H, D/H, M)
     closed = ~keys[:, None, None]  # (r, 1, 1, M)
-    paid = hidden.new_zeros(rows, length, dtype=torch.float32)
+    paid = query.new_zeros(rows, length, dtype=torch.float32)
     for first in range(0, length, QUERIES):
         logits = (q[:, :, first : first + QUERIES] @ k).float() / math.sqrt(width)  # (r, H, q, M)
         attention = logits.masked_fill(closed, -math.inf).softmax(-1)
@@ -128,8 +141,9 @@ class TokenLane:
     def layer(self, layer: int, block: nn.Module, hidden: Tensor, *, mask: Tensor | None, rows: Tensor) -> Tensor:
         """One layer on the running rows: hidden (r, M, D), the stock mask of these rows -> (r, M', D), M' the longest survivor's."""
         parts, keys = PARTS[type(block).__name__], self._keys(hidden, rows)
-        attended = parts.attend(block, hidden, _additive(keys, hidden.dtype) if self.packed else mask)
-        keep = keys & (saliency(block, hidden, keys) >= self.thresholds[layer])  # (r, M)
+        with projected(block) as found:
+            attended = parts.attend(block, hidden, _additive(keys, hidden.dtype) if self.packed else mask)
+        keep = keys & (saliency(*found, keys, heads=parts.heads(block)) >= self.thresholds[layer])  # (r, M)
         keep[:, 0] = True
         lengths = keep.sum(1).cpu()  # (r,), the host sync of this layer
         self.attended[rows, layer] = keys.sum(1, dtype=torch.int32).cpu()
@@ -182,8 +196,10 @@ def soft_pruning(model: nn.Module, thresholds: Tensor, mask: Tensor, *, temperat
     keys = mask.bool()
 
     def soft(block: nn.Module, original, hidden, *args, **kwargs):
-        output = original(hidden, *args, **kwargs)
-        gate = ((saliency(block, hidden, keys) - thresholds[len(kept)]) / temperature).sigmoid()  # (B, N)
+        with projected(block) as found:
+            output = original(hidden, *args, **kwargs)
+        heads = PARTS[type(block).__name__].heads(block)
+        gate = ((saliency(*found, keys, heads=heads) - thresholds[len(kept)]) / temperature).sigmoid()  # (B, N)
         gate = torch.cat([torch.ones_like(gate[:, :1]), gate[:, 1:]], dim=1) * keys
         kept.append(gate)
         return output * gate[:, :, None].to(output.dtype)

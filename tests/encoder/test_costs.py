@@ -78,7 +78,7 @@ def test_by_hand():
     projections, attention, inner = 4 * 2 * 7 * 16 * 16, 2 * 2 * 7 * 7 * 16, 2 * 2 * 7 * 16 * 24
     assert block_flops(7, hidden_size=16, inner_size=24) == projections + attention + inner
     assert block_flops(7, hidden_size=16, inner_size=24, kept=3) == projections + attention + 2 * 2 * 3 * 16 * 24
-    assert saliency_flops(7, hidden_size=16) == 2 * 2 * 7 * 16 * 16 + 2 * 7 * 7 * 16
+    assert saliency_flops(7, hidden_size=16) == 2 * 7 * 7 * 16
 
 
 def test_the_way_to_each_answer_grows_and_ends_above_one():

@@ -36,6 +36,13 @@ def run(name: str, thresholds, policy: Policy | None = None, rows=None, pooling=
     return logits, traces[0], token_traces[0]
 
 
+def salient(block: torch.nn.Module, hidden: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Saliency from queries and keys made here."""
+    parts = PARTS[type(block).__name__]
+    query, key = parts.projections(block)
+    return saliency(query(hidden), key(hidden), keys, heads=parts.heads(block))
+
+
 @pytest.mark.parametrize("name", PRUNABLE)
 def test_saliency_against_the_models_own_attention(name: str):
     model, batch = model_named(name, attn_implementation="eager"), batch_for(name)
@@ -44,7 +51,7 @@ def test_saliency_against_the_models_own_attention(name: str):
     with torch.no_grad(), watching(model) as states:
         attentions = model(**batch, output_attentions=True).attentions
     for layer, attention in enumerate(attentions):  # (B, H, N, N)
-        found = saliency(blocks[layer % len(blocks)], states[layer], keys).detach()
+        found = salient(blocks[layer % len(blocks)], states[layer], keys).detach()
         for row in range(ROWS):
             n = int(keys[row].sum())
             for j in range(n):
@@ -59,9 +66,9 @@ def test_saliency_of_texts_longer_than_a_piece(monkeypatch):
     with torch.no_grad(), watching(model) as states:
         model(**batch)
     block, keys = family_of(model).blocks(model)[0], batch["attention_mask"].bool()
-    whole = saliency(block, states[1], keys)
+    whole = salient(block, states[1], keys)
     monkeypatch.setattr(tokens, "QUERIES", 4)  # of 9: two whole pieces and a rest
-    torch.testing.assert_close(saliency(block, states[1], keys), whole)
+    torch.testing.assert_close(salient(block, states[1], keys), whole)
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
@@ -83,7 +90,7 @@ def slow_states(name: str, row: int) -> list[torch.Tensor]:
     hidden, found = states[0], [states[0]]
     for layer in range(LAYERS):
         block = blocks[layer % len(blocks)]
-        s = saliency(block, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))[0]
+        s = salient(block, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool))[0]
         attended = PARTS[type(block).__name__].attend(block, hidden, None)
         kept = [0] + [j for j in range(1, hidden.shape[1]) if float(s[j]) >= THRESHOLDS[layer]]
         hidden = PARTS[type(block).__name__].feed(block, attended[:, kept])
@@ -207,7 +214,7 @@ def test_faded_tokens_are_what_the_next_layer_sees():
     hidden, keys = states[0], batch["attention_mask"].bool()
     for layer, block in enumerate(blocks):
         output = block(hidden)
-        gate = ((saliency(block, hidden, keys) - THRESHOLDS[layer]) / 0.05).sigmoid()
+        gate = ((salient(block, hidden, keys) - THRESHOLDS[layer]) / 0.05).sigmoid()
         gate[:, 0] = 1
         hidden = torch.stack([output[:, j] * gate[:, j, None] for j in range(hidden.shape[1])], dim=1)
     with soft_pruning(model, torch.tensor(THRESHOLDS), batch["attention_mask"], temperature=0.05):
@@ -220,7 +227,7 @@ def test_a_token_at_its_threshold_stays():
     model, batch = model_named("Bert"), batch_for("Bert", [0])
     with torch.no_grad(), watching(model) as states:
         model(**batch)
-    s = saliency(family_of(model).blocks(model)[0], states[0], batch["attention_mask"].bool())[0].detach()
+    s = salient(family_of(model).blocks(model)[0], states[0], batch["attention_mask"].bool())[0].detach()
     order = s[1:].sort().values
     trace = run("Bert", (float(order[3]), 0.0, 0.0, 0.0), rows=[0])[2]
     assert int(trace.fed[0, 0]) == 1 + len(order) - 3
@@ -268,3 +275,22 @@ def test_soft_pruning_refuses():
     ):
         with pytest.raises(ValueError, match=words), soft_pruning(model, thresholds, mask, temperature=temperature):
             pass
+
+
+def test_queries_and_keys_are_projected_once():
+    """Saliency is read from the layer's own projections, in hard and in soft removal."""
+    model, counts = model_named("Bert"), []
+    for block in model.bert.encoder.layer:
+        for linear in PARTS[type(block).__name__].projections(block):
+            linear.register_forward_hook(lambda *_: counts.append(1))
+    hooks = [len(linear._forward_hooks) for linear in PARTS["BertLayer"].projections(model.bert.encoder.layer[0])]
+    with torch.no_grad(), attach(model, exits_for(model, head="pooled", judge="none"), Policy(), pruning=THRESHOLDS):
+        model(**batch_for("Bert"))
+    assert len(counts) == 2 * LAYERS
+    counts.clear()
+    with soft_pruning(model, torch.tensor(THRESHOLDS), batch_for("Bert")["attention_mask"], temperature=0.1):
+        model(**batch_for("Bert"))
+    assert len(counts) == 2 * LAYERS
+    assert hooks == [
+        len(linear._forward_hooks) for linear in PARTS["BertLayer"].projections(model.bert.encoder.layer[0])
+    ]
