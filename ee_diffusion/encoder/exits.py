@@ -189,14 +189,15 @@ class ClassifierHeads:
         return self.family.pool(self.model, hidden, context.get("attention_mask"))
 
     def vector(self, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """What the exits look at: hidden (R, N, D) -> (R, D), the first token or the mean of all that are no padding."""
+        """What the exits look at: hidden (R, N, D) -> (R, D), the first token or the mean of all that are no padding, summed in float32
+        at least: in half precision long texts would overflow."""
         if self.exits.pooling == "first":
             return hidden[:, 0]
         mask = context.get("attention_mask")
         if mask is None:
             return hidden.mean(1)
-        weights = mask.to(hidden.dtype)[:, :, None]  # (R, N, 1)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        weights = mask.float()[:, :, None]  # (R, N, 1)
+        return ((hidden * weights).sum(1) / weights.sum(1).clamp(min=1)).to(hidden.dtype)
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> logits (R, C)."""

@@ -122,6 +122,19 @@ def test_exits_of_the_mean_look_at_all_tokens_but_padding(masked: bool):
     torch.testing.assert_close(shared.judge_logits(observation), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_a_long_text_holds_in_half_precision(dtype: torch.dtype):
+    model = model_named("Bert")
+    heads = ClassifierHeads(model, exits_for(model, head="pooled", judge="none", pooling="mean"))
+    hidden = (torch.randn(2, 511, WIDTH) + 300).to(dtype)
+    context = {"attention_mask": torch.ones(2, 511, dtype=torch.long)}
+    found = heads.vector(hidden, context)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), hidden.double().mean(1), rtol=2 * torch.finfo(dtype).eps, atol=0)
+    context["attention_mask"][1] = 0
+    assert torch.equal(heads.vector(hidden, context)[1], torch.zeros(WIDTH, dtype=dtype)), "a text of no tokens"
+
+
 def test_heads_and_lambda_drop_in_training_only():
     model = model_named("Bert")
     vectors = torch.randn(ROWS, WIDTH)
