@@ -220,6 +220,8 @@ def _look_at(heads: ClassifierHeads, pruning, batch: dict[str, Tensor], measures
             own = heads.model(**inputs).logits  # (B, C)
         states = [all_states[depth] for depth in heads.depths]
         masks = masks_at(heads.depths, inputs.get("attention_mask"), None if pruning is None else traces[-1])
+        if pruning is not None:
+            traces[-1] = replace(traces[-1], keys=())  # not to be kept on the device for all batches
         tokens = text_lengths(batch, all_states[0])
     answers, found = [], []
     for observation in look_through(heads, states, masks):

@@ -14,9 +14,10 @@ from tiny_classifiers import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_
 
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.encoder import evaluate
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.evaluate import Look, look
-from ee_diffusion.encoder.methods import confidence, fastbert, jei_dnn, pabee
+from ee_diffusion.encoder.methods import berxit, confidence, fastbert, jei_dnn, pabee
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 SCORES = ("judged", "max_probability", "low_entropy", "agreement")
@@ -49,6 +50,35 @@ def test_replayed_is_live(classifier: EarlyExitClassifier, seen: Look, policy: P
     depths = torch.tensor([1, 2, 3, LAYERS])[taken]
     assert depths.tolist() == (traces[0].depths[0].tolist() if traces else [LAYERS] * ROWS)
     torch.testing.assert_close(seen.given(taken), live, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("judge", ["correctness", "none"])
+def test_replayed_is_live_where_exits_look_at_what_is_left(judge: str):
+    model = model_named("Bert")
+    exits = exits_for(model, head="pooled", judge=judge, pooling="mean")
+    classifier = EarlyExitClassifier.from_classifier(model, exits)
+    classifier.pruning = (0.06, 0.1, 0.12, 0.2)
+    halves = [batch_for("Bert", rows) | {"labels": LABELS[rows]} for rows in ([0, 1, 2], [3, 4, 5])]
+    seen = look(classifier, halves, scores=("judged",) * (judge != "none") + ("max_probability",))
+    rules = [berxit(value) for value in (0.3, 0.5, 0.7) if judge != "none"]
+    for policy in [*rules, confidence(0.5), confidence(0.7), Policy()]:
+        classifier.policy = policy
+        with torch.no_grad():
+            live = classifier(**batch_for("Bert")).logits
+        torch.testing.assert_close(seen.given(seen.taken(policy)), live, rtol=1e-4, atol=1e-5)
+
+
+def test_where_tokens_were_is_not_kept_from_batch_to_batch(monkeypatch):
+    held = []
+    joined = evaluate._joined
+    monkeypatch.setattr(evaluate, "_joined", lambda traces: held.extend(traces) or joined(traces))
+    model = model_named("Bert")
+    exits = exits_for(model, head="pooled", judge="none", pooling="mean")
+    classifier = EarlyExitClassifier.from_classifier(model, exits)
+    classifier.pruning = (0.06, 0.1, 0.12, 0.2)
+    batch = batch_for("Bert") | {"labels": LABELS}
+    look(classifier, [batch, batch], scores=("max_probability",))
+    assert [trace.keys for trace in held] == [(), ()]
 
 
 def test_what_a_look_holds(seen: Look):
