@@ -28,7 +28,7 @@ def classifiers(report: dict) -> str:
         row = row | {"flops": row["flops_fraction"], "shuffled": row.get("shuffled_accuracy")}
         for name, kind in DIFFERENCES.items():
             if name in row:
-                row[name] = f"{row[name]:+.4f} ({row[f'{kind}_low']:+.4f} to {row[f'{kind}_high']:+.4f})"
+                row[name] = difference(row, kind)
         rows.append(row)
     columns = [name for name in (*CLASSIFIER_COLUMNS, *DIFFERENCES) if any(row.get(name) is not None for row in rows)]
     folds = f", {report['folds']} folds, each with others of its own" if report.get("folds", 1) > 1 else ""
@@ -48,14 +48,22 @@ def shown(row: dict) -> bool:
     return row["rule"] in ("none", "confidence") or row["exits"].startswith(row["rule"])
 
 
+def difference(facts: dict, kind: str) -> str:
+    """A paired difference with its interval; of a single text there is none."""
+    low, high = facts[f"{kind}_low"], facts[f"{kind}_high"]
+    return f"{facts[f'to_{kind}']:+.4f}" + (f" ({low:+.4f} to {high:+.4f})" if low is not None else "")
+
+
 def by_length(rows: list[dict]) -> list[str]:
     """The thirds of the texts, short ones first, where the table was made with --lengths."""
     found = []
     for row in rows:
         shown = {"exits": row["exits"], "rule": row["rule"], "number": row.get("number")}
         for third, facts in row.get("lengths", {}).items():
-            difference = f"{facts['to_full']:+.4f} ({facts['full_low']:+.4f} to {facts['full_high']:+.4f})"
-            shown |= {f"{third}: flops": facts["flops_fraction"], f"{third}: accuracy to full": difference}
+            shown |= {
+                f"{third}: flops": facts["flops_fraction"],
+                f"{third}: accuracy to full": difference(facts, "full"),
+            }
         if "lengths" in row:
             found.append(shown)
     return [markdown_table(found), "The shortest, middle and longest third of the texts.\n"] if found else []

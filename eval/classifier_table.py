@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import fmean, mean, pstdev
 
 import torch
 from torch import Tensor
@@ -43,8 +43,16 @@ class Evaluated:
 
     @classmethod
     def read(cls, name: str) -> Evaluated:
+        """What stands in a folder.
+
+        Raises:
+            ValueError: no look, or one of a regression.
+        """
         folder = Path(name)
-        return cls(folder, json.loads((folder / "report.json").read_text()), Look.load(folder / "look.safetensors"))
+        look = Look.load(folder / "look.safetensors")
+        if look.labels.is_floating_point():
+            raise ValueError(f"{folder} is of a regression, expected classes")
+        return cls(folder, json.loads((folder / "report.json").read_text()), look)
 
     def under(self, policy: Policy | None) -> tuple[Tensor, Tensor]:
         """(FLOPs (n,), float64 (n,): 1 where the answer is right) under a policy; None: at the end, no exit asked."""
@@ -143,12 +151,28 @@ class Fold:
         return points
 
     def thirds(self) -> tuple[Tensor, ...]:
-        """Places of the shortest, the middle and the longest texts."""
-        return self.look.tokens.argsort(stable=True).chunk(3)
+        """Places of the shortest, the middle and the longest texts.
+
+        Raises:
+            ValueError: fewer than three texts.
+        """
+        order = self.look.tokens.argsort(stable=True)
+        if len(order) < 3:
+            raise ValueError(
+                f"{self.references[0].folder} judged {len(order)} texts, expected three or more for --lengths"
+            )
+        return order.tensor_split(3)
 
 
 def folds_of(references: list[Evaluated], truncated: list[Evaluated]) -> list[Fold]:
-    """The references by the texts that they judged, with the truncated models of the same texts."""
+    """The references by the texts that they judged, with the truncated models of the same texts.
+
+    Raises:
+        ValueError: references of different depths, truncated models that judged other texts.
+    """
+    layers = sorted({run.look.num_layers for run in references})
+    if len(layers) > 1:
+        raise ValueError(f"references of {layers} layers, expected one model's; shorter ones are --truncated")
     folds: list[Fold] = []
     for run in references:
         known = next((fold for fold in folds if fold.judged(run)), None)
@@ -174,8 +198,11 @@ def dealt(name: str, runs: list[Evaluated], folds: list[Fold]) -> list[list[Eval
     """The runs of one method by fold, as many for each.
 
     Raises:
-        ValueError: a fold with fewer runs than another.
+        ValueError: a fold with fewer runs than another, a run given twice.
     """
+    twice = [run.folder for run in runs if sum(run.folder == other.folder for other in runs) > 1]
+    if twice:
+        raise ValueError(f"{name}: {twice[0]} was given twice, expected each run once")
     homes = [fold_of(run, folds) for run in runs]
     found = [[run for run, home in zip(runs, homes, strict=True) if home is fold] for fold in folds]
     counts = [len(own) for own in found]
@@ -188,12 +215,13 @@ def rows_of(name: str, runs: list[Evaluated], folds: list[Fold], *, lengths: boo
     """One method's own end, then its settings that all of its runs have."""
     seeds = dealt(name, runs, folds)
     own = {run.folder: settings_of(run) for run in runs}
+    texts = [len(run.look.labels) for run in runs]
     shared = [key for key in own[runs[0].folder] if all(key in other for other in own.values())]
     rows = []
     for rule, number in [("none", None), *shared]:
         row = {"exits": name, "rule": rule, "number": number, "seeds": len(seeds[0])}
         facts = [] if rule == "none" else [facts_of(run, rule, number) for run in runs]
-        row |= {key: mean(fact[key] for fact in facts) for key in FACTS if facts and key in facts[0]}
+        row |= {key: fmean([fact[key] for fact in facts], texts) for key in FACTS if facts and key in facts[0]}
         taken = {folder: None if rule == "none" else found[rule, number] for folder, found in own.items()}
         rows.append(row | compared(seeds, taken, folds, lengths=lengths) | beside_controls(seeds, taken, folds))
     return rows
@@ -211,7 +239,7 @@ def compared(
         found = (torch.stack(rights).mean(0), fold.reference(), torch.stack(costs).mean(0), fold.look.full.double())
         for own, value in zip(parts.values(), found, strict=True):
             own.append(value)
-        thirds.append([places + before for places in fold.thirds()])
+        thirds.append([places + before for places in fold.thirds()] if lengths else [])
         before += len(fold.look.labels)
     right, reference, cost, full = (torch.cat(own) for own in parts.values())
     row = {"accuracy": right.mean().item(), "flops_fraction": (cost.sum() / full.sum()).item()}
@@ -288,9 +316,18 @@ def main() -> None:
     }
     report |= {} if options.note is None else {"note": options.note}
     write_report(Path(options.output_dir) / "report.json", report)
-    wanted = ["exits", "rule", "number", "layers", "flops_fraction", "accuracy"]
-    wanted += [name for name in ("to_full", "to_constant", "to_truncated") if any(name in row for row in rows)]
-    print(markdown_table(rows, wanted))
+    wanted = (
+        "exits",
+        "rule",
+        "number",
+        "layers",
+        "flops_fraction",
+        "accuracy",
+        "to_full",
+        "to_constant",
+        "to_truncated",
+    )
+    print(markdown_table(rows, [name for name in wanted if any(name in row for row in rows)]))
 
 
 if __name__ == "__main__":
