@@ -142,7 +142,7 @@ def main() -> None:
     places = chosen(source, config.timed_texts)
     groups = {"all": places}
     if config.thirds:
-        groups |= dict(zip(("short", "middle", "long"), places.chunk(3), strict=True))
+        groups |= dict(zip(("short", "middle", "long"), places.tensor_split(3), strict=True))
     report = {"settings": resolved, "count": len(places), "runs": config.timed_runs}
     if isinstance(source, TextSource):
         report["mean_tokens"] = {

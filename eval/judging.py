@@ -165,7 +165,7 @@ def by_length(judge: Judge, policy: Policy, *, score: str) -> list[dict]:
     seen = judge.seen.part(judge.test)
     taken, order = seen.taken(policy), seen.tokens.argsort(stable=True)
     found = []
-    for name, texts in zip(("short", "middle", "long"), order.chunk(3), strict=True):
+    for name, texts in zip(("short", "middle", "long"), order.tensor_split(3), strict=True):
         part, own = seen.part(texts), taken[texts]
         share = (part.cost(own, score=score).sum() / part.full.sum()).item()
         figures_there = {"texts": len(texts), "mean_tokens": part.tokens.double().mean().item()}

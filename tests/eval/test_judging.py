@@ -76,6 +76,11 @@ def test_a_budget_is_met_where_it_was_chosen_and_judged_elsewhere(judge: Judge):
     assert budgeted(judge, confidence, [0.1]) == []
 
 
+def test_thirds_of_few_texts(judge: Judge):
+    few = Judge(judge.seen, judge.calibration, judge.test[:4], miss_rate=0.1, draws=2, seed=0)
+    assert [row["texts"] for row in by_length(few, Policy(), score=NOTHING)] == [2, 1, 1]
+
+
 def test_thirds_by_length(judge: Judge):
     rows = by_length(judge, Policy(), score=NOTHING)
     assert [row["third"] for row in rows] == ["short", "middle", "long"]
