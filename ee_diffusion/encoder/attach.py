@@ -55,7 +55,7 @@ def attach(
     if "_ee_attached" in model.__dict__:
         raise ValueError(f"exits are attached to this {type(model).__name__} already")
     run = _Run(model, exits, policy, elements, pruning=pruning)
-    run.token_traces = [] if token_traces is None else token_traces
+    run.token_traces = token_traces
     blocks = run.family.blocks(model)
     interceptions = [Interception(block, functools.partial(run.block, block)) for block in blocks]
     interceptions.append(Interception(model, run.forward))
@@ -115,7 +115,7 @@ class _Run:
         self.traces: list[Trace] = []
         self.lane: Lane | None = None
         self.pruning, self.tokens = pruning, None
-        self.token_traces: list[TokenTrace] = []
+        self.token_traces: list[TokenTrace] | None = None
         self.calls = 0  # of blocks in this forward: the next one's layer
         self.names = _names(self.family.blocks(model)[0])
 
@@ -146,7 +146,7 @@ class _Run:
         finally:
             self.lane, tokens, self.tokens = None, self.tokens, None
         step.close()
-        if tokens is not None:
+        if tokens is not None and self.token_traces is not None:  # not for nobody: a trace holds device memory
             self.token_traces.append(tokens.trace())
         self.traces.append(session.trace())
         if labels is not None:

@@ -172,6 +172,18 @@ def test_exits_of_the_mean_see_what_is_left_of_a_text():
         torch.testing.assert_close(logits[row], expected[0], rtol=1e-4, atol=1e-4)
 
 
+def test_token_traces_are_made_for_those_who_ask(monkeypatch):
+    made, trace = [], tokens.TokenLane.trace
+    monkeypatch.setattr(tokens.TokenLane, "trace", lambda lane: made.append(lane) or trace(lane))
+    run("Bert", THRESHOLDS)
+    assert len(made) == 1
+    model = model_named("Bert")
+    exits = exits_for(model, head="pooled", judge="none")
+    with torch.no_grad(), attach(model, exits, Policy(), pruning=THRESHOLDS):
+        model(**batch_for("Bert"))
+    assert len(made) == 1, "nobody asked"
+
+
 def test_everything_may_be_pruned_but_the_first_token():
     logits, _, tokens = run("Bert", (1.0,) * LAYERS)
     assert bool((tokens.fed == 1).all())
