@@ -52,10 +52,10 @@ def test_replayed_is_live(classifier: EarlyExitClassifier, seen: Look, policy: P
     torch.testing.assert_close(seen.given(taken), live, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("judge", ["correctness", "none"])
-def test_replayed_is_live_where_exits_look_at_what_is_left(judge: str):
+@pytest.mark.parametrize("judge, depths", [("correctness", None), ("none", (0, 2))])
+def test_replayed_is_live_where_exits_look_at_what_is_left(judge: str, depths: tuple[int, ...] | None):
     model = model_named("Bert")
-    exits = exits_for(model, head="pooled", judge=judge, pooling="mean")
+    exits = exits_for(model, depths, head="pooled", judge=judge, pooling="mean")
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = (0.06, 0.1, 0.12, 0.2)
     halves = [batch_for("Bert", rows) | {"labels": LABELS[rows]} for rows in ([0, 1, 2], [3, 4, 5])]

@@ -16,7 +16,7 @@ from tiny_classifiers import CLASSES, LAYERS, ROWS, WIDTH, batch_for, exits_for,
 from ee_diffusion.encoder.evaluate import look
 from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.objective import FROZEN
-from ee_diffusion.encoder.seeing import StoredStates, by_length, origin_of, stored_states
+from ee_diffusion.encoder.seeing import StoredStates, by_length, look_through, origin_of, stored_states
 
 
 @pytest.mark.parametrize("method", ["plain", "palbert", "jei_dnn", "berxit", "magic_soft", "fastbert"])
@@ -115,6 +115,21 @@ def test_a_store_is_read_for_its_own_model_and_data_alone(tmp_path: Path):
     for path in (tmp_path / "none", tmp_path / "broken"):
         with pytest.raises(ValueError, match="holds no stored states"):
             StoredStates.load(path, origin="")
+
+
+def test_what_an_exit_carries_is_there_at_all_later_ones():
+    heads, state = heads_for(), torch.zeros(ROWS, 1, WIDTH)
+    masks = [torch.ones(ROWS, 1), None, torch.zeros(ROWS, 1)]
+    found = []
+    for observation in look_through(heads, [state] * 3, masks):
+        found.append(dict(observation.context))
+        observation.carried[f"from {observation.exit}"] = state
+    assert [one.keys() for one in found] == [
+        {"attention_mask"},
+        {"from 0"},
+        {"from 0", "from 1", "attention_mask"},
+    ]
+    assert found[2]["attention_mask"] is masks[2]
 
 
 def test_refused():

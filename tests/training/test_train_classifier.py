@@ -27,7 +27,7 @@ from tree import ROOT
 
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.exits import ClassifierExits
-from ee_diffusion.encoder.methods import jei_dnn
+from ee_diffusion.encoder.methods import confidence, jei_dnn
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 
@@ -89,6 +89,29 @@ def test_exits_on_stored_states_are_those_on_the_live_model(base: Path, monkeypa
             torch.testing.assert_close(other.exits.state_dict()[name], value, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="expected"):
         call(monkeypatch, data, f"--states {base}/states --max_texts 8 --output_dir {base}/other")
+
+
+def test_exits_of_the_mean_are_saved_and_not_resumed_as_others(base: Path, monkeypatch):
+    words = f"--text_files {base}/texts.tsv {SHORT} --init_from {base}/base --method fastbert --checkpointing_steps 2"
+    call(monkeypatch, words, f"--pooling mean --states {base}/states --output_dir {base}/mean")
+    trained = EarlyExitClassifier.from_pretrained(base / "mean" / "model")
+    assert trained.exits.pooling == "mean"
+    trained.policy = confidence(0.0)
+    tokenizer = AutoTokenizer.from_pretrained(base / "mean" / "model")
+    classify = pipeline("text-classification", model=trained, tokenizer=tokenizer)
+    texts = ["w1 w2 w3 w4", "w3"]
+    together, alone = classify(texts, batch_size=2), [classify(text)[0] for text in texts]
+    assert [one["score"] for one in together] == pytest.approx([one["score"] for one in alone], abs=1e-5)
+    with pytest.raises(ValueError, match="pooling=first"):
+        call(monkeypatch, words, f"--states {base}/states --output_dir {base}/first")
+    with pytest.raises(ValueError, match="pooling: came 'first', the checkpoint has 'mean'"):
+        call(monkeypatch, words, f"--resume_from_checkpoint latest --output_dir {base}/mean")
+
+
+def test_thresholds_begin_on_the_line_asked_for(base: Path):
+    numbers = {"mask_weight": 0.1, "temperature": 0.01, "bottom_threshold": 0.01, "top_threshold": 0.03}
+    config = classifier.ClassifierConfig(method="magic_soft", init_from=str(base / "base"), **numbers)
+    assert classifier.build_objective(config).thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
 
 
 def test_a_truncated_control(base: Path, monkeypatch):
