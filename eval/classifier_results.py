@@ -34,18 +34,19 @@ def classifiers(report: dict) -> str:
     folds = f", {report['folds']} folds, each with others of its own" if report.get("folds", 1) > 1 else ""
     text = (
         f"{report['texts']} texts judged, {report['calibration_texts']} others to choose thresholds and sets on{folds}.\n"
-        "`number`: fraction of the layers asked for, of `pabee` the patience; rule `none`: the last answer. `flops`: in parts of the full\n"
-        "model's, judges and exits counted. `spread`: standard deviation over seeds and folds. `shuffled`: random exits with the same\n"
-        "histogram. Differences in accuracy, paired over texts, 95 %: to the full model, and to the best mixtures of constant depths and\n"
-        "of truncated models at exactly the same FLOPs. Other rules on the same exits are in the JSON.\n"
+        "`number`: fraction of the layers asked for, of `constant` the depth, of `pabee` the patience; rule `none`: the last answer.\n"
+        "`flops`: in parts of the full model's, judges and exits counted. `spread`: standard deviation over seeds and folds.\n"
+        "`shuffled`: random exits with the same histogram. Differences in accuracy, paired over texts, 95 %: to the full model,\n"
+        "and to the best mixtures of constant depths and of truncated models at exactly the same FLOPs. Other rules on the same\n"
+        "exits are in the JSON.\n"
     )
     notes = [f"{report['note']}\n"] if "note" in report else []
     return "\n".join([markdown_table(rows, columns), text, *by_length([*filter(shown, report["rows"])]), *notes])
 
 
 def shown(row: dict) -> bool:
-    """Whether RESULTS.md shows a row: the last answer, plain confidence, and the rule after which the exits are named."""
-    return row["rule"] in ("none", "confidence") or row["exits"].startswith(row["rule"])
+    """Whether RESULTS.md shows a row: constant depths, plain confidence, and the rule after which the exits are named."""
+    return row["rule"] in ("none", "constant", "confidence") or row["exits"].startswith(row["rule"])
 
 
 def difference(facts: dict, kind: str) -> str:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 
 import classifier_results
 import classifier_table
+import evaluated
 
 A, B = [30, 10, 20], [5, 1, 2, 6, 3, 4]  # tokens of the texts of two folds
 OF_A, OF_B = {"tokens": A, "safe": [9, 1, 1]}, {"tokens": B, "safe": [9, 9, 9, 1, 1, 1]}
@@ -109,7 +110,7 @@ def test_two_folds_by_hand(tmp_path: Path, monkeypatch):
 @pytest.mark.parametrize("count, sizes", [(3, [1, 1, 1]), (4, [2, 1, 1]), (5, [2, 2, 1]), (7, [3, 2, 2])])
 def test_thirds_of_few_texts(tmp_path: Path, monkeypatch, count: int, sizes: list[int]):
     run = written(tmp_path / "run", [1] * count, tokens=[*range(1, count + 1)])
-    (fold,) = classifier_table.folds_of([classifier_table.Evaluated.read(run)], [])
+    (fold,) = evaluated.folds_of([evaluated.Evaluated.read(run)], [])
     assert [len(third) for third in fold.thirds()] == sizes
     report = table(monkeypatch, tmp_path / "out", "--reference", run, "--names", "m", "--folders", run, "--lengths")
     assert "| +0.0000 " in classifier_results.classifiers(report), "a third of one text has no interval"

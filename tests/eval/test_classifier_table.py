@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 
 import classifier_speed
 import classifier_table
+import evaluated as evaluated_runs
 import write_results
 
 
@@ -76,6 +77,10 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
     assert 0.4 < cut["flops_fraction"] < 0.6
     found = {(row["rule"], row["number"]): row for row in rows}
     assert {("palbert", 0.9), ("confidence", 0.6), ("pabee", 1), ("pondernet", 0)} <= found.keys()
+    constant = [one["controls"]["constant_depth"][1] for one in single]
+    assert found["constant", 2]["accuracy"] == pytest.approx(sum(one["accuracy"] for one in constant) / 2)
+    assert found["constant", 2]["flops_fraction"] == pytest.approx(constant[0]["flops_fraction"])
+    assert {number for rule, number in found if rule == "constant"} == {1, 2, 3}
     row = found["palbert", 0.9]
     both = [next(one for one in report["budgeted"]["palbert"] if one["budget"] == 0.9)["accuracy"] for report in single]
     assert row["accuracy"] == pytest.approx(sum(both) / 2)
@@ -90,6 +95,9 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
     run(monkeypatch, write_results, f"--reports {results} --output {tmp_path}/RESULTS.md")
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| truncated 2 |" in text
+    table = text.split(": classifiers-a")[1].split("\n## ")[0]
+    shown = {line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| palbert ")}
+    assert shown == {"none", "constant", "confidence", "palbert"}, "not every rule on every exit"
     assert "\nuntrained\n" in text
     assert "Nothing certified by: " in text or "learn_then_test |" in text
     assert f"{tmp_path}/model" not in text
@@ -97,7 +105,7 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
 
 def half(folder: Path, texts: int) -> Path:
     """An evaluation as if of the first or last texts alone: `texts` above 0 or below."""
-    look = classifier_table.Look.load(folder / "look.safetensors")
+    look = evaluated_runs.Look.load(folder / "look.safetensors")
     places = torch.arange(len(look.labels))
     out = folder.with_name(f"{folder.name}{texts}")
     shutil.copytree(folder, out)
@@ -110,7 +118,7 @@ def test_folds_count_every_text_once_beside_its_own_reference(tmp_path: Path, mo
     evaluated(tmp_path, monkeypatch, "model", "cut", "other")
     out = tmp_path / "out"
     whole = ("--reference {0}/other --truncated {0}/cut --names palbert --folders {0}/model --lengths", "whole")
-    count = len(classifier_table.Look.load(out / "model" / "look.safetensors").labels)
+    count = len(evaluated_runs.Look.load(out / "model" / "look.safetensors").labels)
     first = count // 3
     for name in ("model", "cut", "other"):
         half(out / name, first), half(out / name, first - count)
@@ -144,15 +152,15 @@ def test_folds_count_every_text_once_beside_its_own_reference(tmp_path: Path, mo
 
 def test_a_control_at_equal_cost_is_a_mixture():
     points = [(1.0, torch.tensor([1.0, 1.0])), (0.5, torch.tensor([0.0, 1.0]))]
-    assert classifier_table.at_cost(points, 0.75).tolist() == [0.5, 1.0]
-    assert classifier_table.at_cost(points, 0.6).tolist() == pytest.approx([0.2, 1.0])
+    assert evaluated_runs.at_cost(points, 0.75).tolist() == [0.5, 1.0]
+    assert evaluated_runs.at_cost(points, 0.6).tolist() == pytest.approx([0.2, 1.0])
     beaten = [(0.75, torch.tensor([0.0, 1.0])), (1.0, torch.tensor([0.0, 0.0]))]
-    assert classifier_table.at_cost([*points, *beaten], 0.75).tolist() == [0.5, 1.0], "the best mixture at that cost"
+    assert evaluated_runs.at_cost([*points, *beaten], 0.75).tolist() == [0.5, 1.0], "the best mixture at that cost"
     better = [*points, (0.75, torch.tensor([1.0, 1.0]))]
-    assert classifier_table.at_cost(better, 0.75).tolist() == [1.0, 1.0]
-    assert classifier_table.at_cost(better, 0.625).tolist() == [0.5, 1.0]
-    assert classifier_table.at_cost(points, 0.4) is None
-    assert classifier_table.at_cost(points, 1.1) is None
+    assert evaluated_runs.at_cost(better, 0.75).tolist() == [1.0, 1.0]
+    assert evaluated_runs.at_cost(better, 0.625).tolist() == [0.5, 1.0]
+    assert evaluated_runs.at_cost(points, 0.4) is None
+    assert evaluated_runs.at_cost(points, 1.1) is None
 
 
 def test_other_texts_are_refused(tmp_path: Path, monkeypatch):
