@@ -92,8 +92,11 @@ def projected(block: nn.Module) -> Iterator[list[Tensor]]:
     """Within, the block runs once; yields a list that then holds its own queries and keys, (r, M, D) each."""
     modules = PARTS[type(block).__name__].projections(block)
     found: list[Tensor] = [torch.empty(0)] * len(modules)
-    keep = lambda place: lambda module, args, output: found.__setitem__(place, output)  # noqa: E731
-    handles = [one.register_forward_hook(keep(place)) for place, one in enumerate(modules)]
+
+    def keeping(place: int) -> Callable[..., None]:
+        return lambda module, args, output: found.__setitem__(place, output)
+
+    handles = [one.register_forward_hook(keeping(place)) for place, one in enumerate(modules)]
     try:
         yield found
     finally:
