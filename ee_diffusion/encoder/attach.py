@@ -181,7 +181,7 @@ class _Run:
                 hidden = hidden[0] if self.family.returns_tuple else hidden
             else:
                 hidden = self.tokens.layer(
-                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows
+                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows.tolist()
                 )
                 lane.context["attention_mask"] = self.tokens.keys  # (r, M), of what is left
             lane.step.executed(layer)

@@ -155,9 +155,9 @@ def pruned_layers(model: nn.Module, tokens: TokenTrace) -> Tensor:
     """As `pruned_flops`, for each layer -> (B, L) float64."""
     check_pruning(model, (0.0,) * tokens.fed.shape[1])
     width, inner = model.config.hidden_size, _inner_size(model)
-    n, m = tokens.attended.double(), tokens.fed.double()  # (B, L)
+    n, m, looked = tokens.attended.double(), tokens.fed.double(), tokens.looked.double()  # (B, L)
     attention = 8 * n * width**2 + 4 * n**2 * width
-    return attention + 4 * m * width * inner + 2 * n**2 * width
+    return attention + 4 * m * width * inner + 2 * looked**2 * width
 
 
 def _layer_flops(model: nn.Module, tokens: int) -> tuple[float, float]:

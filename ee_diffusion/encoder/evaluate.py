@@ -239,7 +239,7 @@ def _look_at(heads: ClassifierHeads, pruning, batch: dict[str, Tensor], measures
 
 def _joined(traces: list[TokenTrace]) -> TokenTrace:
     """The token traces of several batches as one."""
-    kinds = ("attended", "fed")
+    kinds = ("attended", "fed", "looked")
     return TokenTrace(
         *(torch.cat([getattr(trace, kind) for trace in traces]) for kind in kinds),
         sum(trace.computed for trace in traces),

@@ -64,12 +64,17 @@ PARTS: dict[str, Parts] = {
 
 @dataclass(frozen=True, eq=False)
 class TokenTrace:
-    """What one forward did to tokens. attended and fed (B, L): tokens of the row that the layer's attention and its feed-forward part
-    ran on, 0 where the row had left; computed (L, 2): positions that both really ran on, padding included; keys: of each layer that ran,
-    where tokens of the running rows are after it (r, M) bool; empty where batches were joined."""
+    """What one forward did to tokens.
+
+    attended and fed (B, L): tokens of the row that the layer's attention and its feed-forward part ran on, 0 where the row had left;
+    looked (B, L): tokens whose saliency was computed, 0 where the threshold is 0; computed (L, 2): positions that attention and the
+    feed-forward part really ran on, padding included; keys: of each layer that ran, where tokens of the running rows are after it (r, M)
+    bool; empty where batches were joined.
+    """
 
     attended: Tensor
     fed: Tensor
+    looked: Tensor
     computed: Tensor
     keys: tuple[Tensor, ...] = ()
 
@@ -104,28 +109,39 @@ def projected(block: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def saliency(query: Tensor, key: Tensor, keys: Tensor, *, heads: int) -> Tensor:
-    """Attention paid to each token, mean over heads and over real query positions: a layer's queries and keys (r, M, D), keys (r, M) bool
-    -> (r, M).
+def saliency(query: Tensor, key: Tensor, keys: Tensor | None, *, heads: int) -> Tensor:
+    """Attention paid to each token, mean over heads and over real query positions: a layer's queries and keys (r, M, D), keys (r, M)
+    bool (None: no padding) -> (r, M).
 
     `s(x_j) = 1/(H n) sum_h sum_i A_h(i, j)`; sums to 1 over the real tokens, 0 for padding. One query-key product beside the layer's
     own, in pieces of query positions, so that it works with any attention.
     """
     rows, length, width = query.shape[0], query.shape[1], query.shape[2] // heads
-    q = query.view(rows, length, heads, width).transpose(1, 2)  # (r, H, M, D/H)
+    q = (
+        (query * width**-0.5).view(rows, length, heads, width).transpose(1, 2)
+    )  # (r, H, M, D/H): scaled where it is small
     k = key.view(rows, length, heads, width).permute(0, 2, 3, 1)  # (r, H, D/H, M)
-    closed = ~keys[:, None, None]  # (r, 1, 1, M)
+    closed = None if keys is None else ~keys[:, None, None]  # (r, 1, 1, M)
     paid = query.new_zeros(rows, length, dtype=torch.float32)
     for first in range(0, length, QUERIES):
-        logits = (q[:, :, first : first + QUERIES] @ k).float() / math.sqrt(width)  # (r, H, q, M)
-        attention = logits.masked_fill(closed, -math.inf).softmax(-1)
-        real = keys[:, None, first : first + QUERIES, None]  # (r, 1, q, 1)
-        paid = paid + (attention * real).sum((1, 2))
-    return paid / (heads * keys.sum(1, keepdim=True).clamp(min=1))
+        logits = (q[:, :, first : first + QUERIES] @ k).float()  # (r, H, q, M)
+        if closed is not None:
+            logits = logits.masked_fill(closed, -math.inf)
+        attention = logits.softmax(-1)
+        if keys is None:
+            paid = paid + attention.sum((1, 2))
+        else:
+            real = keys[:, None, None, first : first + QUERIES].to(attention.dtype)  # (r, 1, 1, q)
+            paid = paid + (real @ attention).sum((1, 2))
+    return paid / (heads * (length if keys is None else keys.sum(1, keepdim=True).clamp(min=1)))
 
 
 class TokenLane:
-    """The tokens of one forward. Made by `attach` for each forward; drop-in for the blocks' own forward."""
+    """The tokens of one forward. Made by `attach` for each forward; drop-in for the blocks' own forward.
+
+    Counts are the host's, as in the session: a layer that may remove costs one host sync, one whose threshold is 0 nothing, and texts of
+    one length need no mask.
+    """
 
     def __init__(self, thresholds: tuple[float, ...], mask: Tensor | None, *, rows: int):
         if mask is not None and not bool(mask[:, 0].all()):
@@ -134,47 +150,60 @@ class TokenLane:
             )
         self.thresholds, self.mask, self.num_rows = thresholds, mask, rows
         self.keys: Tensor | None = None  # (r, M): where a token is, not padding
-        self.rows: Tensor | None = None  # (r,) as places in the batch
+        self.lengths: list[int] = []  # (r,) tokens that are left
+        self.rows: list[int] = []  # (r,) as places in the batch
         self.packed = False  # tokens were removed: the stock mask does not fit any more
-        shape = (rows, len(thresholds))
-        self.attended, self.fed = torch.zeros(shape, dtype=torch.int32), torch.zeros(shape, dtype=torch.int32)
-        self.computed = torch.zeros(len(thresholds), 2, dtype=torch.int64)
+        self.attended, self.fed = [[0] * rows for _ in thresholds], [[0] * rows for _ in thresholds]  # (L, B)
+        self.computed = [(0, 0)] * len(thresholds)
         self.keys_after: list[Tensor] = []
 
-    def layer(self, layer: int, block: nn.Module, hidden: Tensor, *, mask: Tensor | None, rows: Tensor) -> Tensor:
+    def layer(self, layer: int, block: nn.Module, hidden: Tensor, *, mask: Tensor | None, rows: list[int]) -> Tensor:
         """One layer on the running rows: hidden (r, M, D), the stock mask of these rows -> (r, M', D), M' the longest survivor's."""
-        parts, keys = PARTS[type(block).__name__], self._keys(hidden, rows)
-        with projected(block) as found:
-            attended = parts.attend(block, hidden, _additive(keys, hidden.dtype) if self.packed else mask)
-        keep = keys & (saliency(*found, keys, heads=parts.heads(block)) >= self.thresholds[layer])  # (r, M)
-        keep[:, 0] = True
-        lengths = keep.sum(1).cpu()  # (r,), the host sync of this layer
-        self.attended[rows, layer] = keys.sum(1, dtype=torch.int32).cpu()
-        self.fed[rows, layer] = lengths.int()
-        longest = int(lengths.max())
-        if longest < hidden.shape[1]:
+        parts, padded = PARTS[type(block).__name__], hidden.shape[1]
+        keys = self._keys(hidden, rows)  # (r, M)
+        real = None if all(length == padded for length in self.lengths) else keys
+        if self.packed:
+            mask = None if real is None else _additive(keys, hidden.dtype)
+        if self.thresholds[layer]:
+            with projected(block) as found:
+                attended = parts.attend(block, hidden, mask)
+            keep = saliency(*found, real, heads=parts.heads(block)) >= self.thresholds[layer]  # (r, M)
+            keep = keep if real is None else keep & keys
+            keep[:, 0] = True
+            lengths = keep.sum(1).tolist()  # (r,), the host sync of this layer
+        else:  # no saliency is below 0: nothing to look at
+            attended, keep, lengths = parts.attend(block, hidden, mask), keys, self.lengths
+        for row, before, after in zip(rows, self.lengths, lengths, strict=True):
+            self.attended[layer][row], self.fed[layer][row] = before, after
+        longest = max(lengths)
+        if longest < padded:
             order = (~keep).int().argsort(dim=1, stable=True)[:, :longest]  # (r, M'): survivors first, in their order
             attended = attended.gather(1, order[:, :, None].expand(-1, -1, hidden.shape[2]))
             keep = keep.gather(1, order)
-        self.packed = self.packed or not torch.equal(keep, keys)
-        self.keys = keep
+        self.packed = self.packed or longest < padded or lengths != self.lengths
+        self.keys, self.lengths = keep, lengths
         self.keys_after.append(keep)
-        self.computed[layer] = torch.tensor([len(rows) * hidden.shape[1], len(rows) * longest])
+        self.computed[layer] = (len(rows) * padded, len(rows) * longest)
         return parts.feed(block, attended)
 
-    def _keys(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """(r, M) of the rows that run now."""
+    def _keys(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """(r, M) of the rows that run now; their lengths go with them."""
         if self.keys is None:
             whole = torch.ones(self.num_rows, hidden.shape[1]) if self.mask is None else self.mask
-            self.keys = whole.bool().to(hidden.device).index_select(0, rows.to(hidden.device))
-        elif len(rows) != len(self.rows):
-            self.keys = self.keys.index_select(0, torch.searchsorted(self.rows, rows).to(hidden.device))
+            self.keys = whole.bool().to(hidden.device)
+            self.lengths, self.rows = self.keys.sum(1).tolist(), list(range(self.num_rows))
+        if len(rows) != len(self.rows):
+            places = [self.rows.index(row) for row in rows]
+            self.keys = self.keys.index_select(0, torch.tensor(places).to(hidden.device))
+            self.lengths = [self.lengths[place] for place in places]
         self.rows = rows
         return self.keys
 
     def trace(self) -> TokenTrace:
         """What was done."""
-        return TokenTrace(self.attended, self.fed, self.computed, tuple(self.keys_after))
+        attended, fed = (torch.tensor(one, dtype=torch.int32).T.contiguous() for one in (self.attended, self.fed))
+        looked = attended * (torch.tensor(self.thresholds) > 0)
+        return TokenTrace(attended, fed, looked, torch.tensor(self.computed), tuple(self.keys_after))
 
 
 def _additive(keys: Tensor, dtype: torch.dtype) -> Tensor:

@@ -71,9 +71,10 @@ def test_saliency_of_texts_longer_than_a_piece(monkeypatch):
     torch.testing.assert_close(salient(block, states[1], keys), whole)
 
 
+@pytest.mark.parametrize("least", [0.0, 1e-30])
 @pytest.mark.parametrize("name", PRUNABLE)
-def test_nothing_to_prune_is_the_stock_model(name: str):
-    logits, _, tokens = run(name, (0.0,) * LAYERS)
+def test_nothing_to_prune_is_the_stock_model(name: str, least: float):
+    logits, _, tokens = run(name, (least,) * LAYERS)
     model = model_named(name)
     assert torch.equal(logits, model(**batch_for(name)).logits)
     lengths = batch_for(name)["attention_mask"].sum(1)
@@ -200,6 +201,27 @@ def test_flops_of_a_single_text():
         expected += block_flops(n, hidden_size=WIDTH, inner_size=24, kept=m) + saliency_flops(n, hidden_size=WIDTH)
     assert counter.get_total_flops() == expected
     assert pruned_flops(model_named("Bert"), tokens).tolist() == [expected - logits_flops]
+
+
+def test_a_layer_of_threshold_0_looks_at_nothing(monkeypatch):
+    """Tokens go at layer 1 alone; the others compute no saliency, run on what is left, and are not charged for looking."""
+    looked, real = [], tokens.saliency
+    monkeypatch.setattr(
+        tokens, "saliency", lambda query, *rest, **more: looked.append(len(query)) or real(query, *rest, **more)
+    )
+    with FlopCounterMode(display=False) as counter:
+        logits, _, trace = run("Bert", (0.0, 0.1, 0.0, 0.0), rows=[0], attn_implementation="eager")
+    assert looked == [1]
+    whole, left = int(trace.attended[0, 0]), int(trace.fed[0, 1])
+    assert left < whole
+    assert trace.attended.tolist() == [[whole, whole, left, left]]
+    assert trace.fed.tolist() == [[whole, left, left, left]]
+    assert trace.looked.tolist() == [[0, whole, 0, 0]]
+    assert pruned_flops(model_named("Bert"), trace).tolist() == [
+        counter.get_total_flops() - 2 * WIDTH**2 - 2 * WIDTH * 3
+    ]
+    batched, _, _ = run("Bert", (0.0, 0.1, 0.0, 0.0))
+    torch.testing.assert_close(batched[:1], logits, rtol=1e-4, atol=1e-4)
 
 
 def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
