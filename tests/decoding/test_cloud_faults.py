@@ -11,6 +11,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ grpc = pytest.importorskip("grpc", reason="needs the extra cloud")
 from cloud_servers import serving  # noqa: E402
 
 from ee_diffusion.core.policy import Policy  # noqa: E402
+from ee_diffusion.decoding.cloud import wire_pb2 as wire  # noqa: E402
 from ee_diffusion.decoding.cloud.client import CloudClient, CloudLost, LocalTransport, Upload  # noqa: E402
 from ee_diffusion.decoding.cloud.edge import EdgeOutput  # noqa: E402
 from ee_diffusion.decoding.cloud.encoding import decode, encode  # noqa: E402
@@ -255,3 +258,13 @@ def test_answers_that_make_no_sense_are_not_taken(token: int, seconds: float):
         cloud.upload(0, torch.zeros(1, WIDTH))
         with pytest.raises(CloudLost, match="wrong"):
             cloud.ask(0, vocabulary=61)
+
+
+def test_an_answer_for_another_position_is_not_taken():
+    transport, sent, answered = line(1), Future(), Future()
+    sent.set_result(None)
+    answered.set_result(wire.NextReply(position=7, token=5, seconds=0.1))
+    transport._calls["Next"] = SimpleNamespace(future=lambda request, **options: answered)
+    assert transport.next("session", 7, sending=sent, timeout=1.0) == (5, pytest.approx(0.1))
+    with pytest.raises(CloudLost, match="an answer for position 7, expected 6"):
+        transport.next("session", 6, sending=sent, timeout=1.0)
