@@ -167,8 +167,7 @@ class TokenLane:
         if self.thresholds[layer]:
             with projected(block) as found:
                 attended = parts.attend(block, hidden, mask)
-            keep = saliency(*found, real, heads=parts.heads(block)) >= self.thresholds[layer]  # (r, M)
-            keep = keep if real is None else keep & keys
+            keep = saliency(*found, real, heads=parts.heads(block)) >= self.thresholds[layer]  # (r, M), never padding
             keep[:, 0] = True
             lengths = keep.sum(1).tolist()  # (r,), the host sync of this layer
         else:  # no saliency is below 0: nothing to look at

@@ -224,6 +224,26 @@ def test_a_layer_of_threshold_0_looks_at_nothing(monkeypatch):
     torch.testing.assert_close(batched[:1], logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_shorter_text_loses_a_token_and_the_longest_none(monkeypatch):
+    """The batch stays as wide as it was, and yet the mask of the model does not fit any more."""
+    lengths = batch_for("Bert")["attention_mask"].sum(1)
+    shortest, row = int(lengths.min()), int(lengths.argmin())
+    real = tokens.saliency
+
+    def patched(query, key, keys, *, heads):
+        paid = real(query, key, keys, heads=heads) + 1
+        count = torch.full((len(paid),), paid.shape[1]) if keys is None else keys.sum(1)
+        paid[count == shortest, 1] = 0
+        return paid if keys is None else paid * keys
+
+    monkeypatch.setattr(tokens, "saliency", patched)
+    logits, _, trace = run("Bert", (0.5, 0.0, 0.0, 0.0))
+    alone, _, its_trace = run("Bert", (0.5, 0.0, 0.0, 0.0), rows=[row])
+    assert int(trace.fed.max()) == int(lengths.max())
+    assert trace.fed[row].tolist() == its_trace.fed[0].tolist() == [shortest - 1] * LAYERS
+    torch.testing.assert_close(logits[row], alone[0], rtol=1e-4, atol=1e-4)
+
+
 def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
     """A cold sigmoid is a step: the gates are the hard mask of the first layer; thresholds get a gradient when it is warm."""
     model, batch = model_named("Bert"), batch_for("Bert")
