@@ -33,10 +33,10 @@ def classifiers(report: dict) -> str:
     columns = [name for name in (*CLASSIFIER_COLUMNS, *DIFFERENCES) if any(row.get(name) is not None for row in rows)]
     folds = f", {report['folds']} folds, each with others of its own" if report.get("folds", 1) > 1 else ""
     text = (
-        f"{report['texts']} texts judged, {report['calibration_texts']} others to choose thresholds and sets on{folds}.\n"
+        f"{report['texts']} samples judged, {report['calibration_texts']} others to choose thresholds and sets on{folds}.\n"
         "`number`: fraction of the layers asked for, of `constant` the depth, of `pabee` the patience; rule `none`: the last answer.\n"
         "`flops`: in parts of the full model's, judges and exits counted. `spread`: standard deviation over seeds and folds.\n"
-        "`shuffled`: random exits with the same histogram. Differences in accuracy, paired over texts, 95 %: to the full model,\n"
+        "`shuffled`: random exits with the same histogram. Differences in accuracy, paired over samples, 95 %: to the full model,\n"
         "and to the best mixtures of constant depths and of truncated models at exactly the same FLOPs. Other rules on the same\n"
         "exits are in the JSON.\n"
     )

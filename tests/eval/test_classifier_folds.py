@@ -100,7 +100,7 @@ def test_two_folds_by_hand(tmp_path: Path, monkeypatch):
     shares = [third["flops_fraction"] for third in rule["lengths"].values()]
     assert shares == pytest.approx([(40 + 3) / 52, (80 + 28) / 108, (30 + 5 + 24) / 164])
     shown = classifier_results.classifiers(report)
-    assert "9 texts judged, 7 others to choose thresholds and sets on, 2 folds" in shown
+    assert "9 samples judged, 7 others to choose thresholds and sets on, 2 folds" in shown
     assert "| short: accuracy to full" in shown
     last = table(monkeypatch, tmp_path / "out", *words, "--truncated", *cut[:2])["rows"][-1]
     assert "to_constant" in last
