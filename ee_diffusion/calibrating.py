@@ -31,6 +31,11 @@ POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are truste
 def calibrate(options: argparse.Namespace) -> int:
     """Run the candidates live on calibration seeds and write the one that is asked for, or say that there is none."""
     values = options.values
+    names = [name for name in ("model_index.json", "config.json") if Path(options.model or "", name).is_file()]
+    if options.model and names == ["config.json"]:
+        raise ValueError(
+            f"{options.model} is a model by itself, expected a pipeline's folder; classifiers: eval/classify.py --risk"
+        )
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
     if pipeline.transformer.config.null_class is None:
         raise ValueError(

@@ -13,6 +13,7 @@ curve), random exits with the same histogram, the oracle. `--risk` adds a guaran
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.methods import pabee
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
 from ee_diffusion.errors import run_script
-from ee_diffusion.measure.tables import write_report
+from ee_diffusion.measure.tables import markdown_table, write_report
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.data import Source
 from ee_diffusion.training.sources import TableSource, load_labelled_images
@@ -98,6 +99,8 @@ def sources(
     """What is judged and, where it has files of its own, what is chosen on (first)."""
     if images.sources():
         return [load_labelled_images(replace(images, random_flip=False), num_labels=classifier.config.num_labels)]
+    if data.folds is not None and not data.held_out:
+        warnings.warn(f"judging what training with fold={data.fold} sees; --held_out true takes the rest", stacklevel=2)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     chosen = [replace(data, text_files=config.calibration_files)] if config.calibration_files else []
     return [
@@ -194,6 +197,19 @@ def guaranteed(
     return guarantee(offered, reference.full, judge.calibration, judge.test, risk=config.risk, delta=config.delta)
 
 
+def told(report: dict) -> str:
+    """What report.json says first: the full model, each rule at each budget, and what was certified."""
+    whole = {"rule": "full model"} | report["controls"]["constant_depth"][-1]
+    rows = [{"rule": name} | row for name, rows in report["budgeted"].items() for row in rows]
+    names = ("rule", "budget", "layers", "flops_fraction", "accuracy", "shuffled_accuracy", "ece", "set_size", "missed")
+    columns = [name for name in names if any(name in row for row in (whole, *rows))]
+    lines = [markdown_table([whole, *rows], columns)]
+    if report.get("guarantee"):
+        certified = report["guarantee"]["learn_then_test"]
+        lines.append(f"certified by learn then test: {'none' if certified is None else json.dumps(certified)}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     kinds = (EvalConfig, TextDataConfig, ImageDataConfig)
     parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
@@ -221,7 +237,7 @@ def main() -> None:
     judge.seen.part(judge.test).save(folder / "look.safetensors")
     judge.seen.part(judge.calibration).save(folder / "calibration.safetensors")
     write_report(folder / "report.json", {"settings": resolved, **report})
-    print(json.dumps(report["controls"]["constant_depth"][-1]))
+    print(told(report))
 
 
 if __name__ == "__main__":

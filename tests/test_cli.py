@@ -152,6 +152,12 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.Ca
     assert "nowhere" in capsys.readouterr().err
 
 
+def test_a_classifier_is_calibrated_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "config.json").write_text("{}")
+    assert main(words(tmp_path, tmp_path / "policy.json", "--kind", "deediff", "--values", 0.4, "--budget", 0.5)) == 2
+    assert "expected a pipeline's folder; classifiers: eval/classify.py --risk" in capsys.readouterr().err
+
+
 def test_a_budget_out_of_reach_says_what_is_in_reach(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main(words(model, tmp_path / "policy.json", "--kind", "deediff", "--values", 0.01, "--budget", 0.5)) == 1
     assert "no candidate keeps to 0.5 of the blocks: the boldest takes 1.000" in capsys.readouterr().out

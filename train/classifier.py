@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,10 +31,10 @@ from transformers import (
 )
 
 from ee_diffusion.encoder.attach import positions
-from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig
+from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.encoder.methods import EXITS
-from ee_diffusion.encoder.objective import PLAIN, ClassifierObjective, Weights
+from ee_diffusion.encoder.objective import FROZEN, PLAIN, ClassifierObjective, Weights
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
 from ee_diffusion.encoder.truncation import first_layers
 from ee_diffusion.errors import run_script
@@ -50,12 +50,22 @@ def _flag(help: str, default=None):
     return field(default=default, metadata={"help": help})
 
 
+JEI, PONDER, SOFT = ("jei_dnn",), ("palbert", "pondernet"), ("magic_soft",)
+LOOKED_AT = {
+    **dict.fromkeys(("exit_depths", "pooling"), tuple(EXITS)),
+    **dict.fromkeys(("prior_rate", "divergence_weight", "divergence_direction"), PONDER),
+    **dict.fromkeys(("trade_off", "warm_up", "phase", "released"), JEI),
+    **dict.fromkeys(("mask_weight", "temperature", "top_threshold", "bottom_threshold"), SOFT),
+    "states": FROZEN,
+}  # flag -> the methods that it says something to
+
+
 @dataclass(frozen=True)
 class ClassifierConfig:
     """The model and the method.
 
     Raises:
-        ValueError: an unknown method, fewer than one label, a model from nowhere.
+        ValueError: an unknown method, fewer than one label, a flag that is not the method's.
     """
 
     method: str = _flag(
@@ -63,7 +73,7 @@ class ClassifierConfig:
         "plain",
     )
     init_from: str | None = _flag("Folder or Hub name to start from.")
-    num_labels: int = _flag("Classes; 1: regression.", 2)
+    num_labels: int | None = _flag("Classes; 1: regression; none: as many as init_from has.")
     exit_depths: list[int] | None = _flag("Executed layers at each exit; none: after every layer but the last.")
     pooling: str = _flag("What exits look at: first (the first token) or mean (of all tokens).", "first")
     prior_rate: float = _flag("lambda_p of the geometric prior (palbert, pondernet).", 0.1)
@@ -89,8 +99,14 @@ class ClassifierConfig:
     def __post_init__(self):
         if self.method not in (*PLAIN, *EXITS):
             raise ValueError(f"method={self.method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
-        if self.num_labels < 1:
+        if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels={self.num_labels}, expected at least 1")
+
+        for name, methods in LOOKED_AT.items():
+            if self.method not in methods and getattr(self, name) != self.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)}: method {self.method} does not look at it, {methods} do"
+                )
 
     def weights(self) -> Weights:
         return Weights(
@@ -121,18 +137,31 @@ def parse() -> Configs:
     return *configs, rest.dry_run
 
 
-def build_model(config: ClassifierConfig, *, images: bool) -> tuple[PreTrainedModel, tuple[float, ...] | None]:
-    """The stock classifier to start from, and its pruning thresholds, if it has some."""
+def settled(config: ClassifierConfig, train: TrainConfig) -> ClassifierConfig:
+    """The settings with the number of labels in them, once they and the model's folder make sense."""
     if not config.init_from:
         raise ValueError(f"init_from={config.init_from!r}, expected the folder or name of a model to start from")
+    check_folder(config.init_from)
+    if config.method == "jei_dnn" and train.max_train_steps <= config.warm_up:
+        raise ValueError(
+            f"max_train_steps={train.max_train_steps} with warm_up={config.warm_up}: the gates would not be trained"
+        )
+    if config.num_labels is not None:
+        return config
+    return replace(config, num_labels=AutoConfig.from_pretrained(config.init_from).num_labels)
+
+
+def build_model(config: ClassifierConfig, *, images: bool) -> tuple[PreTrainedModel, tuple[float, ...] | None]:
+    """The stock classifier to start from, and its pruning thresholds, if it has some."""
     described = AutoConfig.from_pretrained(config.init_from)
     if isinstance(described, EarlyExitConfig):
         begun = EarlyExitClassifier.from_pretrained(config.init_from)
-        if begun.config.num_labels != config.num_labels:
+        if config.num_labels not in (None, begun.config.num_labels):
             raise ValueError(f"{config.init_from} has {begun.config.num_labels} labels, num_labels={config.num_labels}")
         return begun.model, begun.pruning
     auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
-    described.num_labels = config.num_labels
+    if config.num_labels is not None:
+        described.num_labels = config.num_labels
     if config.random_weights:
         return auto.from_config(described, dtype=torch.float32), None
     return auto.from_pretrained(config.init_from, config=described, dtype=torch.float32), None
@@ -186,6 +215,8 @@ def main() -> None:
     if dry_run:
         print(json.dumps(resolved, indent=2))
         return
+    config = settled(config, train)
+    resolved |= asdict(config)
     set_seed(train.seed)
     images = bool(pictures.sources())
     objective = build_objective(config, images=images)

@@ -6,8 +6,10 @@ R rows, N tokens, C classes.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import transformers
@@ -104,6 +106,8 @@ class EarlyExitClassifier(PreTrainedModel):
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
+        if not isinstance(policy, Policy):
+            raise TypeError(f"policy={policy!r}, expected a Policy; Policy() is off")
         check_policy(policy, self.exits)
         self.config.policy = policy.to_dict()
 
@@ -114,6 +118,8 @@ class EarlyExitClassifier(PreTrainedModel):
 
     @pruning.setter
     def pruning(self, thresholds: tuple[float, ...] | None) -> None:
+        if isinstance(thresholds, int | float):
+            raise TypeError(f"pruning={thresholds}, expected a tuple with one threshold for each layer, or None")
         if thresholds is not None:
             check_pruning(self.model, thresholds)
         self.config.pruning = None if thresholds is None else list(thresholds)
@@ -170,6 +176,7 @@ class EarlyExitClassifier(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As transformers' `from_pretrained`, but a checkpoint with missing, foreign or misshapen weights is a ValueError."""
+        check_folder(pretrained_model_name_or_path)
         wants_facts = kwargs.pop("output_loading_info", False)
         model, facts = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -177,6 +184,13 @@ class EarlyExitClassifier(PreTrainedModel):
         if wrong:
             raise ValueError(f"{pretrained_model_name_or_path} is no checkpoint of an {cls.__name__}: {wrong}")
         return (model, facts) if wants_facts else model
+
+
+def check_folder(name: str | os.PathLike) -> None:
+    """Raise ValueError for the folder of a training run in the place of the model in it."""
+    weights = (*Path(name).glob("*.safetensors"), *Path(name).glob("*.bin"))
+    if Path(name, "model", "config.json").is_file() and not weights:
+        raise ValueError(f"{name} holds no model itself, expected {Path(name, 'model')}")
 
 
 def _stock(base: dict, attention: str | None) -> PreTrainedModel:

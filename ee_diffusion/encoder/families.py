@@ -139,6 +139,8 @@ def family_of(model: nn.Module) -> Family:
     """The table's row for a classifier.
 
     Raises:
-        ValueError: its class is unknown.
+        ValueError: its class is unknown, or it has exits already.
     """
+    if type(model).__name__ == "EarlyExitClassifier":
+        raise ValueError("an EarlyExitClassifier has exits already, expected a stock classifier: take its .model")
     return family_row(FAMILIES, model)

@@ -138,5 +138,6 @@ def _labels(table: datasets.Dataset, config: TextDataConfig, num_labels: int) ->
     if values.min() == values.max():
         raise ValueError(
             f"every label in column {column!r} is {values[0] + config.first_label}: one class is nothing to learn"
+            + ("" if config.max_texts is None else f" (max_texts={config.max_texts} takes the first rows)")
         )
     return torch.from_numpy(values)

@@ -69,6 +69,18 @@ class TestRefused:
         with pytest.raises(ValueError, match=words), attach(model, exits, policy):
             pass
 
+    def test_what_is_no_policy_and_no_thresholds(self, model, exits):
+        classifier = EarlyExitClassifier.from_classifier(model, exits)
+        with pytest.raises(TypeError, match=r"policy=0.5, expected a Policy"):
+            classifier.policy = 0.5
+        with pytest.raises(TypeError, match=r"pruning=0.01, expected a tuple"):
+            classifier.pruning = 0.01
+
+    def test_exits_for_a_classifier_that_has_some(self, model, exits):
+        classifier = EarlyExitClassifier.from_classifier(model, exits)
+        with pytest.raises(ValueError, match=r"has exits already, expected a stock classifier: take its \.model"):
+            ClassifierExits.for_model(classifier, head="pooled", judge="none")
+
     def test_entropy_of_a_regression(self):
         model = model_named("Bert", num_labels=1)
         exits = exits_for(model, head="pooled", judge="none")

@@ -165,3 +165,14 @@ def test_a_regression(tmp_path: Path, monkeypatch):
     )
     with pytest.raises(ValueError, match="of a regression"):
         call(monkeypatch, words, "--risk 0.1")
+
+
+def test_what_was_found_is_printed_and_the_side_of_a_fold_named(tmp_path: Path, monkeypatch, capsys):
+    made(tmp_path, "pabee")
+    words = f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --folds 2 --output_dir {tmp_path}/out --risk 0.01 --budgets 0.5 1"
+    with pytest.warns(UserWarning, match="judging what training with fold=0 sees; --held_out true takes the rest"):
+        call(monkeypatch, words)
+    said = capsys.readouterr().out
+    assert "| full model |" in said
+    assert said.count("| confidence |") == 2
+    assert "certified by learn then test: none" in said

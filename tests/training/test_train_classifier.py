@@ -159,6 +159,29 @@ def test_images_of_one_class_are_refused(images: Path, monkeypatch):
         call(monkeypatch, words, f"--init_from {images}/vit --random_weights true")
 
 
+def test_tokens_of_images_are_not_removed(images: Path, monkeypatch):
+    words = f"--train_data_files {images}/*.parquet --image_column img --resolution 8 {SHORT} --output_dir {images}/out"
+    soft = "--method magic_soft --mask_weight 0.1 --temperature 0.01 --top_threshold 0.01"
+    with pytest.raises(ValueError, match="tokens of a ViTForImageClassification cannot be removed"):
+        call(monkeypatch, words, soft, f"--init_from {images}/vit --random_weights true")
+
+
+def test_as_many_labels_as_the_model_has(base: Path, monkeypatch):
+    config = BertConfig.from_pretrained(base / "base", num_labels=3)
+    BertForSequenceClassification(config).save_pretrained(base / "three")
+    AutoTokenizer.from_pretrained(base / "base").save_pretrained(base / "three")
+    call(monkeypatch, f"--init_from {base}/three --text_files {base}/texts.tsv --output_dir {base}/out", SHORT)
+    assert json.loads((base / "out" / "config.json").read_text())["num_labels"] == 3
+    call(
+        monkeypatch,
+        f"--init_from {base}/out/model --method pabee --text_files {base}/texts.tsv --output_dir {base}/two",
+        SHORT,
+    )
+    assert EarlyExitClassifier.from_pretrained(base / "two" / "model").config.num_labels == 3
+    with pytest.raises(ValueError, match="two holds no model itself"):
+        EarlyExitClassifier.from_pretrained(base / "two")
+
+
 def test_dry_run(monkeypatch, capsys):
     call(monkeypatch, "--method palbert --prior_rate 0.2 --text_files a.tsv --dry-run")
     resolved = json.loads(capsys.readouterr().out)
@@ -173,10 +196,20 @@ def test_dry_run(monkeypatch, capsys):
         ("--method palbert", "init_from=None"),
         ("--init_from {base}/base --max_length 17", "max_length=17, expected at most the model's 16"),
         ("--init_from {base}/base --method jei_dnn", "trade_off"),
+        (
+            "--init_from {base}/base --method jei_dnn --trade_off 1 --warm_up 3 --max_train_steps 3",
+            "gates would not be trained",
+        ),
+        ("--init_from {base}/base --method magic_soft --temperature 1", "needs mask_weight, top_threshold"),
+        ("--method plain --pooling mean", "pooling=mean: method plain does not look at it"),
+        ("--method palbert --warm_up 5", "warm_up=5: method palbert does not look at it"),
+        ("--method pabee --states f", "states=f: method pabee does not look at it"),
+        ("--init_from {base}/run", "run holds no model itself, expected .*run/model"),
         ("--init_from {base}/base --method palbert --exit_depths 3", r"takes 0\.\.2"),
         ("--init_from {base}/base --text_files {base}/texts.tsv --max_length 8", "output_dir=None"),
     ],
 )
 def test_bad_settings_end_in_words(base: Path, monkeypatch, words: str, error: str):
+    BertConfig().save_pretrained(base / "run" / "model")
     with pytest.raises(ValueError, match=error):
         call(monkeypatch, words.format(base=base))
