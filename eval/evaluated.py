@@ -179,12 +179,18 @@ def fold_of(run: Evaluated, folds: list[Fold]) -> Fold:
     """The fold that a run judged.
 
     Raises:
-        ValueError: texts that no reference judged.
+        ValueError: texts that no reference judged, or another number of classes than its reference.
     """
     for fold in folds:
         if fold.judged(run):
+            classes, expected = run.look.answers.shape[-1], fold.look.answers.shape[-1]
+            if classes != expected:
+                raise ValueError(f"{run.folder} tells {classes} classes apart, its reference {expected}")
             return fold
-    raise ValueError(f"{run.folder} was evaluated on other texts than any reference")
+    judged = sorted({len(fold.look.labels) for fold in folds})
+    raise ValueError(
+        f"{run.folder} was evaluated on other texts than any reference: {len(run.look.labels)}, the references on {judged}"
+    )
 
 
 def dealt(name: str, runs: list[Evaluated], folds: list[Fold]) -> list[list[Evaluated]]:

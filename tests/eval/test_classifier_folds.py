@@ -33,6 +33,7 @@ def written(
     least: dict[float, float] | None = None,
     said: float = 1.0,
     labels: torch.Tensor | None = None,
+    num_labels: int = 2,
 ) -> Path:
     """An evaluation with an exit after one layer. right: of each answer, which texts it gets right; safe: tenths of the score; least:
     budget -> threshold; said: what the report says of layers. A text's layer costs its number of tokens."""
@@ -44,7 +45,7 @@ def written(
     scores = {"max_probability": torch.tensor([safe or [5] * n]) / 10}
     both = {name: costs.clone() for name in (NOTHING, "max_probability")}
     (folder / "policies").mkdir(parents=True)
-    answers = torch.nn.functional.one_hot(classes, 2).float()
+    answers = torch.nn.functional.one_hot(classes, num_labels).float()
     Look(answers, scores, both, lengths * 4.0, labels, lengths, (1,), layers).save(folder / "look.safetensors")
     budgets = {0.5: 0.5} if least is None else least
     for budget, threshold in budgets.items():
@@ -131,6 +132,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, monkeypatch):
     few = written(tmp_path / "few", [1, 1], tokens=[1, 2])
     values = written(tmp_path / "values", [1, 1, 0], tokens=A, labels=torch.tensor([0.0, 1.0, 0.0]))
     swapped = written(tmp_path / "swapped", [1, 1, 0], tokens=A, labels=torch.tensor([1, 0, 1]))
+    four = written(tmp_path / "four", [1, 1, 0], tokens=A, num_labels=4)
     longer = written(tmp_path / "longer", [1, 1, 0], tokens=[31, 10, 20])
     wrong = [
         ([a, short], [a], "references of .2, 4. layers"),
@@ -141,7 +143,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, monkeypatch):
         ([few], [few], "few judged 2 texts, expected three or more"),
         ([a], [values], "values is of a regression"),
         ([a], [swapped], "swapped was evaluated on other texts"),
-        ([a], [longer], "longer was evaluated on other texts"),
+        ([a], [longer], "longer was evaluated on other texts than any reference: 3, the references on .3."),
+        ([a], [four], "four tells 4 classes apart, its reference 2"),
     ]
     for references, folders, told in wrong:
         words = ("--reference", *references, "--names", *("m" for _ in folders), "--folders", *folders, "--lengths")
