@@ -31,8 +31,8 @@ POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are truste
 def calibrate(options: argparse.Namespace) -> int:
     """Run the candidates live on calibration seeds and write the one that is asked for, or say that there is none."""
     values = options.values
-    names = [name for name in ("model_index.json", "config.json") if Path(options.model or "", name).is_file()]
-    if options.model and names == ["config.json"]:
+    folder = Path(options.model or checkpoint())
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{options.model} is a model by itself, expected a pipeline's folder; classifiers: eval/classify.py --risk"
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -101,12 +101,10 @@ class ClassifierConfig:
             raise ValueError(f"method={self.method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels={self.num_labels}, expected at least 1")
-
-        for name, methods in LOOKED_AT.items():
-            if self.method not in methods and getattr(self, name) != self.__dataclass_fields__[name].default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}: method {self.method} does not look at it, {methods} do"
-                )
+        for flag in fields(self):
+            given, methods = getattr(self, flag.name), LOOKED_AT.get(flag.name, (self.method,))
+            if self.method not in methods and given != flag.default:
+                raise ValueError(f"{flag.name}={given}: method {self.method} does not look at it, {methods} do")
 
     def weights(self) -> Weights:
         return Weights(
@@ -138,7 +136,11 @@ def parse() -> Configs:
 
 
 def settled(config: ClassifierConfig, train: TrainConfig) -> ClassifierConfig:
-    """The settings with the number of labels in them, once they and the model's folder make sense."""
+    """The settings with the number of labels in them.
+
+    Raises:
+        ValueError: no model or the folder of a run in its place, a run of jei_dnn that ends in its warm-up.
+    """
     if not config.init_from:
         raise ValueError(f"init_from={config.init_from!r}, expected the folder or name of a model to start from")
     check_folder(config.init_from)

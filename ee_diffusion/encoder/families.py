@@ -139,8 +139,9 @@ def family_of(model: nn.Module) -> Family:
     """The table's row for a classifier.
 
     Raises:
-        ValueError: its class is unknown, or it has exits already.
+        ValueError: its class is unknown; where it wraps a known one, that is said.
     """
-    if type(model).__name__ == "EarlyExitClassifier":
-        raise ValueError("an EarlyExitClassifier has exits already, expected a stock classifier: take its .model")
+    kinds = [type(one).__name__ for one in (model, getattr(model, "model", None))]
+    if kinds[0] not in FAMILIES and kinds[1] in FAMILIES:
+        raise ValueError(f"no family for {kinds[0]}, but for the {kinds[1]} in it: take its .model")
     return family_row(FAMILIES, model)

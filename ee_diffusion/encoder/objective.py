@@ -22,7 +22,7 @@ from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.families import family_of
 from ee_diffusion.encoder.methods import EXITS
 from ee_diffusion.encoder.seeing import INPUTS, Seen, by_length, look_through, masks_at
-from ee_diffusion.encoder.tokens import TokenTrace, check_pruning, soft_pruning
+from ee_diffusion.encoder.tokens import TokenTrace, check_prunable, soft_pruning
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _check(classifier: EarlyExitClassifier, method: str, weights: Weights) -> No
     if missing:
         raise ValueError(f"{method} needs {', '.join(missing)}: no default suits all models")
     if method == "magic_soft":
-        check_pruning(classifier.model, (0.0,) * family_of(classifier.model).num_layers(classifier.model))
+        check_prunable(classifier.model)
     if method == "magic_hard" and classifier.pruning is None:
         raise ValueError("magic_hard needs a classifier with pruning thresholds: train it with magic_soft first")
 

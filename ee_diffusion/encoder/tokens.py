@@ -79,12 +79,17 @@ class TokenTrace:
     keys: tuple[Tensor, ...] = ()
 
 
-def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
-    """Raise ValueError if tokens of this class cannot be removed, or for thresholds of the wrong number or range."""
+def check_prunable(model: nn.Module) -> None:
+    """Raise ValueError if tokens of this class cannot be removed."""
     family = family_of(model)
     if family.block not in PARTS:
         raise ValueError(f"tokens of a {family.class_name} cannot be removed; known blocks: {sorted(PARTS)}")
-    layers = family.num_layers(model)
+
+
+def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
+    """Raise ValueError if tokens of this class cannot be removed, or for thresholds of the wrong number or range."""
+    check_prunable(model)
+    layers = family_of(model).num_layers(model)
     if len(thresholds) != layers:
         raise ValueError(f"{len(thresholds)} pruning thresholds, expected one for each of {layers} layers")
     wrong = [value for value in thresholds if not 0 <= value <= 1]
@@ -117,9 +122,8 @@ def saliency(query: Tensor, key: Tensor, keys: Tensor | None, *, heads: int) -> 
     own, in pieces of query positions, so that it works with any attention.
     """
     rows, length, width = query.shape[0], query.shape[1], query.shape[2] // heads
-    q = (
-        (query * width**-0.5).view(rows, length, heads, width).transpose(1, 2)
-    )  # (r, H, M, D/H): scaled where it is small
+    scaled = query * width**-0.5  # here it is small
+    q = scaled.view(rows, length, heads, width).transpose(1, 2)  # (r, H, M, D/H)
     k = key.view(rows, length, heads, width).permute(0, 2, 3, 1)  # (r, H, D/H, M)
     closed = None if keys is None else ~keys[:, None, None]  # (r, 1, 1, M)
     paid = query.new_zeros(rows, length, dtype=torch.float32)
@@ -192,7 +196,8 @@ class TokenLane:
             self.keys = whole.bool().to(hidden.device)
             self.lengths, self.rows = self.keys.sum(1).tolist(), list(range(self.num_rows))
         if len(rows) != len(self.rows):
-            places = [self.rows.index(row) for row in rows]
+            before = {row: place for place, row in enumerate(self.rows)}
+            places = [before[row] for row in rows]
             self.keys = self.keys.index_select(0, torch.tensor(places).to(hidden.device))
             self.lengths = [self.lengths[place] for place in places]
         self.rows = rows

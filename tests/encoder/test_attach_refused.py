@@ -78,7 +78,10 @@ class TestRefused:
 
     def test_exits_for_a_classifier_that_has_some(self, model, exits):
         classifier = EarlyExitClassifier.from_classifier(model, exits)
-        with pytest.raises(ValueError, match=r"has exits already, expected a stock classifier: take its \.model"):
+        with pytest.raises(
+            ValueError,
+            match=r"no family for EarlyExitClassifier, but for the BertForSequenceClassification in it: take its \.model",
+        ):
             ClassifierExits.for_model(classifier, head="pooled", judge="none")
 
     def test_entropy_of_a_regression(self):
