@@ -68,6 +68,19 @@ def test_replayed_is_live_where_exits_look_at_what_is_left(judge: str, depths: t
         torch.testing.assert_close(seen.given(seen.taken(policy)), live, rtol=1e-4, atol=1e-5)
 
 
+def test_layers_that_look_at_no_saliency_are_not_charged_for_it_in_a_look():
+    model = model_named("Bert")
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="none"))
+    halves = [batch_for("Bert", rows) | {"labels": LABELS[rows]} for rows in ([0, 1, 2], [3, 4, 5])]
+    costs = []
+    for thresholds in ((0.0, 0.0, 0.0, 0.0), (1e-30, 0.0, 0.0, 0.0)):
+        classifier.pruning = thresholds
+        seen = look(classifier, halves, scores=("max_probability",))
+        costs.append(seen.costs["max_probability"][:, -1])
+    n = seen.tokens.double()
+    torch.testing.assert_close(costs[1] - costs[0], 2 * n**2 * model.config.hidden_size, rtol=0, atol=0.5)
+
+
 def test_where_tokens_were_is_not_kept_from_batch_to_batch(monkeypatch):
     held = []
     joined = evaluate._joined
