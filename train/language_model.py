@@ -22,6 +22,7 @@ class ModelConfig:
 
     model: str | None = flag("Folder or name of a causal language model.")
     gguf_file: str | None = flag("A GGUF file in that folder to load from.")
+    attn_implementation: str | None = flag("Attention: sdpa, eager, ...; none: transformers' choice.")
     chat: bool = flag("Ask through the tokenizer's chat template; else prompts are read as they are.", False)
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -36,7 +37,8 @@ class ModelConfig:
             raise ValueError(
                 f"the tokenizer of {self.model} has no end-of-text token, expected one: answers end with it"
             )
-        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **source)
+        attention = {} if self.attn_implementation is None else {"attn_implementation": self.attn_implementation}
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32, **source, **attention)
         return (model if self.gguf_file is None else plain(model)).eval(), tokenizer
 
     def source(self, tokenizer: PreTrainedTokenizerBase, data: PromptDataConfig) -> PromptSource:
@@ -64,6 +66,7 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
     made = type(model)(type(model.config).from_dict(values))
     made.load_state_dict(model.state_dict())
     made.generation_config = model.generation_config
+    made.set_attn_implementation(model.config._attn_implementation)
     return made.to(model.dtype)
 
 

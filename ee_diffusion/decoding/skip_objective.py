@@ -6,6 +6,7 @@ B samples, N tokens, D width, L layers, S steps (places of the answer).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Mapping
@@ -104,7 +105,7 @@ class SkipObjective(nn.Module):
         ids, mask, lengths = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
         runs = self.pattern(mask, lengths)  # (B, N, L)
         says = answer_places(mask, lengths)  # (B, N - 1)
-        logits = self.logits(ids, runs)[:, :-1][says]  # (m, V)
+        logits = self.head(self.states(ids, runs)[:, :-1][says])  # (m, V): the LM head is a good part of the cost
         labels = ids[:, 1:][says]  # (m,)
         read = (torch.arange(ids.shape[1] - 1, device=ids.device) >= lengths[:, None]) & mask[:, 1:].bool()
         return {
@@ -119,12 +120,16 @@ class SkipObjective(nn.Module):
         runs = self.table[steps.clamp(0, len(self.table) - 1)]  # (B, N, L)
         return (runs | (steps < 0)[:, :, None]) & mask.bool()[:, :, None]
 
-    def logits(self, ids: Tensor, runs: Tensor) -> Tensor:
-        """ids (B, N) padded on the right, runs (B, N, L) -> (B, N, V). No mask is needed: nothing looks to the right."""
-        if self.off:
-            return self.model(ids, use_cache=False).logits
-        with SkippingForward(self.model, runs):
-            return self.model(ids, use_cache=False).logits
+    @property
+    def head(self) -> nn.Module:
+        """The model's LM head, (D) -> (V)."""
+        return self.model.get_output_embeddings()
+
+    def states(self, ids: Tensor, runs: Tensor) -> Tensor:
+        """ids (B, N) padded on the right, runs (B, N, L) -> (B, N, D), what the LM head reads. No mask is needed: nothing looks to the
+        right."""
+        with contextlib.nullcontext() if self.off else SkippingForward(self.model, runs):
+            return self.model.base_model(ids, use_cache=False).last_hidden_state
 
 
 def schedule_table(schedule: Schedule, *, num_steps: int, num_layers: int) -> Tensor:
