@@ -3,7 +3,7 @@
 python eval/speed.py --output_dir runs/speed
 
 Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty
-module and every sync runs) take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at different exits, by
+module and every sync runs), decided at once and late, take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at different exits, by
 their own learned scores, at thresholds set on these very rows so that the mean depth is the one asked for. Ideal = fixed part
 (embedding, tail) + for every executed block its own median time at its number of rows + uncertainty modules and heads at theirs. A
 part's time is taken where it runs, inside a whole forward of the plain model on that number of rows, in turns with the runs
@@ -50,23 +50,24 @@ class SpeedOptions:
 
 def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed: int) -> dict:
     """Median of pairwise ratios to the plain model: attached but off, on but never exiting; a run of `options.steps` forwards each."""
-    forward, never, steps = Forward(pipeline, rows, seed), Policy(Threshold(1.0)), options.steps
+    forward, steps = Forward(pipeline, rows, seed), options.steps
 
     def attached_off() -> None:
         with attach(pipeline.transformer, pipeline.exits):
             forward.plain(steps)
 
-    def never_exits() -> None:
+    def never_exits(*, late: bool) -> None:
         with attach(pipeline.transformer, pipeline.exits) as attachment:
-            forward.under(attachment, never, steps)
+            forward.under(attachment, Policy(Threshold(1.0), late=late), steps)
 
     candidates: dict[str, Callable[[], object]] = {
         "plain": lambda: forward.plain(steps),
         "off": attached_off,
-        "never": never_exits,
+        "never": partial(never_exits, late=False),
+        "late": partial(never_exits, late=True),
     }
     timings = interleaved(candidates, repeats=options.repeats, warmup=2)
-    ratios = {name: timings[name].ratio(timings["plain"]) for name in ("off", "never")}
+    ratios = {name: timings[name].ratio(timings["plain"]) for name in ("off", "never", "late")}
     return {"batch": rows, "plain_ms": 1e3 * timings["plain"].median / steps, **ratios}
 
 

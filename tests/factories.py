@@ -21,7 +21,8 @@ from ee_diffusion.core.criteria import Accumulated, Cumulative, DecayingThreshol
 from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.loop import run_blocks
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session
+from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.families import family_of

@@ -118,14 +118,14 @@ def margin_of(trace: Trace, policy: Policy) -> Tensor:
     return least
 
 
-def stricter_never_stops_earlier(everything: Trace, criterion: Criterion) -> None:
+def stricter_never_stops_earlier(everything: Trace, criterion: Criterion, *, late: bool = False) -> None:
     """Law 5: on the same stored scores, and from the same state: what a budget does not spend at one step is there at the next."""
     num_layers = everything.planned.shape[1]
     same_state = slice(0, 1) if isinstance(criterion, Accumulated) else slice(None)  # steps
-    before = replay(everything, Policy(criterion))[same_state]
+    before = replay(everything, Policy(criterion, late=late))[same_state]
     later = 0
     for other in stricter(criterion, num_layers):
-        after = replay(everything, Policy(other))[same_state]
+        after = replay(everything, Policy(other, late=late))[same_state]
         assert (after >= before).all(), f"{other} stops earlier than {criterion}"
         later += int((after > before).sum())
     assert later > 0, "no stricter criterion changed anything: the law was not tried"
@@ -159,18 +159,21 @@ def skipped_work_is_not_executed(driver: Driver, policy: Policy, layout: Layout)
 
         trace = run(driver, policy, layout, each=each).trace
     for index, seen in enumerate(steps):
-        step_work_is(driver, seen, trace, index, measures=not isinstance(policy.criterion, Planned))
+        measures = not isinstance(policy.criterion, Planned)
+        step_work_is(driver, seen, trace, index, measures=measures, late=policy.late)
 
 
-def step_work_is(driver: Driver, seen: Work, trace: Trace, index: int, *, measures: bool) -> None:
-    """One step of law 7: what was counted is what the trace says, and no more than the decisions made necessary."""
+def step_work_is(driver: Driver, seen: Work, trace: Trace, index: int, *, measures: bool, late: bool = False) -> None:
+    """One step of law 7: what was counted is what the trace says, and no more than the decisions made necessary. Where they are late,
+    nothing is measured of rows that leave there, nor at the last exit."""
     depths, rows = trace.depths[index], trace.rows  # (E,)
     blocks = [int(trace.ran[index, :, layer].sum()) for layer in range(driver.num_layers)]
     assert seen.blocks == [count * driver.tokens for count in blocks]
     assert blocks == [int(rows[depths > layer].sum()) for layer in range(driver.num_layers)]
     exits = trace.exits.tolist()
     taken = [int(rows[depths == depth].sum()) for depth in exits]
-    possible = [int(rows[depths >= depth].sum()) if measures else 0 for depth in exits]
+    possible = [int(rows[depths >= depth + late].sum()) if measures else 0 for depth in exits]
+    possible[-1] *= not late
     places = [driver.heads.depths.index(depth) for depth in exits]  # of the policy's exits among the heads
     assert trace.answered[index].tolist() == taken
     assert trace.measured[index].tolist() == possible
@@ -286,9 +289,10 @@ class Case:
     driver_name: str
     layout_name: str
     criterion_name: str
+    late: bool = False
 
     def __str__(self) -> str:
-        return f"{self.driver_name}-{self.layout_name}-{self.criterion_name}"
+        return f"{self.driver_name}-{self.layout_name}-{self.criterion_name}{'-late' if self.late else ''}"
 
     @property
     def driver(self) -> Driver:
@@ -304,7 +308,7 @@ class Case:
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.criterion)
+        return Policy(self.criterion, late=self.late)
 
     @property
     def live(self) -> Run:
@@ -321,8 +325,12 @@ def _live(case: Case) -> Run:
 
 
 def cases(drivers: tuple[str, ...]) -> list[Case]:
-    """Every criterion and every layout for some drivers."""
-    return [Case(*names) for names in itertools.product(drivers, LAYOUTS, CRITERIA)]
+    """Every criterion and every layout for some drivers; those that measure also with late decisions, on one layout of two rows each."""
+    at_once = [Case(*names) for names in itertools.product(drivers, LAYOUTS, CRITERIA)]
+    measuring = [name for name in CRITERIA if name != "planned"]
+    return at_once + [
+        Case(driver, "together", name, late=True) for driver, name in itertools.product(drivers, measuring)
+    ]
 
 
 LAWS: dict[str, Callable[[Case, Path], object]] = {
@@ -331,7 +339,7 @@ LAWS: dict[str, Callable[[Case, Path], object]] = {
     "2-leaving": lambda case, folder: leaving_restores(case.driver, case.policy, case.layout),
     "3-replay": lambda case, folder: replay_is_the_live_run(case.live, case.policy, case.recorded),
     "4-batch-mates": lambda case, folder: batch_mates_do_not_matter(case.driver, case.policy, case.layout, case.live),
-    "5-stricter": lambda case, folder: stricter_never_stops_earlier(case.recorded, case.criterion),
+    "5-stricter": lambda case, folder: stricter_never_stops_earlier(case.recorded, case.criterion, late=case.late),
     "6-save-load": lambda case, folder: save_and_load_keep_decisions(
         case.driver, case.policy, case.layout, case.live, folder
     ),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import StepSession
+from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 
 
@@ -49,6 +49,7 @@ def replay(trace: Trace, policy: Policy) -> Tensor:
                 return stored[exit][step.rows] if needs_scores else None
 
             step.offer(depth, measure)
+            step.look(depth, measure)
         step.close()
     return torch.stack([step.depths for step in session.finished])  # (S, E)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.rows import Departure, rows_of
 from ee_diffusion.core.scores import Observation
-from ee_diffusion.core.session import StepSession
+from ee_diffusion.core.step_session import StepSession
 
 
 class Lane:
@@ -44,17 +44,26 @@ class Lane:
     def _offered(self, depth: int, hidden: Tensor) -> Tensor:
         before, self._hidden = self.observed, hidden
         departure = self.step.offer(depth, self._measure)
-        seen, answer = self.observed, None
-        if seen is not None and seen is not before:  # this exit was measured
-            if seen.answered:  # the score was made of the answers
-                self.step.answer_evaluated(depth, len(hidden))
-                answer = seen.answer
-            self.context |= seen.carried
-        if departure is None:
-            return hidden
-        if answer is None:  # only where it is taken
-            self.step.answer_evaluated(depth, len(departure.leave))
-        return self._part(departure, hidden, answer)
+        answer = self._newly_seen(depth, before)
+        if departure is not None:
+            if answer is None:  # only where it is taken
+                self.step.answer_evaluated(depth, len(departure.leave))
+            hidden = self._part(departure, hidden, answer)
+        before, self._hidden = self.observed, hidden
+        self.step.look(depth, self._measure)
+        self._newly_seen(depth, before)
+        return hidden
+
+    def _newly_seen(self, depth: int, before: Observation | None) -> Tensor | None:
+        """Take note of what was measured since `before`; -> the answers (r, ...), if the scores were made of them."""
+        seen = self.observed
+        if seen is None or seen is before:
+            return None
+        self.context |= seen.carried
+        if not seen.answered:
+            return None
+        self.step.answer_evaluated(depth, len(self._hidden))
+        return seen.answer
 
     def _measure(self, exit: int) -> Tensor | None:
         """The scores (r,) of the running rows at an exit of the heads."""

@@ -31,9 +31,12 @@ class Policy:
     `Policy()` is off: the model as it is. `record_all`: measure every exit but stop nobody, for calibration by replay.
     `made_for`: (name, value) of what it was calibrated on; a pipeline that differs refuses it. Empty: for any model.
     `guidance`: whether the conditional and the unconditional row of an image leave `together` (the least safe decides) or `apart`.
+    `late`: scores decide at the exit after the one where they were measured. They reach the host while the device runs the blocks in
+    between, so that neither waits for the other, and everybody leaves an exit later than without. Not worth it on a CPU.
 
     Raises:
-        ValueError: exits not ascending; record_all without a criterion; an unknown guidance.
+        ValueError: exits not ascending; record_all or late without a criterion that measures; late with a single exit; an unknown
+            guidance.
     """
 
     criterion: Criterion | None = None
@@ -42,9 +45,15 @@ class Policy:
     record_all: bool = False
     guidance: Literal["together", "apart"] = "together"
     made_for: tuple[tuple[str, str], ...] = ()
+    late: bool = False
 
     def __post_init__(self) -> None:
-        for name, kinds in (("criterion", Criterion | None), ("schedule", Schedule), ("record_all", bool)):
+        for name, kinds in (
+            ("criterion", Criterion | None),
+            ("schedule", Schedule),
+            ("record_all", bool),
+            ("late", bool),
+        ):
             if not isinstance(value := getattr(self, name), kinds):
                 raise ValueError(f"{name}={value!r}, expected {getattr(kinds, '__name__', kinds)}")
         if self.exits is not None and not all(isinstance(depth, int) for depth in self.exits):
@@ -57,8 +66,13 @@ class Policy:
             list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)
         ):
             raise ValueError(f"exits={self.exits}, expected ascending distinct depths")
-        if self.record_all and (self.criterion is None or isinstance(self.criterion, Planned)):
+        measures = self.criterion is not None and not isinstance(self.criterion, Planned)
+        if self.record_all and not measures:
             raise ValueError("record_all needs a criterion that says what to measure")
+        if self.late and not measures:
+            raise ValueError("late=True with nothing to measure, expected a criterion that decides on scores")
+        if self.late and self.exits is not None:
+            self._check_late(self.exits)
         if self.guidance not in ("together", "apart"):
             raise ValueError(f"guidance={self.guidance!r}, expected 'together' or 'apart'")
 
@@ -114,6 +128,7 @@ class Policy:
         if rows.is_floating_point() or rows.unique().tolist() != list(range(int(rows.max()) + 1)):
             raise ValueError("rows must name every element 0..E-1 at least once")
         self._check_schedule(num_steps, num_layers, exits)
+        self._check_late(exits)
         if self.criterion is not None:
             self.criterion.validate(num_steps, len(exits))
         return Session(
@@ -128,6 +143,10 @@ class Policy:
             frozen=frozen,
             vote=vote,
         )
+
+    def _check_late(self, exits: tuple[int, ...]) -> None:
+        if self.late and len(exits) < 2:
+            raise ValueError(f"late=True with exits at {exits}, expected two or more: at the first one nobody leaves")
 
     def _check_schedule(self, num_steps: int, num_layers: int, exits: tuple[int, ...]) -> None:
         for plan in self.schedule.plans(num_steps=num_steps, num_layers=num_layers):
@@ -147,6 +166,7 @@ class Policy:
         schedule = {"kind": type(self.schedule).__name__, **asdict(self.schedule)}
         values: dict[str, Any] = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
         values |= {"made_for": self.made_for} if self.made_for else {}
+        values |= {"late": True} if self.late else {}
         # Through JSON, so that a fresh dictionary equals one that was read from a file.
         return json.loads(json.dumps(values | {"record_all": self.record_all, "guidance": self.guidance}))
 

@@ -20,7 +20,8 @@ from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.ranks import Vote
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session
+from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of, times_of

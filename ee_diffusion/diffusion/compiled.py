@@ -20,7 +20,7 @@ from torch._dynamo import OptimizedModule
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
-from ee_diffusion.core.session import StepSession
+from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.diffusion.families import Family
 from ee_diffusion.diffusion.passage import TEXT, Layer
 

@@ -10,18 +10,19 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, Periodic, PiecewiseDepth
 
 
-def deediff(threshold: float, *, exits: tuple[int, ...] | None = None) -> Policy:
+def deediff(threshold: float, *, exits: tuple[int, ...] | None = None, late: bool = False) -> Policy:
     """DeeDiff as written (arXiv 2309.17074, sec. 3.4): answer at the first layer whose mean uncertainty `u_i,t < threshold`.
 
     threshold in [0, 1]; larger is bolder. Deviation: the mean is over the pixels of one image, never over the batch; under guidance the
-    image's two rows leave together, the more uncertain one deciding.
+    image's two rows leave together, the more uncertain one deciding. `late`: it answers an exit after that layer, and the host never
+    waits for the device (see `Policy`).
 
     Raises:
-        ValueError: threshold outside [0, 1].
+        ValueError: threshold outside [0, 1]; late with a single exit.
     """
     if isinstance(threshold, bool) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold}, expected a bound on the mean uncertainty in [0, 1]")
-    return Policy(Threshold(1 - threshold), exits=exits)
+    return Policy(Threshold(1 - threshold), exits=exits, late=late)
 
 
 def deediff_released(threshold: float, *, depths: tuple[int, ...], num_layers: int) -> Policy:

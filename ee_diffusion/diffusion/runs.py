@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session
+from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.families import Family
 

@@ -41,7 +41,9 @@ def test_training_runs_what_generation_runs(name: str, policy: str):
     for row, length in enumerate(LENGTHS):
         assert torch.allclose(logits[row, length - 1 : length - 1 + TOKENS], wanted[row].double(), atol=1e-5)
     full = SkipObjective(model, Policy(), num_steps=TOKENS - 1).eval()
-    assert not torch.allclose(full.head(full.states(batch["input_ids"], runs)), logits, atol=1e-3), "the pattern changes something"
+    assert not torch.allclose(full.head(full.states(batch["input_ids"], runs)), logits, atol=1e-3), (
+        "the pattern changes something"
+    )
 
 
 @torch.no_grad()

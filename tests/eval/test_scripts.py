@@ -248,7 +248,7 @@ def test_speed(model, tmp_path, monkeypatch, capsys):
     call(monkeypatch, speed, *words, "--mean_depths", 0.6)
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["batch"] for row in report["overhead"]] == [1, 3]
-    assert all(row["off"] > 0 and row["never"] > 0 for row in report["overhead"])
+    assert all(row["off"] > 0 and row["never"] > 0 and row["late"] > 0 for row in report["overhead"])
     assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in report["realised"])
     assert all(row["alone_ms"] > 0 for row in report["realised"])
     calls = {row["policy"]: row for row in report["pipeline"]}

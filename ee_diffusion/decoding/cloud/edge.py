@@ -20,7 +20,8 @@ from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session
+from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.cache import write_position
 from ee_diffusion.decoding.cloud.client import CloudLost, Helper
@@ -80,14 +81,18 @@ class Edge:
         from the state it left with, as in `early_exit_generate`. The cloud gets the state at e1 of every position.
 
         Raises:
-            ValueError: not one sequence of one or more tokens; a policy that does not fit the exits, that was made for another model or
-                whose schedule leaves out layers below others; a cloud that is not at the first position; NaN scores.
+            ValueError: not one sequence of one or more tokens; a policy that does not fit the exits, that was made for another model, that
+                is late or whose schedule leaves out layers below others; a cloud that is not at the first position; NaN scores.
         """
         if input_ids.ndim != 2 or len(input_ids) != 1 or input_ids.shape[1] == 0 or max_new_tokens < 1:
             raise ValueError(
                 f"input_ids {tuple(input_ids.shape)}, max_new_tokens={max_new_tokens}, expected (1, N >= 1) and at least 1"
             )
         check_made_for(self.model, policy, part_of=self.part.fingerprint)
+        if policy.late:
+            raise ValueError(
+                "a late policy, expected one that decides where it measures: the cloud is asked in between"
+            )
         plans = policy.schedule.plans(num_steps=max_new_tokens, num_layers=self.part.num_layers)
         if any(depth_of(plan) is None for plan in plans):
             raise ValueError(f"the schedule {policy.schedule} leaves out layers below others, expected one that stops")
