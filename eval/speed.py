@@ -2,10 +2,11 @@
 
 python eval/speed.py --output_dir runs/speed
 
-Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty
-module and every sync runs), decided at once and late, take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at different exits, by
-their own learned scores, at thresholds set on these very rows so that the mean depth is the one asked for. Ideal = fixed part
-(embedding, tail) + for every executed block its own median time at its number of rows + uncertainty modules and heads at theirs. A
+Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty module
+and every sync runs), decided at once and late, take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at
+different exits, by their own learned scores, at thresholds set on these very rows so that the mean depth is the one asked for. Ideal =
+fixed part (embedding, tail) + for every executed block its own median time at its number of rows + uncertainty modules and heads at
+theirs. A
 part's time is taken where it runs, inside a whole forward of the plain model on that number of rows, in turns with the runs
 (`ideal_ms`); and, beside it, alone in a loop, where its weights never leave the caches (`alone_ms`), which no model does.
 Starting a run, deciding, syncs and the dropping of rows are

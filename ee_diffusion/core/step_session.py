@@ -116,8 +116,7 @@ class StepSession:
         if session.policy.criterion is None:
             return None
         if self.looks_ahead:  # decides on what was asked at the exit before
-            arriving, self._arriving = self._arriving, None
-            return None if arriving is None else self._decide(arriving, depth)
+            return None if self._arriving is None else self._decide(self._arriving, depth)
         seen = measure(session.heads_exits[depth])
         if seen is not None:
             return self._decide(self._asked(seen, depth), depth)

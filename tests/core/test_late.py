@@ -10,7 +10,7 @@ from factories import LAYOUTS, criterion_named, driver_named, recorded, run
 
 from ee_diffusion.core.arriving import sent
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import Patience, Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.session import Session
@@ -154,6 +154,20 @@ def test_a_policy_says_in_its_file_that_it_is_late(tmp_path):
 def test_refused(make, said: str):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_scores_made_of_answers_are_counted_and_what_they_carry_is_there_at_the_next_exit():
+    """PABEE's: whether the class is that of the exit before. Live, it is what a run with all exits measured says."""
+    driver, layout = driver_named("plain-output"), LAYOUTS["together"]
+    rule = Patience(0.5, 1, score="agreement")
+    everything = run(driver, Policy(rule, record_all=True), layout).trace
+    late = run(driver, Policy(rule, late=True), layout).trace
+    assert torch.equal(replay(everything, Policy(rule, late=True)), late.depths)
+    assert len(late.depths.unique()) > 1
+    left = torch.stack(
+        [(late.depths == depth).long() @ late.rows for depth in late.exits.tolist()], dim=1
+    )  # (S, K) rows
+    assert torch.equal(late.answered, late.measured + left)
 
 
 def test_on_a_cpu_scores_are_where_they_are():

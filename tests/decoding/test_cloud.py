@@ -308,7 +308,12 @@ def test_what_does_not_belong_to_the_edge_is_refused():
             Edge(model, part, heads=heads)
     other = dataclasses.replace(policy, made_for=(("model", "0" * 16),))
     own = dataclasses.replace(policy, made_for=(("model", part.fingerprint),))
-    for wrong in (other, skipdecode(warm_up=1, least=2, most=5, horizon=5), None, dataclasses.replace(policy, late=True)):
+    for wrong in (
+        other,
+        skipdecode(warm_up=1, least=2, most=5, horizon=5),
+        None,
+        dataclasses.replace(policy, late=True),
+    ):
         with pytest.raises(ValueError, match=r"another model|leaves out layers|expected a Policy|a late policy"):
             edge().generate(prompt(0), wrong, max_new_tokens=2)
     fine = [edge().generate(prompt(0), one, max_new_tokens=2).sources for one in (own, policy)]
