@@ -6,7 +6,8 @@ Candidates: the plain model (`full`), the model at full depth under the exits' d
 transformers' `assistant_early_exit` (batch 1). Clock: every candidate generates the same number of tokens (no end of text) and they take
 turns; the prompt's forward is timed apart and taken off. Layers are counted by hooks inside them, not by what the policy says; `realised`
 is the ideal time over the measured one (decode_parts.py). Text: greedy, until the end of text, against the references of each meaning;
-perplexity is that of the written text under the full model. The prompt is `--prompt` with {mr} replaced. Writes decode.json and decode.md.
+perplexity is that of the written text under the full model. The prompt is `--prompt` with {mr} replaced. Writes decode.json, decode.md and
+texts.json: what every candidate wrote, text by text, with its ROUGE-L (decode_table.py compares runs by it).
 
 `--mode lossless`: lossless decoding against greedy search on `--count` prompts, token by token. `--mode alone`: every candidate in padded
 batches against each prompt alone. `--mode calibrate`: which of the policies (safest first) may be used at a risk (decode_modes.py).
@@ -31,7 +32,7 @@ from ee_diffusion.decoding.attach import running_modules
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
-from ee_diffusion.measure.texts import agreement, perplexity, text_scores
+from ee_diffusion.measure.texts import agreement, perplexity, rouge_each, text_scores
 
 
 def layers_run(decoder: Decoder, name: str, inputs: dict[str, Tensor], tokens: int) -> float:
@@ -81,18 +82,22 @@ def speed(decoder: Decoder, meanings: list[str], batch: int) -> list[dict]:
 
 
 def quality(decoder: Decoder, meanings: dict[str, list[str]]) -> list[dict]:
-    """One row for each candidate: its text against the references and against the full model's."""
+    """One row for each candidate: its text against the references and against the full model's. Writes texts.json."""
     options, chosen = decoder.options, list(meanings)[: decoder.options.count]
     wanted, rows, full, size = [meanings[meaning] for meaning in chosen], [], None, options.text_batch_size
+    written: dict[str, dict] = {}
     for name in decoder.candidates:
         if name == "assistant":
             continue
         parts = [_written(decoder, name, chosen[start : start + size]) for start in range(0, len(chosen), size)]
         tokens = torch.cat([tokens for tokens, _, _ in parts])
         full = tokens if full is None else full
-        scores = text_scores(decoder.texts(tokens), wanted, resamples=1000, seed=options.seed)
+        texts = decoder.texts(tokens)
+        written[name] = {"texts": texts, "rougeL": rouge_each(texts, wanted).tolist()}
+        scores = text_scores(texts, wanted, resamples=1000, seed=options.seed)
         same = {f"same_{key}": value for key, value in agreement(tokens, full).items()}
         rows.append({"name": name, **scores, **same, "perplexity": pooled([(ppl, count) for _, ppl, count in parts])})
+    write_json(Path(options.output_dir) / "texts.json", {"meanings": chosen, "candidates": written})
     return rows
 
 
@@ -147,11 +152,11 @@ def main() -> None:
         raise ValueError(f"mode={mode.mode!r}, expected one of {sorted(MODES)}")
     meanings, folder = read_meanings(options), Path(options.output_dir)
     decoder = Decoder(options)
+    folder.mkdir(parents=True, exist_ok=True)
     found = MODES[mode.mode](decoder, meanings, mode)
     policies = {Path(path).stem: Policy.load(path).to_dict() for path in options.policies}
     facts = {"settings": settings(options, mode), "policies": policies, "environment": environment(decoder.device)}
     report = facts | found
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "decode.json", report)
     text = "\n\n".join(markdown_table(rows) for rows in found.values() if rows) + "\n"
     write_text(folder / "decode.md", text)
