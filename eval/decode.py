@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from decode_modes import CalibrateOptions, alone, calibrate, lossless
 from decode_parts import PartTimes
-from decoder import DecodeOptions, Decoder, read_meanings
+from decoder import DecodeOptions, Decoder, read_meanings, work_of
 from options import parse
 from torch import Tensor
 
@@ -90,13 +90,16 @@ def quality(decoder: Decoder, meanings: dict[str, list[str]]) -> list[dict]:
         if name == "assistant":
             continue
         parts = [_written(decoder, name, chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        tokens = torch.cat([tokens for tokens, _, _ in parts])
+        tokens = torch.cat([tokens for tokens, _, _, _ in parts])
+        ran, read = (sum(work[place] for _, _, _, work in parts) for place in (0, 1))
+        layers = ran / read if read else float(decoder.num_layers) if name == "full" else None
         full = tokens if full is None else full
         texts = decoder.texts(tokens)
         written[name] = {"texts": texts, "rougeL": rouge_each(texts, wanted).tolist()}
         scores = text_scores(texts, wanted, resamples=1000, seed=options.seed)
         same = {f"same_{key}": value for key, value in agreement(tokens, full).items()}
-        rows.append({"name": name, **scores, **same, "perplexity": pooled([(ppl, count) for _, ppl, count in parts])})
+        likely = pooled([(ppl, count) for _, ppl, count, _ in parts])
+        rows.append({"name": name, **scores, **same, "perplexity": likely, "layers": layers})
     write_json(Path(options.output_dir) / "texts.json", {"meanings": chosen, "candidates": written})
     return rows
 
@@ -106,8 +109,8 @@ def pooled(parts: list[tuple[float, int]]) -> float:
     return math.exp(sum(count * math.log(value) for value, count in parts) / sum(count for _, count in parts))
 
 
-def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, float, int]:
-    """Tokens (R, T), padded to the number that was asked for, their perplexity under the full model, and how many they are."""
+def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, float, int, tuple[int, int]]:
+    """Tokens (R, T), padded to the number that was asked for, their perplexity under the full model, how many they are, and the work."""
     inputs, pad = decoder.inputs(meanings), decoder.tokenizer.pad_token_id
     padded, out = decoder.written(name, inputs)
     width = inputs["input_ids"].shape[1]
@@ -119,7 +122,7 @@ def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, 
             out.sequences, attention_mask=mask, position_ids=positions, logits_to_keep=tokens.shape[1] + 1
         ).logits[:, :-1]
     targets = tokens.masked_fill(tokens == pad, -100)
-    return padded, perplexity(logits.float(), targets), int((targets >= 0).sum())
+    return padded, perplexity(logits.float(), targets), int((targets >= 0).sum()), work_of(name, out)
 
 
 def tables(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOptions) -> dict[str, list[dict]]:

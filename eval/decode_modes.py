@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from decoder import Decoder
+from decoder import Decoder, work_of
 from options import flag
 from torch import Tensor
 
@@ -159,6 +159,6 @@ def _texts(decoder: Decoder, name: str, chosen: list[str]) -> tuple[list[str], f
     for start in range(0, len(chosen), size):
         tokens, out = decoder.written(name, decoder.inputs(chosen[start : start + size]))
         texts += decoder.texts(tokens)
-        if name != "full" and out.trace is not None:
-            ran, read = ran + int(out.trace.ran.sum()), read + int((out.trace.depths >= 0).sum())
+        work = work_of(name, out)
+        ran, read = ran + work[0], read + work[1]
     return texts, ran / read if read else float(decoder.num_layers)

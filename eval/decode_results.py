@@ -10,11 +10,12 @@ from ee_diffusion.measure.tables import markdown_table
 def decode(report: dict) -> str:
     tables = [
         markdown_table(report[name])
-        for name in ("speed", "quality", "lossless", "alone", "calibration")
+        for name in ("speed", "table", "quality", "lossless", "alone", "calibration")
         if report.get(name)
     ]
     rules = "; ".join(
-        f"{name}: {one['schedule'] if one['criterion'] is None else one}" for name, one in report["policies"].items()
+        f"{name}: {one['schedule'] if one['criterion'] is None else one}"
+        for name, one in report.get("policies", {}).items()
     )
     said = [f"Policies: {rules}.\n"] if rules else []
     notes = [f"{report['note']}\n"] if "note" in report else []

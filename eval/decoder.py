@@ -131,6 +131,13 @@ class Decoder:
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 
+def work_of(name: str, out) -> tuple[int, int]:
+    """Of what a candidate returned: layers that ran after the prompt, and tokens that were read; (0, 0) where nothing says it."""
+    if name in ("full", "lossless", "assistant") or out.trace is None:
+        return 0, 0
+    return int(out.trace.ran.sum()), int((out.trace.depths >= 0).sum())
+
+
 def read_meanings(options: DecodeOptions) -> dict[str, list[str]]:
     """Meaning -> its references, in the file's order.
 

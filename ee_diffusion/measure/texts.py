@@ -56,6 +56,24 @@ def bootstrap_interval(values: Tensor, *, resamples: int, seed: int) -> tuple[fl
     return low, high
 
 
+def bootstrap_ratio(values: Tensor, reference: Tensor, *, resamples: int, seed: int) -> tuple[float, float]:
+    """The 2.5 and 97.5 % quantiles of mean(values) / mean(reference), both (R,), under resampling of the pairs.
+
+    Raises:
+        ValueError: other shapes, fewer than one resample, a reference whose mean is not positive.
+    """
+    if values.shape != reference.shape or values.ndim != 1 or resamples < 1 or not reference.mean() > 0:
+        raise ValueError(
+            f"values {tuple(values.shape)}, reference {tuple(reference.shape)} of mean {reference.mean().item():.3g}, "
+            f"resamples={resamples}, expected (R,) twice, a mean above 0 and at least 1"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    ratios = values[drawn].mean(1) / reference[drawn].mean(1)  # (resamples,)
+    low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
 def agreement(tokens: Tensor, reference: Tensor) -> dict[str, float]:
     """How far sequences (R, T) are those of the reference (R, T).
 

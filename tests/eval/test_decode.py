@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import decode
 import decode_modes
+import decode_table
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,49 @@ def test_every_candidate_is_timed_counted_and_scored(folder: Path, monkeypatch, 
     for name in ("full", "driver", "lossless"):
         assert quality[name]["same_sequences"] == 1
         assert quality[name]["perplexity"] == pytest.approx(quality["full"]["perplexity"], rel=1e-5)
+    ran = {name: row["layers"] for name, row in quality.items()}
+    assert (ran["full"], ran["driver"], ran["lossless"]) == (LAYERS, LAYERS, None)
+    assert 2 <= ran["skip"] <= 5
     assert "skip" in (folder / "out" / "decode.md").read_text()
+    texts = json.loads((folder / "out" / "texts.json").read_text())
+    assert texts["meanings"] == ["w3 w4", "w8"]
+    for name, row in quality.items():
+        assert len(texts["candidates"][name]["texts"]) == 2
+        assert sum(texts["candidates"][name]["rougeL"]) / 2 == pytest.approx(row["rougeL"])
+
+
+def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    said = {"rougeL": 0.5, "rougeL_low": 0.4, "rougeL_high": 0.6, "bleu": 0.1, "chrf": 0.2}
+    settings = {"text": "t.csv", "prompt": "{mr}", "chat": False, "max_new_tokens": 4, "dtype": "float32"}
+    runs = {"full": ("full", [0.5, 1.0, 0.9], 5.0), "skip": ("policy", [0.4, 0.8, 0.72], 3.0)}
+    for name, (candidate, each, layers) in runs.items():
+        (tmp_path / name / "decode").mkdir(parents=True)
+        report = {"settings": settings, "quality": [{"name": candidate, "layers": layers} | said]}
+        (tmp_path / name / "decode" / "decode.json").write_text(json.dumps(report))
+        texts = {"meanings": ["a", "b", "c"], "candidates": {candidate: {"texts": ["x"] * 3, "rougeL": each}}}
+        (tmp_path / name / "decode" / "texts.json").write_text(json.dumps(texts))
+    trained = {"steps": 7, "seconds": 2.5, "losses": {"loss": 1.5}}
+    (tmp_path / "skip" / "report.json").write_text(json.dumps(trained))
+    folders = [str(tmp_path / name / "decode") for name in runs]
+
+    def table(*names: str, folders: list[str] = folders) -> list[dict]:
+        words = ["--reference", folders[0], "--names", *names, "--folders", *folders, "--output_dir", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["decode_table", *map(str, words)])
+        decode_table.main()
+        return json.loads((tmp_path / "out" / "report.json").read_text())["table"]
+
+    full, skip = table("full", "skip")
+    assert (full["lost"], full["lost_low"], full["lost_high"], full["layers"]) == (0, 0, 0, 5)
+    assert [skip[key] for key in ("lost", "lost_low", "lost_high")] == pytest.approx([0.2] * 3, abs=1e-6), "paired"
+    assert (skip["layers"], skip["steps"], skip["training_seconds"], skip["loss"]) == (3, 7, 2.5, 1.5)
+    with pytest.raises(ValueError, match="expected one each"):
+        table("full")
+    with pytest.raises(ValueError, match=r"lacks \['decode.json', 'texts.json'\]"):
+        table("full", "skip", folders=[folders[0], str(tmp_path)])
+    other = json.loads((tmp_path / "skip" / "decode" / "texts.json").read_text()) | {"meanings": ["a", "b", "d"]}
+    (tmp_path / "skip" / "decode" / "texts.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="other meanings"):
+        table("full", "skip")
 
 
 def test_a_shape_can_be_timed_without_its_weights(folder: Path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.measure.texts import agreement, bootstrap_interval, perplexity, text_scores
+from ee_diffusion.measure.texts import agreement, bootstrap_interval, bootstrap_ratio, perplexity, text_scores
 
 
 def lcs(one: list[str], two: list[str]) -> int:
@@ -47,6 +47,17 @@ def test_perplexity_is_its_formula():
     assert perplexity(logits, targets) == pytest.approx(math.exp(total / count), rel=1e-6)
 
 
+def test_a_ratio_is_resampled_in_pairs():
+    reference = torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1
+    low, high = bootstrap_ratio(0.8 * reference, reference, resamples=100, seed=0)
+    assert (low, high) == pytest.approx((0.8, 0.8), abs=1e-6), "every resample has the same meanings on both sides"
+    low, high = bootstrap_ratio(reference.flip(0), reference, resamples=2000, seed=0)
+    assert low < 1 < high
+    drawn = torch.randint(50, (2000, 50), generator=torch.Generator().manual_seed(0))
+    ratios = sorted(float(reference.flip(0)[row].mean() / reference[row].mean()) for row in drawn)
+    assert (low, high) == pytest.approx((ratios[50], ratios[1949]), abs=5e-3)
+
+
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="expected as many"):
         text_scores(["a"], [["a"], ["b"]], resamples=1, seed=0)
@@ -54,5 +65,9 @@ def test_what_cannot_be_scored_is_refused():
         text_scores(["a"], [[]], resamples=1, seed=0)
     with pytest.raises(ValueError, match="resamples=0"):
         bootstrap_interval(torch.ones(3), resamples=0, seed=0)
+    ones = torch.ones(3)
+    for values, reference, resamples in ((ones, ones[:2], 9), (ones, 0 * ones, 9), (ones, ones, 0)):
+        with pytest.raises(ValueError, match=r"expected \(R,\) twice"):
+            bootstrap_ratio(values, reference, resamples=resamples, seed=0)
     with pytest.raises(ValueError, match="one shape"):
         agreement(torch.zeros(2, 3), torch.zeros(2, 4))

@@ -1,0 +1,87 @@
+"""Several models' texts in one table: each run of eval/decode.py beside the reference's, meaning by meaning.
+
+python eval/decode_table.py --reference runs/lm-full/decode --names full skip15 keep15 \\
+    --folders runs/lm-full/decode runs/lm-skip15/decode runs/lm-keep15/decode --output_dir runs/lm-table
+
+Folders are outputs of eval/decode.py with the same `--count` meanings. Of each the last candidate is taken (the policy, or `full` where
+there is none); of the reference `full`. `lost`: 1 - ROUGE-L / the reference's, with a 95 % bootstrap interval over meanings, the same
+meanings drawn for both. Where the folder beside holds a training's report.json, its steps and seconds stand in the row. Writes report.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from options import command
+from torch import Tensor
+
+from ee_diffusion.errors import run_script
+from ee_diffusion.measure.tables import markdown_table, write_report
+from ee_diffusion.measure.texts import bootstrap_ratio
+
+
+def read(folder: Path) -> tuple[dict, dict]:
+    """decode.json and texts.json. Raises ValueError for a folder without them."""
+    files = [folder / name for name in ("decode.json", "texts.json")]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {missing}, expected an output of eval/decode.py with --count above 0")
+    report, texts = (json.loads(path.read_text()) for path in files)
+    if not report.get("quality"):
+        raise ValueError(f"{folder} holds no table of texts, expected an output of eval/decode.py in its mode `tables`")
+    return report, texts
+
+
+def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], seed: int) -> dict:
+    """One run's last candidate beside the reference's ROUGE-L (n,)."""
+    report, texts = read(folder)
+    if texts["meanings"] != meanings:
+        raise ValueError(f"{folder} was judged on other meanings than the reference, expected the same {len(meanings)}")
+    said = report["quality"][-1]
+    each = torch.tensor(texts["candidates"][said["name"]]["rougeL"])  # (n,)
+    low, high = bootstrap_ratio(each, wanted, resamples=2000, seed=seed)
+    row = {"name": name, "layers": said["layers"]}
+    row |= {key: said[key] for key in ("rougeL", "rougeL_low", "rougeL_high", "bleu", "chrf")}
+    row |= {"lost": 1 - (each.mean() / wanted.mean()).item(), "lost_low": 1 - high, "lost_high": 1 - low}
+    training = folder.parent / "report.json"
+    if training.is_file():
+        facts = json.loads(training.read_text())
+        row |= {"steps": facts["steps"], "training_seconds": facts["seconds"], "loss": facts["losses"]["loss"]}
+    return row
+
+
+def flags() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", required=True, help="The run whose `full` all others stand beside.")
+    parser.add_argument("--names", nargs="+", required=True, help="A name for each folder.")
+    parser.add_argument("--folders", nargs="+", required=True, help="Outputs of eval/decode.py.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the bootstrap.")
+    parser.add_argument("--output_dir", "--output-dir", required=True, help="Where report.json goes.")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved flags and exit.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = flags()
+    if options.dry_run:
+        print(json.dumps(vars(options)))
+        return
+    if len(options.names) != len(options.folders) or len(set(options.names)) != len(options.names):
+        raise ValueError(f"names {options.names} for {len(options.folders)} folders, expected one each, all distinct")
+    first, texts = read(Path(options.reference))
+    wanted, meanings = torch.tensor(texts["candidates"]["full"]["rougeL"]), texts["meanings"]
+    pairs = zip(options.names, map(Path, options.folders), strict=True)
+    rows = [row_of(name, folder, wanted, meanings, options.seed) for name, folder in pairs]
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = ("text", "prompt", "chat", "max_new_tokens", "dtype")
+    settings = {name: first["settings"][name] for name in kept} | {"count": len(meanings), "seed": options.seed}
+    write_report(folder / "report.json", {"command": command(), "settings": settings, "table": rows}, device="cpu")
+    print(markdown_table(rows))
+
+
+if __name__ == "__main__":
+    run_script(main)
