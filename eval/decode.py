@@ -93,11 +93,11 @@ def quality(decoder: Decoder, meanings: dict[str, list[str]]) -> list[dict]:
         tokens = torch.cat([tokens for tokens, _, _, _ in parts])
         ran, read = (sum(work[place] for _, _, _, work in parts) for place in (0, 1))
         layers = ran / read if read else float(decoder.num_layers) if name == "full" else None
-        full = tokens if full is None else full
+        full = tokens if name == "full" else full
         texts = decoder.texts(tokens)
         written[name] = {"texts": texts, "rougeL": rouge_each(texts, wanted).tolist()}
         scores = text_scores(texts, wanted, resamples=1000, seed=options.seed)
-        same = {f"same_{key}": value for key, value in agreement(tokens, full).items()}
+        same = {} if full is None else {f"same_{key}": value for key, value in agreement(tokens, full).items()}
         likely = pooled([(ppl, count) for _, ppl, count, _ in parts])
         rows.append({"name": name, **scores, **same, "perplexity": likely, "layers": layers})
     write_json(Path(options.output_dir) / "texts.json", {"meanings": chosen, "candidates": written})
@@ -150,6 +150,10 @@ def main() -> None:
     if mode.mode == "tables" and options.repeats and options.max_new_tokens < 2:
         raise ValueError(
             f"max_new_tokens={options.max_new_tokens}, expected at least 2: the first token is the prompt's time"
+        )
+    if options.candidates and "full" not in options.candidates and (mode.mode != "tables" or options.repeats):
+        raise ValueError(
+            f"candidates {options.candidates} without full, expected it: clocks and agreement are beside it"
         )
     if mode.mode not in MODES:
         raise ValueError(f"mode={mode.mode!r}, expected one of {sorted(MODES)}")

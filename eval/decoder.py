@@ -35,6 +35,10 @@ class DecodeOptions:
     reference_column: str = flag("Column of a reference.", "ref")
     output_dir: str = flag("Where decode.json and decode.md go.")
     policies: list[str] = field(default_factory=list, metadata={"help": "Files that Policy.save wrote."})
+    candidates: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Of full, driver, policies by file name, lossless, assistant; none: all."},
+    )
     exits: str | None = flag("Learned exits (train/exit_heads_lm.py); none: the model's own tail.")
     exit_depth: int | None = flag("Lossless decoding drafts with so many layers; none: no lossless decoding.")
     draft_tokens: int | None = flag("Positions of a lossless cycle.")
@@ -99,7 +103,10 @@ class Decoder:
             if options.exit_depth is None:
                 raise ValueError("--assistant without --exit_depth, expected the layer to draft at")
             found["assistant"] = {"assistant_early_exit": options.exit_depth}
-        return found
+        unknown = [name for name in options.candidates if name not in found]
+        if unknown:
+            raise ValueError(f"candidates {unknown}, expected some of {list(found)}")
+        return {name: call for name, call in found.items() if not options.candidates or name in options.candidates}
 
     def inputs(self, meanings: list[str]) -> dict[str, Tensor]:
         """Left-padded prompts (R, N) and their mask."""

@@ -84,6 +84,19 @@ def test_every_candidate_is_timed_counted_and_scored(folder: Path, monkeypatch, 
         assert sum(texts["candidates"][name]["rougeL"]) / 2 == pytest.approx(row["rougeL"])
 
 
+def test_some_candidates_alone(folder: Path, monkeypatch, capsys):
+    words = ["--policies", folder / "skip.json", "--max_new_tokens", 6, "--count", 2, "--prompt", "w2 {mr}"]
+    call(monkeypatch, folder, *words, "--repeats", 0)
+    everything = {row["name"]: row for row in json.loads((folder / "out" / "decode.json").read_text())["quality"]}
+    call(monkeypatch, folder, *words, "--repeats", 0, "--candidates", "skip")
+    (alone,) = json.loads((folder / "out" / "decode.json").read_text())["quality"]
+    assert alone == {key: value for key, value in everything["skip"].items() if not key.startswith("same_")}
+    with pytest.raises(ValueError, match=r"candidates \['calm'\], expected some of \['full', 'driver', 'skip'\]"):
+        call(monkeypatch, folder, *words, "--repeats", 0, "--candidates", "calm")
+    with pytest.raises(ValueError, match="without full"):
+        call(monkeypatch, folder, *words, "--repeats", 1, "--candidates", "skip")
+
+
 def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_path: Path, monkeypatch, capsys):
     said = {"rougeL": 0.5, "rougeL_low": 0.4, "rougeL_high": 0.6, "bleu": 0.1, "chrf": 0.2}
     settings = {"text": "t.csv", "prompt": "{mr}", "chat": False, "max_new_tokens": 4, "dtype": "float32"}
