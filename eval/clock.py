@@ -54,7 +54,8 @@ def main() -> None:
     memory = load_memory(pipeline, known["memory"])
     tracking = known["tracking"] and TrackingExits.from_pretrained(known["tracking"]).to(pipeline.transformer.device)
     some = sorted((candidate_of(row) for row in report["rows"]), key=lambda one: one.kind != "full")
-    draw = drawer(pipeline, sampling, memory, tracking)
+    fitted = load_memory(pipeline, str(folder / "fitted")) if (folder / "fitted").is_dir() else None
+    draw = drawer(pipeline, sampling, memory, tracking, fitted)
     labels = balanced_labels(options.images, pipeline.transformer.config.null_class)
     drawn = in_turns(some, draw, seeds("test", options.images), labels, batch=batch)
     full = drawn["full"].seconds

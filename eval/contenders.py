@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tradeoff import Candidate, Draw
 
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.courses import record
+from ee_diffusion.diffusion.courses import fit_prediction, record
 from ee_diffusion.diffusion.gains import step_gains
 from ee_diffusion.diffusion.generation import Generated, controls_of, generate
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -30,7 +30,7 @@ from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import write_text
 
-OURS = ("remembered", "budgeted", "searched", "searched noise", "tracked")
+OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "tracked")
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
@@ -55,6 +55,7 @@ class FrontierOptions:
     budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
     shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.5, 0.6, 0.7, 0.76)
     noise_shares: list[float] = _numbers("`searched noise`: the same where the noise is remembered.")
+    fitted_shares: list[float] = _numbers("`searched fitted`: the same with the best linear prediction of the noise.")
     tracked: list[float] = _numbers("Errors allowed per step with the exits of --tracking.")
     oracles: list[float] = _numbers("Errors allowed per step where the true error is known.")
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
@@ -90,8 +91,26 @@ def noise_memory(pipeline: EarlyExitPipeline) -> MemoryExits:
     return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
 
 
+def fitted_memory(
+    pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: FrontierOptions, folder: Path
+) -> MemoryExits:
+    """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`."""
+    if (folder / "config.json").is_file():
+        return load_memory(pipeline, str(folder))
+    labels = balanced_labels(options.search_count, pipeline.transformer.config.null_class)
+    call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    exits = noise_memory(pipeline)
+    made = fit_prediction(exits, record(pipeline, exits, seeds("fit", options.search_count), labels, **call))
+    made.save_pretrained(folder)
+    return made
+
+
 def drawer(
-    pipeline: EarlyExitPipeline, sampling: SamplingOptions, memory: MemoryExits, tracking: TrackingExits | None = None
+    pipeline: EarlyExitPipeline,
+    sampling: SamplingOptions,
+    memory: MemoryExits,
+    tracking: TrackingExits | None = None,
+    fitted: MemoryExits | None = None,
 ) -> Draw:
     """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
     trained, peers = pipeline.exits, dict[str, Peer]()
@@ -108,6 +127,7 @@ def drawer(
                 )
             return peers[candidate.name].generate(chosen, labels, **call)
         kinds = {"deediff": trained, "oracle": oracle, "tracked": tracking, "searched noise": noise}
+        kinds |= {"searched fitted": fitted}
         pipeline.exits = kinds.get(candidate.kind.split(" of ")[-1], memory)
         if candidate.kind != "oracle":
             return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)

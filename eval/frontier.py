@@ -24,6 +24,7 @@ from contenders import (
     candidates_of,
     controls,
     drawer,
+    fitted_memory,
     gains_of,
     kept,
     load_memory,
@@ -105,20 +106,25 @@ def main() -> None:
         "memory": options.memory,
         "tracking": options.tracking,
     }
-    asked = bool(options.budgets or options.shares or options.noise_shares)
+    asked = bool(options.budgets or options.shares or options.noise_shares or options.fitted_shares)
+    fitted = fitted_memory(pipeline, sampling, options, folder / "fitted") if options.fitted_shares else None
     if asked:
         what = [known, "gains", options.gain_images, options.gain_every]
         gains = tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
     weights = influence(sensitivity, gains, power=options.power)
     first = candidates_of(options, sensitivity, weights, tracking.depths if tracking else (0,))
     weights = influence(sensitivity, gains, power=options.search_power)
-    for kind, shares in (("searched", options.shares), ("searched noise", options.noise_shares)):
-        own = noise_memory(pipeline) if kind == "searched noise" else memory
+    remembering = {
+        "searched": (options.shares, memory),
+        "searched noise": (options.noise_shares, noise_memory(pipeline)),
+        "searched fitted": (options.fitted_shares, fitted),
+    }
+    for kind, (shares, own) in remembering.items():
         what = [known, kind, shares, options.search_count, list(weights)]
         make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
         found = noted(store, what, make) if shares else {}
         first += searched_candidates(found, kind, num_steps=steps, num_layers=layers)
-    draw = kept(drawer(pipeline, sampling, memory, tracking), store, known)
+    draw = kept(drawer(pipeline, sampling, memory, tracking, fitted), store, known)
 
     def rows_of(some: list[Candidate]) -> tuple[list[dict], dict]:
         drawn = in_turns(some, draw, chosen, labels, batch=sampling.batch_size)

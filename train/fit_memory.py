@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ee_diffusion.checkpoints import checkpoint
-from ee_diffusion.diffusion.courses import fit_trust, record
+from ee_diffusion.diffusion.courses import Course, fit_prediction, fit_trust, record
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
 from ee_diffusion.diffusion.memory_exits import TERMS, MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -33,6 +33,9 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2, help="Remembered predictions: 1 repeats, 2 draws a line.")
     parser.add_argument("--terms", choices=TERMS, default="clean", help="What is remembered.")
     parser.add_argument("--learn_trust", action="store_true", help="Learn how far the line through memory is trusted.")
+    parser.add_argument(
+        "--linear_prediction", action="store_true", help="Answer by the best linear prediction along full courses."
+    )
     parser.add_argument("--states", choices=STATES, default="exited", help="Whose trajectories are walked.")
     parser.add_argument("--skip", type=float, default=0.6, help="Probability that a step is answered from memory.")
     parser.add_argument("--count", type=int, default=64, help="Images of each walk.")
@@ -42,13 +45,19 @@ def flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def course_of(
+    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int]
+) -> Course:
+    """The full model's courses of fitting seeds."""
+    call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
+    return record(pipeline, exits, seeds("fit", options.count), labels, **call)
+
+
 def fit_own_trust(
     pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int]
 ) -> float:
     """Fit the trust along full courses of fitting seeds; -> the squared error left, of 1 for repeating the newest prediction."""
-    call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
-    course = record(pipeline, exits, seeds("fit", options.count), labels, **call)
-    return fit_trust(exits, [course], iterations=options.iterations)
+    return fit_trust(exits, [course_of(pipeline, exits, options, labels)], iterations=options.iterations)
 
 
 @torch.no_grad()
@@ -59,6 +68,10 @@ def figures(exits: MemoryExits, seen: Walk) -> dict[str, float | int | None]:
 def main() -> None:
     options = flags()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.linear_prediction and options.learn_trust:
+        raise ValueError(
+            "--linear_prediction beside --learn_trust, expected one of them: both say how memory is weighed"
+        )
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     if pipeline.transformer.config.null_class is None:
         raise ValueError("this script walks under guidance: expected a transformer with a null class")
@@ -68,6 +81,8 @@ def main() -> None:
     labels = balanced_labels(options.count, pipeline.transformer.config.null_class)
     begun = time.perf_counter()
     left = fit_own_trust(pipeline, exits, options, labels) if options.learn_trust else None
+    if options.linear_prediction:
+        exits = fit_prediction(exits, course_of(pipeline, exits, options, labels))
     walks = {
         purpose: walk(pipeline, exits, labels, generator=torch.Generator().manual_seed(seeds(purpose, 1)[0]), **call)
         for purpose in ("fit", "test")

@@ -105,6 +105,25 @@ def record(
     return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip)
 
 
+def values_of(exits: MemoryExits, course: Course) -> Tensor:
+    """What exits would remember of a course, (S, B, ...): its clean images in the exits' terms."""
+    times = course.times[:, None].expand(course.clean.shape[:2])  # (S, B)
+    said = zip(course.samples, course.clean, times, strict=True)
+    return torch.stack([exits.value_of(*one).float() for one in said])
+
+
+def fit_prediction(exits: MemoryExits, course: Course) -> MemoryExits:
+    """The same exits, but answering by the best linear prediction along a course instead of the line.
+
+    Raises:
+        ValueError: exits with a learned trust, a course that is not finite or that has a time twice.
+    """
+    made = type(exits).from_config(exits.config, course_steps=len(course.times)).to(exits.alphas_cumprod.device)
+    made.load_state_dict(exits.state_dict(), strict=False)
+    made.prediction.fit(course.times, values_of(exits, course))
+    return made.eval()
+
+
 def _clip_of(scheduler: SchedulerMixin) -> float | None:
     """To what a scheduler clips the clean image. A config may hold what another class was made with, so the class is asked too."""
     known = inspect.signature(type(scheduler).__init__).parameters

@@ -16,8 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space
-from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.memory import Memory, weighted
 from ee_diffusion.diffusion.loading import load_strictly
+from ee_diffusion.diffusion.prediction import LinearPrediction
 
 TERMS = ("clean", "noise")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -53,15 +54,19 @@ class MemoryExits(ModelMixin, ConfigMixin):
     `c = 1 + MLP(log distance, log spacing of the last two, log-SNR)`: a function of times alone, so that both rows of an image under
     guidance lean on memory alike. Untrained, c = 1.
 
+    `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
+    times that are not the course's (another solver, another number of steps) it holds. u remains that of the line.
+
     Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32.
 
     Raises:
-        ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line.
+        ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line, or with
+            course_steps, which leave it nothing to say.
     """
 
     space: Space = "output"
     depths = (0,)
-    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "trust"]
+    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "trust", "prediction"]
 
     @register_to_config
     def __init__(
@@ -74,6 +79,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
         hidden_dim: int = 32,
         learned_trust: bool = False,
         terms: str = "clean",
+        course_steps: int = 0,
     ):
         super().__init__()
         if length < 1:
@@ -84,8 +90,13 @@ class MemoryExits(ModelMixin, ConfigMixin):
             raise ValueError(f"terms={terms!r}, expected one of {TERMS}")
         if learned_trust and length < 2:
             raise ValueError(f"learned_trust with length={length}, expected 2 or more predictions: one has no line")
+        if course_steps < 0 or (course_steps and learned_trust):
+            raise ValueError(
+                f"course_steps={course_steps}, learned_trust={learned_trust}, expected at least 0, and one or none of both"
+            )
         self.gauge = small_mlp(FEATURES, hidden_dim)
         self.trust = small_mlp(TIMES, hidden_dim) if learned_trust else None
+        self.prediction = LinearPrediction(course_steps) if course_steps else None
         self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), torch.nan))
 
     @classmethod
@@ -143,6 +154,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"the model puts out {model.config['out_channels']} channels, expected the {self.config.in_channels} of its input"
             )
+        if self.prediction is not None and bool(self.prediction.moments.isnan().any()):
+            raise ValueError("these exits know no course; make them with courses.fit_prediction")
         if bool(self.alphas_cumprod.isnan().any()):
             raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
 
@@ -175,7 +188,7 @@ class MemoryExits(ModelMixin, ConfigMixin):
         if memory is None:
             memory = Memory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
-        value = memory.recall(time, self.trust_of(memory.times, time))
+        value = weighted(memory.values, self.weights_of(memory, time))
         return {
             "timestep": timestep,
             "recalled": self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype),
@@ -215,6 +228,14 @@ class MemoryExits(ModelMixin, ConfigMixin):
         """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""
         known = features.nan_to_num(0.0).to(self.gauge[0].weight.dtype)
         return torch.exp(features[:, 0] + self.gauge(known)[:, 0])
+
+    def weights_of(self, memory: Memory, time: Tensor) -> Tensor:
+        """What each remembered value counts at time (R,) -> (R, M)."""
+        line = memory.weights(time, self.trust_of(memory.times, time))
+        if self.prediction is None:
+            return line
+        best = self.prediction.weights(memory.times, time)
+        return torch.where(best.isnan(), line, best)
 
     def trust_of(self, times: Tensor, time: Tensor) -> Tensor | None:
         """c (R,) at time (R,) given the remembered times (R, M), newest first; None: the line as it is. Where less than two are

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.memory import Memory
-from ee_diffusion.diffusion.courses import LONGEST, Course
+from ee_diffusion.core.memory import Memory, weighted
+from ee_diffusion.diffusion.courses import LONGEST, Course, values_of
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 
 Prices = dict[tuple[int, int, int], float]
@@ -42,8 +42,7 @@ def gap_prices(exits: MemoryExits, course: Course, weights: Sequence[float]) -> 
         raise ValueError(
             f"{len(weights)} weights, {num_steps} steps, length={exits.config.length}: expected as many, and 2 predictions"
         )
-    said = zip(course.samples, course.clean, _times_of(course), strict=True)
-    values = torch.stack([exits.value_of(*one).float() for one in said])  # (S, B, ...)
+    values = values_of(exits, course)  # (S, B, ...)
     prices: Prices = {}
     for b in range(1, num_steps):
         for a in range(max(0, b - LONGEST), b):
@@ -61,14 +60,9 @@ def _missed(exits: MemoryExits, course: Course, values: Tensor, moment: tuple[in
     a, b, t = moment
     times, time = course.times[[b, a]][None], course.times[t][None]
     memory = Memory(values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64))
-    recalled = memory.recall(time, exits.trust_of(times, time))[0]  # (B, ...)
+    recalled = weighted(memory.values, exits.weights_of(memory, time))[0]  # (B, ...)
     recalled = exits.clean_from(course.samples[t], recalled, time.expand(len(recalled)))
     return course.clipped(recalled) - course.clipped(course.clean[t])
-
-
-def _times_of(course: Course) -> Tensor:
-    """(S, B)"""
-    return course.times[:, None].expand(course.clean.shape[:2])
 
 
 def price_of(full: Sequence[int], prices: Prices, num_steps: int) -> float:

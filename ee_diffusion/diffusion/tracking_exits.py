@@ -122,7 +122,8 @@ class TrackingExits(ModelMixin, ConfigMixin):
         if not isinstance(transformer, UViTTransformer2DModel):
             raise ValueError(f"{type(transformer).__name__}, expected a UViTTransformer2DModel: its patches are known")
         known = MemoryExits.for_pipeline(transformer, scheduler) if memory is None else memory
-        if known.config.terms != "clean" or known.config.learned_trust or known.config.length != 2:
+        wrong = known.config.terms != "clean" or known.config.learned_trust or known.config.length != 2
+        if wrong or known.config.course_steps:
             raise ValueError(f"memory {dict(known.config)}, expected the line through two clean images")
         missing = [] if heads is None else [depth for depth in deeper if depth not in heads.depths]
         if missing:

@@ -160,6 +160,8 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
         0.5,
         "--noise_shares",
         0.4,
+        "--fitted_shares",
+        0.4,
         "--search_count",
         2,
         "--oracles",
@@ -188,6 +190,9 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert {"deediff 0.5", "budgeted 0.05", "static of budgeted 0.05", "first block 0.3", "mag 0.5"} <= set(rows)
     assert sorted(rows["searched 4 full"]["report"]["executed_per_step"]) == [0, 0, 0, 0, 5, 5, 5, 5]
     assert sorted(rows["searched noise 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
+    assert sorted(rows["searched fitted 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
+    fitted = MemoryExits.from_pretrained(tmp_path / "fitted")
+    assert (fitted.config.course_steps, fitted.config.terms) == (8, "noise")
     assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]
     assert rows["taylor 2"]["psnr"]["mean"] < 100
     assert "remembered 0.02" in capsys.readouterr().out

@@ -1,0 +1,128 @@
+"""The best linear prediction: weights against least squares in numpy, where it holds and where the line does, files, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import pipeline
+
+from ee_diffusion.core.memory import Memory
+from ee_diffusion.diffusion.courses import Course, fit_prediction, record, values_of
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.prediction import LinearPrediction
+from ee_diffusion.diffusion.search import gap_prices, nearest, search
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.measure.splits import seeds
+
+STEPS = 8
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
+NOTHING = torch.nan
+
+
+@pytest.fixture(scope="module")
+def pipe() -> EarlyExitPipeline:
+    return pipeline()
+
+
+@pytest.fixture(scope="module")
+def exits(pipe: EarlyExitPipeline) -> MemoryExits:
+    return MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+
+
+@pytest.fixture(scope="module")
+def course(pipe: EarlyExitPipeline, exits: MemoryExits) -> Course:
+    return record(pipe, exits, seeds("fit", 2), [0, 1], **CALL)
+
+
+def least_squares(values: torch.Tensor, places: list[int], now: int) -> np.ndarray:
+    columns = [values[place].double().numpy().ravel() for place in places]
+    return np.linalg.lstsq(np.stack(columns, 1), values[now].double().numpy().ravel(), rcond=None)[0]
+
+
+@pytest.mark.parametrize("terms", ["clean", "noise"])
+def test_the_weights_are_those_of_least_squares(terms: str, pipe: EarlyExitPipeline, course: Course):
+    made = fit_prediction(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms, length=3), course)
+    times, values = course.times, values_of(made, course)
+    remembered = torch.stack([times[[4, 2, 1]], times[[6, 5, 3]], times[[1, 0, 0]]])
+    remembered[2, 2] = NOTHING  # only two are remembered
+    now = times[[5, 7, 2]]
+    weights = made.prediction.weights(remembered, now)
+    for row, (places, place) in enumerate([([4, 2, 1], 5), ([6, 5, 3], 7), ([1, 0], 2)]):
+        wanted = least_squares(values, places, place)
+        np.testing.assert_allclose(weights[row, : len(places)].numpy(), wanted, rtol=5e-3, atol=5e-3)
+    assert weights[2, 2] == 0
+
+
+def test_it_holds_at_the_times_of_the_course_and_the_line_elsewhere(exits: MemoryExits, course: Course):
+    made = fit_prediction(exits, course)
+    times = torch.stack([course.times[[3, 2]], course.times[[3, 2]], course.times[[3, 2]] + 0.5, course.times[[3, 2]]])
+    times[3] = NOTHING
+    now = torch.stack([course.times[5], course.times[5] + 0.5, course.times[5], course.times[5]])
+    memory = Memory(torch.randn(4, 2, 3, 8, 8), times, torch.full((4,), NOTHING))
+    weights, line = made.weights_of(memory, now), memory.weights(now)
+    assert torch.equal(weights[1:], line[1:]), "another time now, other times then, no memory"
+    assert not torch.allclose(weights[0], line[0], atol=1e-3)
+
+
+def test_a_searched_run_answers_by_it(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+    """Image by image nearer to the full model than the line, and the search knows the prices of what is drawn."""
+    made, layers = fit_prediction(exits, course), len(pipe.transformer.transformer_blocks)
+    policy = searched([0, 1, 3, 5], num_steps=STEPS, num_layers=layers)
+
+    def drawn(heads: MemoryExits | None) -> torch.Tensor:
+        pipe.exits = exits if heads is None else heads
+        call = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds("fit", 2)], "output_type": "pt"}
+        return pipe([0, 1], exit_policy=None if heads is None else policy, **call, **CALL).images
+
+    full, by_line, by_prediction = drawn(None), drawn(exits), drawn(made)
+    missed = [(images - full).square().mean() for images in (by_line, by_prediction)]
+    assert 0 < missed[1] < missed[0]
+    weights = (1.0,) * STEPS
+    prices = [gap_prices(heads, course, weights) for heads in (exits, made)]
+    assert prices[1][1, 3, 5] < prices[0][1, 3, 5], "one step from memory: no weights miss less"
+    assert nearest(search(prices[1], STEPS), 5).price < nearest(search(prices[0], STEPS), 5).price
+
+
+def test_files_and_half_precision_keep_it(exits: MemoryExits, course: Course, tmp_path: Path):
+    made = fit_prediction(exits, course)
+    made.save_pretrained(tmp_path)
+    times, now = course.times[[3, 2]][None], course.times[[5]]
+    wanted = made.prediction.weights(times, now)
+    for kind in (None, torch.float16, torch.bfloat16):
+        loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=kind)
+        assert loaded.config.course_steps == STEPS
+        assert torch.equal(loaded.prediction.weights(times, now), wanted)
+        assert torch.equal(loaded.to(kind or torch.float32).prediction.weights(times, now), wanted)
+
+
+def test_fitting_changes_nothing_of_the_exits_given(exits: MemoryExits, course: Course):
+    before = {name: value.clone() for name, value in exits.state_dict().items()}
+    made = fit_prediction(exits, course)
+    assert exits.prediction is None
+    assert all(torch.equal(value, made.state_dict()[name]) for name, value in before.items())
+
+
+def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+    with pytest.raises(ValueError, match="know no course"):
+        MemoryExits.from_config(exits.config, course_steps=STEPS).check_fits(pipe.transformer)
+    with pytest.raises(ValueError, match=r"course_steps=3, learned_trust=True"):
+        MemoryExits(course_steps=3, learned_trust=True)
+    with pytest.raises(ValueError, match="course_steps=-1"):
+        MemoryExits(course_steps=-1)
+    with pytest.raises(ValueError, match="expected distinct ones"):
+        fit_prediction(exits, replace(course, times=course.times[[0, 0, *range(2, STEPS)]]))
+    broken = course.clean.clone()
+    broken[2, 0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="all finite"):
+        fit_prediction(exits, replace(course, clean=broken))
+    with pytest.raises(ValueError, match="expected 3 of both"):
+        LinearPrediction(3).fit(course.times, values_of(exits, course))
+    clean = fit_prediction(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), course)
+    with pytest.raises(ValueError, match="the line through two clean images"):
+        TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1,), memory=clean)
