@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 
 NEAR = 1e-3  # two times this near are one
-RIDGE = 1e-7  # of the largest moment: about what float32 keeps of it
+RIDGE = 1e-13  # of the largest moment: steps lie near one another, and what tells them apart is far below it
 
 
 class LinearPrediction(nn.Module):
     """`w = K^-1 k` with `K_mn = E[v_m v_n]`, `k_m = E[v_m v_t]`: the weights of remembered values v_m that miss v_t by the least mean
     square (Wiener, 1949; the mean over images and values is the expectation).
 
-    Made for the steps of one solver; tables stay in float32 and are used in float64. `times` and `moments` are NaN until `fit`.
+    Made for the steps of one solver. `times` and `moments` are NaN until `fit`. Tables stay in float32, the moments as what float32 holds
+    of them and what it leaves, and are used in float64.
     """
 
     def __init__(self, num_steps: int):
         super().__init__()
         self.register_buffer("times", torch.full((num_steps,), torch.nan))
-        self.register_buffer("moments", torch.full((num_steps, num_steps), torch.nan))
+        self.register_buffer("moments", torch.full((2, num_steps, num_steps), torch.nan))
 
     def _apply(self, fn, recurse=True):
         tables = dict(self.named_buffers())
@@ -49,7 +50,8 @@ class LinearPrediction(nn.Module):
             raise ValueError(f"times {times.tolist()}, expected distinct ones: a solver with one question per step")
         flat = values.flatten(1).double()  # (S, n)
         self.times.copy_(times)
-        self.moments.copy_(flat @ flat.T / flat.shape[1])
+        moments = flat @ flat.T / flat.shape[1]  # (S, S)
+        self.moments.copy_(torch.stack([moments, moments - moments.float().double()]))
 
     def weights(self, times: Tensor, time: Tensor) -> Tensor:
         """times (R, M) of the remembered values, NaN where nothing is; time (R,) -> (R, M), 0 where nothing is remembered. NaN for rows
@@ -60,7 +62,7 @@ class LinearPrediction(nn.Module):
         known = (found | ~there).all(1) & found_now & there.any(1)
         both = there[:, :, None] & there[:, None, :]
         unit = torch.eye(times.shape[1], dtype=torch.float64, device=times.device)
-        table = self.moments.double()
+        table = self.moments.double().sum(0)  # (S, S)
         inner = torch.where(both, table[places[:, :, None], places[:, None, :]], unit)  # (R, M, M)
         cross = torch.where(there, table[places, now[:, None]], 0.0)  # (R, M)
         inner = inner + RIDGE * unit * inner.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
