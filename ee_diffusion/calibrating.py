@@ -14,7 +14,7 @@ from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.certify import Live, live_losses, marked
-from ee_diffusion.diffusion.courses import record
+from ee_diffusion.diffusion.courses import fit_prediction, record
 from ee_diffusion.diffusion.gains import influence, step_gains
 from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -63,6 +63,9 @@ def calibrate(options: argparse.Namespace) -> int:
     if chosen is None:
         print(f"{_refused(live, options)}; nothing written")
         return 1
+    if options.fit_memory is not None:
+        pipeline.exits.save_pretrained(options.fit_memory)
+        print(f"wrote {options.fit_memory}: exits that remember, to be loaded where the policy runs")
     marked(policies[chosen], pipeline, **settings).save(options.output)
     print(f"wrote {options.output}: {options.kind} {values[chosen]}, {float(live.costs[chosen]):.3f} of the blocks")
     return 0
@@ -87,6 +90,8 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
         return partial(budgeted, weights=weights, decay=options.decay)
     labels = balanced_labels(options.search_count, transformer.config.null_class)
     course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
+    if options.fit_memory is not None:
+        pipeline.exits = fit_prediction(pipeline.exits, course)
     found = search(gap_prices(pipeline.exits, course, weights), steps)
     layers = len(transformer.transformer_blocks)
 
@@ -102,13 +107,12 @@ def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryE
     beside = Path(options.model or checkpoint()) / "memory"
     folder = options.memory or (beside if beside.is_dir() else None)
     known = MemoryExits.from_pretrained(folder) if folder else None
-    if known is not None and options.terms in (None, known.config.terms):
+    wanted = options.terms or ("noise" if options.fit_memory is not None and options.memory is None else None)
+    if known is not None and wanted in (None, known.config.terms):
         return known
     if options.memory is not None:
-        raise ValueError(
-            f"--terms {options.terms}, but the exits in {folder} remember in terms of {known.config.terms!r}"
-        )
-    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=options.terms or "clean")
+        raise ValueError(f"--terms {wanted}, but the exits in {folder} remember in terms of {known.config.terms!r}")
+    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=wanted or "clean")
 
 
 def choice(live: Live, options: argparse.Namespace) -> int | None:

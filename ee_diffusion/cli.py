@@ -46,9 +46,13 @@ def _calibrate_flags(commands) -> None:
         "--memory", help="Folder of fitted exits that remember; none: those beside the model, or unfitted."
     )
     flags.add_argument(
+        "--fit_memory",
+        help="Of `searched`: fit how memory is weighed to the courses that are searched, and write those exits to this folder.",
+    )
+    flags.add_argument(
         "--terms",
         choices=("clean", "noise"),
-        help="What is remembered; none: as fitted, or clean. With few steps of dpm: noise.",
+        help="What is remembered; none: as in --memory, else clean, with --fit_memory noise.",
     )
     flags.add_argument("--kind", choices=sorted(VALUES), default="budgeted", help="The policy whose number is sought.")
     flags.add_argument(
@@ -106,6 +110,12 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"values {values}, search_count={options.search_count}: expected shares below 1, 1 image or more"
         )
+    if options.fit_memory is not None and options.kind != "searched":
+        raise ValueError(
+            f"--fit_memory with --kind {options.kind}, expected searched: schedules are weighed by courses"
+        )
+    if options.fit_memory is not None and Path(options.fit_memory).is_file():
+        raise ValueError(f"fit_memory={options.fit_memory} is a file, expected the name of a folder")
     if options.budget is not None and not 0 < options.budget <= 1:
         raise ValueError(f"budget={options.budget}, expected a share of the blocks in (0, 1]")
     if options.risk is not None and options.cap is None:

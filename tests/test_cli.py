@@ -75,6 +75,32 @@ def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, caps
     assert "below 1" in capsys.readouterr().err
 
 
+def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    output, folder = tmp_path / "policy.json", tmp_path / "memory"
+    goal = ["--kind", "searched", "--values", 0.5, "--search_count", 2, "--budget", 0.6]
+    assert main(words(model, output, *goal, "--terms", "noise")) == 0
+    line = float(capsys.readouterr().out.split("loss ")[1].split()[0])
+    assert main(words(model, output, *goal, "--fit_memory", folder)) == 0
+    fitted = float(capsys.readouterr().out.split("loss ")[1].split()[0])
+    assert fitted < line
+    pipe = pipeline()
+    pipe.exits = MemoryExits.from_pretrained(folder)
+    assert (pipe.exits.config.terms, pipe.exits.config.course_steps) == ("noise", 6)
+    pipe([1], 6, 2.0, exit_policy=Policy.load(output))
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    with pytest.raises(ValueError, match="calibrated for"):
+        pipe([1], 6, 2.0, exit_policy=Policy.load(output))
+    assert main(words(model, output, "--budget", 0.6, "--fit_memory", folder)) == 2
+    assert "expected searched" in capsys.readouterr().err
+    assert main(words(model, output, *goal, "--fit_memory", output)) == 2
+    assert "expected the name of a folder" in capsys.readouterr().err
+    clean = tmp_path / "clean"
+    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits.save_pretrained(clean)
+    assert main(words(model, output, *goal, "--memory", clean, "--fit_memory", folder)) == 0, "in the terms of --memory"
+    assert MemoryExits.from_pretrained(folder).config.terms == "clean"
+
+
 def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output = tmp_path / "policy.json"
     goal = ["--kind", "remembered", "--values", 1e-6, "--budget", 1.0, "--terms"]
