@@ -48,7 +48,7 @@ def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], seed: i
     row |= {"lost": 1 - (each.mean() / wanted.mean()).item(), "lost_low": 1 - high, "lost_high": 1 - low}
     training = folder.parent / "report.json"
     if training.is_file():
-        facts = json.loads(training.read_text())
+        facts = json.loads(training.read_text())["fit"]
         row |= {"steps": facts["steps"], "training_seconds": facts["seconds"], "loss": facts["losses"]["loss"]}
     return row
 

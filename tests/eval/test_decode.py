@@ -107,7 +107,7 @@ def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_pa
         (tmp_path / name / "decode" / "decode.json").write_text(json.dumps(report))
         texts = {"meanings": ["a", "b", "c"], "candidates": {candidate: {"texts": ["x"] * 3, "rougeL": each}}}
         (tmp_path / name / "decode" / "texts.json").write_text(json.dumps(texts))
-    trained = {"steps": 7, "seconds": 2.5, "losses": {"loss": 1.5}}
+    trained = {"fit": {"steps": 7, "seconds": 2.5, "losses": {"loss": 1.5}}}
     (tmp_path / "skip" / "report.json").write_text(json.dumps(trained))
     folders = [str(tmp_path / name / "decode") for name in runs]
 
