@@ -28,7 +28,7 @@ from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.search import gap_prices, nearest, search
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import write_text
+from ee_diffusion.measure.tables import write_json, write_text
 
 OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "tracked")
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
@@ -94,14 +94,24 @@ def noise_memory(pipeline: EarlyExitPipeline) -> MemoryExits:
 def fitted_memory(
     pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: FrontierOptions, folder: Path
 ) -> MemoryExits:
-    """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`."""
-    if (folder / "config.json").is_file():
+    """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`.
+
+    Raises:
+        ValueError: `folder` holds exits that were fitted under other settings; what was drawn beside it is theirs.
+    """
+    wanted = {name: getattr(sampling, name) for name in ("model", "sampler", "num_inference_steps", "guidance_scale")}
+    wanted |= {"dtype": sampling.dtype, "search_count": options.search_count}
+    settings = folder / "settings.json"  # written last
+    if settings.is_file():
+        if (known := json.loads(settings.read_text())) != wanted:
+            raise ValueError(f"{folder} holds exits fitted under {known}, expected {wanted}, or another --output_dir")
         return load_memory(pipeline, str(folder))
     labels = balanced_labels(options.search_count, pipeline.transformer.config.null_class)
     call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
     exits = noise_memory(pipeline)
     made = fit_prediction(exits, record(pipeline, exits, seeds("fit", options.search_count), labels, **call))
     made.save_pretrained(folder)
+    write_json(settings, wanted)
     return made
 
 
@@ -127,7 +137,7 @@ def drawer(
                 )
             return peers[candidate.name].generate(chosen, labels, **call)
         kinds = {"deediff": trained, "oracle": oracle, "tracked": tracking, "searched noise": noise}
-        kinds |= {"searched fitted": fitted}
+        kinds |= {"searched fitted": fitted, "periodic fitted": fitted}
         pipeline.exits = kinds.get(candidate.kind.split(" of ")[-1], memory)
         if candidate.kind != "oracle":
             return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
@@ -253,6 +263,8 @@ def candidates_of(
     for period in options.periods:
         policy = periodic_cache(period, warm_up=WARM_UP)
         found.append(Candidate(f"periodic cache {period}", "periodic_cache", None, policy, steps))
+        if options.fitted_shares:  # what the search adds to the fit
+            found.append(Candidate(f"periodic fitted {period}", "periodic fitted", None, policy, steps))
     for fewer in dict.fromkeys(max(1, round(steps * fraction)) for fraction in options.fractions):
         found.append(Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer))
     for threshold in options.thresholds:

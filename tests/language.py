@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from factories import between, randomise, splitting
@@ -144,6 +145,8 @@ _POLICIES: dict[str, Callable[[str], Policy]] = {
     "saturation": lambda name: _split(name, "saturation", lambda value: Threshold(value, "saturation")),
     "calm": lambda name: _split(name, "margin", lambda value: DecayingThreshold(value, TOKENS, score="margin")),
     "pruned": lambda name: _split(name, "pruned_probability", lambda value: Threshold(value, "pruned_probability")),
+    "late": lambda name: replace(_POLICIES["margin"](name), late=True),
+    "late-softmax": lambda name: replace(_POLICIES["softmax"](name), late=True),
     "patience": lambda name: _split(name, "margin", lambda value: Patience(value, (1, 2, 2), "margin")),
     "requests": lambda name: depth_per_request((4, 1, 6, 2), exits=EXITS),
     "skipdecode": lambda name: skipdecode(warm_up=1, least=2, most=5, horizon=5),

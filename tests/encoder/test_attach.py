@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,13 +41,14 @@ METHODS = {
 @functools.cache
 def fixture(name: str, case: str) -> tuple[nn.Module, ClassifierExits, Policy]:
     """A model, exits and a policy whose number splits the batch: somebody leaves early, somebody later. `case`: a method, and perhaps
-    ` of the mean` of all tokens."""
-    model = model_named(name)
+    ` of the mean` of all tokens or decided ` late`."""
+    model, late = model_named(name), case.endswith(LATE)
+    case = case.removesuffix(LATE)
     method, pooling = case.removesuffix(MEAN), "mean" if case.endswith(MEAN) else "first"
     head, judge = methods.EXITS[method]
     for seed, value in itertools.product(range(11, 16), (0.5, 0.6, 0.4, 0.7, 0.3, 0.8, 0.2)):
         exits = exits_for(model, head=head, judge=judge, seed=seed, pooling=pooling)
-        policy = METHODS[method](value)
+        policy = replace(METHODS[method](value), late=late)
         if len(run(model, exits, policy, batch_for(name))[1].depths.unique()) > 1:
             return model, exits, policy
     raise AssertionError(f"no number splits the batch of {name} under {case}")
@@ -75,6 +77,8 @@ CASES += [("Albert", "pabee"), ("ViT", "jei_dnn"), ("ModernBert", "berxit"), ("D
 MEAN = " of the mean"
 CASES += [("Bert", method + MEAN) for method in METHODS]
 CASES += [("Albert", "palbert" + MEAN), ("ModernBert", "palbert" + MEAN), ("ViT", "jei_dnn" + MEAN)]
+LATE = " late"
+CASES += [("Bert", method + LATE) for method in METHODS]
 each = pytest.mark.parametrize("name, method", CASES)
 
 

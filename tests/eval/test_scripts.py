@@ -193,6 +193,8 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert sorted(rows["searched fitted 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
     fitted = MemoryExits.from_pretrained(tmp_path / "fitted")
     assert (fitted.config.course_steps, fitted.config.terms) == (8, "noise")
+    assert rows["periodic fitted 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
+    assert rows["periodic fitted 2"]["psnr"]["mean"] != rows["periodic cache 2"]["psnr"]["mean"]
     assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]
     assert rows["taylor 2"]["psnr"]["mean"] < 100
     assert "remembered 0.02" in capsys.readouterr().out
