@@ -77,6 +77,8 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
         return deediff
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
     pipeline.exits = _memory(pipeline, options).to(transformer.device)
+    if options.fit_memory is not None and pipeline.exits.config.learned_trust:
+        raise ValueError(f"--fit_memory with {options.memory}, whose learned trust it would replace: expected others")
     sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
     if options.kind == "remembered":
         return partial(remembered, sensitivity=sensitivity)

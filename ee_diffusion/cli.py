@@ -114,8 +114,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--fit_memory with --kind {options.kind}, expected searched: schedules are weighed by courses"
         )
-    if options.fit_memory is not None and Path(options.fit_memory).is_file():
-        raise ValueError(f"fit_memory={options.fit_memory} is a file, expected the name of a folder")
+    if options.fit_memory is not None:
+        _check_folder(Path(options.fit_memory))
     if options.budget is not None and not 0 < options.budget <= 1:
         raise ValueError(f"budget={options.budget}, expected a share of the blocks in (0, 1]")
     if options.risk is not None and options.cap is None:
@@ -142,3 +142,15 @@ def _check(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+def _check_folder(folder: Path) -> None:
+    """Where fitted exits may be written: nothing there yet, or exits that remember."""
+    if folder.is_file():
+        raise ValueError(f"fit_memory={folder} is a file, expected the name of a folder")
+    if (folder / "model_index.json").is_file():
+        raise ValueError(f"fit_memory={folder} is a pipeline, expected a folder of its own for exits")
+    config = folder / "config.json"
+    kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else "MemoryExits"
+    if kind != "MemoryExits":
+        raise ValueError(f"fit_memory={folder} holds a {kind}, expected a folder of its own for exits")

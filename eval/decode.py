@@ -19,6 +19,7 @@ import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from decode_modes import CalibrateOptions, alone, calibrate, lossless
@@ -90,15 +91,16 @@ def quality(decoder: Decoder, meanings: dict[str, list[str]]) -> list[dict]:
         if name == "assistant":
             continue
         parts = [_written(decoder, name, chosen[start : start + size]) for start in range(0, len(chosen), size)]
-        tokens = torch.cat([tokens for tokens, _, _, _ in parts])
-        ran, read = (sum(work[place] for _, _, _, work in parts) for place in (0, 1))
+        tokens = torch.cat([part.tokens for part in parts])
+        ran, read = sum(part.ran for part in parts), sum(part.read for part in parts)
         layers = ran / read if read else float(decoder.num_layers) if name == "full" else None
         full = tokens if name == "full" else full
         texts = decoder.texts(tokens)
-        written[name] = {"texts": texts, "rougeL": rouge_each(texts, wanted).tolist()}
-        scores = text_scores(texts, wanted, resamples=1000, seed=options.seed)
+        each = rouge_each(texts, wanted)  # (R,)
+        written[name] = {"texts": texts, "rougeL": each.tolist()}
+        scores = text_scores(texts, wanted, resamples=1000, seed=options.seed, each=each)
         same = {} if full is None else {f"same_{key}": value for key, value in agreement(tokens, full).items()}
-        likely = pooled([(ppl, count) for _, ppl, count, _ in parts])
+        likely = pooled([(part.perplexity, part.count) for part in parts])
         rows.append({"name": name, **scores, **same, "perplexity": likely, "layers": layers})
     write_json(Path(options.output_dir) / "texts.json", {"meanings": chosen, "candidates": written})
     return rows
@@ -109,8 +111,18 @@ def pooled(parts: list[tuple[float, int]]) -> float:
     return math.exp(sum(count * math.log(value) for value, count in parts) / sum(count for _, count in parts))
 
 
-def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, float, int, tuple[int, int]]:
-    """Tokens (R, T), padded to the number that was asked for, their perplexity under the full model, how many they are, and the work."""
+class Written(NamedTuple):
+    """What a candidate wrote of some meanings: `tokens` (R, T), padded to the number that was asked for; their `perplexity` under the full
+    model and how many they are (`count`); layers that `ran` for them, of how many tokens that were `read`."""
+
+    tokens: Tensor
+    perplexity: float
+    count: int
+    ran: int
+    read: int
+
+
+def _written(decoder: Decoder, name: str, meanings: list[str]) -> Written:
     inputs, pad = decoder.inputs(meanings), decoder.tokenizer.pad_token_id
     padded, out = decoder.written(name, inputs)
     width = inputs["input_ids"].shape[1]
@@ -122,7 +134,7 @@ def _written(decoder: Decoder, name: str, meanings: list[str]) -> tuple[Tensor, 
             out.sequences, attention_mask=mask, position_ids=positions, logits_to_keep=tokens.shape[1] + 1
         ).logits[:, :-1]
     targets = tokens.masked_fill(tokens == pad, -100)
-    return padded, perplexity(logits.float(), targets), int((targets >= 0).sum()), work_of(name, out)
+    return Written(padded, perplexity(logits.float(), targets), int((targets >= 0).sum()), *work_of(name, out))
 
 
 def tables(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOptions) -> dict[str, list[dict]]:

@@ -94,6 +94,15 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     assert "expected searched" in capsys.readouterr().err
     assert main(words(model, output, *goal, "--fit_memory", output)) == 2
     assert "expected the name of a folder" in capsys.readouterr().err
+    for taken, what in ((model, "is a pipeline"), (model / "transformer", "holds a UViTTransformer2DModel")):
+        before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()}
+        assert main(words(model, output, *goal, "--fit_memory", taken)) == 2
+        assert what in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
+    trusting = tmp_path / "trusting"
+    MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True).save_pretrained(trusting)
+    assert main(words(model, output, *goal, "--memory", trusting, "--fit_memory", folder)) == 2
+    assert "learned trust" in capsys.readouterr().err
     clean = tmp_path / "clean"
     pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
     pipe.exits.save_pretrained(clean)

@@ -113,13 +113,14 @@ def values_of(exits: MemoryExits, course: Course) -> Tensor:
 
 
 def fit_prediction(exits: MemoryExits, course: Course) -> MemoryExits:
-    """The same exits, but answering by the best linear prediction along a course instead of the line.
+    """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
 
     Raises:
         ValueError: exits with a learned trust, a course that is not finite or that has a time twice.
     """
     made = type(exits).from_config(exits.config, course_steps=len(course.times)).to(exits.alphas_cumprod.device)
-    made.load_state_dict(exits.state_dict(), strict=False)
+    rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
+    made.load_state_dict(rest, strict=False)  # all but the prediction
     made.prediction.fit(course.times, values_of(exits, course))
     return made.eval()
 

@@ -14,16 +14,25 @@ from torchmetrics.functional.text import perplexity as perplexity_of
 
 
 def text_scores(
-    texts: Sequence[str], references: Sequence[Sequence[str]], *, resamples: int, seed: int
+    texts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    resamples: int,
+    seed: int,
+    each: Tensor | None = None,
 ) -> dict[str, float]:
     """ROUGE-L (F, the best of a text's references, mean over texts, with a 95 % bootstrap interval), BLEU and chrF of the corpus.
 
+    each: `rouge_each` of the same texts (R,), where it is known; None: it is computed.
+
     Raises:
-        ValueError: no texts, a text without a reference, or another number of them.
+        ValueError: no texts, a text without a reference, or another number of them (or of `each`).
     """
     if not texts or len(texts) != len(references) or not all(references):
         raise ValueError(f"{len(texts)} texts, {len(references)} lists of references, expected as many and none empty")
-    each = rouge_each(texts, references)  # (R,)
+    each = rouge_each(texts, references) if each is None else each  # (R,)
+    if each.shape != (len(texts),):
+        raise ValueError(f"each {tuple(each.shape)} for {len(texts)} texts, expected one number a text")
     low, high = bootstrap_interval(each, resamples=resamples, seed=seed)
     wanted = [list(one) for one in references]
     return {

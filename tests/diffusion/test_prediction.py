@@ -127,6 +127,13 @@ def test_fitting_changes_nothing_of_the_exits_given(exits: MemoryExits, course: 
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in before.items())
 
 
+def test_another_course_takes_the_place_of_the_first(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+    shorter = record(pipe, exits, seeds("fit", 2), [0, 1], **CALL | {"num_inference_steps": 5})
+    again, once = fit_prediction(fit_prediction(exits, course), shorter), fit_prediction(exits, shorter)
+    assert again.config.course_steps == 5
+    assert all(torch.equal(value, once.state_dict()[name]) for name, value in again.state_dict().items())
+
+
 def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
     with pytest.raises(ValueError, match="know no course"):
         MemoryExits.from_config(exits.config, course_steps=STEPS).check_fits(pipe.transformer)

@@ -198,6 +198,8 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]
     assert rows["taylor 2"]["psnr"]["mean"] < 100
     assert "remembered 0.02" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds exits fitted under"):
+        call(monkeypatch, frontier, *words, "--search_count", 3)
     call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
     assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()
 

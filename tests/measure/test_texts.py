@@ -28,6 +28,8 @@ def test_rouge_is_the_longest_common_subsequence_of_the_best_reference():
         best = max(best, 2 * precision * recall / (precision + recall) if common else 0.0)
     assert found["rougeL"] == pytest.approx((best + 1) / 2, abs=1e-6)
     assert found["rougeL_low"] <= found["rougeL"] <= found["rougeL_high"]
+    known = {"each": torch.tensor([0.25, 0.75]), "resamples": 200, "seed": 0}
+    assert text_scores([text, "same words"], [references, ["same words"]], **known)["rougeL"] == 0.5
     perfect = text_scores(["one two three four"], [["one two three four"]], resamples=10, seed=0)
     assert (perfect["rougeL"], perfect["bleu"], perfect["chrf"]) == pytest.approx((1.0, 1.0, 1.0))
 
@@ -63,6 +65,8 @@ def test_what_cannot_be_scored_is_refused():
         text_scores(["a"], [["a"], ["b"]], resamples=1, seed=0)
     with pytest.raises(ValueError, match="expected as many"):
         text_scores(["a"], [[]], resamples=1, seed=0)
+    with pytest.raises(ValueError, match="expected one number a text"):
+        text_scores(["a"], [["a"]], resamples=1, seed=0, each=torch.ones(2))
     with pytest.raises(ValueError, match="resamples=0"):
         bootstrap_interval(torch.ones(3), resamples=0, seed=0)
     ones = torch.ones(3)
