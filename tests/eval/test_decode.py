@@ -101,11 +101,14 @@ def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_pa
     said = {"rougeL": 0.5, "rougeL_low": 0.4, "rougeL_high": 0.6, "bleu": 0.1, "chrf": 0.2}
     settings = {"text": "t.csv", "prompt": "{mr}", "chat": False, "max_new_tokens": 4, "dtype": "float32"}
     runs = {"full": ("full", [0.5, 1.0, 0.9], 5.0), "skip": ("policy", [0.4, 0.8, 0.72], 3.0)}
+    runs |= {"mixed": ("policy", [0.5, 0.6, 0.9], 4.0)}
     for name, (candidate, each, layers) in runs.items():
         (tmp_path / name / "decode").mkdir(parents=True)
-        report = {"settings": settings, "quality": [{"name": candidate, "layers": layers} | said]}
+        before = [] if candidate == "full" else [{"name": "full", "layers": 5.0} | said]
+        report = {"settings": settings, "quality": [*before, {"name": candidate, "layers": layers} | said]}
         (tmp_path / name / "decode" / "decode.json").write_text(json.dumps(report))
-        texts = {"meanings": ["a", "b", "c"], "candidates": {candidate: {"texts": ["x"] * 3, "rougeL": each}}}
+        said_of = {one: {"texts": ["x"] * 3, "rougeL": each} for one in ("full", candidate)}
+        texts = {"meanings": ["a", "b", "c"], "candidates": said_of}
         (tmp_path / name / "decode" / "texts.json").write_text(json.dumps(texts))
     trained = {"fit": {"steps": 7, "seconds": 2.5, "losses": {"loss": 1.5}}}
     (tmp_path / "skip" / "report.json").write_text(json.dumps(trained))
@@ -117,18 +120,20 @@ def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_pa
         decode_table.main()
         return json.loads((tmp_path / "out" / "report.json").read_text())["table"]
 
-    full, skip = table("full", "skip")
+    full, skip, mixed = table("full", "skip", "mixed")
     assert (full["lost"], full["lost_low"], full["lost_high"], full["layers"]) == (0, 0, 0, 5)
     assert [skip[key] for key in ("lost", "lost_low", "lost_high")] == pytest.approx([0.2] * 3, abs=1e-6), "paired"
+    assert mixed["lost"] == pytest.approx(0.4 / 2.4)
+    assert 0 <= mixed["lost_low"] < mixed["lost"] < mixed["lost_high"]
     assert (skip["layers"], skip["steps"], skip["training_seconds"], skip["loss"]) == (3, 7, 2.5, 1.5)
     with pytest.raises(ValueError, match="expected one each"):
         table("full")
     with pytest.raises(ValueError, match=r"lacks \['decode.json', 'texts.json'\]"):
-        table("full", "skip", folders=[folders[0], str(tmp_path)])
+        table("full", "skip", "mixed", folders=[folders[0], str(tmp_path), folders[2]])
     other = json.loads((tmp_path / "skip" / "decode" / "texts.json").read_text()) | {"meanings": ["a", "b", "d"]}
     (tmp_path / "skip" / "decode" / "texts.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="other meanings"):
-        table("full", "skip")
+        table("full", "skip", "mixed")
 
 
 def test_a_shape_can_be_timed_without_its_weights(folder: Path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from ee_diffusion.decoding.methods import calm, early_termination
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 
 import skipdecode
+from language_model import ModelConfig
 
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 SKIP = "--warm_up 1 --least 2 --most 5 --horizon 4"
@@ -87,6 +88,12 @@ def test_controls_are_trained_alike(base: Path, monkeypatch):
     depths = [lines_of(name)[0]["depth"] for name in ("terminate", "truncated", "full")]
     assert depths[0] < 5
     assert depths[1:] == [3, LAYERS]
+
+
+@pytest.mark.parametrize("kind", ["eager", "sdpa"])
+def test_attention_is_the_one_that_was_asked_for(kind: str, base: Path):
+    model, _ = ModelConfig(model="model", attn_implementation=kind).load()
+    assert model.config._attn_implementation == kind
 
 
 def test_dry_run(monkeypatch, capsys):
