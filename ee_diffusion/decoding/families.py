@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -150,3 +151,51 @@ def family_of(model: PreTrainedModel) -> Family:
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers of a model, in order. Raises ValueError as `family_of` does."""
     return list(model.get_submodule(family_of(model).layers))
+
+
+@torch.no_grad()
+def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Hold a model's row of the table against the model itself, on tokens (R, N) without padding.
+
+    Raises:
+        ValueError: as `family_of`; an inner module that does not see every token once; layers whose keys and values, or a tail whose
+            logits, are not what the row says.
+    """
+    family, layers, name = family_of(model), layers_of(model), type(model).__name__
+    states: list[tuple[Tensor, Rotary]] = []
+    passed, last = [0] * len(layers), []
+
+    def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings")))
+
+    def counting(index: int) -> Callable:
+        def count(module: nn.Module, args: tuple) -> None:
+            passed[index] += args[0][..., 0].numel() if args else 0
+
+        return count
+
+    handles = [layers[-1].register_forward_hook(lambda module, args, made: last.append(made))]
+    cache = DynamicCache(config=model.config)
+    try:
+        for index, layer in enumerate(layers):
+            handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
+            handles.append(layer.get_submodule(family.inner).register_forward_pre_hook(counting(index)))
+        logits = model(input_ids, past_key_values=cache, use_cache=True).logits  # (R, N, V)
+    except AttributeError as error:
+        raise ValueError(f"{name}: a layer has no module {family.inner!r} ({error})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if passed != [input_ids.numel()] * len(layers):
+        raise ValueError(f"{name}: {family.inner!r} saw {passed} tokens, expected {input_ids.numel()} at each layer")
+    for index, (layer, held) in enumerate(zip(layers, cache.layers, strict=True)):
+        made = dict(zip(("keys", "values"), family.keys_values(layer, *states[index]), strict=True))
+        for part, computed in made.items():
+            if not _alike(computed, getattr(held, part)):
+                raise ValueError(f"{name}: keys_values makes other {part} than layer {index} puts into the cache")
+    if not _alike(model.get_output_embeddings()(family.norm(model, last[0])), logits):
+        raise ValueError(f"{name}: norm and the LM head make other logits than the model")
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.allclose(one, two, rtol=1e-3, atol=1e-3)
