@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -12,6 +13,7 @@ from options import flag
 from torch import Tensor
 
 from ee_diffusion.core.risk import certified, in_expectation, p_value, upper_bound
+from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.measure.texts import rouge_each
 
 NEAR = 1e-4
@@ -109,12 +111,14 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
     """Which policies (safest first) may be used so that a text's expected loss stays below `--risk`, with confidence 1 - delta.
 
     CALM's two promises (arXiv 2207.07061, sec. 4): textual consistency with the full model, or risk against the references; tested in
-    their order (learn then test). The first half of the prompts calibrates, the second says what became of the promise.
+    their order (learn then test). The first half of the prompts calibrates, the second says what became of the promise. The boldest
+    certified policy is written to policy.json, for this model alone; where none is certified, nothing is. `in_expectation`: the one that
+    conformal risk control takes (the mean over calibrations is bounded, no single one).
     """
-    if options.risk is None or options.delta is None or options.loss not in LOSSES:
-        raise ValueError(
-            f"loss={options.loss!r}, risk={options.risk}, delta={options.delta}, expected one of {LOSSES} and two numbers"
-        )
+    if options.loss not in LOSSES:
+        raise ValueError(f"loss={options.loss!r}, expected one of {LOSSES}")
+    if options.risk is None or options.delta is None:
+        raise ValueError(f"--mode calibrate with risk={options.risk}, delta={options.delta}, expected both numbers")
     names = [name for name in decoder.candidates if name not in ("full", "driver", "lossless", "assistant")]
     if not names or decoder.options.count < 2:
         raise ValueError(f"{len(names)} policies and count={decoder.options.count}, expected at least 1 and 2")
@@ -143,6 +147,11 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
         }
         for k, name in enumerate(names)
     ]
+    for name, fine in zip(names, good.tolist(), strict=True):
+        if fine:  # the boldest certified one is written last
+            made_for = (("model", fingerprint_of(decoder.model)),)
+            policy = replace(decoder.candidates[name]["exit_policy"], made_for=made_for)
+            policy.save(Path(decoder.options.output_dir) / "policy.json")
     return {"calibration": rows}
 
 

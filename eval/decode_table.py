@@ -15,7 +15,7 @@ import json
 from pathlib import Path
 
 import torch
-from options import command
+from options import Explaining, command
 from torch import Tensor
 
 from ee_diffusion.errors import run_script
@@ -54,7 +54,7 @@ def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], seed: i
 
 
 def flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Explaining)
     parser.add_argument("--reference", required=True, help="The run whose `full` all others stand beside.")
     parser.add_argument("--names", nargs="+", required=True, help="A name for each folder.")
     parser.add_argument("--folders", nargs="+", required=True, help="Outputs of eval/decode.py.")
@@ -73,6 +73,8 @@ def main() -> None:
         raise ValueError(f"names {options.names} for {len(options.folders)} folders, expected one each, all distinct")
     first, texts = read(Path(options.reference))
     wanted, meanings = torch.tensor(texts["candidates"]["full"]["rougeL"]), texts["meanings"]
+    if not wanted.mean() > 0:
+        raise ValueError(f"the reference's ROUGE-L is {wanted.mean():.3g}, expected above 0: nothing to stand beside")
     pairs = zip(options.names, map(Path, options.folders), strict=True)
     rows = [row_of(name, folder, wanted, meanings, options.seed) for name, folder in pairs]
     folder = Path(options.output_dir)

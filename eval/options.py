@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,9 +42,13 @@ class SamplingOptions:
     seed: int = flag("Seed of whatever the script draws itself (not of the images: those have their own).", 0)
 
 
+class Explaining(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Help with the whole docstring, its lines as they are, and every default."""
+
+
 def parse(*kinds: type, description: str) -> tuple:
     """Parse flags into frozen dataclasses; with --dry-run print them and exit."""
-    parser = HfArgumentParser(kinds, description=description.splitlines()[0])
+    parser = HfArgumentParser(kinds, description=description, formatter_class=Explaining)
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="Print the resolved options as JSON and exit."
     )

@@ -6,7 +6,7 @@ accelerate launch train/skipdecode.py --model MODEL --warm_up 4 --least 10 --mos
 `--policy FILE` (of Policy.save) in the place of the four numbers: early termination, D3, uniform skipping. Neither: plain fine-tuning,
 with `--keep N` of the first N layers alone. Without `--lora_rank` every weight trains. `--dry-run` prints the resolved settings;
 `--resume_from_checkpoint latest` goes on after a stop. Writes model/ (transformers loads it; its tokenizer is in it), policy.json (made for
-that model), log.jsonl, config.json, report.json.
+that model; in model/ too), log.jsonl, config.json, report.json.
 """
 
 from __future__ import annotations
@@ -36,6 +36,21 @@ from ee_diffusion.training.loop import Trainer
 if is_peft_available():
     from ee_diffusion.decoding.lora import add_lora, merged
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+A causal language model that was fine-tuned under a schedule of its layers, `{schedule}`. Without it the model is out of its element: generate with the policy that lies here.
+
+```python
+from ee_diffusion import Policy, early_exit_generate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+inputs = tokenizer("...", return_tensors="pt")
+model.generate(**inputs, custom_generate=early_exit_generate, exit_policy=Policy.load("policy.json"), max_new_tokens=40)
+```
+"""
 DEFAULTS = {  # of the loop, where fine-tuning a language model differs from training a diffusion model
     "train_batch_size": 8,
     "learning_rate": 5e-4,
@@ -113,8 +128,10 @@ def save(
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     if not policy.is_off:
-        made_for = (("model", fingerprint_of(model)),)
-        dataclasses.replace(policy, made_for=made_for).save(folder / "policy.json")
+        policy = dataclasses.replace(policy, made_for=(("model", fingerprint_of(model)),))
+        for place in (folder, folder / "model"):  # the second travels with the weights
+            policy.save(place / "policy.json")
+        (folder / "model" / "README.md").write_text(CARD.format(schedule=policy.schedule), encoding="utf-8")
 
 
 def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
@@ -140,6 +157,8 @@ def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
     def export(folder: Path, trained: SkipObjective) -> None:
         save(folder, trained, tokenizer=tokenizer, policy=policy, adapted=adapted)
 
+    if policy.is_off and PartialState().is_main_process:
+        print("no schedule was given: plain fine-tuning, every layer runs")
     trainer = Trainer(objective, config.source(tokenizer, data), train, save=export, identity=identity)
     report = trainer.fit()
     if not trainer.accelerator.is_main_process:

@@ -56,8 +56,12 @@ class Policy:
         ):
             if not isinstance(value := getattr(self, name), kinds):
                 raise ValueError(f"{name}={value!r}, expected {getattr(kinds, '__name__', kinds)}")
-        if self.exits is not None and not all(isinstance(depth, int) for depth in self.exits):
-            raise ValueError(f"exits={self.exits}, expected depths, whole numbers")
+        if isinstance(self.exits, list):
+            object.__setattr__(self, "exits", tuple(self.exits))
+        if self.exits is not None and not (
+            isinstance(self.exits, tuple) and all(isinstance(depth, int) for depth in self.exits)
+        ):
+            raise ValueError(f"exits={self.exits!r}, expected a tuple of depths, whole numbers")
         if not isinstance(self.made_for, tuple) or not all(
             isinstance(fact, tuple) and len(fact) == 2 for fact in self.made_for
         ):

@@ -19,13 +19,13 @@ def add_row(table: MutableMapping[str, Row], name: str, row: Row, *, called: str
     table[name] = row
 
 
-def family_row(table: Mapping[str, Row], model: object) -> Row:
-    """The row of a model's class.
+def family_row(table: Mapping[str, Row], model: object, *, module: str) -> Row:
+    """The row of a model's class; `module`: where rows are added.
 
     Raises:
         ValueError: there is none.
     """
     name = type(model).__name__
     if name not in table:
-        raise ValueError(f"no family for {name}; known: {sorted(table)}. Add one with register_family(Family(...))")
+        raise ValueError(f"no family for {name}; known: {sorted(table)}. Add one with {module}.register_family")
     return table[name]

@@ -121,17 +121,25 @@ class Periodic(Schedule):
 
 @dataclass(frozen=True)
 class FixedLayers(Schedule):
-    """A fixed set of layers, holes allowed (Unified Layer Skipping, arXiv 2404.06954). A layer left out passes its input on."""
+    """A fixed set of layers, holes allowed (Unified Layer Skipping, arXiv 2404.06954). A layer left out passes its input on.
+
+    `of`: the layers of the model that they were chosen for; None: any model that has them.
+    """
 
     keep: tuple[int, ...]
+    of: int | None = None
 
     def __post_init__(self) -> None:
         _whole("keep", *self.keep)
+        if self.of is not None:
+            _whole("of", self.of)
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return tuple(layer in self.keep for layer in range(num_layers))
 
     def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
+        if self.of not in (None, num_layers):
+            raise ValueError(f"layers chosen for a model of {self.of}, this one has {num_layers}")
         if any(not 0 <= layer < num_layers for layer in self.keep):
             raise ValueError(f"layers {self.keep}, expected within 0..{num_layers - 1}")
         return [tuple(layer in self.keep for layer in range(num_layers))]

@@ -48,6 +48,10 @@ class Trace:
     calls: tuple[int, ...] = ()
     frozen: str = ""
 
+    def __repr__(self) -> str:
+        (steps, elements), layers = self.depths.shape, self.planned.shape[1]
+        return f"Trace({steps} steps, {elements} elements, {layers} blocks, exits {self.exits.tolist()})"
+
     @property
     def needed(self) -> Tensor:
         """(S, E, L): whether the policy needed the layer for the element: allowed by the schedule and below the element's depth."""
@@ -192,7 +196,7 @@ class Report:
         shares = ", ".join(
             f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items())
         )
-        lines.append(f"answers by depth: {shares}")
+        lines.append(f"answers by depth ({self.num_layers}: the model's own): {shares}")
         lines.append(
             f"rows a score was measured on: {self.measured_rows}; rows an exit head answered: {self.answered_rows}"
         )

@@ -123,8 +123,10 @@ def register_family(family: Family) -> None:
     """Make a class of causal language models known.
 
     Raises:
-        ValueError: the class is known already.
+        ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
     """
+    if not isinstance(family, Family):
+        raise ValueError(f"{family!r}, expected a {__name__}.Family")
     add_row(FAMILIES, family.class_name, family, called="the family table")
 
 
@@ -137,7 +139,7 @@ def family_of(model: PreTrainedModel) -> Family:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder, expected a decoder-only causal language model")
-    family = family_row(FAMILIES, model)
+    family = family_row(FAMILIES, model, module=__name__)
     kinds = {
         type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer
     }

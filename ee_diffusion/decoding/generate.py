@@ -37,7 +37,8 @@ class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     trace: step t is the forward that reads generated token t, an element is a sequence; the prompt's forward, always at full depth, is not
     in it. None if the policy is off or nothing but the prompt was read. propagated (S, L): rows whose keys and values were computed for
     a layer that did not run; recomputed (S,): with `exit_missing="recompute"`, rows x earlier positions that took the upper layers then
-    (not in the trace, which holds a step's own position).
+    (not in the trace, which holds a step's own position). These two are attributes alone, no items: they have no entry per sequence, as
+    pipelines expect of items.
     """
 
     trace: Trace | None = None
@@ -45,11 +46,9 @@ class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     recomputed: Tensor | None = None
 
     @property
-    def report(self) -> Report:
-        """The trace condensed. Raises ValueError if there is no trace."""
-        if self.trace is None:
-            raise ValueError("there is no trace: the policy is off, or only the prompt was read")
-        return self.trace.report()
+    def report(self) -> Report | None:
+        """The trace condensed; None where there is no trace."""
+        return None if self.trace is None else self.trace.report()
 
 
 class Progress(StoppingCriteriaList):
@@ -111,7 +110,8 @@ def early_exit_generate(
         "streamer": exit_streamer,
     }
     if exit_policy.is_off:
-        return model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
+        result = model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
+        return EarlyExitDecoderOnlyOutput(**result) if generation_config.return_dict_in_generate else result
     arguments |= with_cache(model, model_kwargs)
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
     heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads
@@ -132,12 +132,12 @@ def early_exit_generate(
         result = model._sample(input_ids, stopping_criteria=Progress(stopping_criteria, attachment), **arguments)
     if not generation_config.return_dict_in_generate:
         return result
-    trace = session.trace() if session.finished else None
+    found = EarlyExitDecoderOnlyOutput(**result, trace=session.trace() if session.finished else None)
     if isinstance(attachment, DeferredAttachment):
-        recomputed = torch.tensor(attachment.recomputed, dtype=torch.int64)  # (S,)
-        return EarlyExitDecoderOnlyOutput(**result, trace=trace, recomputed=recomputed)
-    propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)  # (S, L)
-    return EarlyExitDecoderOnlyOutput(**result, trace=trace, propagated=propagated)
+        found.recomputed = torch.tensor(attachment.recomputed, dtype=torch.int64)  # (S,)
+    else:
+        found.propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)
+    return found
 
 
 def default_heads(model: PreTrainedModel, policy: Policy, *, num_steps: int) -> SharedTail:

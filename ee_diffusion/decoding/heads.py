@@ -171,10 +171,16 @@ class LearnedExits(nn.Module):
         return torch.sigmoid(self.certainty_logits(exit, hidden))
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise ValueError if these exits are not bound to this model."""
+        """Raise ValueError if these exits are not bound to this model, or of another dtype or on another device."""
         if not self._tail:
             raise ValueError("these exits answer through no model yet: exits.bind(model) first")
         self._tail[0].check_fits(model)
+        own = self.classifiers[0].weight
+        if (own.dtype, own.device) != (model.dtype, model.device):
+            raise ValueError(
+                f"the exits are {own.dtype} on {own.device}, the model is {model.dtype} on {model.device}: "
+                "exits.to(model.device, model.dtype)"
+            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, beside first, then renamed."""

@@ -9,6 +9,8 @@ from ee_diffusion.core.criteria import DecayingThreshold, Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedLayers, LinearDecay, PowerDecay
 
+CALM_SCORES = ("max_probability", "margin", "saturation", "certainty", "pruned_probability")
+
 
 def skipdecode(*, warm_up: int, least: int, most: int, horizon: int) -> Policy:
     """SkipDecode (arXiv 2307.02628, sec. 3): `n(t)` falls linearly from `most` layers to `least` over `horizon` tokens; the first
@@ -55,7 +57,8 @@ def uniform_skipping(count: int, *, num_layers: int) -> Policy:
     if not 2 <= count <= num_layers:
         raise ValueError(f"count={count} layers, expected within 2..{num_layers}")
     span = count - 1
-    return Policy(schedule=FixedLayers(tuple((2 * i * (num_layers - 1) + span) // (2 * span) for i in range(count))))
+    keep = tuple((2 * i * (num_layers - 1) + span) // (2 * span) for i in range(count))
+    return Policy(schedule=FixedLayers(keep, of=num_layers))
 
 
 def calm(threshold: float, *, exits: tuple[int, ...], score: str, horizon: int | None) -> Policy:
@@ -68,8 +71,10 @@ def calm(threshold: float, *, exits: tuple[int, ...], score: str, horizon: int |
     since each softmax check costs an LM head.
 
     Raises:
-        ValueError: a threshold outside the score's range, an unknown score, a horizon below 1.
+        ValueError: a threshold outside the score's range, a score that is none of these, a horizon below 1.
     """
+    if score not in CALM_SCORES:
+        raise ValueError(f"score={score!r}, expected one of {CALM_SCORES}")
     criterion = Threshold(threshold, score) if horizon is None else DecayingThreshold(threshold, horizon, score=score)
     return Policy(criterion, exits=exits)
 

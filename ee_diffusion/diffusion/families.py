@@ -265,7 +265,7 @@ def family_of(transformer: nn.Module) -> Family:
     Raises:
         ValueError: its class is unknown.
     """
-    return family_row(FAMILIES, transformer)
+    return family_row(FAMILIES, transformer, module=__name__)
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:

@@ -144,4 +144,4 @@ def family_of(model: nn.Module) -> Family:
     kinds = [type(one).__name__ for one in (model, getattr(model, "model", None))]
     if kinds[0] not in FAMILIES and kinds[1] in FAMILIES:
         raise ValueError(f"no family for {kinds[0]}, but for the {kinds[1]} in it: take its .model")
-    return family_row(FAMILIES, model)
+    return family_row(FAMILIES, model, module=__name__)
