@@ -39,6 +39,8 @@ def lossless(decoder: Decoder, meanings: dict[str, list[str]], options: Calibrat
     if "lossless" not in decoder.candidates:
         raise ValueError("--mode lossless without --exit_depth and --draft_tokens, expected what drafts")
     chosen = list(meanings)[: decoder.options.count]
+    if not chosen:
+        raise ValueError(f"--mode lossless with count={decoder.options.count}, expected at least 1")
     return {"lossless": [_compared(decoder, chosen, batch) for batch in decoder.options.batch_sizes]}
 
 
@@ -119,10 +121,12 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
         raise ValueError(f"loss={options.loss!r}, expected one of {LOSSES}")
     if options.risk is None or options.delta is None:
         raise ValueError(f"--mode calibrate with risk={options.risk}, delta={options.delta}, expected both numbers")
+    if not 0 < options.risk < 1 or not 0 < options.delta < 1:
+        raise ValueError(f"risk={options.risk}, delta={options.delta}, expected both within (0, 1)")
     names = [name for name in decoder.candidates if name not in ("full", "driver", "lossless", "assistant")]
-    if not names or decoder.options.count < 2:
-        raise ValueError(f"{len(names)} policies and count={decoder.options.count}, expected at least 1 and 2")
     chosen = list(meanings)[: decoder.options.count]
+    if not names or len(chosen) < 2:
+        raise ValueError(f"{len(names)} policies and {len(chosen)} prompts, expected at least 1 and 2")
     wanted = [meanings[meaning] for meaning in chosen]
     full, _ = _texts(decoder, "full", chosen)
     losses, layers = [], []

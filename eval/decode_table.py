@@ -35,13 +35,33 @@ def read(folder: Path) -> tuple[dict, dict]:
     return report, texts
 
 
-def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], seed: int) -> dict:
+def settings_of(report: dict) -> dict:
+    """What texts of two runs must have in common."""
+    return {name: report["settings"][name] for name in ("text", "prompt", "chat", "max_new_tokens", "dtype")}
+
+
+def rouge_of(folder: Path, report: dict, texts: dict, name: str) -> Tensor:
+    """(n,) ROUGE-L of a candidate, meaning by meaning. Raises ValueError where the two files are not of one run."""
+    said = {row["name"]: row["rougeL"] for row in report["quality"]}
+    if name not in said or name not in texts["candidates"]:
+        raise ValueError(f"{folder} has the candidates {list(said)}, expected {name!r} among them")
+    each = torch.tensor(texts["candidates"][name]["rougeL"])
+    if abs(each.mean().item() - said[name]) > 1e-4:
+        raise ValueError(
+            f"{folder}: texts.json has a mean ROUGE-L of {each.mean():.4f}, decode.json {said[name]:.4f}; expected files of one run"
+        )
+    return each
+
+
+def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], *, settings: dict, seed: int) -> dict:
     """One run's last candidate beside the reference's ROUGE-L (n,)."""
     report, texts = read(folder)
     if texts["meanings"] != meanings:
         raise ValueError(f"{folder} was judged on other meanings than the reference, expected the same {len(meanings)}")
+    if (came := settings_of(report)) != settings:
+        raise ValueError(f"{folder} was judged with {came}, the reference with {settings}; expected the same")
     said = report["quality"][-1]
-    each = torch.tensor(texts["candidates"][said["name"]]["rougeL"])  # (n,)
+    each = rouge_of(folder, report, texts, said["name"])  # (n,)
     low, high = bootstrap_ratio(each, wanted, resamples=2000, seed=seed)
     row = {"name": name, "layers": said["layers"]}
     row |= {key: said[key] for key in ("rougeL", "rougeL_low", "rougeL_high", "bleu", "chrf")}
@@ -72,15 +92,15 @@ def main() -> None:
     if len(options.names) != len(options.folders) or len(set(options.names)) != len(options.names):
         raise ValueError(f"names {options.names} for {len(options.folders)} folders, expected one each, all distinct")
     first, texts = read(Path(options.reference))
-    wanted, meanings = torch.tensor(texts["candidates"]["full"]["rougeL"]), texts["meanings"]
+    wanted, meanings = rouge_of(Path(options.reference), first, texts, "full"), texts["meanings"]
     if not wanted.mean() > 0:
         raise ValueError(f"the reference's ROUGE-L is {wanted.mean():.3g}, expected above 0: nothing to stand beside")
     pairs = zip(options.names, map(Path, options.folders), strict=True)
-    rows = [row_of(name, folder, wanted, meanings, options.seed) for name, folder in pairs]
+    settings = settings_of(first)
+    rows = [row_of(name, folder, wanted, meanings, settings=settings, seed=options.seed) for name, folder in pairs]
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = ("text", "prompt", "chat", "max_new_tokens", "dtype")
-    settings = {name: first["settings"][name] for name in kept} | {"count": len(meanings), "seed": options.seed}
+    settings |= {"count": len(meanings), "seed": options.seed}
     write_report(folder / "report.json", {"command": command(), "settings": settings, "table": rows}, device="cpu")
     print(markdown_table(rows))
 

@@ -19,10 +19,16 @@ from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.lossless import lossless_generate
 
+RESERVED = {"full", "driver", "lossless", "assistant", "prompt"}  # what is measured beside the policies
+
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """What is decoded, with what, and how long to look."""
+    """What is decoded, with what, and how long to look.
+
+    Raises:
+        ValueError: numbers out of range, a policy file with the name of another candidate.
+    """
 
     model: str = flag("Folder or name of a causal language model.")
     gguf_file: str | None = flag("A GGUF file in that folder to load from.")
@@ -56,6 +62,17 @@ class DecodeOptions:
     dtype: str = flag("float32, bfloat16 or float16.", "float32")
     device: str | None = flag("cpu, cuda, ...; none: cuda if there is one.")
     seed: int = flag("Seed of the bootstrap.", 0)
+
+    def __post_init__(self):
+        least = {"max_new_tokens": 1, "count": 0, "text_batch_size": 1, "repeats": 0}
+        for name, low in least.items():
+            if (value := getattr(self, name)) < low:
+                raise ValueError(f"{name}={value}, expected at least {low}")
+        if min(self.batch_sizes, default=0) < 1:
+            raise ValueError(f"batch_sizes={self.batch_sizes}, expected numbers of sequences, at least 1")
+        taken = sorted(RESERVED & {Path(path).stem for path in self.policies})
+        if taken:
+            raise ValueError(f"policy files named {taken}, names of other candidates; expected others")
 
 
 class Decoder:
@@ -149,7 +166,7 @@ def read_meanings(options: DecodeOptions) -> dict[str, list[str]]:
     """Meaning -> its references, in the file's order.
 
     Raises:
-        ValueError: a file of another kind, or without the two columns.
+        ValueError: a file of another kind, without the two columns, with an empty cell in them, or without rows.
     """
     path, wanted = Path(options.text), (options.meaning_column, options.reference_column)
     with path.open(newline="", encoding="utf-8") as file:
@@ -165,5 +182,9 @@ def read_meanings(options: DecodeOptions) -> dict[str, list[str]]:
     for row in rows:
         if any(name not in row for name in wanted):
             raise ValueError(f"{path} has columns {list(row)}, expected {wanted[0]} and {wanted[1]}")
+        if any(not isinstance(row[name], str) for name in wanted):
+            raise ValueError(f"{path} has the row {row}, expected text in {wanted[0]} and {wanted[1]}")
         found.setdefault(row[wanted[0]], []).append(row[wanted[1]])
+    if not found:
+        raise ValueError(f"{path} has no rows, expected at least one")
     return found

@@ -40,7 +40,8 @@ CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-A causal language model that was fine-tuned under a schedule of its layers, `{schedule}`. Without it the model is out of its element: generate with the policy that lies here.
+A causal language model that was fine-tuned under a schedule of its layers, `{schedule}`.
+It is of little use without: generate with the policy that lies here.
 
 ```python
 from ee_diffusion import Policy, early_exit_generate

@@ -236,6 +236,8 @@ class DecayingThreshold(Criterion):
 
     def __post_init__(self) -> None:
         check_range(self.threshold, self.score)
+        if isinstance(self.threshold, tuple):
+            raise ValueError(f"threshold={self.threshold}, expected one number: it falls with the step")
         if not isinstance(self.horizon, int) or self.horizon < 1 or not self.rate >= 0:
             raise ValueError(f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a rate >= 0")
 

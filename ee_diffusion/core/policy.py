@@ -59,7 +59,8 @@ class Policy:
         if isinstance(self.exits, list):
             object.__setattr__(self, "exits", tuple(self.exits))
         if self.exits is not None and not (
-            isinstance(self.exits, tuple) and all(isinstance(depth, int) for depth in self.exits)
+            isinstance(self.exits, tuple)
+            and all(isinstance(depth, int) and not isinstance(depth, bool) for depth in self.exits)
         ):
             raise ValueError(f"exits={self.exits!r}, expected a tuple of depths, whole numbers")
         if not isinstance(self.made_for, tuple) or not all(

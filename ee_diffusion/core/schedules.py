@@ -190,14 +190,15 @@ class PowerDecay(Schedule):
 
     def __post_init__(self) -> None:
         _whole("least", self.least)
-        if not 0 < self.alpha <= 1:
-            raise ValueError(f"alpha={self.alpha}, expected in (0, 1]")
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha!r}, expected a number in (0, 1]")
         _check_bottom(self.bottom, self.least)
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         if self.least > num_layers:
             raise ValueError(f"least={self.least} layers, expected within 0..{num_layers} (the model has {num_layers})")
-        return _without_middle(max(self.least, int(num_layers * self.alpha**step)), self.bottom, num_layers)
+        count = int(num_layers * self.alpha**step + 1e-9)  # 50 * 0.58 is 28.999999999999996
+        return _without_middle(max(self.least, count), self.bottom, num_layers)
 
     def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
         return _distinct(self, num_steps, num_layers)
@@ -228,6 +229,8 @@ def _first(depth: int, num_layers: int) -> tuple[bool, ...]:
 
 
 def _check_bottom(bottom: int | None, least: int) -> None:
+    if bottom is not None:
+        _whole("bottom", bottom)
     if bottom is not None and not 1 <= bottom < least:
         raise ValueError(f"bottom={bottom} warm-up layers and least={least}, expected 1 <= bottom < least")
 

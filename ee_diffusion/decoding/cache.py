@@ -78,6 +78,12 @@ def check_cache(cache: object) -> None:
             )
 
 
+def check_evaluating(model: PreTrainedModel) -> None:
+    """Raise ValueError for a model that trains with gradient checkpointing: transformers gives it no cache then."""
+    if model.training and model.is_gradient_checkpointing:
+        raise ValueError("a model that trains with gradient checkpointing has no cache, expected model.eval() before")
+
+
 def with_cache(model: PreTrainedModel, model_kwargs: dict) -> dict:
     """The arguments with a cache, where they ask for one: transformers 5.0 leaves making it to the model's first forward."""
     if model_kwargs.get("past_key_values") is not None or not model_kwargs.get("use_cache"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -64,12 +64,15 @@ class TokenStates:
     @classmethod
     def load(cls, path: str | os.PathLike, *, name: str) -> TokenStates:
         """Read what `save` wrote. Raises ValueError for another file, or states of another name."""
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            came = json.loads(metadata["name"]) if metadata.get("format") == _FORMAT else None
-            if came != name:
-                raise ValueError(f"{path} holds the states {came!r}, expected {name!r}: remove it to collect them anew")
-            return cls(*(file.get_tensor(part) for part in _PARTS), name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                came = json.loads(metadata["name"]) if metadata.get("format") == _FORMAT else None
+                if came == name:
+                    return cls(*(file.get_tensor(part) for part in _PARTS), name)
+        except SafetensorError as error:
+            raise ValueError(f"{path} holds no states: {error}") from error
+        raise ValueError(f"{path} holds the states {came!r}, expected {name!r}: remove it to collect them anew")
 
 
 @torch.no_grad()

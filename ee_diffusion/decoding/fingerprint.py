@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 def fingerprint_of(model: PreTrainedModel) -> str:
     """Class and the first eight numbers of every weight, 16 hexadecimal digits: different for any two models of which one was trained on.
 
-    Read as bfloat16: a model loaded in bfloat16 has the name of its float32 original.
+    Read as bfloat16: a model loaded in bfloat16 has the name of its float32 original. One in float16 has a name of its own (rounded twice).
     """
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, value in sorted(model.state_dict().items()):

@@ -21,7 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.attach import DecodeAttachment
-from ee_diffusion.decoding.cache import check_cache, with_cache
+from ee_diffusion.decoding.cache import check_cache, check_evaluating, with_cache
 from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
@@ -42,8 +42,7 @@ class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """
 
     trace: Trace | None = None
-    propagated: Tensor | None = None
-    recomputed: Tensor | None = None
+    propagated = recomputed = None  # no annotation: no fields, so no items
 
     @property
     def report(self) -> Report | None:
@@ -102,20 +101,20 @@ def early_exit_generate(
         raise ValueError(f"exit_missing={exit_missing!r}, expected 'propagate' or 'recompute'")
     _check(model, generation_config, with_cache(model, model_kwargs))
     check_made_for(model, exit_policy)
-    if exit_streamer is not None:
-        exit_streamer.put(input_ids.cpu())
     arguments = {
         "logits_processor": logits_processor,
         "generation_config": generation_config,
         "streamer": exit_streamer,
     }
     if exit_policy.is_off:
+        _stream_prompt(exit_streamer, input_ids)
         result = model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
         return EarlyExitDecoderOnlyOutput(**result) if generation_config.return_dict_in_generate else result
     arguments |= with_cache(model, model_kwargs)
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
     heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads
     check_heads(model, heads)
+    _check_score(exit_policy, heads)
     attach, frozen = DecodeAttachment, ""
     if exit_missing == "recompute":
         check_deferrable(exit_policy, heads.depths, model_kwargs)
@@ -129,6 +128,7 @@ def early_exit_generate(
         frozen=frozen,
     )
     with attach(model, heads, session) as attachment:
+        _stream_prompt(exit_streamer, input_ids)
         result = model._sample(input_ids, stopping_criteria=Progress(stopping_criteria, attachment), **arguments)
     if not generation_config.return_dict_in_generate:
         return result
@@ -138,6 +138,23 @@ def early_exit_generate(
     else:
         found.propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)
     return found
+
+
+def _stream_prompt(streamer: BaseStreamer | None, input_ids: Tensor) -> None:
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+
+
+def _check_score(policy: Policy, heads: ExitHeads) -> None:
+    """Raise ValueError for a score that these exits cannot give."""
+    score = getattr(policy.criterion, "score", None)
+    exits = heads.depths if policy.exits is None else policy.exits
+    if score == "saturation" and 0 in exits:
+        raise ValueError("score 'saturation' at an exit at depth 0, expected exits behind a layer: states are compared")
+    if score == "certainty" and isinstance(heads, SharedTail):
+        raise ValueError("score 'certainty' needs learned exits (LearnedExits), these are the model's own tail")
+    if score == "judged" and not hasattr(heads, "judge"):
+        raise ValueError(f"score 'judged' needs exits that judge, these are {type(heads).__name__}")
 
 
 def default_heads(model: PreTrainedModel, policy: Policy, *, num_steps: int) -> SharedTail:
@@ -182,6 +199,9 @@ def _check(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict)
         raise ValueError(
             "output_attentions and output_hidden_states: sequences that left early have none; expected neither"
         )
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
+    check_evaluating(model)
     attention = model.config._attn_implementation
     if attention not in ATTENTION:
         raise ValueError(f"attention implementation {attention!r}, expected one of {ATTENTION}")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -29,13 +29,16 @@ class SharedTail:
     `depths`: executed layers at each exit, ascending.
 
     Raises:
-        ValueError: a model of no known family.
+        ValueError: a model of no known family, depths that are not ascending or beyond the model.
     """
 
     space: Space = "output"
 
     def __init__(self, model: PreTrainedModel, depths: tuple[int, ...]):
         self.model, self.family, self.depths = model, family_of(model), tuple(depths)
+        most = len(layers_of(model))  # the last layer of a part of a model may have an exit behind it
+        if list(depths) != sorted(set(depths)) or any(not 0 <= depth <= most for depth in depths):
+            raise ValueError(f"depths={depths}, expected ascending distinct depths within 0..{most}")
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Logits of the last token: hidden (R, N, D) -> (R, V)."""
@@ -68,7 +71,7 @@ class SharedTail:
 
 def check_heads(model: nn.Module, heads: ExitHeads) -> None:
     """Raise ValueError for what is no exits, or exits of another model."""
-    if not hasattr(heads, "check_fits"):
+    if isinstance(heads, type) or not hasattr(heads, "check_fits"):
         raise ValueError(f"exit_heads={heads!r}, expected exits, as LearnedExits.load(path).bind(model)")
     heads.check_fits(model)
 
@@ -108,10 +111,13 @@ class LearnedExits(nn.Module):
 
     def __init__(self, depths: tuple[int, ...], width: int, *, adapter_width: int | None = None, made_for: str = ""):
         super().__init__()
-        if not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
-            raise ValueError(f"depths={depths}, expected ascending distinct depths")
-        if adapter_width is not None and adapter_width < 1:
-            raise ValueError(f"adapter_width={adapter_width}, expected at least 1, or None: no adapters")
+        whole = isinstance(depths, tuple | list) and all(isinstance(depth, int) for depth in depths)
+        if not whole or not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
+            raise ValueError(f"depths={depths!r}, expected ascending distinct depths, whole numbers, at least one")
+        if not isinstance(width, int) or width < 1:
+            raise ValueError(f"width={width!r}, expected the model's hidden size")
+        if adapter_width is not None and (not isinstance(adapter_width, int) or adapter_width < 1):
+            raise ValueError(f"adapter_width={adapter_width!r}, expected at least 1, or None: no adapters")
         self.depths, self.width = tuple(depths), width
         self.adapter_width, self.made_for = adapter_width, made_for
         self.classifiers = nn.ModuleList(nn.Linear(width, 1) for _ in depths)
@@ -203,13 +209,16 @@ class LearnedExits(nn.Module):
         """
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder, expected the file of the exits (exits.safetensors)")
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path} holds no exits: format {metadata.get('format')!r}, expected {_FORMAT!r}")
-            depths, width, inner = (json.loads(metadata[name]) for name in ("depths", "width", "adapter_width"))
-            exits = cls(tuple(depths), width, adapter_width=inner, made_for=metadata["made_for"])
-            exits.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (not a mapping)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
+                depths, width, inner = (json.loads(metadata[name]) for name in ("depths", "width", "adapter_width"))
+                exits = cls(tuple(depths), width, adapter_width=inner, made_for=metadata["made_for"])
+                exits.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} holds no exits: {error}") from error
         return exits
 
     def _adapted(self, exit: int, hidden: Tensor) -> Tensor:

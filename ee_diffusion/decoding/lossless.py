@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
-from ee_diffusion.decoding.cache import check_cache, with_cache
+from ee_diffusion.decoding.cache import check_cache, check_evaluating, with_cache
 from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
 
@@ -148,6 +148,10 @@ class Sequences:
         scores = self.processors(ids, logits.float().expand(len(self.ids), -1).clone())  # (R, V)
         return scores[sequence].argmax(-1, keepdim=True)
 
+    def room(self, max_length: int) -> int:
+        """The most tokens that a sequence may still say."""
+        return max_length - min(len(self.ids[sequence]) for sequence in self.going)
+
     def ahead(self, count: int, max_length: int) -> Tensor:
         """(r, K) how far the drafted positions are from the next one: no further than what a sequence may still read, since the model may
         have no positions beyond (such drafts are never kept)."""
@@ -189,15 +193,15 @@ def lossless_generate(
     _check(model, generation_config, model_kwargs, exit_depth=exit_depth, draft_tokens=draft_tokens)
     if input_ids.shape[1] == 0:
         raise ValueError("input_ids are empty, expected a prompt of tokens (inputs_embeds are not supported)")
-    if exit_streamer is not None:
-        if len(input_ids) > 1:
-            raise ValueError(f"exit_streamer with {len(input_ids)} sequences, expected one")
-        exit_streamer.put(input_ids.cpu())
+    if exit_streamer is not None and len(input_ids) > 1:
+        raise ValueError(f"exit_streamer with {len(input_ids)} sequences, expected one")
     sequences = Sequences(input_ids, logits_processor, stopping_criteria, exit_streamer)
     heads = SharedTail(model, (exit_depth,)) if exit_heads is None else exit_heads
     check_heads(model, heads)
     if exit_depth not in heads.depths:
         raise ValueError(f"exit_depth={exit_depth}, the exit heads are at depths {heads.depths}")
+    if exit_streamer is not None:
+        exit_streamer.put(input_ids.cpu())
     with Sections(model, exit_depth, heads) as sections:
         _decode(sections, sequences, input_ids, model_kwargs, draft_tokens, generation_config.max_length)
     if exit_streamer is not None:
@@ -232,21 +236,20 @@ def _decode(
     sequences.counts.zero_()  # the prompt was not drafted
     mask, next_position = _only(before, sequences.going, cache, mask, positions[:, -1:] + 1)
     while sequences.going:
-        before, tokens = (
-            list(sequences.going),
-            torch.stack([sequences.ids[row][-1:] for row in sequences.going]),
-        )  # (r, 1)
-        mask = torch.cat([mask, mask.new_ones(len(tokens), draft_tokens)], dim=1)  # (r, N + K)
-        places = next_position + sequences.ahead(draft_tokens, max_length).to(mask.device)  # (r, K)
-        for k in range(draft_tokens):
-            seen = mask[:, : mask.shape[1] - draft_tokens + k + 1]
+        before = list(sequences.going)
+        tokens = torch.stack([sequences.ids[row][-1:] for row in before])  # (r, 1)
+        count = min(draft_tokens, sequences.room(max_length))  # K: no sequence keeps more
+        mask = torch.cat([mask, mask.new_ones(len(tokens), count)], dim=1)  # (r, N + K)
+        places = next_position + sequences.ahead(count, max_length).to(mask.device)  # (r, K)
+        for k in range(count):
+            seen = mask[:, : mask.shape[1] - count + k + 1]
             sections.draft(tokens[:, -1:], mask=seen, positions=places[:, k : k + 1], cache=cache)
-            if k + 1 < draft_tokens:  # the last position is only verified
+            if k + 1 < count:  # the last position is only verified
                 tokens = torch.cat([tokens, sections.said()], dim=1)
         logits = sections.verify(tokens, mask=mask, positions=places, cache=cache)  # (r, K, V)
         kept = torch.tensor(sequences.say(logits, tokens), device=mask.device)[:, None]  # (r, 1)
-        mask[:, -draft_tokens:] = (torch.arange(draft_tokens, device=mask.device) < kept).long()
-        spare = draft_tokens - int(kept.max())
+        mask[:, -count:] = (torch.arange(count, device=mask.device) < kept).long()
+        spare = count - int(kept.max())
         if spare:  # crop(0) empties the cache in older transformers
             cache.crop(-spare)
         mask = mask[:, : mask.shape[1] - spare]
@@ -273,7 +276,7 @@ def _check(
         )
     if config.guidance_scale not in (None, 1):
         raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
-    if not isinstance(exit_depth, int) or not 1 <= exit_depth < num_layers:
+    if isinstance(exit_depth, bool) or not isinstance(exit_depth, int) or not 1 <= exit_depth < num_layers:
         raise ValueError(
             f"exit_depth={exit_depth}, expected within 1..{num_layers - 1}: the model has {num_layers} layers"
         )
@@ -285,6 +288,7 @@ def _check(
         raise ValueError(
             "output_scores, output_logits, output_attentions, output_hidden_states: expected none of them here"
         )
+    check_evaluating(model)
     check_cache(model_kwargs.get("past_key_values"))
     if model_kwargs["past_key_values"].get_seq_length():
         raise ValueError(

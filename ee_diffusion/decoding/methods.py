@@ -54,8 +54,8 @@ def uniform_skipping(count: int, *, num_layers: int) -> Policy:
     Raises:
         ValueError: count outside 2..num_layers.
     """
-    if not 2 <= count <= num_layers:
-        raise ValueError(f"count={count} layers, expected within 2..{num_layers}")
+    if not isinstance(count, int) or not isinstance(num_layers, int) or not 2 <= count <= num_layers:
+        raise ValueError(f"count={count!r} layers of {num_layers!r}, expected whole numbers, 2 or more of them")
     span = count - 1
     keep = tuple((2 * i * (num_layers - 1) + span) // (2 * span) for i in range(count))
     return Policy(schedule=FixedLayers(keep, of=num_layers))
@@ -75,6 +75,8 @@ def calm(threshold: float, *, exits: tuple[int, ...], score: str, horizon: int |
     """
     if score not in CALM_SCORES:
         raise ValueError(f"score={score!r}, expected one of {CALM_SCORES}")
+    if exits == () or isinstance(exits, int):
+        raise ValueError(f"exits={exits!r}, expected depths, at least one")
     criterion = Threshold(threshold, score) if horizon is None else DecayingThreshold(threshold, horizon, score=score)
     return Policy(criterion, exits=exits)
 

@@ -76,7 +76,7 @@ class SkipObjective(nn.Module):
     train and are in checkpoints.
 
     Raises:
-        ValueError: a policy with a criterion, or whose schedule does not fit the model.
+        ValueError: a policy with a criterion, or whose schedule does not fit the model or leaves out layer 0.
     """
 
     def __init__(self, model: PreTrainedModel, policy: Policy, *, num_steps: int):
@@ -86,6 +86,8 @@ class SkipObjective(nn.Module):
         num_layers = len(layers_of(model))
         policy.schedule.plans(num_steps=num_steps, num_layers=num_layers)
         table = schedule_table(policy.schedule, num_steps=num_steps, num_layers=num_layers)
+        if not bool(table[:, 0].all()):
+            raise ValueError("the schedule leaves out layer 0, which generation needs at every token; keep it in")
         self.register_buffer("table", table, persistent=False)  # (S, L)
         self.off = policy.is_off
         self._model = [model]  # in a list: frozen weights stay out of checkpoints

@@ -69,7 +69,7 @@ def bootstrap_ratio(values: Tensor, reference: Tensor, *, resamples: int, seed: 
     """The 2.5 and 97.5 % quantiles of mean(values) / mean(reference), both (R,), under resampling of the pairs.
 
     Raises:
-        ValueError: other shapes, fewer than one resample, a reference whose mean is not positive.
+        ValueError: other shapes, fewer than one resample, a reference whose mean is not positive, or not in every resample.
     """
     if values.shape != reference.shape or values.ndim != 1 or resamples < 1 or not reference.mean() > 0:
         raise ValueError(
@@ -78,7 +78,12 @@ def bootstrap_ratio(values: Tensor, reference: Tensor, *, resamples: int, seed: 
         )
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(values), (resamples, len(values)), generator=generator)
-    ratios = values[drawn].mean(1) / reference[drawn].mean(1)  # (resamples,)
+    below = reference[drawn].mean(1)  # (resamples,)
+    if not bool((below > 0).all()):
+        raise ValueError(
+            f"reference {tuple(reference.shape)} is 0 throughout some resamples, expected more values above 0"
+        )
+    ratios = values[drawn].mean(1) / below
     low, high = ratios.quantile(torch.tensor([0.025, 0.975])).tolist()
     return low, high
 

@@ -12,11 +12,13 @@ from language import LAYERS, VOCABULARY, model_named
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.risk import upper_bound
 from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.methods import calm, skipdecode
 
@@ -66,7 +68,8 @@ def test_every_candidate_is_timed_counted_and_scored(folder: Path, monkeypatch, 
     assert facts["full", 2]["checks"] == facts["skip", 2]["checks"] == 0
     assert 0 < facts["calm", 2]["checks"] <= 2
     assert 0 < facts["calm", 2]["check_share"] < 1
-    assert all(0 < row["realised"] < 5 for row in report["speed"] if row["name"] in ("full", "driver", "skip", "calm"))
+    for name in ("full", "driver", "skip", "calm"):
+        assert isinstance(facts[name, 2]["realised"], float)  # tests time nothing
     assert facts["lossless", 1]["realised"] is None
     quality = {row["name"]: row for row in report["quality"]}
     assert list(quality) == names
@@ -98,14 +101,15 @@ def test_some_candidates_alone(folder: Path, monkeypatch, capsys):
 
 
 def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_path: Path, monkeypatch, capsys):
-    said = {"rougeL": 0.5, "rougeL_low": 0.4, "rougeL_high": 0.6, "bleu": 0.1, "chrf": 0.2}
+    said = {"rougeL_low": 0.4, "rougeL_high": 0.6, "bleu": 0.1, "chrf": 0.2}
     settings = {"text": "t.csv", "prompt": "{mr}", "chat": False, "max_new_tokens": 4, "dtype": "float32"}
     runs = {"full": ("full", [0.5, 1.0, 0.9], 5.0), "skip": ("policy", [0.4, 0.8, 0.72], 3.0)}
     runs |= {"mixed": ("policy", [0.5, 0.6, 0.9], 4.0)}
     for name, (candidate, each, layers) in runs.items():
         (tmp_path / name / "decode").mkdir(parents=True)
-        before = [] if candidate == "full" else [{"name": "full", "layers": 5.0} | said]
-        report = {"settings": settings, "quality": [*before, {"name": candidate, "layers": layers} | said]}
+        own = said | {"rougeL": sum(each) / 3}
+        before = [] if candidate == "full" else [{"name": "full", "layers": 5.0} | own]
+        report = {"settings": settings, "quality": [*before, {"name": candidate, "layers": layers} | own]}
         (tmp_path / name / "decode" / "decode.json").write_text(json.dumps(report))
         said_of = {one: {"texts": ["x"] * 3, "rougeL": each} for one in ("full", candidate)}
         texts = {"meanings": ["a", "b", "c"], "candidates": said_of}
@@ -134,6 +138,24 @@ def test_runs_stand_beside_the_reference_meaning_by_meaning(folder: Path, tmp_pa
     (tmp_path / "skip" / "decode" / "texts.json").write_text(json.dumps(other))
     with pytest.raises(ValueError, match="other meanings"):
         table("full", "skip", "mixed")
+    with pytest.raises(ValueError, match="all distinct"):
+        table("full", "skip", "skip")
+    for text, change, told in (
+        ("texts.json", {"meanings": ["a", "b", "c"]}, None),
+        ("decode.json", {"settings": settings | {"dtype": "bfloat16"}}, "judged with .*bfloat16"),
+        ("decode.json", {"settings": settings, "quality": []}, "no table of texts"),
+        ("decode.json", {"quality": [{"name": "policy", "layers": 3.0} | said | {"rougeL": 0.9}]}, "files of one run"),
+    ):
+        path = tmp_path / "skip" / "decode" / text
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+        if told is not None:
+            with pytest.raises(ValueError, match=told):
+                table("full", "skip", "mixed")
+    nothing = json.loads((tmp_path / "full" / "decode" / "decode.json").read_text())
+    nothing["quality"][0]["name"] = "policy"
+    (tmp_path / "full" / "decode" / "decode.json").write_text(json.dumps(nothing))
+    with pytest.raises(ValueError, match="expected 'full' among them"):
+        table("full", "skip", "mixed")
 
 
 def test_a_shape_can_be_timed_without_its_weights(folder: Path, monkeypatch, capsys):
@@ -158,6 +180,41 @@ def test_what_is_missing_or_ambiguous_is_refused(folder: Path, monkeypatch):
     (folder / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected mr and ref"):
         call(monkeypatch, folder, "--text", folder / "other.csv")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--text_batch_size", -2], "text_batch_size=-2, expected at least 1"),
+        (["--count", -1], "count=-1, expected at least 0"),
+        (["--batch_sizes", 0], "batch_sizes=.0., expected numbers of sequences"),
+        (["--repeats", -1], "repeats=-1"),
+        (["--policies", "lossless.json"], "names of other candidates"),
+        (["--policies", "prompt.json"], "names of other candidates"),
+        (["--mode", "lossless", "--exit_depth", 3, "--draft_tokens", 3, "--count", 0], "count=0, expected at least 1"),
+    ],
+)
+def test_numbers_and_names_out_of_range_are_refused(folder: Path, monkeypatch, words: list, told: str):
+    with pytest.raises(ValueError, match=told):
+        call(monkeypatch, folder, *words)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"), [("mr,ref\n", "has no rows"), ("mr,ref\nw3\n", "expected text in mr and ref")]
+)
+def test_a_file_of_texts_without_texts_is_refused(folder: Path, tmp_path: Path, monkeypatch, rows: str, told: str):
+    (tmp_path / "text.csv").write_text(rows)
+    with pytest.raises(ValueError, match=told):
+        call(monkeypatch, folder, "--text", tmp_path / "text.csv")
+
+
+def test_help_says_what_the_modes_are(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["decode", "--help"])
+    with pytest.raises(SystemExit):
+        decode.main()
+    said = capsys.readouterr().out
+    assert "--mode lossless" in said
+    assert "default: 48" in said
 
 
 def test_the_text_generation_pipeline_takes_exits_as_they_are(folder: Path):
@@ -189,6 +246,24 @@ def test_lossless_mode_counts_what_is_equal(folder: Path, monkeypatch):
     assert all(0 <= row["accepted"] <= row["drafted"] for row in rows)
     with pytest.raises(ValueError, match="without --exit_depth"):
         call(monkeypatch, folder, "--mode", "lossless")
+
+
+def test_the_time_of_lossless_decoding_is_over_that_of_greedy_search(folder: Path, monkeypatch):
+    """By a clock that only lossless decoding moves on quickly."""
+    now, slow = [0.0], [False]
+    written = decode_modes.Decoder.written
+
+    def timed(self, name, inputs, **more):
+        slow[0] = name == "lossless"
+        now[0] += 3.0 if slow[0] else 1.0
+        return written(self, name, inputs, **more)
+
+    monkeypatch.setattr(decode_modes.Decoder, "written", timed)
+    monkeypatch.setattr(decode_modes.time, "perf_counter", lambda: now[0])
+    drafts = ["--mode", "lossless", "--exit_depth", 3, "--draft_tokens", 3, "--batch_sizes", 1, "--max_new_tokens", 4]
+    call(monkeypatch, folder, *drafts, "--count", 2, "--prompt", "w2 {mr}")
+    (row,) = json.loads((folder / "out" / "decode.json").read_text())["lossless"]
+    assert row["time"] == 3.0
 
 
 def test_a_difference_is_told_by_the_gap_at_its_first_place():
@@ -225,9 +300,21 @@ def test_policies_are_calibrated_on_half_of_the_prompts(folder: Path, monkeypatc
     assert bold["layers"] < LAYERS
     assert bold["certified"] == (bold["p_value"] <= 0.1)
     assert bold["loss"] > 0
+    for row in (safe, bold):
+        assert row["upper_bound"] != pytest.approx(row["loss"])
+    losses = torch.zeros(20)
+    assert safe["upper_bound"] == pytest.approx(upper_bound(losses, 0.1)), "of delta, not of the risk"
+    assert not bold["certified"], "of so few prompts"
+    written = Policy.load(folder / "out" / "policy.json")
+    assert written.schedule == FixedDepth(LAYERS), "the boldest certified one"
+    assert written.made_for == (("model", fingerprint_of(AutoModelForCausalLM.from_pretrained(folder))),)
     call(monkeypatch, folder, "--text", folder / "many.csv", *words, "--loss", "risk")
     with pytest.raises(ValueError, match="risk=None"):
         call(monkeypatch, folder, "--mode", "calibrate", *policies)
+    with pytest.raises(ValueError, match="within"):
+        call(monkeypatch, folder, "--mode", "calibrate", *policies, "--risk", 1.5, "--delta", 0.1)
+    with pytest.raises(ValueError, match="1 prompts"):
+        call(monkeypatch, folder, *policies, *promise, "--count", 1)
     with pytest.raises(ValueError, match="mode='x'"):
         call(monkeypatch, folder, "--mode", "x")
 

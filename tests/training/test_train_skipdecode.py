@@ -57,6 +57,8 @@ def test_what_is_trained_is_what_generates(base: Path, monkeypatch, adapters: st
     model = AutoModelForCausalLM.from_pretrained("skip/model").eval()
     AutoTokenizer.from_pretrained("skip/model")
     policy = Policy.load("skip/policy.json")
+    assert Policy.load("skip/model/policy.json") == policy, "it travels with the weights"
+    assert 'Policy.load("policy.json")' in Path("skip/model/README.md").read_text()
     out = generate(model, policy, alone(0))
     assert out.report.mean_executed < 4
     assert new_tokens(out).shape == (1, 7)
