@@ -73,5 +73,8 @@ def test_what_cannot_be_scored_is_refused():
     for values, reference, resamples in ((ones, ones[:2], 9), (ones, 0 * ones, 9), (ones, ones, 0)):
         with pytest.raises(ValueError, match=r"expected \(R,\) twice"):
             bootstrap_ratio(values, reference, resamples=resamples, seed=0)
+    few = torch.tensor([0.0, 0.0, 0.7])
+    with pytest.raises(ValueError, match="0 throughout some resamples"):
+        bootstrap_ratio(few, few, resamples=200, seed=0)
     with pytest.raises(ValueError, match="one shape"):
         agreement(torch.zeros(2, 3), torch.zeros(2, 4))
