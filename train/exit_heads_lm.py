@@ -133,7 +133,8 @@ def run(config: HeadsConfig, data: PromptDataConfig, train: TrainConfig) -> dict
     file = Path(config.states or Path(train.output_dir) / "states.safetensors")
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     model.to(device)
-    objective = ExitObjective(model, exits, teacher=config.teacher, sampled_tokens=config.sampled_tokens).to(device)
+    exits.to(device)
+    objective = ExitObjective(model, exits, teacher=config.teacher, sampled_tokens=config.sampled_tokens)
     fitted, held = find_states(config, model, config.source(tokenizer, data), file).split(config.held_out)
     before = exit_table(objective, held, batch_size=train.train_batch_size)
     trainer = Trainer(
