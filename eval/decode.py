@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from decode_modes import CalibrateOptions, alone, calibrate, lossless
 from decode_parts import PartTimes
-from decoder import DecodeOptions, Decoder, read_meanings, work_of
+from decoder import DecodeOptions, Decoder, parts_of, read_meanings, work_of
 from options import parse
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def quality(decoder: Decoder, meanings: dict[str, list[str]]) -> list[dict]:
     for name in decoder.candidates:
         if name == "assistant":
             continue
-        parts = [_written(decoder, name, chosen[start : start + size]) for start in range(0, len(chosen), size)]
+        parts = [_written(decoder, name, some) for some in parts_of(chosen, size, called=name)]
         tokens = torch.cat([part.tokens for part in parts])
         ran, read = sum(part.ran for part in parts), sum(part.read for part in parts)
         layers = ran / read if read else float(decoder.num_layers) if name == "full" else None

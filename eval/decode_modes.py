@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from decoder import Decoder, work_of
+from decoder import Decoder, parts_of, work_of
 from options import flag
 from torch import Tensor
 
@@ -48,8 +48,8 @@ def _compared(decoder: Decoder, chosen: list[str], batch: int) -> dict:
     row = {"batch": batch, "prompts": len(chosen), "equal": 0, "near": 0, "far": 0, "largest_gap": None}
     clocks: dict[str, list[float]] = {"full": [], "lossless": []}
     drafted = accepted = tokens = 0
-    for turn, start in enumerate(range(0, len(chosen), batch)):
-        inputs, outs = decoder.inputs(chosen[start : start + batch]), {}
+    for turn, some in enumerate(parts_of(chosen, batch, called=f"batch {batch}")):
+        inputs, outs = decoder.inputs(some), {}
         names = ["full", "lossless"] if turn % 2 == 0 else ["lossless", "full"]
         for name in names:
             begun = time.perf_counter()
@@ -73,9 +73,9 @@ def alone(decoder: Decoder, meanings: dict[str, list[str]], options: CalibrateOp
         if name == "assistant":  # takes no batch
             continue
         row = {"name": name, "prompts": len(chosen), "equal": 0, "near": 0, "far": 0, "largest_gap": None}
-        for start in range(0, len(chosen), size):
-            batch, _ = decoder.written(name, decoder.inputs(chosen[start : start + size]))
-            for place, meaning in enumerate(chosen[start : start + size]):
+        for some in parts_of(chosen, size, called=name):
+            batch, _ = decoder.written(name, decoder.inputs(some))
+            for place, meaning in enumerate(some):
                 seen = {} if name == "lossless" else {"output_logits": True}
                 own, out = decoder.written(name, decoder.inputs([meaning]), **seen)
                 _count(row, own, batch[place : place + 1], None if name == "lossless" else out.logits)
@@ -169,8 +169,8 @@ def text_losses(texts: list[str], full: list[str], references: list[list[str]], 
 def _texts(decoder: Decoder, name: str, chosen: list[str]) -> tuple[list[str], float]:
     """What a candidate writes, and the layers it ran per token that was read."""
     size, texts, ran, read = decoder.options.text_batch_size, [], 0, 0
-    for start in range(0, len(chosen), size):
-        tokens, out = decoder.written(name, decoder.inputs(chosen[start : start + size]))
+    for some in parts_of(chosen, size, called=name):
+        tokens, out = decoder.written(name, decoder.inputs(some))
         texts += decoder.texts(tokens)
         work = work_of(name, out)
         ran, read = ran + work[0], read + work[1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from options import DTYPES, flag
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ee_diffusion.core.policy import Policy
@@ -153,6 +155,12 @@ class Decoder:
     def texts(self, tokens: Tensor) -> list[str]:
         """Tokens (R, T) as text."""
         return [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def parts_of(meanings: list[str], size: int, *, called: str) -> Iterator[list[str]]:
+    """The meanings, `size` at a time, with a progress bar."""
+    for start in tqdm(range(0, len(meanings), size), desc=called, leave=False):
+        yield meanings[start : start + size]
 
 
 def work_of(name: str, out) -> tuple[int, int]:
