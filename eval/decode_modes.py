@@ -114,7 +114,7 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
 
     CALM's two promises (arXiv 2207.07061, sec. 4): textual consistency with the full model, or risk against the references; tested in
     their order (learn then test). The first half of the prompts calibrates, the second says what became of the promise. The boldest
-    certified policy is written to policy.json, for this model alone; where none is certified, nothing is. `in_expectation`: the one that
+    certified policy is written to policy.json, for this model alone; where none is certified, none is left. `in_expectation`: the one that
     conformal risk control takes (the mean over calibrations is bounded, no single one).
     """
     if options.loss not in LOSSES:
@@ -128,6 +128,9 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
     if not names or len(chosen) < 2:
         raise ValueError(f"{len(names)} policies and {len(chosen)} prompts, expected at least 1 and 2")
     wanted = [meanings[meaning] for meaning in chosen]
+    target = Path(decoder.options.output_dir) / "policy.json"
+    if target.resolve() in [Path(path).resolve() for path in decoder.options.policies]:
+        raise ValueError(f"{target} is among the policies and would be written over, expected another output_dir")
     full, _ = _texts(decoder, "full", chosen)
     losses, layers = [], []
     for name in names:
@@ -151,11 +154,12 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
         }
         for k, name in enumerate(names)
     ]
-    for name, fine in zip(names, good.tolist(), strict=True):
-        if fine:  # the boldest certified one is written last
-            made_for = (("model", fingerprint_of(decoder.model)),)
-            policy = replace(decoder.candidates[name]["exit_policy"], made_for=made_for)
-            policy.save(Path(decoder.options.output_dir) / "policy.json")
+    if any(good):
+        boldest = names[int(good.nonzero()[-1])]
+        policy = decoder.candidates[boldest]["exit_policy"]
+        replace(policy, made_for=(("model", fingerprint_of(decoder.model)),)).save(target)
+    else:
+        target.unlink(missing_ok=True)  # of an earlier calibration
     return {"calibration": rows}
 
 

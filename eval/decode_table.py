@@ -40,7 +40,7 @@ def settings_of(report: dict) -> dict:
     return {name: report["settings"][name] for name in ("text", "prompt", "chat", "max_new_tokens", "dtype")}
 
 
-def rouge_of(folder: Path, report: dict, texts: dict, name: str) -> Tensor:
+def rouge_of(folder: Path, name: str, *, report: dict, texts: dict) -> Tensor:
     """(n,) ROUGE-L of a candidate, meaning by meaning. Raises ValueError where the two files are not of one run."""
     said = {row["name"]: row["rougeL"] for row in report["quality"]}
     if name not in said or name not in texts["candidates"]:
@@ -53,7 +53,7 @@ def rouge_of(folder: Path, report: dict, texts: dict, name: str) -> Tensor:
     return each
 
 
-def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], *, settings: dict, seed: int) -> dict:
+def row_of(name: str, folder: Path, wanted: Tensor, *, meanings: list[str], settings: dict, seed: int) -> dict:
     """One run's last candidate beside the reference's ROUGE-L (n,)."""
     report, texts = read(folder)
     if texts["meanings"] != meanings:
@@ -61,7 +61,7 @@ def row_of(name: str, folder: Path, wanted: Tensor, meanings: list[str], *, sett
     if (came := settings_of(report)) != settings:
         raise ValueError(f"{folder} was judged with {came}, the reference with {settings}; expected the same")
     said = report["quality"][-1]
-    each = rouge_of(folder, report, texts, said["name"])  # (n,)
+    each = rouge_of(folder, said["name"], report=report, texts=texts)  # (n,)
     low, high = bootstrap_ratio(each, wanted, resamples=2000, seed=seed)
     row = {"name": name, "layers": said["layers"]}
     row |= {key: said[key] for key in ("rougeL", "rougeL_low", "rougeL_high", "bleu", "chrf")}
@@ -92,12 +92,14 @@ def main() -> None:
     if len(options.names) != len(options.folders) or len(set(options.names)) != len(options.names):
         raise ValueError(f"names {options.names} for {len(options.folders)} folders, expected one each, all distinct")
     first, texts = read(Path(options.reference))
-    wanted, meanings = rouge_of(Path(options.reference), first, texts, "full"), texts["meanings"]
+    wanted, meanings = rouge_of(Path(options.reference), "full", report=first, texts=texts), texts["meanings"]
     if not wanted.mean() > 0:
         raise ValueError(f"the reference's ROUGE-L is {wanted.mean():.3g}, expected above 0: nothing to stand beside")
     pairs = zip(options.names, map(Path, options.folders), strict=True)
     settings = settings_of(first)
-    rows = [row_of(name, folder, wanted, meanings, settings=settings, seed=options.seed) for name, folder in pairs]
+    rows = [
+        row_of(name, folder, wanted, meanings=meanings, settings=settings, seed=options.seed) for name, folder in pairs
+    ]
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings |= {"count": len(meanings), "seed": options.seed}

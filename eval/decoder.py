@@ -174,7 +174,7 @@ def read_meanings(options: DecodeOptions) -> dict[str, list[str]]:
     """Meaning -> its references, in the file's order.
 
     Raises:
-        ValueError: a file of another kind, without the two columns, with an empty cell in them, or without rows.
+        ValueError: a file of another kind, without the two columns, with something else than text in them, or without rows.
     """
     path, wanted = Path(options.text), (options.meaning_column, options.reference_column)
     with path.open(newline="", encoding="utf-8") as file:

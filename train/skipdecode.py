@@ -41,15 +41,17 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 A causal language model that was fine-tuned under a schedule of its layers, `{schedule}`.
-It is of little use without: generate with the policy that lies here.
+It was made to run under that schedule: generate with the policy that lies beside the weights.
 
 ```python
 from ee_diffusion import Policy, early_exit_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+folder = "path/to/this/folder"
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 inputs = tokenizer("...", return_tensors="pt")
-model.generate(**inputs, custom_generate=early_exit_generate, exit_policy=Policy.load("policy.json"), max_new_tokens=40)
+policy = Policy.load(f"{{folder}}/policy.json")
+model.generate(**inputs, custom_generate=early_exit_generate, exit_policy=policy, max_new_tokens=40)
 ```
 """
 DEFAULTS = {  # of the loop, where fine-tuning a language model differs from training a diffusion model

@@ -169,6 +169,8 @@ class Policy:
             None if self.criterion is None else {"kind": type(self.criterion).__name__, **asdict(self.criterion)}
         )
         schedule = {"kind": type(self.schedule).__name__, **asdict(self.schedule)}
+        if schedule.get("of", ...) is None:
+            del schedule["of"]  # as it was before there was such a field
         values: dict[str, Any] = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
         values |= {"made_for": self.made_for} if self.made_for else {}
         values |= {"late": True} if self.late else {}

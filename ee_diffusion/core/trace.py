@@ -196,7 +196,7 @@ class Report:
         shares = ", ".join(
             f"{depth}: {100 * count / total:.1f} %" for depth, count in sorted(self.depth_histogram.items())
         )
-        lines.append(f"answers by depth ({self.num_layers}: the model's own): {shares}")
+        lines.append(f"answers by depth (of {self.num_layers}): {shares}")
         lines.append(
             f"rows a score was measured on: {self.measured_rows}; rows an exit head answered: {self.answered_rows}"
         )

@@ -126,7 +126,7 @@ def register_family(family: Family) -> None:
         ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
     """
     if not isinstance(family, Family):
-        raise ValueError(f"{family!r}, expected a {__name__}.Family")
+        raise ValueError(f"{family!r}, expected {__name__}.Family(...)")
     add_row(FAMILIES, family.class_name, family, called="the family table")
 
 
@@ -157,7 +157,8 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 @torch.no_grad()
 def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Hold a model's row of the table against the model itself, on tokens (R, N) without padding.
+    """Hold a model's row of the table against the model itself, on tokens (R, N) without padding: `layers`, `inner`, `keys_values`, `norm`.
+    `cache` and `row_arguments` are names that a generation under a policy needs.
 
     Raises:
         ValueError: as `family_of`; an inner module that does not see every token once; layers whose keys and values, or a tail whose
@@ -176,15 +177,16 @@ def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
 
         return count
 
-    handles = [layers[-1].register_forward_hook(lambda module, args, made: last.append(made))]
-    cache = DynamicCache(config=model.config)
     try:
-        for index, layer in enumerate(layers):
-            handles.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-            handles.append(layer.get_submodule(family.inner).register_forward_pre_hook(counting(index)))
-        logits = model(input_ids, past_key_values=cache, use_cache=True).logits  # (R, N, V)
+        inner = [layer.get_submodule(family.inner) for layer in layers]
     except AttributeError as error:
         raise ValueError(f"{name}: a layer has no module {family.inner!r} ({error})") from error
+    handles = [layers[-1].register_forward_hook(lambda module, args, made: last.append(made))]
+    handles += [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    handles += [module.register_forward_pre_hook(counting(index)) for index, module in enumerate(inner)]
+    cache = DynamicCache(config=model.config)
+    try:
+        logits = model(input_ids, past_key_values=cache, use_cache=True).logits  # (R, N, V)
     finally:
         for handle in handles:
             handle.remove()

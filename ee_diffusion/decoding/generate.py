@@ -95,7 +95,8 @@ def early_exit_generate(
 
     Raises:
         ValueError: beams or assistants, an unknown model, a cache that cannot be used, a policy that does not fit, outputs that
-            rows which left do not have (attentions, hidden states).
+            rows which left do not have (attentions, hidden states); under a policy that is on also guidance, and a model that trains
+            with gradient checkpointing.
     """
     if exit_missing not in ("propagate", "recompute"):
         raise ValueError(f"exit_missing={exit_missing!r}, expected 'propagate' or 'recompute'")
@@ -110,6 +111,11 @@ def early_exit_generate(
         _stream_prompt(exit_streamer, input_ids)
         result = model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
         return EarlyExitDecoderOnlyOutput(**result) if generation_config.return_dict_in_generate else result
+    if generation_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale={generation_config.guidance_scale}: guidance asks the model in between, expected none"
+        )
+    check_evaluating(model)
     arguments |= with_cache(model, model_kwargs)
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
     heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads
@@ -199,9 +205,6 @@ def _check(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict)
         raise ValueError(
             "output_attentions and output_hidden_states: sequences that left early have none; expected neither"
         )
-    if config.guidance_scale not in (None, 1):
-        raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
-    check_evaluating(model)
     attention = model.config._attn_implementation
     if attention not in ATTENTION:
         raise ValueError(f"attention implementation {attention!r}, expected one of {ATTENTION}")

@@ -125,7 +125,8 @@ class LearnedExits(nn.Module):
         self._tail: list[SharedTail] = []  # in a list: the model is no submodule of its exits
 
     def bind(self, model: PreTrainedModel, *, part_of: str | None = None) -> LearnedExits:
-        """Answer through this model's tail from now on. `part_of`: the whole model's fingerprint, where `model` is a part of it.
+        """Answer through this model's tail from now on, in its dtype and on its device. `part_of`: the whole model's fingerprint, where
+        `model` is a part of it.
 
         Raises:
             ValueError: a model of another width or depth, or another model than they were made for.
@@ -140,7 +141,8 @@ class LearnedExits(nn.Module):
         if self.made_for and self.made_for != (came := part_of or fingerprint_of(model)):
             raise ValueError(f"exits made for model {self.made_for}, this one is {came} (fingerprints of the weights)")
         self._tail = [SharedTail(model, self.depths)]
-        return self
+        self.to(model.dtype)
+        return self if model.device.type == "meta" else self.to(model.device)
 
     def at(self, depths: tuple[int, ...]) -> LearnedExits:
         """The exits at some of the depths alone, with weights of their own, bound to nothing yet.
@@ -177,16 +179,10 @@ class LearnedExits(nn.Module):
         return torch.sigmoid(self.certainty_logits(exit, hidden))
 
     def check_fits(self, model: nn.Module) -> None:
-        """Raise ValueError if these exits are not bound to this model, or of another dtype or on another device."""
+        """Raise ValueError if these exits are not bound to this model."""
         if not self._tail:
             raise ValueError("these exits answer through no model yet: exits.bind(model) first")
         self._tail[0].check_fits(model)
-        own = self.classifiers[0].weight
-        if (own.dtype, own.device) != (model.dtype, model.device):
-            raise ValueError(
-                f"the exits are {own.dtype} on {own.device}, the model is {model.dtype} on {model.device}: "
-                "exits.to(model.device, model.dtype)"
-            )
 
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, beside first, then renamed."""
@@ -217,7 +213,7 @@ class LearnedExits(nn.Module):
                 depths, width, inner = (json.loads(metadata[name]) for name in ("depths", "width", "adapter_width"))
                 exits = cls(tuple(depths), width, adapter_width=inner, made_for=metadata["made_for"])
                 exits.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no exits: {error}") from error
         return exits
 

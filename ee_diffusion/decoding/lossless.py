@@ -185,9 +185,9 @@ def lossless_generate(
     a batch have holes.
 
     Raises:
-        ValueError: sampling, beams, assistants or guidance; exit_depth outside 1..L-1, or without an exit among the heads;
-            draft_tokens below 2; a cache that is not empty or not a DynamicCache; scores, logits, attentions or hidden states asked
-            for; arguments of the model that are not known here.
+        ValueError: sampling, beams, assistants or guidance; a model that trains with gradient checkpointing; exit_depth outside
+            1..L-1, or without an exit among the heads; draft_tokens below 2; a cache that is not empty or not a DynamicCache; scores,
+            logits, attentions or hidden states asked for; arguments of the model that are not known here.
     """
     model_kwargs = with_cache(model, model_kwargs)
     _check(model, generation_config, model_kwargs, exit_depth=exit_depth, draft_tokens=draft_tokens)

@@ -75,7 +75,7 @@ def calm(threshold: float, *, exits: tuple[int, ...], score: str, horizon: int |
     """
     if score not in CALM_SCORES:
         raise ValueError(f"score={score!r}, expected one of {CALM_SCORES}")
-    if exits == () or isinstance(exits, int):
+    if isinstance(exits, int) or not exits:
         raise ValueError(f"exits={exits!r}, expected depths, at least one")
     criterion = Threshold(threshold, score) if horizon is None else DecayingThreshold(threshold, horizon, score=score)
     return Policy(criterion, exits=exits)

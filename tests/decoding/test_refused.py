@@ -25,13 +25,6 @@ from ee_diffusion.diffusion.families import FAMILIES
 CERTAIN = {"score": "certainty", "horizon": None}
 
 
-def never_run(model) -> list:
-    """Arms a model to say that it ran."""
-    ran: list = []
-    model.register_forward_pre_hook(lambda *args: ran.append(1))
-    return ran
-
-
 @pytest.mark.parametrize(
     ("policy", "more", "told"),
     [
@@ -42,11 +35,6 @@ def never_run(model) -> list:
         (uniform_skipping(3, num_layers=4), {}, "chosen for a model of 4, this one has 6"),
         (Policy(schedule=FixedDepth(9)), {}, "the model has 6"),
         (calm(0.5, exits=(2,), **CERTAIN), {"exit_heads": LearnedExits}, "expected exits"),
-        (
-            calm(0.5, exits=(2,), **CERTAIN),
-            {"exit_heads": LearnedExits((2,), 32).bind(model_named("llama"))},
-            "float32",
-        ),
     ],
 )
 def test_it_is_refused_before_the_model_runs(policy: Policy, more: dict, told: str):
@@ -77,43 +65,45 @@ def test_a_model_that_trains_without_a_cache_is_refused(call: str):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "told"),
     [
-        lambda: skipdecode(warm_up="1", least=2, most=4, horizon=4),
-        lambda: skipdecode(warm_up=1.5, least=2, most=4, horizon=4),
-        lambda: skipdecode(warm_up=True, least=2, most=4, horizon=4),
-        lambda: d3("0.9", first=1, least=2),
-        lambda: d3(True, first=1, least=2),
-        lambda: d3(0.9, first=1.5, least=2),
-        lambda: uniform_skipping(2.5, num_layers=6),
-        lambda: uniform_skipping("3", num_layers=6),
-        lambda: calm(0.5, exits=2, score="margin", horizon=None),
-        lambda: calm(0.5, exits=(), score="margin", horizon=None),
-        lambda: calm(0.5, exits=(True,), score="margin", horizon=None),
-        lambda: calm(0.5, exits=(2,), score="low_entropy", horizon=None),
-        lambda: calm((0.5, 0.6), exits=(2, 4), score="margin", horizon=10),
-        lambda: DecayingThreshold((0.5, 0.6), 10),
-        lambda: Policy(exits=2),
-        lambda: FixedLayers((0,), of=2.0),
-        lambda: LearnedExits(2, 32),
-        lambda: LearnedExits((2.5,), 32),
-        lambda: LearnedExits((2,), "32"),
-        lambda: LearnedExits((2,), 0),
-        lambda: LearnedExits((2,), 32, adapter_width=1.5),
-        lambda: SharedTail(model_named("llama"), (2, 2)),
-        lambda: SharedTail(model_named("llama"), (4, 2)),
-        lambda: SharedTail(model_named("llama"), (-1, 2)),
-        lambda: SharedTail(model_named("llama"), (LAYERS + 1,)),
-        lambda: SkipObjective(model_named("llama"), Policy(schedule=FixedLayers((1, 3))), num_steps=8),
-        lambda: register_family(FAMILIES["DiTTransformer2DModel"]),
+        (lambda: skipdecode(warm_up="1", least=2, most=4, horizon=4), "whole numbers"),
+        (lambda: skipdecode(warm_up=1.5, least=2, most=4, horizon=4), "whole numbers"),
+        (lambda: skipdecode(warm_up=True, least=2, most=4, horizon=4), "whole numbers"),
+        (lambda: d3("0.9", first=1, least=2), "alpha="),
+        (lambda: d3(True, first=1, least=2), "alpha="),
+        (lambda: d3(0.9, first=1.5, least=2), "whole numbers"),
+        (lambda: uniform_skipping(2.5, num_layers=6), "whole numbers"),
+        (lambda: uniform_skipping("3", num_layers=6), "whole numbers"),
+        (lambda: calm(0.5, exits=2, score="margin", horizon=None), "exits=2"),
+        (lambda: calm(0.5, exits=(), score="margin", horizon=None), "exits="),
+        (lambda: calm(0.5, exits=(True,), score="margin", horizon=None), "whole numbers"),
+        (lambda: calm(0.5, exits=(2,), score="low_entropy", horizon=None), "score='low_entropy'"),
+        (lambda: calm((0.5, 0.6), exits=(2, 4), score="margin", horizon=10), "one number"),
+        (lambda: DecayingThreshold((0.5, 0.6), 10), "one number"),
+        (lambda: Policy(exits=2), "exits=2"),
+        (lambda: FixedLayers((0,), of=2.0), "whole numbers"),
+        (lambda: LearnedExits(2, 32), "depths=2"),
+        (lambda: LearnedExits((2.5,), 32), "depths="),
+        (lambda: LearnedExits((2,), "32"), "width='32'"),
+        (lambda: LearnedExits((2,), 0), "width=0"),
+        (lambda: LearnedExits((2,), 32, adapter_width=1.5), "adapter_width=1.5"),
+        (lambda: SharedTail(model_named("llama"), (2, 2)), r"depths=\(2, 2\)"),
+        (lambda: SharedTail(model_named("llama"), (4, 2)), r"depths=\(4, 2\)"),
+        (lambda: SharedTail(model_named("llama"), (-1, 2)), r"depths=\(-1, 2\)"),
+        (lambda: SharedTail(model_named("llama"), (LAYERS + 1,)), r"depths=\(7,\)"),
+        (lambda: SkipObjective(model_named("llama"), Policy(schedule=FixedLayers((1, 3))), num_steps=8), "layer 0"),
+        (lambda: register_family(FAMILIES["DiTTransformer2DModel"]), "decoding.families.Family"),
     ],
 )
-def test_numbers_of_another_kind_are_refused(make):
-    with pytest.raises(ValueError, match=r"expected|layer 0"):
+def test_numbers_of_another_kind_are_refused(make, told: str):
+    with pytest.raises(ValueError, match=told):
         make()
 
 
 def test_depths_may_be_a_list():
+    with pytest.raises(ValueError, match="at least one"):
+        calm(0.5, exits=[], score="margin", horizon=None)
     assert calm(0.5, exits=[2, 4], score="margin", horizon=None) == calm(
         0.5, exits=(2, 4), score="margin", horizon=None
     )
@@ -154,12 +144,19 @@ def test_what_is_said_of_a_run_is_short_and_no_item_of_the_output():
     assert "propagated" not in dict(out.items()), "pipelines split items by sequence"
 
 
-def test_exits_of_another_dtype_are_told_how_to_fit():
+def test_exits_take_the_models_dtype_when_bound():
     model = copy.deepcopy(model_named("llama")).bfloat16()
-    exits, policy = LearnedExits((2,), 32).bind(model), calm(0.1, exits=(2,), **CERTAIN)
-    with pytest.raises(ValueError, match=r"exits\.to\(model\.device, model\.dtype\)"):
-        generate(model, policy, exit_heads=exits)
-    assert generate(model, policy, exit_heads=exits.to(model.device, model.dtype)).report.num_steps == TOKENS - 1
+    exits, policy = LearnedExits((2,), 32, adapter_width=4).bind(model), calm(0.1, exits=(2,), **CERTAIN)
+    assert {weight.dtype for weight in exits.parameters()} == {torch.bfloat16}
+    assert generate(model, policy, exit_heads=exits).report.num_steps == TOKENS - 1
+
+
+def test_a_policy_that_is_off_refuses_nothing_of_that():
+    model = copy.deepcopy(model_named("llama"))
+    stock = plain(model, guidance_scale=1.5).sequences
+    assert torch.equal(generate(model, Policy(), guidance_scale=1.5).sequences, stock)
+    model.gradient_checkpointing_enable()
+    assert generate(model.train(), Policy(), max_new_tokens=2).sequences.shape[1] == stock.shape[1] - TOKENS + 2
 
 
 def test_an_exit_may_be_anywhere_below_the_models_end():
