@@ -140,10 +140,6 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"output={options.output}: there is no folder {Path(options.output).absolute().parent}")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
-
-
 def _check_folder(folder: Path) -> None:
     """Where fitted exits may be written: nothing there yet, or exits that remember."""
     if folder.is_file():
@@ -154,3 +150,7 @@ def _check_folder(folder: Path) -> None:
     kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else "MemoryExits"
     if kind != "MemoryExits":
         raise ValueError(f"fit_memory={folder} holds a {kind}, expected a folder of its own for exits")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

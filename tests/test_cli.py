@@ -221,3 +221,15 @@ def test_the_commands_of_edge_and_cloud_are_there(capsys: pytest.CaptureFixture)
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "calibrate" in capsys.readouterr().out
+
+
+def test_run_as_a_module_it_knows_all_of_itself(tmp_path: Path):
+    """`python -m` runs the file from top to bottom: what stands behind its last line is not there yet."""
+    (tmp_path / "file").write_text("")
+    words = ["calibrate", "--kind", "searched", "--budget", "0.5", "--fit_memory", "file", "--output", "p.json"]
+    command = [sys.executable, "-m", "ee_diffusion.cli", *words]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "fit_memory=file is a file" in done.stderr
