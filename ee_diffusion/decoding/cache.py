@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
 Part = tuple[Tensor, Tensor, Tensor]  # rows (r,), keys (r, H, 1, d), values (r, H, 1, d)
@@ -78,8 +78,11 @@ def check_cache(cache: object) -> None:
             )
 
 
-def check_evaluating(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model that trains with gradient checkpointing: transformers gives it no cache then."""
+def check_asked_once(model: PreTrainedModel, config: GenerationConfig) -> None:
+    """Raise ValueError unless a token is one forward with the cache: guidance asks the model in between, and one that trains with gradient
+    checkpointing gets no cache from transformers."""
+    if config.guidance_scale not in (None, 1):
+        raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
     if model.training and model.is_gradient_checkpointing:
         raise ValueError("a model that trains with gradient checkpointing has no cache, expected model.eval() before")
 

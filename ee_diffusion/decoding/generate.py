@@ -21,7 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.attach import DecodeAttachment
-from ee_diffusion.decoding.cache import check_cache, check_evaluating, with_cache
+from ee_diffusion.decoding.cache import check_asked_once, check_cache, with_cache
 from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
@@ -111,11 +111,7 @@ def early_exit_generate(
         _stream_prompt(exit_streamer, input_ids)
         result = model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
         return EarlyExitDecoderOnlyOutput(**result) if generation_config.return_dict_in_generate else result
-    if generation_config.guidance_scale not in (None, 1):
-        raise ValueError(
-            f"guidance_scale={generation_config.guidance_scale}: guidance asks the model in between, expected none"
-        )
-    check_evaluating(model)
+    check_asked_once(model, generation_config)
     arguments |= with_cache(model, model_kwargs)
     num_steps = max(1, generation_config.max_length - input_ids.shape[1] - 1)
     heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads

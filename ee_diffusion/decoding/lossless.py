@@ -22,7 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.intercept import Interception
-from ee_diffusion.decoding.cache import check_cache, check_evaluating, with_cache
+from ee_diffusion.decoding.cache import check_asked_once, check_cache, with_cache
 from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
 
@@ -274,8 +274,7 @@ def _check(
         raise ValueError(
             f"generation mode {mode.value!r}, expected greedy search (do_sample=False, num_beams=1, no assistant)"
         )
-    if config.guidance_scale not in (None, 1):
-        raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
+    check_asked_once(model, config)
     if isinstance(exit_depth, bool) or not isinstance(exit_depth, int) or not 1 <= exit_depth < num_layers:
         raise ValueError(
             f"exit_depth={exit_depth}, expected within 1..{num_layers - 1}: the model has {num_layers} layers"
@@ -288,7 +287,6 @@ def _check(
         raise ValueError(
             "output_scores, output_logits, output_attentions, output_hidden_states: expected none of them here"
         )
-    check_evaluating(model)
     check_cache(model_kwargs.get("past_key_values"))
     if model_kwargs["past_key_values"].get_seq_length():
         raise ValueError(
