@@ -18,7 +18,7 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk import upper_bound
-from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.methods import calm, skipdecode
@@ -232,25 +232,26 @@ def test_batch_mates_do_not_matter_to_any_candidate(folder: Path, monkeypatch):
 
 def test_policies_are_calibrated_on_half_of_the_prompts(folder: Path, monkeypatch):
     Policy(schedule=FixedDepth(LAYERS)).save(folder / "whole.json")
-    policies = ["--policies", folder / "whole.json", folder / "skip.json"]
+    Policy(schedule=FixedLayers(tuple(range(LAYERS)))).save(folder / "every.json")
+    policies = ["--policies", folder / "whole.json", folder / "every.json", folder / "skip.json"]
     (folder / "many.csv").write_text("mr,ref\n" + "".join(f"w{i} w{i + 1},w{i}\n" for i in range(3, 43)))
     promise = ["--mode", "calibrate", "--risk", 0.3, "--delta", 0.1]
     words = [*policies, *promise, "--count", 40, "--max_new_tokens", 6, "--prompt", "{mr}"]
     call(monkeypatch, folder, "--text", folder / "many.csv", *words)
-    safe, bold = json.loads((folder / "out" / "decode.json").read_text())["calibration"]
+    safe, alike, bold = json.loads((folder / "out" / "decode.json").read_text())["calibration"]
     assert (safe["layers"], safe["loss"], safe["held_out_loss"], safe["certified"]) == (LAYERS, 0, 0, True)
     assert bold["layers"] < LAYERS
     assert bold["certified"] == (bold["p_value"] <= 0.1)
     assert bold["loss"] > 0
     assert safe["upper_bound"] == pytest.approx(upper_bound(torch.zeros(20), 0.1)), "of delta, not of the risk"
-    assert not bold["certified"], "of so few prompts"
+    assert (alike["certified"], bold["certified"]) == (True, False), "of so few prompts"
     written = Policy.load(folder / "out" / "policy.json")
-    assert written.schedule == FixedDepth(LAYERS), "the boldest certified one"
+    assert written.schedule == FixedLayers(tuple(range(LAYERS))), "the boldest certified one"
     assert written.made_for == (("model", fingerprint_of(AutoModelForCausalLM.from_pretrained(folder))),)
     with pytest.raises(ValueError, match="would be written over"):
         call(monkeypatch, folder, "--text", folder / "many.csv", *promise, "--policies", folder / "out" / "policy.json")
     call(monkeypatch, folder, "--text", folder / "many.csv", *words, "--loss", "risk")
-    assert json.loads((folder / "out" / "decode.json").read_text())["calibration"][1]["loss"] != bold["loss"]
+    assert json.loads((folder / "out" / "decode.json").read_text())["calibration"][2]["loss"] != bold["loss"]
     few = [folder / "skip.json", "--mode", "calibrate", "--risk", 0.3, "--delta", 0.1, "--count", 4, "--prompt", "{mr}"]
     call(monkeypatch, folder, "--text", folder / "many.csv", "--max_new_tokens", 6, "--policies", *few)
     assert not (folder / "out" / "policy.json").exists(), "nothing was certified: no certificate of before is left"
