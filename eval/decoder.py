@@ -38,9 +38,11 @@ class DecodeOptions:
     random_weights: bool = flag(
         "Only the model's config is read: for speed at a shape that is not at hand (--count 0).", False
     )
-    text: str = flag("CSV, JSON or JSON lines with the two columns below; rows of one meaning are its references.")
+    text: str = flag("CSV, JSON or JSON lines with the columns below; rows of one meaning are its references.")
     meaning_column: str = flag("Column of what is asked.", "mr")
-    reference_column: str = flag("Column of a reference.", "ref")
+    reference_columns: list[str] = field(
+        default_factory=lambda: ["ref"], metadata={"help": "Columns of a row's references."}
+    )
     output_dir: str = flag("Where decode.json and decode.md go.")
     policies: list[str] = field(default_factory=list, metadata={"help": "Files that Policy.save wrote."})
     candidates: list[str] = field(
@@ -174,9 +176,9 @@ def read_meanings(options: DecodeOptions) -> dict[str, list[str]]:
     """Meaning -> its references, in the file's order.
 
     Raises:
-        ValueError: a file of another kind, without the two columns, with something else than text in them, or without rows.
+        ValueError: a file of another kind, without the columns, with something else than text in them, or without rows.
     """
-    path, wanted = Path(options.text), (options.meaning_column, options.reference_column)
+    path, wanted = Path(options.text), (options.meaning_column, *options.reference_columns)
     with path.open(newline="", encoding="utf-8") as file:
         if path.suffix == ".csv":
             rows = list(csv.DictReader(file))
@@ -189,10 +191,10 @@ def read_meanings(options: DecodeOptions) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for row in rows:
         if any(name not in row for name in wanted):
-            raise ValueError(f"{path} has columns {list(row)}, expected {wanted[0]} and {wanted[1]}")
+            raise ValueError(f"{path} has columns {list(row)}, expected {' and '.join(wanted)}")
         if any(not isinstance(row[name], str) for name in wanted):
-            raise ValueError(f"{path} has the row {row}, expected text in {wanted[0]} and {wanted[1]}")
-        found.setdefault(row[wanted[0]], []).append(row[wanted[1]])
+            raise ValueError(f"{path} has the row {row}, expected text in {' and '.join(wanted)}")
+        found.setdefault(row[wanted[0]], []).extend(row[name] for name in wanted[1:])
     if not found:
         raise ValueError(f"{path} has no rows, expected at least one")
     return found

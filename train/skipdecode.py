@@ -4,7 +4,8 @@ accelerate launch train/skipdecode.py --model MODEL --warm_up 4 --least 10 --mos
     --text_files e2e/devset.csv --prompt_templates '{mr}\\n' --answer_columns ref --output_dir runs/skip15
 
 `--policy FILE` (of Policy.save) in the place of the four numbers: early termination, D3, uniform skipping. Neither: plain fine-tuning,
-with `--keep N` of the first N layers alone. Without `--lora_rank` every weight trains. `--dry-run` prints the resolved settings;
+with `--keep N` of the first N layers alone. Without `--lora_rank` every weight trains. `--teacher MODEL`: learn from a
+fine-tuned model at full depth, too (`--model MODEL` beside it starts from its weights). `--dry-run` prints the resolved settings;
 `--resume_from_checkpoint latest` goes on after a stop. Writes model/ (transformers loads it; its tokenizer is in it), policy.json (made for
 that model; in model/ too), log.jsonl, config.json, report.json.
 """
@@ -70,7 +71,7 @@ class SkipConfig(ModelConfig):
     """The layers that run, and what trains.
 
     Raises:
-        ValueError: some of SkipDecode's numbers without the others, or beside a policy; truncation beside either.
+        ValueError: some of SkipDecode's numbers without the others, or beside a policy; truncation beside either; a part outside (0, 1].
     """
 
     warm_up: int | None = flag("SkipDecode: layers at the bottom that always run.")
@@ -80,6 +81,8 @@ class SkipConfig(ModelConfig):
     policy: str | None = flag("A file that Policy.save wrote, in their place.")
     keep: int | None = flag("Plain fine-tuning of the first so many layers alone (a truncated model, as control).")
     lora_rank: int | None = flag("Train adapters of this rank, merged when saved; none: every weight.")
+    teacher: str | None = flag("Folder or name of a model to learn from at full depth; none: the answers alone.")
+    teacher_weight: float = flag("The teacher's part of the loss, above 0 to 1.", 0.5)
 
     def __post_init__(self):
         given = [name for name in ("warm_up", "least", "most", "horizon") if getattr(self, name) is not None]
@@ -88,6 +91,8 @@ class SkipConfig(ModelConfig):
         ways = [bool(given), self.policy is not None, self.keep is not None]
         if sum(ways) > 1:
             raise ValueError("two of SkipDecode's numbers, policy and keep were given, expected at most one")
+        if not 0 < self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight={self.teacher_weight}, expected within (0, 1]")
 
     def rule(self) -> Policy:
         """What runs. Raises ValueError as the method does."""
@@ -152,10 +157,16 @@ def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
     set_seed(train.seed)
     if config.lora_rank is not None:
         add_lora(model, rank=config.lora_rank)
-    model.to(PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device)
-    objective = SkipObjective(model, policy, num_steps=data.max_length)
+    device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    model.to(device)
+    teacher = None if config.teacher is None else dataclasses.replace(config, model=config.teacher).load()[0].to(device)
+    objective = SkipObjective(
+        model, policy, num_steps=data.max_length, teacher=teacher, teacher_weight=config.teacher_weight
+    )
     adapted = config.lora_rank is not None
     identity = {"policy": policy.to_dict(), "keep": config.keep, "lora_rank": config.lora_rank, "backbone": backbone}
+    if teacher is not None:
+        identity |= {"teacher": fingerprint_of(teacher), "teacher_weight": config.teacher_weight}
 
     def export(folder: Path, trained: SkipObjective) -> None:
         save(folder, trained, tokenizer=tokenizer, policy=policy, adapted=adapted)

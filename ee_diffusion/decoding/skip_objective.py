@@ -75,14 +75,32 @@ class SkipObjective(nn.Module):
     mean negative log-likelihood of the answers' tokens over a batch. `num_steps`: the longest answer. Only weights that require a gradient
     train and are in checkpoints.
 
+    With a `teacher`, a frozen model that runs every layer, the loss is `(1 - teacher_weight) NLL + teacher_weight KL(teacher || model)`
+    over the same tokens (word-level distillation, Kim and Rush, arXiv 1606.07947, sec. 3.1, at temperature 1).
+
     Raises:
-        ValueError: a policy with a criterion, or whose schedule does not fit the model or leaves out layer 0.
+        ValueError: a policy with a criterion, or whose schedule does not fit the model or leaves out layer 0; a teacher of another
+            vocabulary, a weight outside (0, 1].
     """
 
-    def __init__(self, model: PreTrainedModel, policy: Policy, *, num_steps: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        policy: Policy,
+        *,
+        num_steps: int,
+        teacher: PreTrainedModel | None = None,
+        teacher_weight: float = 0.5,
+    ):
         super().__init__()
         if policy.criterion is not None:
             raise ValueError(f"a policy with the criterion {policy.criterion}, expected a schedule alone")
+        if not 0 < teacher_weight <= 1:
+            raise ValueError(f"teacher_weight={teacher_weight}, expected within (0, 1]")
+        if teacher is not None and teacher.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"a teacher of {teacher.config.vocab_size} tokens for a model of {model.config.vocab_size}, expected as many"
+            )
         num_layers = len(layers_of(model))
         policy.schedule.plans(num_steps=num_steps, num_layers=num_layers)
         table = schedule_table(policy.schedule, num_steps=num_steps, num_layers=num_layers)
@@ -91,6 +109,8 @@ class SkipObjective(nn.Module):
         self.register_buffer("table", table, persistent=False)  # (S, L)
         self.off = policy.is_off
         self._model = [model]  # in a list: frozen weights stay out of checkpoints
+        self._teacher = [] if teacher is None else [teacher.eval().requires_grad_(False)]
+        self.teacher_weight = teacher_weight
         self.trained = nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
 
     @property
@@ -103,18 +123,32 @@ class SkipObjective(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """batch: `input_ids`, `attention_mask` (B, N, padded on the right), `prompt_length` (B,). Scalars: `loss`, `accuracy` (the share of
-        the answers' tokens that are the best ones), `depth` (mean layers of an answer's token that is read)."""
+        the answers' tokens that are the best ones), `depth` (mean layers of an answer's token that is read); with a teacher `teacher_gap`,
+        the divergence from it."""
         ids, mask, lengths = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
         runs = self.pattern(mask, lengths)  # (B, N, L)
         says = answer_places(mask, lengths)  # (B, N - 1)
         logits = self.head(self.states(ids, runs)[:, :-1][says])  # (m, V): the LM head is a good part of the cost
         labels = ids[:, 1:][says]  # (m,)
         read = (torch.arange(ids.shape[1] - 1, device=ids.device) >= lengths[:, None]) & mask[:, 1:].bool()
-        return {
+        terms = {
             "loss": nn.functional.cross_entropy(logits, labels),
             "accuracy": (logits.argmax(-1) == labels).float().mean(),
             "depth": runs[:, :-1][read].float().sum(-1).mean() if bool(read.any()) else self.table[0].float().sum(),
         }
+        if self._teacher:
+            gap, weight = self.teacher_gap(logits, ids, says), self.teacher_weight
+            terms |= {"loss": (1 - weight) * terms["loss"] + weight * gap, "teacher_gap": gap}
+        return terms
+
+    def teacher_gap(self, logits: Tensor, ids: Tensor, says: Tensor) -> Tensor:
+        """KL(teacher || model) of the next token, mean over the places `says` (B, N - 1) whose logits are (m, V)."""
+        teacher = self._teacher[0]
+        with torch.no_grad():
+            hidden = teacher.base_model(ids, use_cache=False).last_hidden_state[:, :-1][says]  # (m, D)
+            known = teacher.get_output_embeddings()(hidden).float().log_softmax(-1)  # (m, V)
+        own = logits.float().log_softmax(-1)
+        return nn.functional.kl_div(own, known, log_target=True, reduction="batchmean")
 
     def pattern(self, mask: Tensor, prompt_length: Tensor) -> Tensor:
         """(B, N, L) bool: which layers each position runs; padding runs none."""

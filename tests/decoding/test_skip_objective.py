@@ -71,6 +71,36 @@ def test_the_loss_is_the_answers_and_layers_are_left_out():
     assert min(counts) == max(LENGTHS) + 1 - 1, "one that never runs in an answer sees the prompts alone"
 
 
+def test_a_teacher_is_followed_where_answers_are():
+    rule, model, teacher = skipdecode(warm_up=1, least=2, most=5, horizon=5), model_named("llama"), model_named("llama")
+    teacher = copy.deepcopy(teacher)
+    for weight in teacher.parameters():
+        weight.data = weight.data + 0.02 * torch.randn(
+            weight.shape, generator=torch.Generator().manual_seed(weight.numel())
+        )
+    batch, said = generated("llama", rule)
+    alone_ = SkipObjective(model, rule, num_steps=TOKENS)
+    taught = SkipObjective(model, rule, num_steps=TOKENS, teacher=teacher, teacher_weight=0.25)
+    plain, terms = alone_(batch), taught(batch)
+    gaps = []  # KL of each answer's token, row by row, from the teacher's own forward of that row
+    for row, length in enumerate(LENGTHS):
+        text = batch["input_ids"][row : row + 1, : length + TOKENS]
+        known = teacher(text).logits[0, length - 1 : length - 1 + TOKENS].double().softmax(-1)
+        own = said[row].double().log_softmax(-1)
+        gaps.append((known * (known.log() - own)).sum(-1))
+    gap = float(torch.cat(gaps).mean())
+    assert gap > 0.001
+    assert terms["teacher_gap"].item() == pytest.approx(gap, rel=1e-3)
+    assert terms["loss"].item() == pytest.approx(0.75 * plain["loss"].item() + 0.25 * gap, rel=1e-3)
+    assert set(taught.state_dict()) == set(alone_.state_dict()), "the teacher is in no checkpoint"
+    taught(batch)["loss"].backward()
+    assert all(weight.grad is None and not weight.requires_grad for weight in teacher.parameters())
+    own = SkipObjective(model, Policy(), num_steps=TOKENS, teacher=copy.deepcopy(model))
+    assert abs(own(batch)["teacher_gap"].item()) < 1e-6
+    for weight in model.parameters():
+        weight.grad = None
+
+
 def test_gradients_pass_by_skipped_layers():
     """Against finite differences: a weight of a layer that only some positions run."""
     rule, model = skipdecode(warm_up=1, least=2, most=5, horizon=5), copy.deepcopy(model_named("llama"))
@@ -115,6 +145,8 @@ def test_adapters_change_nothing_when_fresh_and_are_merged():
 
 def test_policies_that_cannot_be_trained_under_are_refused():
     model = model_named("llama")
+    with pytest.raises(ValueError, match="teacher_weight=0, expected"):
+        SkipObjective(model, Policy(), num_steps=4, teacher_weight=0)
     with pytest.raises(ValueError, match="criterion"):
         SkipObjective(model, calm(0.5, exits=(2,), score="margin", horizon=None), num_steps=4)
     with pytest.raises(ValueError, match=f"the model has {LAYERS} blocks"):

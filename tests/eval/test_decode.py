@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import decode
 import decode_modes
+import decoder
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,17 @@ def test_what_is_missing_or_ambiguous_is_refused(folder: Path, monkeypatch):
     (folder / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="expected mr and ref"):
         call(monkeypatch, folder, "--text", folder / "other.csv")
+
+
+def test_a_row_may_have_several_references(tmp_path: Path):
+    file = tmp_path / "talks.jsonl"
+    file.write_text('{"talk": "a", "one": "x", "two": "y"}\n{"talk": "b", "one": "z", "two": "x"}\n')
+    columns = {"meaning_column": "talk", "reference_columns": ["one", "two"]}
+    options = decoder.DecodeOptions(text=str(file), **columns)
+    assert decoder.read_meanings(options) == {"a": ["x", "y"], "b": ["z", "x"]}
+    columns["reference_columns"] = ["one", "three"]
+    with pytest.raises(ValueError, match="expected talk and one and three"):
+        decoder.read_meanings(decoder.DecodeOptions(text=str(file), **columns))
 
 
 @pytest.mark.parametrize(

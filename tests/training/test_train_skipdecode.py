@@ -93,6 +93,20 @@ def test_controls_are_trained_alike(base: Path, monkeypatch):
     assert depths[1:] == [3, LAYERS]
 
 
+def test_a_teacher_is_followed_and_belongs_to_the_run(base: Path, monkeypatch):
+    call(monkeypatch, SHORT, "--max_train_steps 20 --learning_rate 1e-2 --output_dir full")
+    taught = "--model full/model --teacher full/model --teacher_weight 1 --output_dir taught"
+    call(monkeypatch, SKIP, SHORT, "--max_train_steps 40 --learning_rate 1e-2", taught)
+    lines = lines_of("taught")
+    assert lines[-1]["teacher_gap"] < 0.5 * lines[0]["teacher_gap"]
+    assert lines[0]["loss"] == lines[0]["teacher_gap"], "a weight of 1 leaves the answers out"
+    more = "--max_train_steps 41 --learning_rate 1e-2 --model full/model --output_dir taught --resume_from_checkpoint latest"
+    with pytest.raises(ValueError, match="another run"):
+        call(monkeypatch, SKIP, SHORT, more)
+    with pytest.raises(ValueError, match="another run"):
+        call(monkeypatch, SKIP, SHORT, more, "--teacher full/model --teacher_weight 0.5")
+
+
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_attention_is_the_one_that_was_asked_for(kind: str, base: Path):
     model, _ = ModelConfig(model="model", attn_implementation=kind).load()
@@ -119,6 +133,10 @@ def test_dry_run(monkeypatch, capsys):
         ("--keep 6 --output_dir x", r"within 1\.\.5"),
         ("--policy calm.json --output_dir x", "criterion"),
         (f"{SKIP} --compile --output_dir x", "compile=True"),
+        (
+            f"{SKIP} --teacher model --teacher_weight 1.5 --output_dir x",
+            r"teacher_weight=1.5, expected within \(0, 1\]",
+        ),
         pytest.param(f"{SKIP} --lora_rank 0 --output_dir x", "rank=0", marks=needs_peft),
     ],
 )
