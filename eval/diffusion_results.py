@@ -73,6 +73,13 @@ def frontier(report: dict) -> str:
     return "\n".join([markdown_table(rows, columns), count, *said, settings(report), environment(report)])
 
 
+def finalists(report: dict) -> str:
+    told = f"\n{report['note']}\n" if "note" in report else ""
+    return "\n".join(
+        [markdown_table(report["rows"], list(report["rows"][-1])), told, settings(report), environment(report)]
+    )
+
+
 def journey(report: dict) -> str:
     columns = ["name", "steps", "time", "executed", *[name for name in COLUMNS if name in report["rows"][0]]]
     rows = [{**row, "executed": row.get("report", {}).get("mean_executed"), **flat(row)} for row in report["rows"]]

@@ -34,7 +34,8 @@ from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.classifiers import data_folder, load_classifier
-from ee_diffusion.measure.features import resnet20_features
+from ee_diffusion.measure.features import ResNetFeatures, resnet20_features
+from ee_diffusion.measure.frechet import Statistics
 from ee_diffusion.measure.paired import PSNR_CAP
 from ee_diffusion.measure.perceptual import load_lpips
 from ee_diffusion.measure.pictures import save_figure
@@ -197,12 +198,17 @@ def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge
     if data is None and "EE_DIFFUSION_DATA" not in os.environ:
         return Judge()
     network = resnet20_features(data)
-    files = (str(data_folder(data) / "cifar10" / "train-*.parquet"),)
-    real = load_image_source(ImageDataConfig(train_data_files=files, image_column="img"), None).images[:reference_count]
-    path = reference_path(cache_dir, f"cifar10-train-{len(real)}", network)
-    known = reference(path, real, network, keep=0, batch_size=256)
+    known = cifar_reference(network, data=data, count=reference_count, cache_dir=cache_dir)
     classifier = load_classifier("resnet56", folder=data)
-    return Judge(perceptual=load_lpips(data), features=network, reference=known.statistics, classifier=classifier)
+    return Judge(perceptual=load_lpips(data), features=network, reference=known, classifier=classifier)
+
+
+def cifar_reference(network: ResNetFeatures, *, data: str | None, count: int, cache_dir: str) -> Statistics:
+    """Statistics of CIFAR-10's first `count` training images under a feature network, computed once."""
+    files = (str(data_folder(data) / "cifar10" / "train-*.parquet"),)
+    real = load_image_source(ImageDataConfig(train_data_files=files, image_column="img"), None).images[:count]
+    path = reference_path(cache_dir, f"cifar10-train-{len(real)}", network)
+    return reference(path, real, network, keep=0, batch_size=256).statistics
 
 
 def line_of(row: dict) -> str | None:

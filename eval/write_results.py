@@ -2,8 +2,8 @@
 
 python eval/write_results.py
 
-Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, ablation*, dit-journey*, speed*, hot-path*,
-uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
+Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, finalists*, ablation*, dit-journey*, speed*,
+hot-path*, uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from cloud_results import cloud_clock, cloud_rows, cloud_tokens
 from decode_results import decode, exit_heads
 from diffusion_results import (
     demo,
+    finalists,
     frontier,
     guarantee,
     journey,
@@ -58,6 +59,7 @@ SECTIONS = {
         "python eval/frontier.py --output_dir runs/frontier",
         frontier,
     ),
+    "finalists": ("FD of a frontier's finalists", "python eval/finalists.py ...", finalists),
     "ablation": ("What each part of answering from memory is worth", "python eval/ablation.py ...", frontier),
     "dit-journey": (
         "The journey of a stock DiT",

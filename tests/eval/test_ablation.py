@@ -1,4 +1,4 @@
-"""The ablation, the frontier that goes on where it was stopped, and its clock measured anew, at tiny size."""
+"""The ablation, the frontier that goes on where it was stopped, its clock measured anew and its finalists' FD, at tiny size."""
 
 from __future__ import annotations
 
@@ -11,18 +11,24 @@ import torch
 from diffusers import DDIMScheduler
 from tree import ROOT
 
+from ee_diffusion.diffusion.generation import generate
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.measure.files import to_bytes
+from ee_diffusion.measure.frechet import Statistics, frechet_distance
+from ee_diffusion.measure.splits import balanced_labels, seeds
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import ablation
 import clock
 import contenders
+import finalists
 import frontier
+import write_results
 
 STEPS = 8
 
@@ -84,6 +90,57 @@ def test_a_stopped_frontier_goes_on_and_its_clock_can_be_measured_anew(
     assert {name: row["psnr"] for name, row in after.items()} == {name: row["psnr"] for name, row in before.items()}
     assert after["searched 4 full"]["time"] != before["searched 4 full"]["time"]
     assert after["full"]["time"] == 1
+
+
+class Corners(torch.nn.Module):
+    """A feature network at hand: (B, 3, 16, 16) in [0, 1] -> (B, 12)."""
+
+    num_features, preprocessing = 12, "means of quarters"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--periods", 2]
+    words += ["--num_inference_steps", STEPS, "--shares", 0.5, "--fitted_shares", 0.5, "--search_count", 2]
+    call(monkeypatch, frontier, *words, "--gain_images", 2, "--fractions", 0.5, "--errors", 0.05)
+    real = Statistics.of(torch.rand(50, 12, generator=torch.Generator().manual_seed(0)))
+    monkeypatch.setattr(finalists, "resnet20_features", lambda _: Corners())
+    monkeypatch.setattr(finalists, "cifar_reference", lambda *_, **__: real)
+    monkeypatch.setattr(finalists, "PART", 7)
+    asked = ["--report", tmp_path / "frontier.json", "--count", 18, "--resamples", 20, "--output_dir", tmp_path / "out"]
+    names = ["searched fitted 4 full", "4 steps"]
+    call(monkeypatch, finalists, *asked, "--names", *names)
+    report = json.loads((tmp_path / "out" / "finalists.json").read_text())
+    rows = {row["name"]: row for row in report["rows"]}
+    assert list(rows) == ["full", *names]
+    pipe = EarlyExitPipeline.from_pretrained(folder / "model")
+    pipe.set_progress_bar_config(disable=True)
+    features = []
+    for steps in (STEPS, 4):
+        call_ = {"num_inference_steps": steps, "guidance_scale": 4.0, "batch_size": 18}
+        drawn = generate(pipe, seeds("test", 18, first=4), balanced_labels(18, 3), **call_)
+        features.append(Corners()(to_bytes(drawn.images).float() / 255))
+    full, fewer = (frechet_distance(one, real).value for one in features)
+    assert rows["full"]["fd"] == pytest.approx(full, rel=1e-3)
+    assert rows["4 steps"]["difference"] == pytest.approx(fewer - full, rel=0.05)
+    assert rows["4 steps"]["relative"] == pytest.approx(fewer / full - 1, rel=0.05)
+    assert rows["4 steps"]["low"] < rows["4 steps"]["difference"] < rows["4 steps"]["high"]
+    last = [frechet_distance(one[12:], real).value for one in features]
+    assert rows["4 steps"]["block_3"] == pytest.approx(last[1] - last[0], rel=0.05)
+    assert 0 < abs(rows[names[0]]["difference"]) < abs(rows["4 steps"]["difference"])
+    monkeypatch.setattr(contenders, "generate", None)  # nothing is left to draw
+    call(monkeypatch, finalists, *asked, "--names", *names)
+    assert json.loads((tmp_path / "out" / "finalists.json").read_text())["rows"] == report["rows"]
+    call(monkeypatch, write_results, "--reports", tmp_path / "out", "--output", tmp_path / "RESULTS.md")
+    assert "| block_3 |" in (tmp_path / "RESULTS.md").read_text()
+    with pytest.raises(ValueError, match=r"no rows \['5 steps'\], expected some of"):
+        call(monkeypatch, finalists, *asked, "--names", "5 steps")
+    with pytest.raises(ValueError, match="deal exits out to the report's own images"):
+        call(monkeypatch, finalists, *asked, "--names", "random_overall of remembered 0.05")
+    with pytest.raises(ValueError, match=r"names=\[\]"):
+        call(monkeypatch, finalists, *asked)
 
 
 def test_tracking_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

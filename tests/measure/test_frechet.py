@@ -16,7 +16,13 @@ from torch import nn
 from ee_diffusion.measure import references
 from ee_diffusion.measure.classifiers import CifarResNet
 from ee_diffusion.measure.features import ResNetFeatures, extract, fingerprint
-from ee_diffusion.measure.frechet import Statistics, frechet_distance, frechet_interval, kernel_distance
+from ee_diffusion.measure.frechet import (
+    Statistics,
+    frechet_distance,
+    frechet_interval,
+    kernel_distance,
+    paired_difference,
+)
 from ee_diffusion.measure.references import reference, reference_path
 
 
@@ -249,3 +255,21 @@ def test_the_bootstrap_interval_has_the_width_of_fresh_draws():
     assert frechet_interval(features(4000)[:100], known, resamples=60, seed=0) == (found, low, high)
     with pytest.raises(ValueError, match="resamples=1, expected at least 2"):
         frechet_interval(features(100), known, resamples=1, seed=0)
+
+
+def test_what_pairs_share_cancels_in_their_difference():
+    """Against fresh pairs; an interval that forgot the pairing would be several times wider."""
+    known, one = Statistics.of(features(2000, shift=1.0)), features(16_000)
+    two = one + 0.3 * features(16_000, seed=5)
+    pairs = [(one[order], two[order]) for order in torch.arange(16_000).split(400)]
+    fresh = [frechet_distance(b, known).value - frechet_distance(a, known).value for a, b in pairs]
+    low, high = paired_difference(two[:400], one[:400], known, resamples=60, seed=0)
+    assert (low + high) / 2 == pytest.approx(fresh[0])
+    assert (high - low) / 2 == pytest.approx(1.96 * np.std(fresh, ddof=1), rel=0.5)
+    alone = [np.std([frechet_distance(pair[side], known).value for pair in pairs], ddof=1) for side in (0, 1)]
+    assert high - low < 1.96 * np.hypot(*alone)
+    assert paired_difference(one[:400], one[:400], known, resamples=5, seed=0) == (0, 0)
+    with pytest.raises(ValueError, match="expected pairs"):
+        paired_difference(one[:400], two[:399], known, resamples=5, seed=0)
+    with pytest.raises(ValueError, match="resamples=1, expected at least 2"):
+        paired_difference(one[:400], two[:400], known, resamples=1, seed=0)
