@@ -134,7 +134,7 @@ def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path
     call(monkeypatch, finalists, *asked, "--names", *names)
     assert json.loads((tmp_path / "out" / "finalists.json").read_text())["rows"] == report["rows"]
     call(monkeypatch, write_results, "--reports", tmp_path / "out", "--output", tmp_path / "RESULTS.md")
-    assert "| block_3 |" in (tmp_path / "RESULTS.md").read_text()
+    assert "searched fitted 4 full" in (tmp_path / "RESULTS.md").read_text()
     with pytest.raises(ValueError, match=r"no rows \['5 steps'\], expected some of"):
         call(monkeypatch, finalists, *asked, "--names", "5 steps")
     with pytest.raises(ValueError, match="deal exits out to the report's own images"):
