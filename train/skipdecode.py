@@ -102,6 +102,10 @@ class SkipConfig(ModelConfig):
             return Policy()
         return skipdecode(warm_up=self.warm_up, least=self.least, most=self.most, horizon=self.horizon)
 
+    def load_teacher(self) -> PreTrainedModel | None:
+        """The model to learn from, if there is one."""
+        return self.teacher and dataclasses.replace(self, model=self.teacher, gguf_file=None).load()[0]
+
 
 def parse() -> tuple[SkipConfig, PromptDataConfig, TrainConfig, bool]:
     """Flags over the defaults."""
@@ -159,7 +163,8 @@ def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
         add_lora(model, rank=config.lora_rank)
     device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
     model.to(device)
-    teacher = None if config.teacher is None else dataclasses.replace(config, model=config.teacher).load()[0].to(device)
+    teacher = config.load_teacher()
+    teacher = None if teacher is None else teacher.to(device)
     objective = SkipObjective(
         model, policy, num_steps=data.max_length, teacher=teacher, teacher_weight=config.teacher_weight
     )
@@ -177,6 +182,8 @@ def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
     report = trainer.fit()
     if not trainer.accelerator.is_main_process:
         return {}
+    if policy.is_off:
+        (Path(train.output_dir) / "policy.json").unlink(missing_ok=True)  # of an earlier training into this folder
     depth = objective.table.sum(1, dtype=torch.float32)  # (S,)
     return {"fit": asdict(report), "layers": len(layers_of(model)), "layers_by_step": depth[:64].tolist()} | machine()
 

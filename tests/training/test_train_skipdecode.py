@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_controls_are_trained_alike(base: Path, monkeypatch):
     depths = [lines_of(name)[0]["depth"] for name in ("terminate", "truncated", "full")]
     assert depths[0] < 5
     assert depths[1:] == [3, LAYERS]
+    for checkpoint in Path("terminate").glob("checkpoint-*"):  # else the folder is refused
+        shutil.rmtree(checkpoint)
+    call(monkeypatch, SHORT, "--output_dir terminate")
+    assert not list(Path("terminate").rglob("policy.json")), "the policy of the weights that were there before"
+    assert not Path("terminate/model/README.md").exists()
 
 
 def test_a_teacher_is_followed_and_belongs_to_the_run(base: Path, monkeypatch):
