@@ -44,6 +44,9 @@ def calibrate(options: argparse.Namespace) -> int:
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    print(
+        f"{len(values)} candidates and the full model on {options.count} images, {options.num_inference_steps} steps each"
+    )
     policies = [make(value) for make in [maker(pipeline, options)] for value in values]
     cap = options.cap or 1.0
     live = live_losses(
@@ -53,7 +56,7 @@ def calibrate(options: argparse.Namespace) -> int:
         class_labels=balanced_labels(options.count, pipeline.transformer.config.null_class),
         loss=lambda images, full: (relative_squared_error(images, full) / cap).clamp(max=1),
         batch_size=options.batch_size,
-        progress=partial(tqdm, desc="candidates"),
+        progress=partial(tqdm, desc="full model, then candidates"),
         **settings,
     )
     for value, own, cost in zip(values, live.losses, live.costs.tolist(), strict=True):

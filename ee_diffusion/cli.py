@@ -54,7 +54,7 @@ def _calibrate_flags(commands) -> None:
         choices=("clean", "noise"),
         help="What is remembered; none: as in --memory, else clean, with --fit_memory noise.",
     )
-    flags.add_argument("--kind", choices=sorted(VALUES), default="budgeted", help="The policy whose number is sought.")
+    flags.add_argument("--kind", choices=sorted(VALUES), default="searched", help="The policy whose number is sought.")
     flags.add_argument(
         "--values", type=float, nargs="+", help="Candidates, the safest first; none: a grid of the kind."
     )
@@ -110,6 +110,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"values {values}, search_count={options.search_count}: expected shares below 1, 1 image or more"
         )
+    for name in ("model", "memory"):
+        _check_there(name, getattr(options, name))
     if options.fit_memory is not None and options.kind != "searched":
         raise ValueError(
             f"--fit_memory with --kind {options.kind}, expected searched: schedules are weighed by courses"
@@ -120,6 +122,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"budget={options.budget}, expected a share of the blocks in (0, 1]")
     if options.risk is not None and options.cap is None:
         raise ValueError("--risk needs --cap, the relative squared error that counts as loss 1")
+    if options.budget is not None and options.cap is not None:
+        raise ValueError(f"--cap {options.cap} with --budget, expected it with --risk: a budget asks for no loss")
     if options.risk is not None and not (0 < options.risk < 1 and 0 < options.cap < math.inf):
         raise ValueError(f"risk={options.risk}, cap={options.cap}, expected a risk in (0, 1) and a positive cap")
     if options.delta is not None and (options.risk is None or not 0 < options.delta < 1):
@@ -138,6 +142,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"output={options.output} is a folder, expected the name of a file")
     if not Path(options.output).absolute().parent.is_dir():
         raise ValueError(f"output={options.output}: there is no folder {Path(options.output).absolute().parent}")
+
+
+def _check_there(name: str, place: str | None) -> None:
+    """A place that can be no name on a hub (`owner/name`) must be a folder."""
+    hub = place is None or (place.count("/") == 1 and place[0] not in "./~")
+    if not hub and not Path(place).is_dir():
+        raise ValueError(f"{name}={place}, expected a folder that is there, or a name on the Hub")
 
 
 def _check_folder(folder: Path) -> None:

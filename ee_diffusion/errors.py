@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 TRACEBACK = "EE_DIFFUSION_TRACEBACK"
+INTERRUPTED = 128 + 2  # SIGINT
 
 
 def said_in_one_line(name: str, work: Callable[[], int | None]) -> int:
-    """Do the work. Returns its exit status (None: 0), or 2 for a ValueError or OSError, which is printed on stderr in one line.
+    """Do the work. Returns its exit status (None: 0), or 2 for a ValueError or OSError, which is printed on stderr in one line; 130 for
+    Ctrl-C, as a shell has it.
 
     With the environment variable EE_DIFFUSION_TRACEBACK set it is raised instead.
     """
@@ -22,6 +24,11 @@ def said_in_one_line(name: str, work: Callable[[], int | None]) -> int:
             raise
         print(f"{name}: error: {error} ({TRACEBACK}=1 shows where)", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -53,9 +53,11 @@ class FrontierOptions:
     cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     errors: list[float] = _numbers("`remembered`: errors allowed per step (rms, data in [-1, 1]).")
     budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
-    shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.5, 0.6, 0.7, 0.76)
+    shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.64, 0.72)
     noise_shares: list[float] = _numbers("`searched noise`: the same where the noise is remembered.")
-    fitted_shares: list[float] = _numbers("`searched fitted`: the same with the best linear prediction of the noise.")
+    fitted_shares: list[float] = _numbers(
+        "`searched fitted`: the same with the best linear prediction of the noise.", 0.5, 0.64, 0.72, 0.8
+    )
     tracked: list[float] = _numbers("Errors allowed per step with the exits of --tracking.")
     oracles: list[float] = _numbers("Errors allowed per step where the true error is known.")
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
@@ -64,11 +66,11 @@ class FrontierOptions:
     search_count: int = flag("Images whose courses are searched (fitting seeds).", 16)
     gain_images: int = flag("Images on which gains are measured (fitting seeds).", 8)
     gain_every: int = flag("Gains are measured at every so many steps.", 4)
-    periods: list[int] = field(default_factory=lambda: [2, 3, 4, 5], metadata={"help": "Periods of the fixed cache."})
-    fractions: list[float] = _numbers("Fewer steps: fractions of the steps.", 0.66, 0.5, 0.4, 0.3, 0.24)
+    periods: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "Periods of the fixed cache."})
+    fractions: list[float] = _numbers("Fewer steps: fractions of the steps.", 0.5, 0.4, 0.3, 0.2)
     thresholds: list[float] = _numbers("DeeDiff's thresholds on u; none: leave it out.")
     first_block: list[float] = _numbers("Thresholds of diffusers' FirstBlockCache.")
-    taylor: list[int] = field(default_factory=list, metadata={"help": "Intervals of diffusers' TaylorSeer."})
+    taylor: list[int] = field(default_factory=lambda: [3], metadata={"help": "Intervals of diffusers' TaylorSeer."})
     mag: list[float] = _numbers("Thresholds of diffusers' MagCache.")
     controls: bool = flag("Static and random controls made of the traces of the policies that decide.", True)
 

@@ -33,6 +33,7 @@ from contenders import (
     schedules_of,
     searched_candidates,
 )
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, load, parse, results_folder
 from tradeoff import Candidate, in_turns, judge_of, row
@@ -46,18 +47,25 @@ from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
 
+COLOURS = [
+    colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2)) if place not in (14, 15)
+]  # no grey
+MARKERS = "os^DvP*X<>hpd8"
+
 
 def picture(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9.2, 4.6), layout="constrained")
     axes = figure.subplots()
-    for kind in dict.fromkeys(r["kind"] for r in rows if r["kind"] != "full"):
+    kinds = list(dict.fromkeys(r["kind"] for r in rows if r["kind"] != "full"))
+    lines = [kind for kind in kinds if " of " not in kind]  # controls made of another's trace are grey
+    for place, kind in enumerate(kinds):
         points = sorted((r["time"], r["psnr"]["mean"], r["psnr"]["high"]) for r in rows if r["kind"] == kind)
         times, means, highs = zip(*points, strict=True)
         bars = [(high or mean) - mean for mean, high in zip(means, highs, strict=True)]  # 95 % over seeds
-        style = "--" if " of " in kind else "-"
-        axes.errorbar(
-            times, means, yerr=bars, marker="o", markersize=4, capsize=2, linestyle=style, label=kind.replace("_", " ")
-        )
+        colour = COLOURS[lines.index(kind) % len(COLOURS)] if kind in lines else "0.6"
+        style = {"color": colour, "marker": MARKERS[place % len(MARKERS)], "markersize": 5, "capsize": 2}
+        style |= {"linestyle": "-" if kind in lines else "--", "linewidth": 2 if kind in OURS else 1}
+        axes.errorbar(times, means, yerr=bars, label=kind.replace("_", " "), **style)
     axes.set_xlabel("measured time / full model")
     axes.set_ylabel("PSNR to the full model (dB)")
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

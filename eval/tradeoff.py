@@ -205,6 +205,7 @@ def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge
 
 def cifar_reference(network: ResNetFeatures, *, data: str | None, count: int, cache_dir: str) -> Statistics:
     """Statistics of CIFAR-10's first `count` training images under a feature network, computed once."""
+    print(f"FD: reading {count} reference images", flush=True)
     files = (str(data_folder(data) / "cifar10" / "train-*.parquet"),)
     real = load_image_source(ImageDataConfig(train_data_files=files, image_column="img"), None).images[:count]
     path = reference_path(cache_dir, f"cifar10-train-{len(real)}", network)

@@ -88,9 +88,10 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     assert (pipe.exits.config.terms, pipe.exits.config.course_steps) == ("noise", 6)
     pipe([1], 6, 2.0, exit_policy=Policy.load(output))
     pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
-    with pytest.raises(ValueError, match="calibrated for"):
+    told = r"calibrated for weights \w+, this run has \w+; exits settings .* are pipe.exits those"
+    with pytest.raises(ValueError, match=told):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
-    assert main(words(model, output, "--budget", 0.6, "--fit_memory", folder)) == 2
+    assert main(words(model, output, "--kind", "budgeted", "--budget", 0.6, "--fit_memory", folder)) == 2
     assert "expected searched" in capsys.readouterr().err
     assert main(words(model, output, *goal, "--fit_memory", output)) == 2
     assert "expected the name of a folder" in capsys.readouterr().err
@@ -139,13 +140,16 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
 ):
     output = tmp_path / "policy.json"
     assert main(words(model, output, "--budget", 0.5, "--dry-run")) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "budgeted"
+    assert json.loads(capsys.readouterr().out)["kind"] == "searched"
     for more, message in (
         (["--budget", 1.5], "expected a share of the blocks"),
         (["--risk", 0.1], "--risk needs --cap"),
         (["--risk", 1.5, "--cap", 1], "expected a risk in"),
         (["--risk", 0.1, "--cap", 1, "--delta", 2], "expected a probability"),
         (["--budget", 0.5, "--delta", 0.1], "with --risk"),
+        (["--budget", 0.5, "--cap", 0.1], "expected it with --risk"),
+        (["--budget", 0.5, "--model", "/no/where"], "model=/no/where, expected a folder that is there"),
+        (["--budget", 0.5, "--memory", "./memory"], "memory=./memory, expected a folder that is there"),
         (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
         (["--budget", 0.5, "--count", 0], "at least 1 each"),
         (["--budget", 0.5, "--values", "nan"], "the safest first"),
@@ -180,6 +184,17 @@ def test_a_scripts_error_is_one_line_and_a_bug_is_a_traceback(script: str, tmp_p
     assert "Traceback" not in done.stderr
     with pytest.raises(KeyError):
         said_in_one_line("a bug", lambda: {}["a"])
+
+
+def test_an_interruption_is_one_line(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    def work() -> None:
+        raise KeyboardInterrupt
+
+    assert said_in_one_line("a script", work) == 130
+    assert capsys.readouterr().err == "a script: interrupted\n"
+    monkeypatch.setenv(TRACEBACK, "1")
+    with pytest.raises(KeyboardInterrupt):
+        said_in_one_line("a script", work)
 
 
 def test_a_model_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -36,21 +36,24 @@ def live_losses(
     class_labels: Sequence[int],
     loss: Loss,
     batch_size: int,
-    progress: Callable = lambda policies: policies,
+    progress: Callable = lambda runs: runs,
     **call: Any,
 ) -> Live:
     """Every candidate on every seed, against the full model at equal seeds. A bolder exit changes every later state, so nothing is
-    replayed. `loss(images, full)`: (n, C, H, W) twice -> (n,) in [0, 1]. `call` goes to the pipeline.
+    replayed. `loss(images, full)`: (n, C, H, W) twice -> (n,) in [0, 1]. `progress` gets K + 1 runs, the full model's first. `call` goes to
+    the pipeline.
 
     Raises:
         ValueError: no policies; losses outside [0, 1]; as `generate`.
     """
     if not policies:
         raise ValueError("no policies, expected at least one candidate")
-    full = generate(pipeline, seeds, class_labels, batch_size=batch_size, **call).images
-    losses, costs = [], []
-    for policy in progress(policies):
+    full, losses, costs = None, [], []
+    for policy in progress([None, *policies]):
         drawn = generate(pipeline, seeds, class_labels, batch_size=batch_size, exit_policy=policy, **call)
+        if full is None:
+            full = drawn.images
+            continue
         losses.append(loss(drawn.images, full))
         costs.append(drawn.trace.report().fraction_executed)
     found = torch.stack(losses)

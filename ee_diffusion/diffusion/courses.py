@@ -23,12 +23,14 @@ LONGEST = 9  # steps between two full steps, at most, that anything is fitted to
 @dataclass(frozen=True, eq=False)
 class Course:
     """`times` (S,); `clean` (S, B, ...) the clean images under guidance, `samples` (S, B, ...) what the model was asked; `clip`: what the
-    solver clips clean images to, None: nothing."""
+    solver clips clean images to, None: nothing. `scheduler`, `guidance_scale`: what made it, None: not known."""
 
     times: Tensor
     clean: Tensor
     samples: Tensor
     clip: float | None
+    scheduler: str | None = None
+    guidance_scale: float | None = None
 
     def clipped(self, clean: Tensor) -> Tensor:
         """What the solver makes of clean images."""
@@ -102,7 +104,8 @@ def record(
         samples.append(asked.sample[: len(seeds)])
         times.append(float(asked.time))
     clip = _clip_of(pipeline.scheduler)
-    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip)
+    made_by = {"scheduler": type(pipeline.scheduler).__name__, "guidance_scale": float(guidance_scale)}
+    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by)
 
 
 def values_of(exits: MemoryExits, course: Course) -> Tensor:
@@ -118,7 +121,10 @@ def fit_prediction(exits: MemoryExits, course: Course) -> MemoryExits:
     Raises:
         ValueError: exits with a learned trust, a course that is not finite or that has a time twice.
     """
-    made = type(exits).from_config(exits.config, course_steps=len(course.times)).to(exits.alphas_cumprod.device)
+    whose = {"course_scheduler": course.scheduler, "course_guidance": course.guidance_scale}
+    made = (
+        type(exits).from_config(exits.config, course_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
+    )
     rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
     made.load_state_dict(rest, strict=False)  # all but the prediction
     made.prediction.fit(course.times, values_of(exits, course))

@@ -1,9 +1,10 @@
-"""What a policy was made for: a fingerprint of weights, and the settings of sampling. Not here: who asks for it."""
+"""What a policy and fitted exits were made for: a fingerprint of weights, the settings of sampling. Not here: who asks for it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -55,9 +56,39 @@ def check_made_for(
         return
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "eta": eta}
     here = dict(made_for_of(pipeline, **call))
-    for name, value in policy.made_for:
-        if here.get(name) != value:
-            raise ValueError(f"the policy was calibrated for {name} {value}, this run has {here.get(name)}")
+    differ = [(name, value) for name, value in policy.made_for if here.get(name) != value]
+    if differ:
+        told = "; ".join(f"{name} {value}, this run has {here.get(name)}" for name, value in differ)
+        hint = " (weights are the transformer's and the exits': are pipe.exits those it was calibrated with?)"
+        raise ValueError(
+            f"the policy was calibrated for {told}{hint if differ[0][0] in ('weights', 'exits settings') else ''}"
+        )
+
+
+def warn_of_course(
+    pipeline: DiffusionPipeline, *, num_inference_steps: int | Sequence[int], guidance_scale: float
+) -> None:
+    """Warns where exits that remember are weighed for courses of another solver, number of steps or guidance than this run's."""
+    config = pipeline.exits.config if isinstance(pipeline.exits, ConfigMixin) else {}
+    if not config.get("course_steps"):
+        return
+    steps = num_inference_steps if isinstance(num_inference_steps, int) else len(num_inference_steps)
+    here = {
+        "course_scheduler": type(pipeline.scheduler).__name__,
+        "course_steps": steps,
+        "course_guidance": float(guidance_scale),
+    }
+    known = {name: config.get(name) for name in here}
+    if any(value is not None and value != here[name] for name, value in known.items()):
+        told = [
+            f"{x['course_scheduler']}, {x['course_steps']} steps, guidance {x['course_guidance']}"
+            for x in (known, here)
+        ]
+        warnings.warn(
+            f"what these exits remember is weighed for {told[0]}; this run has {told[1]}: fit them to it "
+            "(ee-diffusion calibrate --kind searched --fit_memory FOLDER)",
+            stacklevel=3,
+        )
 
 
 def _settings(config: Mapping[str, Any]) -> str:

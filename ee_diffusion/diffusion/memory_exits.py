@@ -55,7 +55,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
     guidance lean on memory alike. Untrained, c = 1.
 
     `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
-    times that are not the course's (another solver, another number of steps) it holds. u remains that of the line.
+    times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance`: whose courses they were;
+    a pipeline that runs something else warns.
 
     Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32.
 
@@ -80,6 +81,8 @@ class MemoryExits(ModelMixin, ConfigMixin):
         learned_trust: bool = False,
         terms: str = "clean",
         course_steps: int = 0,
+        course_scheduler: str | None = None,
+        course_guidance: float | None = None,
     ):
         super().__init__()
         if length < 1:

@@ -120,6 +120,8 @@ def searched(full: Sequence[int], *, num_steps: int, num_layers: int) -> Policy:
     if not all(isinstance(place, int) for place in places):
         raise ValueError(f"full steps {tuple(full)}, expected places of steps, whole numbers")
     if places != sorted(set(places)) or not places or places[0] != 0 or places[-1] >= num_steps:
-        raise ValueError(f"full steps {tuple(full)} of {num_steps}, expected ascending places, the first of them 0")
+        raise ValueError(
+            f"full steps {tuple(full)} of {num_steps}, expected ascending places below {num_steps}, the first of them 0"
+        )
     depths = tuple(num_layers if step in set(places) else 0 for step in range(num_steps))
     return Policy(schedule=DepthPerStep(depths), exits=(0,))

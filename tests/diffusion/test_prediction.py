@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from factories import pipeline
 
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.diffusion.courses import Course, fit_prediction, record, values_of
+from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -152,3 +154,23 @@ def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
     clean = fit_prediction(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), course)
     with pytest.raises(ValueError, match="the line through two clean images"):
         TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1,), memory=clean)
+
+
+def test_a_run_that_the_weights_are_not_for_is_told(exits: MemoryExits, course: Course, tmp_path: Path):
+    pipe = pipeline()
+    fit_prediction(exits, course).save_pretrained(tmp_path)
+    pipe.exits = MemoryExits.from_pretrained(tmp_path)
+    policy = searched((0, 1, 3), num_steps=STEPS, num_layers=len(pipe.transformer.transformer_blocks))
+    shorter = searched((0, 1, 3), num_steps=STEPS - 1, num_layers=len(pipe.transformer.transformer_blocks))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe([0], exit_policy=policy, **CALL)
+        pipe([0], **CALL | {"guidance_scale": 3.0})  # off: nothing is remembered
+    weighed = f"weighed for DDIMScheduler, {STEPS} steps, guidance 2.0; this run has"
+    with pytest.warns(UserWarning, match=f"{weighed} DDIMScheduler, {STEPS} steps, guidance 3.0"):
+        pipe([0], exit_policy=policy, **CALL | {"guidance_scale": 3.0})
+    with pytest.warns(UserWarning, match=f"{weighed} DDIMScheduler, {STEPS - 1} steps"):
+        pipe([0], exit_policy=shorter, **CALL | {"num_inference_steps": STEPS - 1})
+    use_sampler(pipe, "dpm")
+    with pytest.warns(UserWarning, match=f"{weighed} DPMSolverMultistepScheduler, {STEPS} steps"):
+        pipe([0], exit_policy=policy, **CALL)
