@@ -110,17 +110,18 @@ def main() -> None:
     parser.add_argument("--reports", default="results", help="Folder of reports.")
     parser.add_argument("--output", default="RESULTS.md", help="The file to write.")
     options = parser.parse_args()
-    parts = [HEAD]
+    parts, contents = [], []
     for start, (title, command, section) in SECTIONS.items():
         for path in sorted(Path(options.reports).glob(f"{start}*.json")):
             report = json.loads(path.read_text(encoding="utf-8"))
             said = f"`{report['command']}`" if "command" in report else f"`{command}`, with the settings below"
-            parts.append(f"## {title}: {path.stem}\n\n{said}\n\n{section(report)}")
-    if len(parts) == 1:
+            contents.append(f"- [{title}: {path.stem}](#{path.stem})")
+            parts.append(f'<a id="{path.stem}"></a>\n## {title}: {path.stem}\n\n{said}\n\n{section(report)}')
+    if not parts:
         raise ValueError(
             f"no reports in {options.reports}, expected some of {[f'{start}*.json' for start in SECTIONS]}"
         )
-    write_text(options.output, "\n".join(parts))
+    write_text(options.output, "\n".join([HEAD, *contents, "", *parts]))
 
 
 if __name__ == "__main__":
