@@ -27,6 +27,8 @@ from ee_diffusion.measure.splits import balanced_labels, seeds
 
 POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
 
+TUNED = 1000  # calibration seeds at the beginning, on which these powers and other defaults were chosen: they vouch for nothing
+
 
 def calibrate(options: argparse.Namespace) -> int:
     """Run the candidates live on calibration seeds and write the one that is asked for, or say that there is none."""
@@ -47,12 +49,15 @@ def calibrate(options: argparse.Namespace) -> int:
     print(
         f"{len(values)} candidates and the full model on {options.count} images, {options.num_inference_steps} steps each"
     )
-    policies = [make(value) for make in [maker(pipeline, options)] for value in values]
+    make = maker(pipeline, options)
+    known = {make(value): value for value in reversed(values)}  # of values that mean the same policy the safest
+    policies = list(reversed(known))
+    values = [known[policy] for policy in policies]
     cap = options.cap or 1.0
     live = live_losses(
         pipeline,
         policies,
-        seeds("calibrate", options.count),
+        seeds("calibrate", options.count, first=TUNED),
         class_labels=balanced_labels(options.count, pipeline.transformer.config.null_class),
         loss=lambda images, full: (relative_squared_error(images, full) / cap).clamp(max=1),
         batch_size=options.batch_size,
@@ -112,6 +117,13 @@ def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryE
     beside = Path(options.model or checkpoint()) / "memory"
     folder = options.memory or (beside if beside.is_dir() else None)
     known = MemoryExits.from_pretrained(folder) if folder else None
+    if known is not None:
+        known.check_fits(pipeline.transformer)
+        known.check_scheduler(pipeline.scheduler)
+    if known is not None and options.kind == "searched" and known.config.length != 2:
+        raise ValueError(
+            f"{folder} remembers {known.config.length} predictions, expected 2: schedules are priced by them"
+        )
     wanted = options.terms or ("noise" if options.fit_memory is not None and options.memory is None else None)
     if known is not None and wanted in (None, known.config.terms):
         return known

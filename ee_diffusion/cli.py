@@ -23,6 +23,14 @@ VALUES = {  # candidates, the safest first
     "budgeted": (0.0004, 0.0008, 0.0016, 0.0032, 0.0048, 0.0064, 0.0096),
     "searched": (0.4, 0.5, 0.6, 0.66, 0.72, 0.78),  # share of the steps that memory answers
 }
+NAMED = {  # flags that mean something to these kinds alone, and what they are where they are not given
+    "memory": (("remembered", "budgeted", "searched"), None),
+    "terms": (("remembered", "budgeted", "searched"), None),
+    "power": (("budgeted", "searched"), None),
+    "decay": (("budgeted",), 0.7),
+    "fit_memory": (("searched",), None),
+    "search_count": (("searched",), 16),
+}
 SAMPLERS = ("ddim", "ddpm", "dpm", "euler", "heun", "unipc")  # the names in diffusion/generation.py
 EXTRAS = {"calibrate": "eval", "edge": "cloud", "cloud": "cloud"}  # what a command's work needs
 
@@ -69,9 +77,9 @@ def _calibrate_flags(commands) -> None:
     flags.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     flags.add_argument("--guidance_scale", type=float, default=4.0, help="Classifier-free guidance.")
     flags.add_argument("--batch_size", type=int, default=64, help="Images per forward.")
-    flags.add_argument("--decay", type=float, default=0.7, help="Of `budgeted`: what a step leaves of the error.")
+    flags.add_argument("--decay", type=float, help="Of `budgeted`: what a step leaves of the error; none: 0.7.")
     flags.add_argument("--power", type=float, help="Trust in the gains; none: 0.5 for `budgeted`, 1 for `searched`.")
-    flags.add_argument("--search_count", type=int, default=16, help="Of `searched`: fitting images of the search.")
+    flags.add_argument("--search_count", type=int, help="Of `searched`: fitting images of the search; none: 16.")
     flags.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved flags and exit.")
     flags.set_defaults(work="ee_diffusion.calibrating:calibrate")
 
@@ -86,6 +94,7 @@ def run(options: argparse.Namespace) -> int | None:
     """The command's work, loaded now."""
     if options.command == "calibrate":
         options.values = tuple(options.values or VALUES[options.kind])
+        _resolve(options)
         _check(options)
         if options.dry_run:
             print(json.dumps({name: value for name, value in vars(options).items() if name != "work"}))
@@ -102,6 +111,15 @@ def run(options: argparse.Namespace) -> int | None:
     return work(options)
 
 
+def _resolve(options: argparse.Namespace) -> None:
+    """Refuse flags that the kind knows nothing of, and fill in those that were not given."""
+    for name, (kinds, default) in NAMED.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+        elif options.kind not in kinds:
+            raise ValueError(f"--{name} with --kind {options.kind}, expected it with {' or '.join(kinds)}")
+
+
 def _check(options: argparse.Namespace) -> None:
     values = options.values
     if not all(map(math.isfinite, values)) or list(values) != sorted(set(values)) or values[0] <= 0:
@@ -112,10 +130,10 @@ def _check(options: argparse.Namespace) -> None:
         )
     for name in ("model", "memory"):
         _check_there(name, getattr(options, name))
-    if options.fit_memory is not None and options.kind != "searched":
-        raise ValueError(
-            f"--fit_memory with --kind {options.kind}, expected searched: schedules are weighed by courses"
-        )
+    if options.decay is not None and not 0 <= options.decay <= 1:
+        raise ValueError(f"decay={options.decay}, expected a share in [0, 1]")
+    if options.power is not None and not 0 <= options.power <= 1:
+        raise ValueError(f"power={options.power}, expected a number in [0, 1]")
     if options.fit_memory is not None:
         _check_folder(Path(options.fit_memory))
     if options.budget is not None and not 0 < options.budget <= 1:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from diffusers import DDIMScheduler
 from factories import pipeline
 from tree import ROOT
 
+from ee_diffusion import calibrating
 from ee_diffusion.cli import SAMPLERS as cli_samplers
 from ee_diffusion.cli import main
 from ee_diffusion.core.policy import Policy
@@ -20,6 +22,7 @@ from ee_diffusion.decoding.cloud.flags import ENCODINGS
 from ee_diffusion.diffusion.generation import SAMPLERS
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.errors import TRACEBACK, said_in_one_line
+from ee_diffusion.measure.splits import seeds
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,34 @@ def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, caps
     assert [depth > 0 for depth in policy.schedule.depths].count(True) == 3
     assert main(words(model, output, *goal[:2], "--values", 0.3, 1.5, "--budget", 0.6)) == 2
     assert "below 1" in capsys.readouterr().err
+    assert main(words(model, output, *goal[:2], "--values", 0.5, 0.52, "--search_count", 2, "--budget", 0.6)) == 0
+    assert "searched 0.52" not in capsys.readouterr().out, "the same schedule once more"
+
+
+def test_who_certifies_was_not_tuned_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(calibrating, "live_losses", lambda *_, **__: seen.append(_[2]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(words(model, tmp_path / "policy.json", "--kind", "deediff", "--budget", 0.5))
+    assert seen == [seeds("calibrate", 8, first=1000)]
+
+
+def test_memory_of_another_kind_is_refused_before_it_is_used(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    pipe = pipeline()
+    cosine = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
+    made = {
+        "schedule": (MemoryExits.for_pipeline(pipe.transformer, cosine), "another noise schedule"),
+        "short": (
+            MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1),
+            "remembers 1 predictions, expected 2",
+        ),
+    }
+    for name, (exits, told) in made.items():
+        exits.save_pretrained(tmp_path / name)
+        assert main(words(model, tmp_path / "policy.json", "--memory", tmp_path / name, "--budget", 0.6)) == 2
+        assert told in capsys.readouterr().err
 
 
 def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -92,7 +123,7 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     with pytest.raises(ValueError, match=told):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
     assert main(words(model, output, "--kind", "budgeted", "--budget", 0.6, "--fit_memory", folder)) == 2
-    assert "expected searched" in capsys.readouterr().err
+    assert "expected it with searched" in capsys.readouterr().err
     assert main(words(model, output, *goal, "--fit_memory", output)) == 2
     assert "expected the name of a folder" in capsys.readouterr().err
     for taken, what in ((model, "is a pipeline"), (model / "transformer", "holds a UViTTransformer2DModel")):
@@ -148,6 +179,12 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
         (["--risk", 0.1, "--cap", 1, "--delta", 2], "expected a probability"),
         (["--budget", 0.5, "--delta", 0.1], "with --risk"),
         (["--budget", 0.5, "--cap", 0.1], "expected it with --risk"),
+        (["--budget", 0.5, "--kind", "deediff", "--terms", "noise"], "--terms with --kind deediff, expected it with"),
+        (["--budget", 0.5, "--kind", "deediff", "--power", 1], "--power with --kind deediff"),
+        (["--budget", 0.5, "--decay", 0.5], "--decay with --kind searched, expected it with budgeted"),
+        (["--budget", 0.5, "--kind", "budgeted", "--decay", 3], "decay=3.0, expected a share"),
+        (["--budget", 0.5, "--power", "nan"], "power=nan, expected a number in"),
+        (["--budget", 0.5, "--kind", "budgeted", "--search_count", 3], "--search_count with --kind budgeted"),
         (["--budget", 0.5, "--model", "/no/where"], "model=/no/where, expected a folder that is there"),
         (["--budget", 0.5, "--memory", "./memory"], "memory=./memory, expected a folder that is there"),
         (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
