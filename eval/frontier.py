@@ -140,6 +140,7 @@ def candidates(
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, FrontierOptions, description=__doc__)
+    options.check_sampling(sampling)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = classes_of(pipeline)

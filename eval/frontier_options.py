@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from options import flag
+from options import SamplingOptions, flag
+
+WITHIN = {  # what each number of these lists may be
+    "shares": (lambda x: 0 < x < 1, "between 0 and 1"),
+    "noise_shares": (lambda x: 0 < x < 1, "between 0 and 1"),
+    "fitted_shares": (lambda x: 0 < x < 1, "between 0 and 1"),
+    "fractions": (lambda x: 0 < x <= 1, "above 0, at most 1"),
+    "thresholds": (lambda x: 0 < x <= 1, "above 0, at most 1"),
+    **dict.fromkeys(
+        ("errors", "budgets", "tracked", "oracles", "first_block", "mag"),
+        (lambda x: 0 < x < math.inf, "positive and finite"),
+    ),
+    "periods": (lambda x: x >= 1, "at least 1"),
+    "taylor": (lambda x: x >= 1, "at least 1"),
+}
+COUNTS = ("count", "search_count", "gain_images", "gain_every", "reference_count")
+PARTS = ("decay", "power", "search_power")
 
 
 def _numbers(help: str, *values: float):
@@ -13,7 +30,11 @@ def _numbers(help: str, *values: float):
 
 @dataclass(frozen=True)
 class FrontierOptions:
-    """How many images, and which points of each curve."""
+    """How many images, and which points of each curve.
+
+    Raises:
+        ValueError: numbers out of range, or twice in a list.
+    """
 
     count: int = flag("Test images.", 128)
     clock_images: int | None = flag("Test images that times are measured on, whole batches; none: two batches.")
@@ -50,3 +71,20 @@ class FrontierOptions:
     def __post_init__(self):
         if (self.tracking is None) != (not self.tracked):
             raise ValueError(f"tracking={self.tracking!r}, tracked={self.tracked}, expected both or neither")
+        for name, (fits, expected) in WITHIN.items():
+            values = getattr(self, name)
+            if not all(fits(value) for value in values) or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values}, expected numbers {expected}, each once")
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        for name in PARTS:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected a number from 0 to 1")
+
+    def check_sampling(self, sampling: SamplingOptions) -> None:
+        """Raises ValueError for an oracle without guidance: its shadow of the model runs both branches."""
+        if self.oracles and not sampling.guidance_scale > 1:
+            raise ValueError(
+                f"oracles={self.oracles} with guidance_scale={sampling.guidance_scale}, expected guidance above 1, or no oracles"
+            )

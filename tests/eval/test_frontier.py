@@ -219,6 +219,48 @@ def test_a_model_without_a_null_class_is_refused_before_work(copied, tmp_path: P
         run(finalists, "--report", folder / "frontier.json", "--names", "4 steps", "--output_dir", tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--periods", 2, 2],
+        ["--periods", 0],
+        ["--fractions", 0.5, 0.50],
+        ["--fractions", 0],
+        ["--fractions", 1.1],
+        ["--shares", 1.0],
+        ["--noise_shares", 0],
+        ["--fitted_shares", "nan"],
+        ["--errors", -0.1],
+        ["--budgets", "nan"],
+        ["--budgets", "inf"],
+        ["--oracles", 0],
+        ["--tracking", "folder", "--tracked", 0],
+        ["--thresholds", 1.5],
+        ["--first_block", "nan"],
+        ["--mag", 0],
+        ["--taylor", 0],
+        ["--count", 0],
+        ["--search_count", 0],
+        ["--gain_images", 0],
+        ["--gain_every", 0],
+        ["--reference_count", 0],
+        ["--decay", "nan"],
+        ["--power", 1.5],
+        ["--search_power", -1],
+        ["--oracles", 0.1, "--guidance_scale", 1],
+        ["--clock_images", 3, "--batch_size", 2],
+        ["--clock_images", 0],
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_work(words: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(frontier, "load", None)  # no work
+    said = {"--clock_images": "images for the clock of", "--tracking": "tracked="}.get(
+        words[0], words[0].strip("-") + "="
+    )
+    with pytest.raises(ValueError, match=said):
+        run(frontier, "--output_dir", tmp_path, *words)
+
+
 def test_the_verdict_names_the_best_that_is_not_slower():
     def row(name: str, kind: str, time: float, psnr: float) -> dict:
         return {"name": name, "kind": kind, "time": time, "psnr": {"mean": psnr}}
