@@ -6,6 +6,7 @@ python eval/ablation.py --memory runs/memory/exits --memory_full_states runs/mem
 Lines: memory without uncertainty (a fixed period), uncertainty without memory (DeeDiff), both; the decision per image and for the whole
 batch by its worst image; the uncertainty fitted along the exited and along the full model's trajectories; the line through memory and
 a learned trust in it; depth 0 alone and with deeper exits, residual and learned. A folder that is not given: its lines are left out.
+Images are kept in drawn/; times are measured at the end, on --clock_images images, in turns with the full model.
 Writes ablation.json and ablation.md.
 """
 
@@ -13,11 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 
-from contenders import WARM_UP, FrontierOptions, gains_of, kept, load_memory
+from contenders import WARM_UP, classes_of, gains_of, load_memory
+from frontier_options import FrontierOptions
+from keeping import contents, kept
 from options import SamplingOptions, command, flag, load, parse, results_folder
 from together import WholeBatch
-from tradeoff import Candidate, in_turns, judge_of, row
+from tradeoff import judge_of, quality
+from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.gains import influence
@@ -36,6 +41,7 @@ class AblationOptions:
     """How many images, at which settings, and what was fitted how."""
 
     count: int = flag("Test images.", 32)
+    clock_images: int | None = flag("Test images that times are measured on; none: two batches.")
     data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: as EE_DIFFUSION_DATA says, or go without.")
     reference_count: int = flag("Real images behind the FD.", 10_000)
     cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
@@ -78,15 +84,13 @@ def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iter
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, AblationOptions, description=__doc__)
+    images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
+    num_classes = classes_of(pipeline)
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
-    chosen = seeds("test", options.count)
-    labels = balanced_labels(options.count, pipeline.transformer.config.null_class)
-    steps, exits, some = (
-        sampling.num_inference_steps,
-        {},
-        [Candidate("full", "full", None, None, sampling.num_inference_steps)],
-    )
+    chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
+    steps, exits = sampling.num_inference_steps, {}
+    some = [Candidate("full", "full", None, None, steps)]
     for name, own, policy in lines(pipeline, options, sampling):
         exits[name] = own
         some.append(Candidate(name, "line", None, policy, steps))
@@ -96,9 +100,13 @@ def main() -> None:
         call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale, "first_id": first}
         return generate(pipeline, few, classes, batch_size=sampling.batch_size, exit_policy=candidate.policy, **call)
 
-    settings = asdict(sampling) | asdict(options)
-    drawn = in_turns(some, kept(draw, folder / "drawn", settings), chosen, labels, batch=sampling.batch_size)
-    rows = [row(one, drawn[one.name], drawn["full"], judge=judge, labels=labels) for one in some]
+    known = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
+    made_with = cache(lambda name: contents(pipeline, exits.get(name)))
+    again = kept(draw, folder / "drawn", known, lambda candidate: made_with(candidate.name))
+    drawn = by_batch(some, again, chosen, labels, batch=sampling.batch_size)
+    times = clocked(some, draw, images=images, batch=sampling.batch_size, num_classes=num_classes)
+    rows = [quality(one, drawn[one.name], drawn["full"], judge=judge, labels=labels) | times[one.name] for one in some]
+    settings = asdict(sampling) | asdict(options) | {"clock_images": images}
     report = {"command": command(), "settings": settings, "environment": environment(), "rows": rows}
     write_json(folder / "ablation.json", report)
     columns = ["name", "time", "executed", *(name for name in COLUMNS if name in rows[0])]

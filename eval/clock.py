@@ -2,26 +2,26 @@
 
 python eval/clock.py --report runs/frontier/frontier.json --images 16
 
-Every candidate of the report draws the same test images in turns with the full model, with the report's own settings; `time` of every
-row becomes the median over batches of (candidate / full model). Writes the report, its table and its picture in place.
+Every candidate of the report draws the same test images in turns with the full model, with the report's own settings, after a batch each
+that is discarded; `time` of every row becomes the median over batches of (candidate / full model), `seconds` those of all its batches.
+Batches are whole: of --images a multiple, or all of them. Writes the report, its table and its picture in place.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
-from contenders import drawer, load_memory
+from contenders import classes_of, drawer, load_memory
 from frontier import finished
 from options import SamplingOptions, command, load
-from tradeoff import Candidate, in_turns
+from turns import Candidate, clock_images_of, clocked
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
-from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment
 
 
@@ -49,19 +49,19 @@ def main() -> None:
     known = report["settings"]
     fields = SamplingOptions.__dataclass_fields__
     sampling = SamplingOptions(**{name: known[name] for name in fields} | {"output_dir": str(folder)})
-    batch = options.batch_size or sampling.batch_size
+    sampling = replace(sampling, batch_size=options.batch_size or sampling.batch_size)
+    images = clock_images_of(options.images, count=options.images, batch=sampling.batch_size)
     pipeline = load(sampling)
+    num_classes = classes_of(pipeline)
     memory = load_memory(pipeline, known["memory"])
     tracking = known["tracking"] and TrackingExits.from_pretrained(known["tracking"]).to(pipeline.transformer.device)
     some = sorted((candidate_of(row) for row in report["rows"]), key=lambda one: one.kind != "full")
     fitted = load_memory(pipeline, str(folder / "fitted")) if (folder / "fitted").is_dir() else None
     draw = drawer(pipeline, sampling, memory, tracking, fitted)
-    labels = balanced_labels(options.images, pipeline.transformer.config.null_class)
-    drawn = in_turns(some, draw, seeds("test", options.images), labels, batch=batch)
-    full = drawn["full"].seconds
-    for row in report["rows"]:
-        row["time"] = median(a / b for a, b in zip(drawn[row["name"]].seconds, full, strict=True))
-    counts = {"images": options.images, "batches": len(full), "batch_size": batch}
+    times = clocked(some, draw, images=images, batch=sampling.batch_size, num_classes=num_classes)
+    report["rows"] = [row | times[row["name"]] for row in report["rows"]]
+    batch = min(sampling.batch_size, images)
+    counts = {"images": images, "batches": images // batch, "batch_size": batch}
     clock = {"command": command(), **counts, "environment": environment()}
     finished(folder, report | {"clock": clock})
 

@@ -1,24 +1,26 @@
 """Who takes part in the frontier, and how each draws.
 
-Here: candidates. Not here: measuring them (frontier.py, clock.py), the hooks of peers (peers.py). S steps.
+Here: candidates. Not here: their numbers (frontier_options.py), turns and times (turns.py), what is kept (keeping.py), the hooks of
+peers (peers.py). S steps.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from options import SamplingOptions, flag
+from frontier_options import FrontierOptions
+from options import SamplingOptions
 from peers import PEERS, Peer
-from safetensors.torch import load_file, save_file
-from tradeoff import Candidate, Draw
+from torch import nn
+from turns import Candidate, Draw
 
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.courses import fit_prediction, record
+from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.gains import step_gains
 from ee_diffusion.diffusion.generation import Generated, controls_of, generate
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -28,55 +30,23 @@ from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.search import gap_prices, nearest, search
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import write_json, write_text
+from ee_diffusion.measure.tables import write_json
 
 OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "tracked")
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
 
-def _numbers(help: str, *values: float):
-    return field(default_factory=lambda: list(values), metadata={"help": help})
+def classes_of(pipeline: EarlyExitPipeline) -> int:
+    """Number of classes that images are drawn of.
 
-
-@dataclass(frozen=True)
-class FrontierOptions:
-    """How many images, and which points of each curve."""
-
-    count: int = flag("Test images.", 128)
-    data: str | None = flag(
-        "Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or go without."
-    )
-    memory: str | None = flag("Folder of fitted exits that remember (train/fit_memory.py); none: unfitted.")
-    tracking: str | None = flag("Folder of exits that remember at several depths (train/fit_tracking.py).")
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
-    errors: list[float] = _numbers("`remembered`: errors allowed per step (rms, data in [-1, 1]).")
-    budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
-    shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.64, 0.72)
-    noise_shares: list[float] = _numbers("`searched noise`: the same where the noise is remembered.")
-    fitted_shares: list[float] = _numbers(
-        "`searched fitted`: the same with the best linear prediction of the noise.", 0.5, 0.64, 0.72, 0.8
-    )
-    tracked: list[float] = _numbers("Errors allowed per step with the exits of --tracking.")
-    oracles: list[float] = _numbers("Errors allowed per step where the true error is known.")
-    decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
-    power: float = flag("How far `budgeted` trusts the measured gains, 0 to 1.", 0.5)
-    search_power: float = flag("How far the search trusts the measured gains, 0 to 1.", 1.0)
-    search_count: int = flag("Images whose courses are searched (fitting seeds).", 16)
-    gain_images: int = flag("Images on which gains are measured (fitting seeds).", 8)
-    gain_every: int = flag("Gains are measured at every so many steps.", 4)
-    periods: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "Periods of the fixed cache."})
-    fractions: list[float] = _numbers("Fewer steps: fractions of the steps.", 0.5, 0.4, 0.3, 0.2)
-    thresholds: list[float] = _numbers("DeeDiff's thresholds on u; none: leave it out.")
-    first_block: list[float] = _numbers("Thresholds of diffusers' FirstBlockCache.")
-    taylor: list[int] = field(default_factory=lambda: [3], metadata={"help": "Intervals of diffusers' TaylorSeer."})
-    mag: list[float] = _numbers("Thresholds of diffusers' MagCache.")
-    controls: bool = flag("Static and random controls made of the traces of the policies that decide.", True)
-
-    def __post_init__(self):
-        if (self.tracking is None) != (not self.tracked):
-            raise ValueError(f"tracking={self.tracking!r}, tracked={self.tracked}, expected both or neither")
+    Raises:
+        ValueError: a model without a null class: guidance, gains and searches need it.
+    """
+    null = pipeline.transformer.config.null_class
+    if not null:
+        raise ValueError(f"the model has null_class={null}, expected one trained with a null class after its classes")
+    return null
 
 
 def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> MemoryExits:
@@ -103,9 +73,15 @@ def fitted_memory(
     """
     wanted = {name: getattr(sampling, name) for name in ("model", "sampler", "num_inference_steps", "guidance_scale")}
     wanted |= {"dtype": sampling.dtype, "search_count": options.search_count}
+    wanted |= {"weights": fingerprint(pipeline.transformer)}
     settings = folder / "settings.json"  # written last
     if settings.is_file():
-        if (known := json.loads(settings.read_text())) != wanted:
+        known = json.loads(settings.read_text())
+        if "weights" not in known:  # written before it was noted
+            warnings.warn(
+                f"{folder} does not say for which weights its exits were fitted: taken for {known}", stacklevel=2
+            )
+        if wanted | known != wanted or known.keys() | {"weights"} != wanted.keys():
             raise ValueError(f"{folder} holds exits fitted under {known}, expected {wanted}, or another --output_dir")
         return load_memory(pipeline, str(folder))
     labels = balanced_labels(options.search_count, pipeline.transformer.config.null_class)
@@ -114,7 +90,24 @@ def fitted_memory(
     made = fit_prediction(exits, record(pipeline, exits, seeds("fit", options.search_count), labels, **call))
     made.save_pretrained(folder)
     write_json(settings, wanted)
-    return made
+    return load_memory(pipeline, str(folder))
+
+
+def exits_by_kind(
+    pipeline: EarlyExitPipeline,
+    memory: MemoryExits,
+    tracking: TrackingExits | None = None,
+    fitted: MemoryExits | None = None,
+) -> dict[str, nn.Module | None]:
+    """Kind of candidate -> the exits it draws with; the oracle's are those it is asked about. Controls go by the kind they were made of."""
+    found = dict.fromkeys(("remembered", "budgeted", "searched", "periodic_cache", "oracle"), memory)
+    found |= {"deediff": pipeline.exits, "tracked": tracking, "searched noise": noise_memory(pipeline)}
+    return found | {"searched fitted": fitted, "periodic fitted": fitted}
+
+
+def base_of(kind: str) -> str:
+    """The kind of candidate that a kind of control was made of; of others their own."""
+    return kind.split(" of ")[-1]
 
 
 def drawer(
@@ -125,9 +118,8 @@ def drawer(
     fitted: MemoryExits | None = None,
 ) -> Draw:
     """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
-    trained, peers = pipeline.exits, dict[str, Peer]()
-    noise = noise_memory(pipeline)
-    oracle = OracleExits(memory, pipeline.transformer)
+    peers, oracle = dict[str, Peer](), OracleExits(memory, pipeline.transformer)
+    kinds = exits_by_kind(pipeline, memory, tracking, fitted) | {"oracle": oracle}
 
     def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
         call = {"num_inference_steps": candidate.steps, "guidance_scale": sampling.guidance_scale}
@@ -138,9 +130,7 @@ def drawer(
                     pipeline, candidate.budget, num_steps=candidate.steps, guidance_scale=sampling.guidance_scale
                 )
             return peers[candidate.name].generate(chosen, labels, **call)
-        kinds = {"deediff": trained, "oracle": oracle, "tracked": tracking, "searched noise": noise}
-        kinds |= {"searched fitted": fitted, "periodic fitted": fitted}
-        pipeline.exits = kinds.get(candidate.kind.split(" of ")[-1], memory)
+        pipeline.exits = kinds.get(base_of(candidate.kind))
         if candidate.kind != "oracle":
             return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
         null = pipeline.transformer.config.null_class
@@ -150,44 +140,6 @@ def drawer(
         return replace(drawn, seconds=(sum(drawn.seconds) - oracle.seconds,))
 
     return draw
-
-
-def kept(draw: Draw, folder: Path, settings: dict) -> Draw:
-    """The same, but what was drawn before under the same settings is read from `folder`: a long run goes on where it was stopped."""
-
-    def again(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
-        what = [settings, asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}]
-        name = hashlib.sha256(json.dumps([*what, chosen, labels, first], sort_keys=True).encode()).hexdigest()[:24]
-        path, trace = folder / f"{name}.safetensors", folder / f"{name}.trace.safetensors"
-        if path.exists():
-            stored = load_file(path)
-            seconds = tuple(stored["seconds"].tolist())
-            return Generated(stored["images"], Trace.load(trace) if trace.exists() else None, seconds)
-        drawn = draw(candidate, chosen, labels, first)
-        if drawn.trace is not None:
-            drawn.trace.save(trace)
-        save_file(
-            {"images": drawn.images.cpu(), "seconds": torch.tensor(drawn.seconds, dtype=torch.float64)}, beside(path)
-        )
-        beside(path).replace(path)
-        return drawn
-
-    folder.mkdir(parents=True, exist_ok=True)
-    return again
-
-
-def noted(folder: Path, what: list, make: Callable[[], object]) -> object:
-    """A plain value that is dear to make, by what it depends on: read from `folder` if it was made before."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]}.json"
-    if not path.exists():
-        write_text(path, json.dumps(make()))
-    return json.loads(path.read_text())
-
-
-def beside(path: Path) -> Path:
-    """Where a file is written before it is moved to its place."""
-    return path.with_suffix(".tmp")
 
 
 def gains_of(

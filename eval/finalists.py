@@ -17,12 +17,14 @@ from pathlib import Path
 
 import torch
 from clock import candidate_of
-from contenders import beside, drawer, load_memory
+from contenders import classes_of, drawer, load_memory
+from keeping import beside
 from options import DTYPES, SamplingOptions, command, flag, load, parse
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from tradeoff import Candidate, Draw, cifar_reference
+from tradeoff import cifar_reference
+from turns import Candidate, Draw
 
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
@@ -150,6 +152,7 @@ def main() -> None:
     )
     finalists, sampling = finalists_of(report["rows"], options.names), sampling_of(report, options)
     settings, pipeline = report["settings"], load(sampling)
+    num_classes = classes_of(pipeline)
     memory = load_memory(pipeline, settings["memory"])
     tracking = settings["tracking"] and TrackingExits.from_pretrained(settings["tracking"]).to(
         pipeline.transformer.device
@@ -160,9 +163,7 @@ def main() -> None:
     draw, network = drawer(pipeline, sampling, memory, tracking, fitted), resnet20_features(options.data)
     reference = cifar_reference(network, data=options.data, count=options.reference_count, cache_dir=options.cache_dir)
     chosen = seeds("test", options.count, first=settings["count"])
-    labels = balanced_labels(
-        options.count, pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
-    )
+    labels = balanced_labels(options.count, num_classes)
     known = asdict(sampling) | {"output_dir": None, "report": settings["count"], "memory": settings["memory"]}
     rows, full = [], None
     for candidate in finalists:

@@ -5,40 +5,44 @@ python eval/frontier.py --output_dir runs/frontier --count 128
 Candidates: fewer steps; a cache of fixed period (memory without uncertainty); schedules found by search (`searched`); answers from memory
 per image (memory with uncertainty), bounded step by step (`remembered`) or by what adds up (`budgeted`), or with deeper exits too
 (`tracked`), and for each of those a static schedule and random exits made of its own trace; an oracle that knows the true error of each
-step (its shadow of the full model is not counted); DeeDiff (uncertainty without memory); diffusers' caches. They take turns batch by
-batch; a time is the median over batches of (candidate / full model). Where other work disturbs the clock, `eval/clock.py` measures the
-times anew. What was drawn is kept in drawn/: a run that was stopped goes on when started again.
-Writes frontier.json, frontier.md and frontier.png.
+step (its shadow of the full model is not counted); DeeDiff (uncertainty without memory); diffusers' caches. Images and traces are kept in
+drawn/: a run that was stopped goes on when started again. Times are not kept: at the end all candidates draw --clock_images images in
+turns with the full model, each warm, and a time is the median over batches of (candidate / full model). Where other work disturbs this
+clock, `eval/clock.py` measures the times anew. Writes frontier.json, frontier.md and frontier.png.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from contenders import (
     DECIDE,
     OURS,
-    FrontierOptions,
+    base_of,
     candidates_of,
+    classes_of,
     controls,
     drawer,
+    exits_by_kind,
     fitted_memory,
     gains_of,
-    kept,
     load_memory,
-    noise_memory,
-    noted,
     schedules_of,
     searched_candidates,
 )
+from frontier_options import FrontierOptions
+from keeping import contents, kept, noted
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, load, parse, results_folder
-from tradeoff import Candidate, in_turns, judge_of, row
+from torch import nn
+from tradeoff import judge_of, quality
+from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.diffusion.gains import influence
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
@@ -97,54 +101,75 @@ def finished(folder: Path, report: dict) -> None:
     print((folder / "frontier.md").read_text())
 
 
+def candidates(
+    pipeline: EarlyExitPipeline,
+    sampling: SamplingOptions,
+    options: FrontierOptions,
+    kinds: dict[str, nn.Module | None],
+    *,
+    store: Path,
+    known: dict,
+) -> tuple[list[Candidate], tuple[float, ...] | None]:
+    """All that need no trace, and the gains if they were measured. What is dear to find is noted in `store`. kinds: of `exits_by_kind`."""
+    memory, steps, layers = (
+        kinds["searched"],
+        sampling.num_inference_steps,
+        len(pipeline.transformer.transformer_blocks),
+    )
+    sensitivity, gains = step_sensitivity(memory, pipeline.scheduler, steps), None
+    if options.budgets or options.shares or options.noise_shares or options.fitted_shares:
+        what = [known, contents(pipeline, memory), "gains", options.gain_images, options.gain_every]
+        gains = tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
+    weights = influence(sensitivity, gains or (1.0,) * steps, power=options.power)
+    depths = kinds["tracked"].depths if kinds["tracked"] else (0,)
+    found = candidates_of(options, sensitivity, weights, depths)
+    weights = influence(sensitivity, gains or (1.0,) * steps, power=options.search_power)
+    asked = {
+        "searched": options.shares,
+        "searched noise": options.noise_shares,
+        "searched fitted": options.fitted_shares,
+    }
+    for kind, shares in asked.items():
+        if shares:
+            own = kinds[kind]
+            what = [known, contents(pipeline, own), kind, shares, options.search_count, list(weights)]
+            make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
+            found += searched_candidates(noted(store, what, make), kind, num_steps=steps, num_layers=layers)
+    return found, gains
+
+
 def main() -> None:
     sampling, options = parse(SamplingOptions, FrontierOptions, description=__doc__)
+    options.check_sampling(sampling)
+    images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
-    num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
+    num_classes = classes_of(pipeline)
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 
     memory = load_memory(pipeline, options.memory)
     tracking = options.tracking and TrackingExits.from_pretrained(options.tracking).to(pipeline.transformer.device)
-    steps, layers = sampling.num_inference_steps, len(pipeline.transformer.transformer_blocks)
-    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
-    store, gains = folder / "drawn", (1.0,) * steps
-    known = {
-        "sampling": asdict(sampling) | {"output_dir": None},
-        "memory": options.memory,
-        "tracking": options.tracking,
-    }
-    asked = bool(options.budgets or options.shares or options.noise_shares or options.fitted_shares)
     fitted = fitted_memory(pipeline, sampling, options, folder / "fitted") if options.fitted_shares else None
-    if asked:
-        what = [known, "gains", options.gain_images, options.gain_every]
-        gains = tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
-    weights = influence(sensitivity, gains, power=options.power)
-    first = candidates_of(options, sensitivity, weights, tracking.depths if tracking else (0,))
-    weights = influence(sensitivity, gains, power=options.search_power)
-    remembering = {
-        "searched": (options.shares, memory),
-        "searched noise": (options.noise_shares, noise_memory(pipeline)),
-        "searched fitted": (options.fitted_shares, fitted),
-    }
-    for kind, (shares, own) in remembering.items():
-        what = [known, kind, shares, options.search_count, list(weights)]
-        make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
-        found = noted(store, what, make) if shares else {}
-        first += searched_candidates(found, kind, num_steps=steps, num_layers=layers)
-    draw = kept(drawer(pipeline, sampling, memory, tracking, fitted), store, known)
+    kinds = exits_by_kind(pipeline, memory, tracking, fitted)
+    known = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
+    store = folder / "drawn"
+    first, gains = candidates(pipeline, sampling, options, kinds, store=store, known=known)
+    made_with = cache(lambda kind: contents(pipeline, kinds.get(base_of(kind))))
+    live = drawer(pipeline, sampling, memory, tracking, fitted)
+    draw = kept(live, store, known, lambda candidate: made_with(candidate.kind))
 
-    def rows_of(some: list[Candidate]) -> tuple[list[dict], dict]:
-        drawn = in_turns(some, draw, chosen, labels, batch=sampling.batch_size)
-        made = [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in some]
-        policies = [{"policy": c.policy and c.policy.to_dict()} for c in some]
-        return [facts | policy for facts, policy in zip(made, policies, strict=True)], drawn
-
-    rows, drawn = rows_of(first)
-    deciding = [c for c in first if c.kind in DECIDE and options.controls]
-    second = [other for c in deciding for other in controls(c, drawn[c.name].trace, seed=sampling.seed)]
-    rows += rows_of([first[0], *second])[0][1:] if second else []
-    settings = asdict(sampling) | asdict(options) | ({"gains": gains} if asked else {})
+    drawn = by_batch(first, draw, chosen, labels, batch=sampling.batch_size)
+    deciding = [one for one in first if one.kind in DECIDE and options.controls]
+    second = [other for one in deciding for other in controls(one, drawn[one.name].trace, seed=sampling.seed)]
+    drawn |= by_batch(second, draw, chosen, labels, batch=sampling.batch_size) if second else {}
+    times = clocked([*first, *second], live, images=images, batch=sampling.batch_size, num_classes=num_classes)
+    rows = [
+        quality(one, drawn[one.name], drawn["full"], judge=judge, labels=labels)
+        | times[one.name]
+        | {"policy": one.policy and one.policy.to_dict()}
+        for one in (*first, *second)
+    ]
+    settings = asdict(sampling) | asdict(options) | {"clock_images": images} | ({"gains": gains} if gains else {})
     finished(folder, {"command": command(), "settings": settings, "environment": environment(), "rows": rows})
 
 

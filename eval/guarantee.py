@@ -5,11 +5,12 @@ python eval/guarantee.py --output_dir runs/guarantee --count 400 --cap 0.02 --ri
 Every candidate draws every image of a pool once, live (`budgeted` answers from memory, the safest first). Then, many times: draw a few
 images to calibrate on, choose by learn-then-test, by conformal risk control, and naively (the boldest whose mean on those images keeps
 to the risk: the control that promises nothing); the true risk is the mean over the pool. Writes guarantee.json, guarantee.md
-and the losses.
+and losses.safetensors, which says what it was drawn under: with --losses another promise can be looked at on the same losses.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,25 +18,33 @@ from functools import partial
 
 import torch
 from options import SamplingOptions, flag, load, parse, results_folder
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.risk import certified, in_expectation
 from ee_diffusion.diffusion.certify import live_losses
+from ee_diffusion.diffusion.fingerprint import made_for_of
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.paired import relative_squared_error
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_tensors, write_text
 
+DRAWN_UNDER = "drawn_under"  # in the metadata of losses.safetensors, as JSON
+
 
 @dataclass(frozen=True)
 class GuaranteeOptions:
-    """The pool, the candidates, the promise."""
+    """The pool, the candidates, the promise.
+
+    Raises:
+        ValueError: numbers out of range, values that do not ascend.
+    """
 
     count: int = flag("Images of the pool.", 400)
     calibration_count: int = flag("Images of one calibration; the pool should be 20 times as large.", 20)
@@ -54,6 +63,20 @@ class GuaranteeOptions:
         "losses.safetensors of an earlier run with the same pool and candidates: nothing is drawn."
     )
     delta: float | None = flag("How often it may be missed.")
+
+    def __post_init__(self):
+        ascending = all(a < b for a, b in zip(self.values, self.values[1:], strict=False))
+        if not self.values or not ascending or not all(0 < value < math.inf for value in self.values):
+            raise ValueError(f"values={self.values}, expected positive numbers, ascending: the safest first")
+        for name, value in (*(("risks", risk) for risk in self.risks), ("delta", self.delta)):
+            if value is not None and not 0 < value < 1:
+                raise ValueError(f"{name}={value}, expected a number between 0 and 1")
+        if self.cap is not None and not 0 < self.cap < math.inf:
+            raise ValueError(f"cap={self.cap}, expected a positive number")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay={self.decay}, expected a number from 0 to 1")
+        if self.resamplings < 1:
+            raise ValueError(f"resamplings={self.resamplings}, expected at least 1")
 
 
 def calibrations(
@@ -95,10 +118,22 @@ def line(name: str, found: list[tuple[int | None, float]], costs: Tensor, *, ris
     }
 
 
-def drawn(sampling: SamplingOptions, options: GuaranteeOptions) -> tuple[Tensor, Tensor]:
-    """Losses (K, n) and costs (K,) of the candidates, live."""
+def prepared(sampling: SamplingOptions, options: GuaranteeOptions) -> EarlyExitPipeline:
+    """The pipeline with the exits that remember."""
     pipeline = load(sampling)
     pipeline.exits = MemoryExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
+    return pipeline
+
+
+def drawn_under(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: GuaranteeOptions) -> dict:
+    """All that losses depend on: pool, candidates, cap, and what the pipeline is and is asked for."""
+    call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
+    own = {name: getattr(options, name) for name in ("count", "values", "decay", "cap")}
+    return own | dict(made_for_of(pipeline, **call))
+
+
+def drawn(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: GuaranteeOptions) -> tuple[Tensor, Tensor]:
+    """Losses (K, n) and costs (K,) of the candidates, live."""
     sensitivity = step_sensitivity(pipeline.exits, pipeline.scheduler, sampling.num_inference_steps)
     live = live_losses(
         pipeline,
@@ -114,14 +149,20 @@ def drawn(sampling: SamplingOptions, options: GuaranteeOptions) -> tuple[Tensor,
     return live.losses, live.costs
 
 
-def read(options: GuaranteeOptions) -> tuple[Tensor, Tensor]:
-    """Losses and costs of an earlier run. Raises ValueError if they are of other numbers of candidates and images."""
-    found = load_file(options.losses)
-    if found["losses"].shape != (len(options.values), options.count):
-        raise ValueError(
-            f"losses are {tuple(found['losses'].shape)}, expected ({len(options.values)}, {options.count}): candidates and images"
-        )
-    return found["losses"], found["costs"]
+def read(path: str, wanted: dict) -> tuple[Tensor, Tensor]:
+    """Losses and costs of an earlier run. Raises ValueError if they were drawn under something else than `wanted`, or do not say."""
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get(DRAWN_UNDER)
+        if said is None:
+            raise ValueError(
+                f"{path} does not say what it was drawn under, expected a newer file: run once without --losses"
+            )
+        known = json.loads(said)
+        differ = [name for name in {**known, **wanted} if known.get(name) != wanted.get(name)]
+        if differ:
+            told = "; ".join(f"{name} {known.get(name)}, expected {wanted.get(name)}" for name in differ)
+            raise ValueError(f"{path} was drawn under {told}; or run without --losses")
+        return file.get_tensor("losses"), file.get_tensor("costs")
 
 
 def main() -> None:
@@ -132,8 +173,11 @@ def main() -> None:
             f"missing {missing}, calibration_count={options.calibration_count} of {options.count}: expected all, and fewer than the pool"
         )
     folder = results_folder(sampling)
-    losses, costs = drawn(sampling, options) if options.losses is None else read(options)
-    write_tensors(folder / "losses.safetensors", {"losses": losses, "costs": costs})
+    pipeline = prepared(sampling, options)
+    under = drawn_under(pipeline, sampling, options)
+    losses, costs = drawn(pipeline, sampling, options) if options.losses is None else read(options.losses, under)
+    tensors = {"losses": losses, "costs": costs}
+    write_tensors(folder / "losses.safetensors", tensors, {DRAWN_UNDER: json.dumps(under)})
     rows = [
         line(name, several, costs, risk=risk)
         for risk in options.risks

@@ -1,6 +1,7 @@
 """diffusers' own caches as contenders: FirstBlockCache, TaylorSeer, MagCache. They decide for whole batches.
 
-Each works on a copy of the transformer, so that the hooks of one disturb nobody. Not here: who takes part (contenders.py).
+Each works on a copy of the transformer, so that the hooks of one disturb nobody. What is not set here is as diffusers has it by default.
+Not here: who takes part (contenders.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from ee_diffusion.diffusion.uvit import UViTBlock
 from ee_diffusion.measure.splits import balanced_labels, seeds
 
 CONTEXT = "both branches"  # guidance comes in one batch: one state
-WARM_UP = 3  # full steps before the first prediction, diffusers' own default for TaylorSeer
 
 # The caches know blocks by a list that third parties add to (as for external models in diffusers' own documents of FirstBlockCache).
 TransformerBlockRegistry.register(
@@ -54,21 +54,27 @@ class Peer:
 
 
 def first_block_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
-    """FirstBlockCache: all blocks run where the first one's residual has changed by more than `value`, relative, over the whole batch."""
+    """FirstBlockCache: all blocks run where the first one's residual has changed by more than `value`, relative, over the whole batch.
+
+    Set: `threshold`, the only number it has.
+    """
     made = Peer(pipeline)
     apply_first_block_cache(made.pipeline.transformer, FirstBlockCacheConfig(threshold=value))
     return made
 
 
 def taylorseer(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
-    """TaylorSeer of order 1 on the model's output, every `value`-th step in full: in between no block runs."""
+    """TaylorSeer of order 1 on the model's output, every `value`-th step in full after three at the beginning: in between no block runs.
+
+    Set: `cache_interval`; which modules are predicted (the last) and which then do nothing (the blocks), as diffusers' lite mode has it
+    for models whose names it knows: its default predicts every attention and runs all else, which saves less time; and the factors' dtype,
+    the model's own: in bfloat16, the default, a float32 model's output would be rounded to 8 bits at predicted steps.
+    """
     made = Peer(pipeline)
     transformer = made.pipeline.transformer
     last = [name for name, _ in transformer.named_children()][-1]
     config = TaylorSeerCacheConfig(
         cache_interval=int(value),
-        disable_cache_before_step=WARM_UP,
-        max_order=1,
         taylor_factors_dtype=transformer.dtype,
         skip_predict_identifiers=[rf"{family_of(transformer).blocks}\.\d+"],
         cache_identifiers=[last],
@@ -78,8 +84,12 @@ def taylorseer(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, gui
 
 
 def mag_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
-    """MagCache with accumulated error `value`; its ratios are measured first, by its own calibration on fitting seeds."""
-    config = {"num_inference_steps": num_steps, "max_skip_steps": num_steps, "retention_ratio": WARM_UP / num_steps}
+    """MagCache with accumulated error `value`; its ratios are measured first, by its own calibration on eight fitting seeds.
+
+    Set: `threshold`, `num_inference_steps`, `mag_ratios`. By default it runs the first fifth of the steps in full and then skips at most
+    three in a row.
+    """
+    config = {"num_inference_steps": num_steps}
     measured = Peer(pipeline)
     apply_mag_cache(measured.pipeline.transformer, MagCacheConfig(calibrate=True, **config))
     call = {"batch_size": 8, "num_inference_steps": num_steps, "guidance_scale": guidance_scale}

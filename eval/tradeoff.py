@@ -4,7 +4,7 @@ python eval/tradeoff.py --output_dir runs/tradeoff --count 256
 
 For each budget a threshold is found by replay on calibration seeds. Then every policy, and for each its controls (fewer steps at the
 same measured time, a static schedule with its mean depth per step, random exits with its per-step and with its overall histogram),
-draw the same test seeds. Candidates take turns batch by batch, and a time is the median over batches of (candidate / full model).
+draw the same test seeds. Candidates take turns batch by batch, each warm; a time is the median over batches of (candidate / full model).
 With `--released folder` (exits of variant "released" for the same transformer) DeeDiff as its authors coded it runs beside it: at the
 threshold they name, and at the budgets. Its branches exit on their own, so that of its controls those two run that know no image.
 Writes tradeoff.json, tradeoff.md and tradeoff.png: the policies as soon as they are measured, at the end with their controls.
@@ -17,18 +17,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, flag, load, parse, results_folder
-from tqdm.auto import tqdm
+from turns import Candidate, Draw, in_turns, measured
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, controls_of, generate, joined
+from ee_diffusion.diffusion.generation import Generated, controls_of, generate
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -65,21 +64,6 @@ class TradeoffOptions:
     )
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """One way to draw the images: a policy at a number of steps, with exits (None: not needed)."""
-
-    name: str
-    kind: str
-    budget: float | None
-    policy: Policy | None
-    steps: int
-    exits: DenoisingExits | None = None
-
-
-Draw = Callable[[Candidate, list[int], list[int], int], Generated]
-
-
 def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
     def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
         pipeline.exits = candidate.exits
@@ -97,36 +81,17 @@ def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
     return draw
 
 
-def in_turns(
-    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: list[int], *, batch: int
-) -> dict[str, Generated]:
-    """All candidates over all seeds, batch by batch, beginning with another one each time, so that drift is shared."""
-    draw(candidates[0], chosen[:batch], labels[:batch], 0)  # warm-up
-    parts: dict[str, list[Generated]] = {candidate.name: [] for candidate in candidates}
-    with tqdm(total=len(candidates) * -(-len(chosen) // batch), desc="batches", mininterval=10) as progress:
-        for turn, start in enumerate(range(0, len(chosen), batch)):
-            shift = turn % len(candidates)
-            for candidate in candidates[shift:] + candidates[:shift]:
-                part = draw(candidate, chosen[start : start + batch], labels[start : start + batch], start)
-                parts[candidate.name].append(part)
-                progress.update()
-    return {name: joined(several) for name, several in parts.items()}
+def quality(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: list[int]) -> dict:
+    """One line of the table without its times: what was executed, and how the images are beside the full model's."""
+    facts = {"name": candidate.name, "kind": candidate.kind, "budget": candidate.budget, "steps": candidate.steps}
+    if drawn.trace is not None:
+        facts |= {"report": asdict(drawn.trace.report())}
+    return facts | judge(drawn.images, full.images, torch.tensor(labels))
 
 
 def row(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: list[int]) -> dict:
     """One line of the table: cost and quality of a candidate against the full model of the same phase."""
-    time = median(a / b for a, b in zip(drawn.seconds, full.seconds, strict=True))
-    facts = {
-        "name": candidate.name,
-        "kind": candidate.kind,
-        "budget": candidate.budget,
-        "steps": candidate.steps,
-        "time": time,
-    }
-    facts["seconds"] = sum(drawn.seconds)
-    if drawn.trace is not None:
-        facts |= {"report": asdict(drawn.trace.report())}
-    return facts | judge(drawn.images, full.images, torch.tensor(labels))
+    return quality(candidate, drawn, full, judge=judge, labels=labels) | measured(drawn, full)
 
 
 Rule = Callable[[float], Policy]  # from a certainty threshold

@@ -1,4 +1,4 @@
-"""The ablation, the frontier that goes on where it was stopped, its clock measured anew and its finalists' FD, at tiny size."""
+"""The ablation, and the FD of a frontier's finalists, at tiny size."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from ee_diffusion.measure.splits import balanced_labels, seeds
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import ablation
-import clock
 import contenders
 import finalists
 import frontier
@@ -67,29 +66,6 @@ def test_every_line_of_the_ablation(folder: Path, tmp_path: Path, monkeypatch: p
     whole = rows["both, whole batch"]["report"]
     assert set(whole["spread_per_step"]) == {0}  # within each batch all images do the same, and so here between two
     assert whole["mean_executed"] >= rows["both, per image"]["report"]["mean_executed"]
-
-
-def test_a_stopped_frontier_goes_on_and_its_clock_can_be_measured_anew(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--periods", 2]
-    words += ["--num_inference_steps", STEPS, "--shares", 0.5, "--search_count", 2, "--gain_images", 2]
-    words += ["--fractions", 0.5, "--tracking", folder / "learned", "--tracked", 0.05, "--oracles", 0.05]
-    call(monkeypatch, frontier, *words)
-    first = json.loads((tmp_path / "frontier.json").read_text())
-    monkeypatch.setattr(contenders, "generate", None)  # nothing is left to draw
-    monkeypatch.setattr(contenders, "step_gains", None)
-    call(monkeypatch, frontier, *words)
-    again = json.loads((tmp_path / "frontier.json").read_text())
-    assert again["rows"] == first["rows"]
-    monkeypatch.undo()
-    call(monkeypatch, clock, "--report", tmp_path / "frontier.json", "--images", 2)
-    anew = json.loads((tmp_path / "frontier.json").read_text())
-    assert anew["clock"]["images"] == 2
-    before, after = ({row["name"]: row for row in report["rows"]} for report in (first, anew))
-    assert {name: row["psnr"] for name, row in after.items()} == {name: row["psnr"] for name, row in before.items()}
-    assert after["searched 4 full"]["time"] != before["searched 4 full"]["time"]
-    assert after["full"]["time"] == 1
 
 
 class Corners(torch.nn.Module):

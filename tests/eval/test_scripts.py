@@ -204,42 +204,6 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_guarantee_and_results(model, tmp_path, monkeypatch, capsys):
-    pipeline = EarlyExitPipeline.from_pretrained(model)
-    MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler).save_pretrained(tmp_path / "memory")
-    words = [
-        "--model",
-        model,
-        "--memory",
-        tmp_path / "memory",
-        "--output_dir",
-        tmp_path,
-        "--count",
-        40,
-        "--batch_size",
-        20,
-    ]
-    words += ["--calibration_count", 10, "--resamplings", 50, "--num_inference_steps", 8, "--values", 0.001, 0.02, 0.5]
-    call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risks", 0.4, "--delta", 0.2)
-    report = json.loads((tmp_path / "guarantee.json").read_text())
-    rows = {row["rule"]: row for row in report["rows"]}
-    assert rows["learn then test"]["missed"] <= report["allowed"]
-    assert rows["conformal risk control"]["mean true risk"] <= 0.4
-    assert rows["naive mean"]["none certified"] <= rows["learn then test"]["none certified"]
-    costs = [row["share of blocks"] for row in report["candidates"]]
-    assert costs == sorted(costs, reverse=True)
-    losses = tmp_path / "losses.safetensors"
-    assert load_file(losses)["losses"].shape == (3, 40)
-    call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risks", 0.4, 0.6, "--delta", 0.2, "--losses", losses)
-    again = json.loads((tmp_path / "guarantee.json").read_text())["rows"]
-    assert again[:3] == report["rows"]
-    assert [row["risk"] for row in again] == [0.4] * 3 + [0.6] * 3
-    call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
-    assert "conformal risk control" in (tmp_path / "RESULTS.md").read_text()
-    with pytest.raises(ValueError, match=r"missing .'delta'.*expected all"):
-        call(monkeypatch, guarantee, *words, "--cap", 0.001, "--risks", 0.4)
-
-
 def test_speed(model, tmp_path, monkeypatch, capsys):
     words = [
         "--model",

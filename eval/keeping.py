@@ -1,0 +1,84 @@
+"""What was drawn or is dear to make, kept in files by what it depends on: a run that was stopped goes on where it was.
+
+Here: files and their names. Not here: drawing (contenders.py), times, which are never kept (turns.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import ConfigMixin
+from safetensors.torch import load_file, save_file
+from torch import nn
+from turns import Candidate, Draw
+
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.fingerprint import fingerprint
+from ee_diffusion.diffusion.generation import Generated
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.tables import write_text
+
+
+def contents(pipeline: EarlyExitPipeline, exits: nn.Module | None) -> dict:
+    """What images depend on beside their settings: weights and configs (not the folders they came from), versions, the type of device."""
+    scheduler = pipeline.scheduler
+    return {
+        "transformer": [fingerprint(pipeline.transformer), _config(pipeline.transformer)],
+        "exits": None if exits is None else [type(exits).__name__, fingerprint(exits), _config(exits)],
+        "scheduler": [type(scheduler).__name__, _config(scheduler)],
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
+        "device": pipeline.transformer.device.type,
+    }
+
+
+def kept(draw: Draw, folder: Path, settings: dict, made_with: Callable[[Candidate], dict]) -> Draw:
+    """The same, but images and traces that were drawn before are read from `folder`: `seconds` are none, for a time is of its own run.
+
+    settings: of the sampling. made_with: the `contents` that a candidate draws with.
+    """
+
+    def again(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
+        own = asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}
+        name = _name([settings, made_with(candidate), own, chosen, labels, first])
+        path, trace = folder / f"{name}.safetensors", folder / f"{name}.trace.safetensors"
+        if path.exists():
+            return Generated(load_file(path)["images"], Trace.load(trace) if trace.exists() else None, ())
+        drawn = draw(candidate, chosen, labels, first)
+        if drawn.trace is not None:
+            drawn.trace.save(trace)
+        save_file({"images": drawn.images.cpu()}, beside(path))
+        beside(path).replace(path)
+        return Generated(drawn.images.cpu(), drawn.trace, ())
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return again
+
+
+def noted(folder: Path, what: list, make: Callable[[], object]) -> object:
+    """A plain value that is dear to make, by what it depends on: read from `folder` if it was made before."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{_name(what)}.json"
+    if not path.exists():
+        write_text(path, json.dumps(make()))
+    return json.loads(path.read_text())
+
+
+def beside(path: Path) -> Path:
+    """Where a file is written before it is moved to its place."""
+    return path.with_suffix(".tmp")
+
+
+def _name(what: list) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+def _config(module: object) -> dict:
+    """Settings that are no weights, without versions and folders (`_...`)."""
+    config = module.config if isinstance(module, ConfigMixin) else {}
+    return {name: value for name, value in config.items() if not name.startswith("_")}

@@ -1,0 +1,93 @@
+"""Candidates, and how they take turns so that the machine's drift is shared: what each draws, and how long it takes beside the full model.
+
+Here: turns and times. Not here: who takes part (contenders.py), what is kept of what was drawn (keeping.py).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+from tqdm.auto import tqdm
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.generation import Generated, joined
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.measure.splits import balanced_labels, seeds
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to draw the images: a policy at a number of steps, with exits (None: not needed)."""
+
+    name: str
+    kind: str
+    budget: float | None
+    policy: Policy | None
+    steps: int
+    exits: DenoisingExits | None = None
+
+
+Draw = Callable[[Candidate, list[int], list[int], int], Generated]
+
+
+def by_batch(
+    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: list[int], *, batch: int
+) -> dict[str, Generated]:
+    """Name -> what it draws: all candidates over all seeds, batch by batch, each time beginning with the next one.
+
+    Raises:
+        ValueError: a name that two candidates have.
+    """
+    twice = [name for name, count in Counter(one.name for one in candidates).items() if count > 1]
+    if twice:
+        raise ValueError(f"several candidates are called {twice}, expected a name for each")
+    parts: dict[str, list[Generated]] = {candidate.name: [] for candidate in candidates}
+    with tqdm(total=len(candidates) * -(-len(chosen) // batch), desc="batches", mininterval=10) as progress:
+        for turn, start in enumerate(range(0, len(chosen), batch)):
+            shift = turn % len(candidates)
+            for candidate in candidates[shift:] + candidates[:shift]:
+                part = draw(candidate, chosen[start : start + batch], labels[start : start + batch], start)
+                parts[candidate.name].append(part)
+                progress.update()
+    return {name: joined(several) for name, several in parts.items()}
+
+
+def in_turns(
+    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: list[int], *, batch: int
+) -> dict[str, Generated]:
+    """`by_batch` with times that count: every candidate first draws the first batch once, which is discarded."""
+    for candidate in candidates:
+        draw(candidate, chosen[:batch], labels[:batch], 0)
+    return by_batch(candidates, draw, chosen, labels, batch=batch)
+
+
+def measured(drawn: Generated, full: Generated) -> dict[str, float]:
+    """`time`: the median over batches of (candidate / full model); `seconds` of all its batches. Both drew in the same turns."""
+    ratios = [own / whole for own, whole in zip(drawn.seconds, full.seconds, strict=True)]
+    return {"time": median(ratios), "seconds": sum(drawn.seconds)}
+
+
+def clocked(
+    candidates: list[Candidate], draw: Draw, *, images: int, batch: int, num_classes: int
+) -> dict[str, dict[str, float]]:
+    """Name -> what `measured` says of it on the first test images. `draw` must draw anew; "full" is among the candidates."""
+    drawn = in_turns(candidates, draw, seeds("test", images), balanced_labels(images, num_classes), batch=batch)
+    return {name: measured(one, drawn["full"]) for name, one in drawn.items()}
+
+
+def clock_images_of(asked: int | None, *, count: int, batch: int) -> int:
+    """How many of `count` test images the clock looks at: whole batches, two if there are as many and nothing else is asked for.
+
+    Raises:
+        ValueError: a number of images that is not made of whole batches, or is none or more than there are.
+    """
+    size = min(batch, count)
+    if size < 1:
+        raise ValueError(f"{count} images in batches of {batch}, expected at least 1 of both")
+    images = size * min(2, count // size) if asked is None else asked
+    if not 1 <= images <= count or images % size:
+        raise ValueError(f"{images} images for the clock of {count}, expected whole batches of {size}")
+    return images

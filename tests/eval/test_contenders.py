@@ -1,0 +1,129 @@
+"""What each contender draws with, and on which seeds it was fitted: never on those it is tested on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from factories import pipeline
+from tree import ROOT
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import DepthPerStep
+from ee_diffusion.diffusion.courses import record
+from ee_diffusion.diffusion.generation import Generated
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.measure.splits import SEEDS
+
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
+
+import contenders
+import peers
+from frontier_options import FrontierOptions
+from options import SamplingOptions
+from turns import Candidate
+
+STEPS = 6
+SAMPLING = SamplingOptions(num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
+OPTIONS = FrontierOptions(search_count=2, gain_images=2)
+POLICY = Policy(schedule=DepthPerStep((0,) * STEPS), exits=(0,))
+
+
+def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypatch: pytest.MonkeyPatch):
+    pipe, seen = pipeline(), []
+
+    def told(drawing, chosen, labels, **call) -> Generated:
+        seen.append(drawing.exits)
+        return Generated(torch.zeros(len(chosen), 3, 16, 16), None, (1.0,))
+
+    monkeypatch.setattr(contenders, "generate", told)
+    trained, memory, fitted = pipe.exits, contenders.load_memory(pipe, None), contenders.noise_memory(pipe)
+    tracking = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1, 2))
+    draw = contenders.drawer(pipe, SAMPLING, memory, tracking, fitted)
+    expected = {
+        "deediff": trained,
+        "remembered": memory,
+        "budgeted": memory,
+        "periodic_cache": memory,
+        "searched": memory,
+        "searched fitted": fitted,
+        "periodic fitted": fitted,
+        "tracked": tracking,
+        "static of tracked": tracking,
+        "random_per_step of tracked": tracking,
+        "random_overall of tracked": tracking,
+        "static of budgeted": memory,
+    }
+    for kind, exits in expected.items():
+        draw(Candidate(kind, kind, None, POLICY, STEPS), [1, 2], [0, 1], 0)
+        assert seen[-1] is exits, kind
+    draw(Candidate("noise", "searched noise", None, POLICY, STEPS), [1, 2], [0, 1], 0)
+    assert seen[-1].config.terms == "noise"
+    assert seen[-1] is not fitted
+
+
+def test_an_oracles_seconds_are_without_its_shadows(monkeypatch: pytest.MonkeyPatch):
+    pipe = pipeline()
+
+    def told(drawing, chosen, labels, **call) -> Generated:
+        assert drawing.exits.seconds == 0
+        drawing.exits.seconds += 3.0
+        return Generated(torch.zeros(len(chosen), 3, 16, 16), None, (5.0,))
+
+    monkeypatch.setattr(contenders, "generate", told)
+    draw = contenders.drawer(pipe, SAMPLING, contenders.load_memory(pipe, None))
+    oracle = Candidate("oracle 1", "oracle", 1.0, POLICY, STEPS)
+    assert [draw(oracle, [1, 2], [0, 1], 0).seconds for _ in range(2)] == [(2.0,), (2.0,)]
+
+
+def noted_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The seeds of the courses that are recorded from now on."""
+    seen: list[int] = []
+
+    def noting(pipe, exits, seeds, labels, **call):
+        seen.extend(seeds)
+        return record(pipe, exits, seeds, labels, **call)
+
+    monkeypatch.setattr(contenders, "record", noting)
+    return seen
+
+
+def test_schedules_are_searched_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
+    pipe, seen = pipeline(), noted_seeds(monkeypatch)
+    memory = contenders.load_memory(pipe, None)
+    found = contenders.schedules_of(pipe, memory, SAMPLING, OPTIONS, (1.0,) * STEPS, [0.5])
+    assert [len(full) for full in found.values()] == [3]
+    assert len(seen) == 2
+    assert all(seed in SEEDS["fit"] for seed in seen)
+
+
+def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, seen = pipeline(), noted_seeds(monkeypatch)
+    made = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
+    assert isinstance(made, MemoryExits)
+    assert len(seen) == 2
+    assert all(seed in SEEDS["fit"] for seed in seen)
+    again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
+    assert len(seen) == 2, "fitted once"
+    assert all(torch.equal(one, other) for one, other in zip(again.parameters(), made.parameters(), strict=True))
+
+
+def test_gains_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
+    pipe, seen = pipeline(), []
+    monkeypatch.setattr(contenders, "step_gains", lambda *_, generator, **__: seen.append(generator.initial_seed()))
+    contenders.gains_of(pipe, contenders.load_memory(pipe, None), SAMPLING, OPTIONS)
+    assert len(seen) == 1
+    assert seen[0] in SEEDS["fit"]
+
+
+def test_mag_caches_ratios_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
+    seen, generate = [], peers.Peer.generate
+    monkeypatch.setattr(
+        peers.Peer, "generate", lambda own, chosen, *a, **b: seen.extend(chosen) or generate(own, chosen, *a, **b)
+    )
+    peers.PEERS["mag"](pipeline(), 0.1, num_steps=STEPS, guidance_scale=2.0)
+    assert len(seen) == 8
+    assert all(seed in SEEDS["fit"] for seed in seen)
