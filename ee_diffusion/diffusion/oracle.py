@@ -60,10 +60,10 @@ class OracleExits:
         if self.labels is None or len(self.labels) != len(sample):
             came = None if self.labels is None else len(self.labels)
             raise ValueError(f"{came} labels for {len(sample)} rows, expected one each: set `labels` before a run")
-        begun = _now(sample.device)
+        begun = seconds_on(sample.device)
         output = self._model(sample, timestep, self.labels).sample
         true = self._memory.clean_of(sample, output, timestep)
-        self.seconds += _now(sample.device) - begun
+        self.seconds += seconds_on(sample.device) - begun
         return self.exits.recall(memory, sample, timestep) | {"asked": sample, "true": true}
 
     def remember(self, memory: Any, rows: Tensor, **facts: Any) -> Any:
@@ -87,7 +87,7 @@ class OracleExits:
         return torch.where(unknown, 0.0, 1 - error.clamp(max=1.0)).where(~said.isnan(), torch.nan)
 
 
-def _now(device: torch.device) -> float:
+def seconds_on(device: torch.device) -> float:
     """Seconds on the clock, once the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
