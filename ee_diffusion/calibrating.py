@@ -14,7 +14,7 @@ from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.certify import Live, live_losses, marked
-from ee_diffusion.diffusion.courses import fit_prediction, record
+from ee_diffusion.diffusion.courses import check_distinct_times, fit_prediction, record
 from ee_diffusion.diffusion.gains import influence, step_gains
 from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -84,6 +84,8 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     if options.kind == "deediff":
         return deediff
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
+    if options.kind == "searched":
+        check_distinct_times(scheduler, steps)
     pipeline.exits = _memory(pipeline, options).to(transformer.device)
     if options.fit_memory is not None and pipeline.exits.config.learned_trust:
         raise ValueError(f"--fit_memory with {options.memory}, whose learned trust it would replace: expected others")

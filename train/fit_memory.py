@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
@@ -45,6 +46,28 @@ def flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for flags out of range or that contradict each other."""
+    least = {"length": 1, "count": 1, "iterations": 1, "num_inference_steps": options.length + 2}
+    for name, low in least.items():
+        if getattr(options, name) < low:
+            why = f": memory of {options.length} is first put to the test at step {low}" if low > 1 else ""
+            raise ValueError(f"--{name} {getattr(options, name)}, expected at least {low}{why}")
+    if not 0 <= options.skip < 1 or not math.isfinite(options.guidance_scale):
+        raise ValueError(
+            f"--skip {options.skip} --guidance_scale {options.guidance_scale}, expected a probability below 1 and a finite number"
+        )
+    if options.linear_prediction and options.learn_trust:
+        raise ValueError(
+            "--linear_prediction beside --learn_trust, expected one of them: both say how memory is weighed"
+        )
+    if options.learn_trust and (options.length != 2 or options.terms != "clean"):
+        raise ValueError(
+            f"--learn_trust with --length {options.length} --terms {options.terms}, expected 2 and clean: it is the trust in the line "
+            "through two clean images"
+        )
+
+
 def course_of(
     pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int]
 ) -> Course:
@@ -67,11 +90,8 @@ def figures(exits: MemoryExits, seen: Walk) -> dict[str, float | int | None]:
 
 def main() -> None:
     options = flags()
+    check(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.linear_prediction and options.learn_trust:
-        raise ValueError(
-            "--linear_prediction beside --learn_trust, expected one of them: both say how memory is weighed"
-        )
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     if pipeline.transformer.config.null_class is None:
         raise ValueError("this script walks under guidance: expected a transformer with a null class")

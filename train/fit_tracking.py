@@ -10,6 +10,7 @@ report.json: per part of the run and per exit the error of its clean image over 
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.diffusion.gauging import STATES
+from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import VARIANTS, TrackingExits
@@ -27,6 +29,7 @@ from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 PARTS = 5  # of the run, for the table
+FIRST = 3  # steps until memory was put to the test: two fill it, the third tests it
 
 
 def flags() -> argparse.Namespace:
@@ -46,6 +49,25 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=2000, help="Optimiser steps of the corrections.")
     parser.add_argument("--train_batch_size", type=int, default=32, help="Moments of a step.")
     return parser.parse_args()
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raises ValueError for flags out of range, or more moments in a batch than the walk has."""
+    least = {"count": 1, "test_count": 1, "walk_batch_size": 1, "iterations": 1, "train_batch_size": 1}
+    for name, low in (least | {"num_inference_steps": FIRST + 1}).items():
+        if getattr(options, name) < low:
+            why = f": memory is first put to the test at step {low}" if low > 1 else ""
+            raise ValueError(f"--{name} {getattr(options, name)}, expected at least {low}{why}")
+    if not 0 <= options.skip < 1 or not math.isfinite(options.guidance_scale):
+        raise ValueError(
+            f"--skip {options.skip} --guidance_scale {options.guidance_scale}, expected a probability below 1 and a finite number"
+        )
+    rows = options.count * (2 if is_guided(options.guidance_scale) else 1)
+    moments = rows * (options.num_inference_steps - FIRST)
+    if options.variant == "learned" and options.train_batch_size > moments:
+        raise ValueError(
+            f"--train_batch_size {options.train_batch_size}, expected at most the {moments} moments of the walk"
+        )
 
 
 def walked(pipeline: EarlyExitPipeline, exits: TrackingExits, options: argparse.Namespace, purpose: str) -> Moments:
@@ -77,6 +99,7 @@ def table(exits: TrackingExits, seen: Moments, num_steps: int) -> list[dict]:
 
 def main() -> None:
     options = flags()
+    check(options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     beside = options.memory or (None if options.model else checkpoint() / "memory")

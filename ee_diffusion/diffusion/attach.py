@@ -17,7 +17,7 @@ from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
-from ee_diffusion.diffusion.kinds import DenoiserHeads
+from ee_diffusion.diffusion.kinds import DenoiserHeads, ScheduledHeads
 from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
 from ee_diffusion.diffusion.runs import Runs
@@ -48,9 +48,9 @@ def attach(
             those of its parallel config, if diffusers split it. Ranks that each generate images of their own need none.
 
     Raises:
-        ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width), a diffusers
-            cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and `num_steps`, exits that
-            cannot run on a part of the tokens, arguments of another kind.
+        ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width) or noise
+            schedule, a diffusers cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and
+            `num_steps`, exits that cannot run on a part of the tokens, arguments of another kind.
     """
     wrapper = _held(target)
     transformer = unwrapped(wrapper)
@@ -71,6 +71,8 @@ def attach(
             f"heads with an exit at depth {heads.depths[-1]}, the model has {num_layers} blocks: heads of another model?"
         )
     heads.check_fits(transformer)
+    if pipeline is not None and isinstance(heads, ScheduledHeads):
+        heads.check_scheduler(pipeline.scheduler)
     require_attachable(transformer, family)
     compiled = wrapper is not transformer or any(
         one._compiled_call_impl is not None for one in (transformer, *blocks_of(transformer))

@@ -44,17 +44,26 @@ def live_losses(
     the pipeline.
 
     Raises:
-        ValueError: no policies; losses outside [0, 1]; as `generate`.
+        ValueError: no policies, or one that is off (the full model runs anyway); losses outside [0, 1] or not one an image; as
+            `generate`.
     """
     if not policies:
         raise ValueError("no policies, expected at least one candidate")
+    off = [place for place, policy in enumerate(policies) if policy is None or policy.is_off]
+    if off:
+        raise ValueError(
+            f"the policies at {off} are off, expected candidates with exits: the full model is run beside them"
+        )
     full, losses, costs = None, [], []
     for policy in progress([None, *policies]):
         drawn = generate(pipeline, seeds, class_labels, batch_size=batch_size, exit_policy=policy, **call)
         if full is None:
             full = drawn.images
             continue
-        losses.append(loss(drawn.images, full))
+        own = loss(drawn.images, full)
+        if own.shape != (len(seeds),):
+            raise ValueError(f"losses {tuple(own.shape)}, expected one for each of {len(seeds)} images")
+        losses.append(own)
         costs.append(drawn.trace.report().fraction_executed)
     found = torch.stack(losses)
     if not bool(((found >= 0) & (found <= 1)).all()):

@@ -1,10 +1,12 @@
 """Courses: what the full model says of the clean image at every step of a run, and how far the line through two of them is to be trusted.
 
-Here: recording courses, fitting the trust. Not here: which steps then run (search.py). B images, R rows (2B, conditional first), S steps.
+Here: recording courses, fitting the trust. Not here: which steps then run (search.py). B images, S steps, R rows (2B, conditional
+first; B without guidance).
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.solver import accepted
 
 LONGEST = 9  # steps between two full steps, at most, that anything is fitted to or searched for
@@ -47,6 +50,28 @@ class Asked:
     output: Tensor
 
 
+def check_run(
+    pipeline: EarlyExitPipeline, class_labels: Sequence[int], *, num_inference_steps: int, guidance_scale: float
+) -> None:
+    """Raises ValueError for numbers, or labels (B,), with which no run of this model begins; guidance needs a null class."""
+    check_numbers(guidance_scale, num_inference_steps=num_inference_steps)
+    pipeline.check_labels(class_labels)
+    if is_guided(guidance_scale) and pipeline.transformer.config.null_class is None:
+        raise ValueError(f"guidance_scale={guidance_scale} of a model with null_class=None, expected one that has it")
+
+
+def check_distinct_times(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Raises ValueError for a solver that asks more than once at a time: a course has one answer for every step."""
+    walked = copy.deepcopy(scheduler)
+    walked.set_timesteps(num_inference_steps)
+    times = walked.timesteps.tolist()
+    if len(set(times)) < len(times):
+        raise ValueError(
+            f"{type(scheduler).__name__} asks the model {len(times)} times in {num_inference_steps} steps, at times that repeat; courses "
+            "and searched schedules need a solver with one question per step"
+        )
+
+
 @torch.no_grad()
 def full_steps(
     pipeline: EarlyExitPipeline,
@@ -56,33 +81,30 @@ def full_steps(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Generator[Asked, Tensor | None, None]:
-    """A run of the full model under guidance, step by step; image i begins from the noise of seed i, as `generate` has it. An output sent
-    to it (R, C, H, W) takes the place of the model's own in the solver's step.
+    """A run of the full model, step by step, as `generate` has it: the same inputs, and image i from the noise of seed i, in every step
+    of a solver that draws some. An output sent to it (R, C, H, W) takes the place of the model's own in the solver's step.
 
     Raises:
-        ValueError: another number of labels than of seeds, a model without a null class.
+        ValueError: another number of labels than of seeds; as `check_run`.
     """
-    transformer, scheduler, count = pipeline.transformer, pipeline.scheduler, len(class_labels)
-    null = transformer.config.null_class
-    if len(seeds) != count or not count or null is None:
-        raise ValueError(
-            f"{len(seeds)} seeds, {count} labels, null_class={null}: expected as many, at least one, and guidance"
-        )
-    device = transformer.device
+    if len(seeds) != len(class_labels):
+        raise ValueError(f"{len(seeds)} seeds, {len(class_labels)} labels, expected as many")
+    check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    device, call = transformer.device, {"guidance_scale": guidance_scale}
     scheduler.set_timesteps(num_inference_steps, device=device)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     size = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
     latents = torch.stack([torch.randn(size, generator=one) for one in generators]).to(device)
     latents = latents * scheduler.init_noise_sigma
-    labels = torch.tensor([*class_labels, *[null] * count], device=device)  # (R,)
+    labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
     noise = accepted(scheduler, generator=generators)
     for index, time in enumerate(scheduler.timesteps):
-        sample = scheduler.scale_model_input(torch.cat([latents, latents]), time)
+        sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
         output = transformer(sample, time.expand(len(sample)), labels).sample
         used = yield Asked(index, time, sample, output)
-        conditional, unconditional = (output if used is None else used).chunk(2)
-        guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, time, latents, **noise).prev_sample
+        answer = guided(output if used is None else used, guidance_scale)  # (B, C, H, W)
+        latents = scheduler.step(answer, time, latents, **noise).prev_sample
 
 
 def record(
@@ -94,13 +116,19 @@ def record(
     num_inference_steps: int,
     guidance_scale: float,
 ) -> Course:
-    """The course of a full run. Raises ValueError as `full_steps` does."""
+    """The course of a full run.
+
+    Raises:
+        ValueError: exits that know another noise schedule; as `full_steps` and `check_distinct_times`.
+    """
     times, clean, samples = [], [], []
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    check_run(pipeline, class_labels, **call)
+    exits.check_scheduler(pipeline.scheduler)
+    check_distinct_times(pipeline.scheduler, num_inference_steps)
     for asked in full_steps(pipeline, seeds, class_labels, **call):
         said = exits.clean_of(asked.sample, asked.output, asked.time.expand(len(asked.sample)))
-        conditional, unconditional = said.chunk(2)
-        clean.append((unconditional + guidance_scale * (conditional - unconditional)).float())  # (B, C, H, W)
+        clean.append(guided(said, guidance_scale).float())  # (B, C, H, W)
         samples.append(asked.sample[: len(seeds)])
         times.append(float(asked.time))
     clip = _clip_of(pipeline.scheduler)
@@ -153,12 +181,18 @@ def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int,
         mean over moments and images of |x_t - x_b - c r (x_b - x_a)|^2 / |x_t - x_b|^2,  r = (t - t_b) / (t_b - t_a).
 
     Raises:
-        ValueError: exits without a learned trust or that remember something else than clean images, no courses.
+        ValueError: exits without a learned trust, or that remember something else than two clean images; no courses, or one without a
+            moment (three steps make one); fewer than one iteration.
     """
-    if exits.trust is None or exits.config.terms != "clean" or not courses:
+    config = exits.config
+    if exits.trust is None or config.terms != "clean" or config.length != 2 or not courses:
         raise ValueError(
-            f"{len(courses)} courses, terms={exits.config.terms!r}, expected one or more, 'clean', and learned_trust=True"
+            f"{len(courses)} courses, terms={config.terms!r}, length={config.length}, expected one or more, 'clean', 2 predictions, and "
+            "learned_trust=True"
         )
+    shortest = min(len(course.times) for course in courses)
+    if shortest < 3 or iterations < 1:
+        raise ValueError(f"a course of {shortest} steps, iterations={iterations}, expected at least 3 and 1")
     facts = [_products(course) for course in courses]
     steps, bend, times, time = (torch.cat(parts) for parts in zip(*facts, strict=True))
     optimizer = torch.optim.AdamW(exits.trust.parameters(), lr=learning_rate)

@@ -19,6 +19,7 @@ from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.attachment import Attachment
+from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided
 
 
 def denoise(
@@ -42,9 +43,8 @@ def denoise(
     Raises:
         ValueError: image_ids under a policy whose branches are apart; NaN uncertainty, after the step it occurred in.
     """
-    guided = guidance_scale > 1
     with _exits_on(pipeline, policy) as attachment:
-        rows = _rows(policy, len(latents), guided=guided, image_ids=image_ids)
+        rows = _rows(policy, len(latents), guided=is_guided(guidance_scale), image_ids=image_ids)
         session = (
             None
             if attachment is None
@@ -52,14 +52,12 @@ def denoise(
         )
         with pipeline.progress_bar(total=len(times)) as progress:
             for index, time in enumerate(times):
-                inputs = torch.cat([latents, latents]) if guided else latents  # (R, C, H, W)
-                inputs = pipeline.scheduler.scale_model_input(inputs, time).to(pipeline.transformer.dtype)
+                call = {"guidance_scale": guidance_scale, "dtype": pipeline.transformer.dtype}
+                inputs = asked_of(pipeline.scheduler, latents, time, **call)  # (R, C, H, W)
                 with _step(attachment, session, index, time):
                     timestep = time.to(inputs.device).expand(len(inputs))  # (R,)
                     prediction = pipeline.transformer(inputs, timestep, **conditions).sample
-                if guided:
-                    conditional, unconditional = prediction.chunk(2)
-                    prediction = unconditional + guidance_scale * (conditional - unconditional)  # (B, C, H, W)
+                prediction = guided(prediction, guidance_scale)  # (B, C, H, W)
                 latents = pipeline.scheduler.step(prediction, time, latents, **step_arguments).prev_sample
                 if on_step_end is not None:
                     shown = {name: {"latents": latents}[name] for name in on_step_end_inputs}

@@ -1,6 +1,7 @@
 """What becomes of an error: how far one answer from memory moves the final image, found by letting it happen.
 
-Here: measuring. Not here: the error of one step (solver.py), deciding (core). B images, R rows (2B, conditional first), S steps.
+Here: measuring. Not here: the error of one step (solver.py), deciding (core). B images, R rows (2B, conditional first; B without
+guidance), S questions of a run to the model, one per step of most solvers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ee_diffusion.core.memory import Memory
+from ee_diffusion.diffusion.courses import check_run
+from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
+from ee_diffusion.diffusion.solver import accepted, step_sensitivity
 
 
 @dataclass
@@ -44,43 +47,45 @@ def step_gains(
     """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one
     (`step_sensitivity` times its true error). Above 1 the model makes it grow, below 1 it mends it.
 
-    Measured at every `every`-th step on images of the given classes, one branch each, run to the end; between them log-linear. For
-    deterministic solvers.
+    Measured at every `every`-th step on images of the given classes, one branch each, run to the end; between them log-linear. Where a
+    solver draws noise, all runs draw the same at a step, from `generator`: what is measured is the error alone.
 
     Raises:
-        ValueError: every below 1, or a run too short to remember two steps and be put to the test.
+        ValueError: every below 1, a run too short to remember two steps and be put to the test, exits that know another noise schedule;
+            as `courses.check_run`.
     """
-    first = exits.config.length + 1  # memory must be full and have been put to the test
-    if every < 1 or num_inference_steps <= first:
-        raise ValueError(
-            f"every={every}, num_inference_steps={num_inference_steps}, expected 1 or more, and more than {first} steps"
-        )
+    check_numbers(guidance_scale, every=every)
+    check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     sensitivity = step_sensitivity(exits, pipeline.scheduler, num_inference_steps)
     scheduler, device = copy.deepcopy(pipeline.scheduler), pipeline.transformer.device
     scheduler.set_timesteps(num_inference_steps, device=device)
-    config, count = pipeline.transformer.config, len(class_labels)
-    size = (count, config.in_channels, config.sample_size, config.sample_size)
+    first = exits.config.length + 1  # memory must be full and have been put to the test
+    if len(scheduler.timesteps) <= first:
+        raise ValueError(f"num_inference_steps={num_inference_steps}, expected more than {first} steps")
+    config = pipeline.transformer.config
+    size = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
     memory: Memory | None = None
     branches: list[_Branch] = []
     for index, time in enumerate(scheduler.timesteps):
         samples = [latents, *(branch.latents for branch in branches)]
-        sample, output = _asked(pipeline, scheduler, samples, time, class_labels)  # (1 + branches, R, C, H, W)
-        timestep, born = time.expand(2 * count), None
+        call = {"scheduler": scheduler, "time": time, "guidance_scale": guidance_scale}
+        sample, output = _asked(pipeline, samples, class_labels, **call)  # (1 + branches, R, C, H, W)
+        timestep, born = time.expand(sample.shape[1]), None
+        step = {"time": time, "generator": generator, "drawn_from": generator.get_state()}
         if index >= first and (index - first) % every == 0:
             recalled = exits.recall(memory, sample[0], timestep)["recalled"]
             wrong = exits.clean_of(sample[0], recalled, timestep) - exits.clean_of(sample[0], output[0], timestep)
-            own, answer = copy.deepcopy(scheduler), _guided(recalled, guidance_scale)
-            after = own.step(answer, time, latents).prev_sample
-            born = _Branch(own, after, index, sensitivity[index] * _rms(wrong))
-        rows = torch.arange(2 * count)
+            own, answer = copy.deepcopy(scheduler), guided(recalled, guidance_scale)
+            born = _Branch(own, _stepped(own, answer, latents, **step), index, sensitivity[index] * _rms(wrong))
+        rows = torch.arange(sample.shape[1])
         memory = exits.remember(memory, rows, sample=sample[0], timestep=timestep, output=output[0])
         for branch, said in zip(branches, output[1:], strict=True):
-            branch.latents = branch.scheduler.step(_guided(said, guidance_scale), time, branch.latents).prev_sample
-        latents = scheduler.step(_guided(output[0], guidance_scale), time, latents).prev_sample
+            branch.latents = _stepped(branch.scheduler, guided(said, guidance_scale), branch.latents, **step)
+        latents = _stepped(scheduler, guided(output[0], guidance_scale), latents, **step)
         branches += [] if born is None else [born]
     found = {branch.step: _rms(branch.latents - latents) / branch.moved for branch in branches}
-    return _between(found, num_inference_steps)
+    return _between(found, len(scheduler.timesteps))
 
 
 def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: float) -> tuple[float, ...]:
@@ -88,34 +93,47 @@ def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: fl
     few images: `power` below 1 trusts them less, 0 not at all.
 
     Raises:
-        ValueError: numbers of steps that differ, or a power outside [0, 1].
+        ValueError: numbers of steps that differ, a power outside [0, 1], numbers that are negative or not finite.
     """
     if len(sensitivity) != len(gains) or not 0 <= power <= 1:
         raise ValueError(
             f"{len(sensitivity)} sensitivities, {len(gains)} gains, power={power}: expected as many, and a power in [0, 1]"
         )
+    for name, values in (("sensitivity", sensitivity), ("gains", gains)):
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise ValueError(f"{name}={tuple(values)}, expected finite numbers, none below 0")
     return tuple(s * g**power for s, g in zip(sensitivity, gains, strict=True))
 
 
 def _asked(
     pipeline: EarlyExitPipeline,
-    scheduler: SchedulerMixin,
     samples: list[Tensor],
-    time: Tensor,
     class_labels: Sequence[int],
+    *,
+    scheduler: SchedulerMixin,
+    time: Tensor,
+    guidance_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """What the model is asked and says for runs of B images each: two of (runs, R, C, H, W)."""
-    count, null = len(class_labels), pipeline.transformer.config.null_class
-    rows = torch.cat([torch.cat([one, one]) for one in samples])  # (runs R, C, H, W)
-    rows = scheduler.scale_model_input(rows, time)
-    labels = torch.tensor([*class_labels, *[null] * count] * len(samples), device=rows.device)
-    output = pipeline.transformer(rows, time.expand(len(rows)), labels).sample
-    return rows.unflatten(0, (-1, 2 * count)), output.unflatten(0, (-1, 2 * count))
+    transformer, call = pipeline.transformer, {"guidance_scale": guidance_scale}
+    rows = torch.cat([asked_of(scheduler, one, time, dtype=transformer.dtype, **call) for one in samples])
+    labels = row_labels(class_labels, transformer.config.null_class, device=rows.device, **call)  # (R,)
+    output = transformer(rows, time.expand(len(rows)), labels.repeat(len(samples))).sample  # (runs R, C, H, W)
+    return rows.unflatten(0, (-1, len(labels))), output.unflatten(0, (-1, len(labels)))
 
 
-def _guided(output: Tensor, scale: float) -> Tensor:
-    conditional, unconditional = output.chunk(2)
-    return unconditional + scale * (conditional - unconditional)  # (B, C, H, W)
+def _stepped(
+    scheduler: SchedulerMixin,
+    answer: Tensor,
+    latents: Tensor,
+    *,
+    time: Tensor,
+    generator: torch.Generator,
+    drawn_from: Tensor,
+) -> Tensor:
+    """The solver's next sample (B, C, H, W); what noise it draws is drawn from this state of the generator."""
+    generator.set_state(drawn_from)
+    return scheduler.step(answer, time, latents, **accepted(scheduler, generator=generator)).prev_sample
 
 
 def _rms(difference: Tensor) -> float:

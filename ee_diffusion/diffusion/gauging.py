@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core.memory import Memory
+from ee_diffusion.diffusion.courses import check_run
+from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import accepted
@@ -48,13 +50,15 @@ def walk(
     steps follow the model.
 
     Raises:
-        ValueError: skip outside [0, 1), or unknown states.
+        ValueError: skip outside [0, 1), unknown states, exits that know another noise schedule; as `check_run`.
     """
     if not 0 <= skip < 1 or states not in STATES:
         raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
+    check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     transformer, scheduler, count = pipeline.transformer, pipeline.scheduler, len(class_labels)
-    device = transformer.device
-    labels = torch.tensor([*class_labels, *[transformer.config.null_class] * count], device=device)  # (R,)
+    exits.check_scheduler(scheduler)
+    device, call = transformer.device, {"guidance_scale": guidance_scale}
+    labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
     size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
     scheduler.set_timesteps(num_inference_steps, device=device)
     noise = accepted(scheduler, generator=generator)
@@ -62,20 +66,19 @@ def walk(
     memory: Memory | None = None
     seen: list[tuple[Tensor, Tensor, int]] = []
     for index, time in enumerate(scheduler.timesteps):
-        sample = scheduler.scale_model_input(torch.cat([latents, latents]), time)  # (R, C, H, W)
-        timestep = time.expand(2 * count)
+        sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
+        timestep = time.expand(len(labels))
         output = transformer(sample, timestep, labels).sample
         known = exits.recall(memory, sample, timestep)
         ready = known["features"][:, 0].isfinite()  # (R,)
         wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
         seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
-        skipped = (torch.rand(count, generator=generator) < skip).repeat(2).to(device) & ready  # (R,)
+        images = torch.rand(count, generator=generator) < skip  # (B,)
+        skipped = images.repeat(len(labels) // count).to(device) & ready  # (R,)
         memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
         if states == "exited":
             output = torch.where(skipped[:, None, None, None], known["recalled"], output)
-        conditional, unconditional = output.chunk(2)
-        guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, time, latents, **noise).prev_sample
+        latents = scheduler.step(guided(output, guidance_scale), time, latents, **noise).prev_sample
     steps = [torch.full((len(errors),), index) for _, errors, index in seen]
     return Walk(torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen]), torch.cat(steps))
 
@@ -84,10 +87,13 @@ def fit_gauge(exits: MemoryExits, seen: Walk, *, iterations: int = 1000, learnin
     """Train the uncertainty of `exits` on a walk: smooth L1 between log u and the logarithm of the true error, all moments at once.
 
     Raises:
-        ValueError: an empty walk.
+        ValueError: an empty walk, fewer than one iteration.
     """
-    if not len(seen.errors):
-        raise ValueError("the walk is empty, expected moments at which memory was put to the test")
+    if not len(seen.errors) or iterations < 1:
+        raise ValueError(
+            f"{'the walk is empty' if not len(seen.errors) else f'iterations={iterations}'}, expected moments at which memory was put to "
+            "the test, and at least 1 iteration"
+        )
     target = seen.errors.clamp(min=1e-6).log()
     optimizer = torch.optim.AdamW(exits.gauge.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)

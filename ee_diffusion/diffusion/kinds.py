@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol, runtime_checkable
 
+from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ee_diffusion.core.heads import ExitHeads
@@ -34,6 +35,15 @@ class RememberingHeads(DenoiserHeads, Protocol):
         self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
     ) -> Memory:
         """The memory after a step in which `rows` (r,) of the batch ran to the end."""
+        ...
+
+
+@runtime_checkable
+class ScheduledHeads(DenoiserHeads, Protocol):
+    """Heads that know the noise schedule they work on."""
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Raises ValueError if the scheduler's is another, or reads the model's output in another way."""
         ...
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -41,6 +42,10 @@ class OracleExits:
         """As the exits have it."""
         self.exits.check_fits(model)
 
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """As the exits have it."""
+        self.exits.check_scheduler(scheduler)
+
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
         """As the exits have it."""
         return self.exits.context(timestep)
@@ -55,10 +60,10 @@ class OracleExits:
         if self.labels is None or len(self.labels) != len(sample):
             came = None if self.labels is None else len(self.labels)
             raise ValueError(f"{came} labels for {len(sample)} rows, expected one each: set `labels` before a run")
-        begun = time.perf_counter()
+        begun = seconds_on(sample.device)
         output = self._model(sample, timestep, self.labels).sample
         true = self._memory.clean_of(sample, output, timestep)
-        self.seconds += time.perf_counter() - begun
+        self.seconds += seconds_on(sample.device) - begun
         return self.exits.recall(memory, sample, timestep) | {"asked": sample, "true": true}
 
     def remember(self, memory: Any, rows: Tensor, **facts: Any) -> Any:
@@ -80,3 +85,10 @@ class OracleExits:
         error = missed.flatten(1).square().mean(1).sqrt().float()
         unknown = context["features"][:, 0].isnan()
         return torch.where(unknown, 0.0, 1 - error.clamp(max=1.0)).where(~said.isnan(), torch.nan)
+
+
+def seconds_on(device: torch.device) -> float:
+    """Seconds on the clock, once the device has done what it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

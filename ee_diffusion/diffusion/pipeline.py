@@ -25,7 +25,9 @@ from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.denoising import denoise
 from ee_diffusion.diffusion.fingerprint import check_made_for, warn_of_course
+from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.kinds import ScheduledHeads
 from ee_diffusion.diffusion.loading import keep_exits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff
@@ -48,7 +50,7 @@ class EarlyExitPipelineOutput(BaseOutput):
         return None if self.trace is None else self.trace.report()
 
 
-def check_numbers(guidance_scale: float, eta: float, **counts: int) -> None:
+def check_numbers(guidance_scale: float, eta: float = 0.0, **counts: int) -> None:
     """Raises ValueError for a guidance scale that is no finite number, an eta outside [0, 1], or a count that is none of 1, 2, ..."""
     for name, value in (("guidance_scale", guidance_scale), ("eta", eta)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -57,7 +59,7 @@ def check_numbers(guidance_scale: float, eta: float, **counts: int) -> None:
         raise ValueError(f"eta={eta}, expected a number in [0, 1]")
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}, expected an integer of at least 1, or the batch is empty")
+            raise ValueError(f"{name}={value!r}, expected an integer of at least 1")
 
 
 @keep_exits
@@ -126,9 +128,9 @@ class EarlyExitPipeline(DiffusionPipeline):
             ValueError: inputs that do not fit, before any work; NaN uncertainty, after the step it occurred in.
         """
         check_numbers(guidance_scale, eta, batch_size=batch_size, num_images_per_prompt=num_images_per_prompt)
-        labels = self._check_labels(class_labels, batch_size, num_images_per_prompt)  # (B,) or None
+        labels = self.check_labels(class_labels, batch_size, num_images_per_prompt)  # (B,) or None
         count = batch_size * num_images_per_prompt if labels is None else len(labels)
-        guided = guidance_scale > 1
+        guided = is_guided(guidance_scale)
         if guided and self.transformer.config.null_class is None:
             raise ValueError(
                 "guidance_scale > 1 needs a transformer trained with a null class (null_class in its config)"
@@ -169,7 +171,8 @@ class EarlyExitPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return EarlyExitPipelineOutput(images=images, trace=trace) if return_dict else (images, trace)
 
-    def _check_labels(self, labels: Any, batch_size: int, per_prompt: int) -> Tensor | None:
+    def check_labels(self, labels: Any, batch_size: int = 1, per_prompt: int = 1) -> Tensor | None:
+        """The class of every image (B,), None for unconditional models. Raises ValueError for labels that this model does not have."""
         num_classes = self.transformer.config.num_classes
         if (labels is None) != (num_classes is None):
             wants = "takes no class_labels" if num_classes is None else f"needs class_labels, {self._classes()}"
@@ -224,7 +227,7 @@ class EarlyExitPipeline(DiffusionPipeline):
             raise ValueError(
                 "an exit policy was given, but this pipeline has no exits; load or train some (component `exits`)"
             )
-        if not policy.is_off and isinstance(self.exits, MemoryExits):
+        if not policy.is_off and isinstance(self.exits, ScheduledHeads):
             self.exits.check_scheduler(self.scheduler)
         if timesteps is None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
             raise ValueError(f"num_inference_steps={steps}, expected an integer of at least 1")

@@ -35,13 +35,16 @@ def gap_prices(exits: MemoryExits, course: Course, weights: Sequence[float]) -> 
     Errors within a gap point the same way, so they add up before they are squared. c = S: to the end of the run.
 
     Raises:
-        ValueError: weights for another number of steps; exits that remember another number of predictions than two.
+        ValueError: weights for another number of steps or that are not finite; exits that remember another number of predictions than
+            two.
     """
     num_steps = len(course.times)
     if len(weights) != num_steps or exits.config.length != 2:
         raise ValueError(
             f"{len(weights)} weights, {num_steps} steps, length={exits.config.length}: expected as many, and 2 predictions"
         )
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(f"weights {tuple(weights)}, expected finite numbers")
     values = values_of(exits, course)  # (S, B, ...)
     prices: Prices = {}
     for b in range(1, num_steps):
@@ -78,16 +81,21 @@ def search(prices: Prices, num_steps: int) -> dict[int, Found]:
     absent. Exact: the price of a gap depends on its ends and the full step before it alone.
 
     Raises:
-        ValueError: fewer than three steps.
+        ValueError: fewer than three steps, prices of another number of steps or of some gaps alone.
     """
     if num_steps < 3:
         raise ValueError(f"num_steps={num_steps}, expected at least 3: two full steps come first")
+    priced = max((end for _, _, end in prices), default=0)
+    if priced != num_steps:
+        raise ValueError(f"prices of {priced} steps, num_steps={num_steps}, expected as many")
     reached: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 1): (0.0, (0, 1))}
     found: dict[int, Found] = {}
     while reached:
         further: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
         for (a, b), (paid, full) in reached.items():
             for c in range(b + 1, min(num_steps, b + LONGEST) + 1):
+                if (a, b, c) not in prices:
+                    raise ValueError(f"no price for the gap {a, b, c}, expected one for all up to {LONGEST} steps long")
                 total, count = paid + prices[a, b, c], len(full)
                 if c == num_steps:
                     if count not in found or total < found[count].price:
@@ -99,7 +107,13 @@ def search(prices: Prices, num_steps: int) -> dict[int, Found]:
 
 
 def nearest(found: Mapping[int, Found], count: float) -> Found:
-    """The schedule whose number of full steps is nearest to `count`, of two the one with more. Raises ValueError if there is none."""
+    """The schedule whose number of full steps is nearest to `count`, of two the one with more.
+
+    Raises:
+        ValueError: no schedules, a count that is not finite.
+    """
+    if not math.isfinite(count):
+        raise ValueError(f"count={count}, expected a finite number of full steps")
     if not found:
         raise ValueError("no schedule was found: the run is shorter than three steps or its gaps are too long")
     return found[min(found, key=lambda k: (abs(k - count), -k))]

@@ -28,8 +28,9 @@ def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inferenc
     solver carries on to later steps nothing is counted. Samples are compared in the scale in which the model sees them.
 
     Raises:
-        ValueError: fewer than one step.
+        ValueError: fewer than one step, exits that know another noise schedule.
     """
+    exits.check_scheduler(scheduler)
     if num_inference_steps < 1:
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
     walked = copy.deepcopy(scheduler)

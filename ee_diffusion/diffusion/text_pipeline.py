@@ -17,6 +17,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.denoising import denoise
 from ee_diffusion.diffusion.fingerprint import check_made_for, warn_of_course
+from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.latents import decode
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -119,13 +120,13 @@ class EarlyExitTextPipeline(EarlyExitPipeline):
         texts = self.encode_prompt(
             prompt,
             negative_prompt,
-            guided=guidance_scale > 1,
+            guided=is_guided(guidance_scale),
             num_images_per_prompt=num_images_per_prompt,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
         )  # (R, T, V)
         device = self._execution_device
-        count = len(texts) // (2 if guidance_scale > 1 else 1)
+        count = len(texts) // (2 if is_guided(guidance_scale) else 1)
         times = self._timesteps(num_inference_steps, timesteps, device)
         latents, trace = denoise(
             self,

@@ -47,9 +47,11 @@ class Correction(nn.Module):
             nn.init.zeros_(zero)
 
     def forward(self, innovation: Tensor, movement: Tensor, features: Tensor) -> Tensor:
-        rho, mu = rms(innovation), rms(movement)  # (R, 1, 1)
-        seen = self.innovation(innovation / rho) + self.movement(movement / mu) + self.shift(features)[:, None]
-        return rho * self.out(nn.functional.gelu(seen) * (1 + self.gain(features)[:, None]))
+        """The correction in the innovation's dtype; the products are in that of the weights."""
+        rho, mu, dtype = rms(innovation), rms(movement), self.out.weight.dtype  # (R, 1, 1)
+        features, movement = features.to(dtype), (movement / mu).to(dtype)
+        seen = self.innovation((innovation / rho).to(dtype)) + self.movement(movement) + self.shift(features)[:, None]
+        return rho * self.out(nn.functional.gelu(seen) * (1 + self.gain(features)[:, None])).to(rho.dtype)
 
 
 def rms(values: Tensor) -> Tensor:
@@ -117,7 +119,8 @@ class TrackingExits(ModelMixin, ConfigMixin):
         `residual`, without `learned`.
 
         Raises:
-            ValueError: another class of model; heads without an exit at one of the depths; as `MemoryExits.for_pipeline`.
+            ValueError: another class of model; memory of another noise schedule; heads without an exit at one of the depths; as
+                `MemoryExits.for_pipeline`.
         """
         if not isinstance(transformer, UViTTransformer2DModel):
             raise ValueError(f"{type(transformer).__name__}, expected a UViTTransformer2DModel: its patches are known")
@@ -125,6 +128,7 @@ class TrackingExits(ModelMixin, ConfigMixin):
         wrong = known.config.terms != "clean" or known.config.learned_trust or known.config.length != 2
         if wrong or known.config.course_steps:
             raise ValueError(f"memory {dict(known.config)}, expected the line through two clean images")
+        known.check_scheduler(scheduler)
         missing = [] if heads is None else [depth for depth in deeper if depth not in heads.depths]
         if missing:
             raise ValueError(f"no output heads at depths {missing}, they are at {heads.depths}")
@@ -164,6 +168,10 @@ class TrackingExits(ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"exits of another model: {name} is {self.config[name]}, not {getattr(model, own, None)}"
                 )
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """As `MemoryExits.check_scheduler`: another noise schedule than the one that is remembered under is a ValueError."""
+        self.memory.check_scheduler(scheduler)
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
         """Without a memory there is nothing but the time."""

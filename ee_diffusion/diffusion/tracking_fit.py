@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ee_diffusion.diffusion.courses import full_steps
 from ee_diffusion.diffusion.distillation import observe
 from ee_diffusion.diffusion.gauging import STATES
+from ee_diffusion.diffusion.guidance import row_labels
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import TrackingExits, Tracks
 
@@ -61,25 +62,27 @@ def walk_tracks(
     depths alike), so that later states are those that exits lead to; "full": all steps follow the model.
 
     Raises:
-        ValueError: skip outside [0, 1), unknown states; as `full_steps`.
+        ValueError: skip outside [0, 1), unknown states, exits that know another noise schedule; as `full_steps`.
     """
     if not 0 <= skip < 1 or states not in STATES:
         raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
     count, memory, seen = len(class_labels), None, []
-    labels = torch.tensor([*class_labels, *[pipeline.transformer.config.null_class] * count])
-    run = full_steps(
-        pipeline, seeds, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
-    )
+    exits.check_scheduler(pipeline.scheduler)
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    run = full_steps(pipeline, seeds, class_labels, **call)
+    device, null = pipeline.transformer.device, pipeline.transformer.config.null_class
+    labels = row_labels(class_labels, null, guidance_scale=guidance_scale, device=device)  # (R,)
     asked = next(run)
     while asked is not None:
         timestep = asked.time.expand(len(asked.sample))
-        inputs = {"hidden_states": asked.sample, "timestep": timestep, "class_labels": labels.to(asked.sample.device)}
+        inputs = {"hidden_states": asked.sample, "timestep": timestep, "class_labels": labels}
         hidden = dict(zip(exits.keeps, observe(pipeline.transformer, exits.keeps, inputs)[1], strict=True))
         context = exits.recall(memory, asked.sample, timestep)
-        ready = context["features"][:, 0].isfinite() if memory is not None else torch.zeros(2 * count, dtype=torch.bool)
+        ready = context["features"][:, 0].isfinite()  # (R,)
         if bool(ready.any()):
             seen.append(_moments(exits, context, hidden, asked, ready))
-        skipped = (torch.rand(count, generator=generator) < skip).repeat(2).to(ready.device) & ready
+        images = torch.rand(count, generator=generator) < skip  # (B,)
+        skipped = images.repeat(len(labels) // count).to(device) & ready  # (R,)
         facts = {"sample": asked.sample, "timestep": timestep, "output": asked.output}
         used = asked.output
         if states == "exited" and bool(skipped.any()):
@@ -129,6 +132,14 @@ def correction_of(exits: TrackingExits, place: int, seen: Moments) -> Tensor:
     return exits.corrections[place](innovation, seen.moved.float(), seen.features[:, place].nan_to_num(0.0))
 
 
+def shares_left(exits: TrackingExits, seen: Moments) -> Tensor:
+    """`mean |correction - missed|^2 / |missed|^2` of every deeper exit (K,), each row by its own: of 1 for memory alone."""
+    missed = seen.missed.float()
+    scale = missed.square().mean((1, 2)).clamp(min=1e-8)  # (n,)
+    left = [correction_of(exits, place, seen) - missed for place in range(len(exits.keeps))]
+    return torch.stack([(one.square().mean((1, 2)) / scale).mean() for one in left])
+
+
 def fit_corrections(
     exits: TrackingExits,
     seen: Moments,
@@ -138,28 +149,23 @@ def fit_corrections(
     generator: torch.Generator,
     learning_rate: float = 1e-3,
 ) -> None:
-    """Train the corrections of the `learned` variant: `mean |correction - missed|^2 / |missed|^2`, row by row, all exits at once.
+    """Train the corrections of the `learned` variant: the sum of `shares_left`, all exits at once.
 
     Raises:
-        ValueError: another variant, or fewer moments than a batch.
+        ValueError: another variant, fewer moments than a batch, a batch or a number of iterations below 1.
     """
-    if exits.config.variant != "learned" or len(seen.steps) < batch_size:
+    if exits.config.variant != "learned" or not 1 <= batch_size <= len(seen.steps) or iterations < 1:
         raise ValueError(
-            f"variant={exits.config.variant!r}, {len(seen.steps)} moments, batch_size={batch_size}: expected 'learned' and a batch"
+            f"variant={exits.config.variant!r}, {len(seen.steps)} moments, batch_size={batch_size}, iterations={iterations}: expected "
+            "'learned', a batch of at least one moment and at most all, and at least 1 iteration"
         )
     optimizer = torch.optim.AdamW(exits.corrections.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=iterations)
     with torch.enable_grad():
         for _ in range(iterations):
             batch = seen[torch.randint(len(seen.steps), (batch_size,), generator=generator)]
-            missed = batch.missed.float()
-            scale = missed.square().mean((1, 2)).clamp(min=1e-8)
-            losses = [
-                ((correction_of(exits, place, batch) - missed).square().mean((1, 2)) / scale).mean()
-                for place in range(len(exits.keeps))
-            ]
             optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
+            shares_left(exits, batch).sum().backward()
             optimizer.step()
             schedule.step()
 
@@ -177,7 +183,13 @@ def errors_of(exits: TrackingExits, seen: Moments, *, batch_size: int = 256) -> 
 
 
 def fit_gauges(exits: TrackingExits, seen: Moments, *, iterations: int, learning_rate: float = 1e-2) -> None:
-    """Train the uncertainty of the deeper exits on their true errors: smooth L1 between log u and the logarithm of the error."""
+    """Train the uncertainty of the deeper exits on their true errors: smooth L1 between log u and the logarithm of the error.
+
+    Raises:
+        ValueError: fewer than one iteration.
+    """
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations}, expected at least 1")
     target = errors_of(exits, seen)[1:].clamp(min=1e-6).log()  # (K, n)
     optimizer = torch.optim.AdamW(exits.gauges.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)

@@ -79,8 +79,29 @@ def test_a_fingerprint_sees_values_names_and_types():
     assert fingerprint(torch.nn.Sequential(one)) != fingerprint(one)
 
 
+def test_a_loss_is_asked_for_the_images_then_those_of_the_full_model():
+    pipe, policy = pipeline(), Policy(Threshold(0.4))
+    call = {"class_labels": LABELS, "batch_size": 5, **CALL}
+
+    def brighter(images: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+        return (images - full).clamp(min=0).flatten(1).mean(1)
+
+    found = live_losses(pipe, [policy], SEEDS, loss=brighter, **call).losses[0]
+    full = generate(pipe, SEEDS, LABELS, batch_size=5, **CALL).images
+    drawn = generate(pipe, SEEDS, LABELS, batch_size=5, exit_policy=policy, **CALL).images
+    assert not torch.allclose(brighter(drawn, full), brighter(full, drawn), atol=1e-3)
+    torch.testing.assert_close(found, brighter(drawn, full))
+
+
 def test_bad_input():
     pipe = pipeline()
+    call = {"class_labels": LABELS, "batch_size": 5, **CALL}
+    for policies in ([Policy()], [Policy(Threshold(0.4)), Policy()], [None]):
+        with pytest.raises(ValueError, match=rf"the policies at \[{len(policies) - 1}\] are off"):
+            live_losses(pipe, policies, SEEDS, loss=distance, **call)
+    for loss in (lambda a, b: distance(a, b)[:-1], lambda a, b: distance(a, b).mean()):
+        with pytest.raises(ValueError, match=r"losses \(.*\), expected one for each of 5 images"):
+            live_losses(pipe, [Policy(Threshold(0.4))], SEEDS, loss=loss, **call)
     with pytest.raises(ValueError, match="no policies"):
         live_losses(pipe, [], SEEDS, class_labels=LABELS, loss=distance, batch_size=2, **CALL)
     with pytest.raises(ValueError, match="expected numbers in"):

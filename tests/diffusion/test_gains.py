@@ -9,7 +9,7 @@ from factories import pipeline
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.diffusion.gains import influence, step_gains
-from ee_diffusion.diffusion.generation import SAMPLERS, use_sampler
+from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -43,11 +43,19 @@ def final(pipe: EarlyExitPipeline, skipped: int | None) -> torch.Tensor:
     return seen[-1]
 
 
-@pytest.mark.parametrize("name", ["ddim", "dpm"])
-def test_a_gain_is_the_final_distance_over_the_first(name: str):
+def sampling(name: str) -> EarlyExitPipeline:
+    """`sde`: DPM-Solver++ that draws noise."""
     pipe = pipeline()
     pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    use_sampler(pipe, name)
+    changes = {"algorithm_type": "sde-dpmsolver++"} if name == "sde" else {}
+    pipe.scheduler = sampler("dpm" if name == "sde" else name, like=pipe.scheduler, **changes)
+    return pipe
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm", "euler", "ddpm", "sde"])
+def test_a_gain_is_the_final_distance_over_the_first(name: str):
+    """Under a solver's noise too: the run that took the answer and the one that did not draw the same."""
+    pipe = sampling(name)
     found = gains(pipe, 1, [1])
     sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
     plain, errors = final(pipe, None), true_errors(pipe)
@@ -55,6 +63,25 @@ def test_a_gain_is_the_final_distance_over_the_first(name: str):
         moved = (final(pipe, step) - plain).square().mean().sqrt().item()
         assert found[step] == pytest.approx(moved / (sensitivity[step] * errors[step]), rel=1e-3)
     assert found[0] == found[1] == found[2] == found[3]
+
+
+@pytest.mark.parametrize("name", ["ddpm", "sde"])
+def test_gains_under_noise_are_those_of_the_generator_alone(name: str):
+    pipe, found = sampling(name), []
+    for disturbed in (1, 2):
+        torch.manual_seed(disturbed)
+        found.append(gains(pipe, 3, [0, 1]))
+    assert found[0] == found[1]
+
+
+def test_there_is_a_gain_for_every_question_of_a_solver_that_asks_twice():
+    pipe = sampling("heun")
+    found = gains(pipe, 2, [0, 1])
+    sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
+    assert len(found) == len(sensitivity) == 2 * STEPS - 1
+    assert all(value > 0 for value in found)
+    policy = budgeted(1.0, weights=influence(sensitivity, found, power=0.5), decay=0.7)
+    assert len(pipe([0], exit_policy=policy, output_type="pt", **CALL).trace.depths) == 2 * STEPS - 1
 
 
 def true_errors(pipe: EarlyExitPipeline) -> dict[int, float]:
@@ -98,6 +125,11 @@ def test_influence_and_bad_input(pipe: EarlyExitPipeline):
     for sensitivity, power in (((0.1,), 0.5), ((0.1, 0.2), 1.5)):
         with pytest.raises(ValueError, match="expected as many, and a power in"):
             influence(sensitivity, (4.0, 9.0), power=power)
+    for wrong in (float("nan"), -0.1, float("inf")):
+        with pytest.raises(ValueError, match=r"gains=.*expected finite numbers, none below 0"):
+            influence((0.1, 0.2), (4.0, wrong), power=0.5)
+        with pytest.raises(ValueError, match=r"sensitivity=.*expected finite numbers, none below 0"):
+            influence((wrong, 0.2), (4.0, 9.0), power=0.5)
     with pytest.raises(ValueError, match="every=0"):
         gains(pipe, 0, [0])
     with pytest.raises(ValueError, match="more than 3 steps"):

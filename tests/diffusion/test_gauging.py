@@ -107,6 +107,20 @@ def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
     assert changed == {name for name in before if name.startswith("gauge.")}
 
 
+def test_until_memory_was_put_to_the_test_every_row_remembers(pipe: EarlyExitPipeline, monkeypatch: pytest.MonkeyPatch):
+    exits, kept = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), []
+    remember = exits.remember
+
+    def remembering(memory, rows, **said):
+        kept.append(len(rows))
+        return remember(memory, rows, **said)
+
+    monkeypatch.setattr(exits, "remember", remembering)
+    seen(pipe, exits, skip=0.9)
+    assert kept[:3] == [6, 6, 6]
+    assert sum(kept[3:]) < 6 * 7 / 2
+
+
 def test_bad_input(pipe: EarlyExitPipeline):
     exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
     for bad in ({"skip": 1.0}, {"skip": float("nan")}, {"states": "both"}):
@@ -114,3 +128,6 @@ def test_bad_input(pipe: EarlyExitPipeline):
             seen(pipe, exits, **bad)
     with pytest.raises(ValueError, match="the walk is empty"):
         fit_gauge(exits, Walk(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
+    for iterations in (0, -1):
+        with pytest.raises(ValueError, match=f"iterations={iterations}, expected .* at least 1"):
+            fit_gauge(exits, Walk(torch.zeros(1, 4), torch.ones(1), torch.zeros(1)), iterations=iterations)

@@ -12,7 +12,7 @@ from ee_diffusion.core.schedules import Periodic
 from ee_diffusion.diffusion.courses import full_steps
 from ee_diffusion.diffusion.generation import generate
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.oracle import OracleExits
+from ee_diffusion.diffusion.oracle import OracleExits, seconds_on
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 2.0}
 SEEDS, LABELS = [1, 2], [0, 1]
@@ -59,3 +59,34 @@ def test_labels_of_another_run_are_refused():
     made.exits = seer
     with pytest.raises(ValueError, match="None labels for 4 rows"):
         generate(made, SEEDS, LABELS, batch_size=2, exit_policy=Policy(Threshold(0.5)), **CALL)
+
+
+def test_it_vouches_for_nothing_while_memory_is_not_full():
+    """One full step: the answer is near the truth, and yet nobody may leave."""
+    _, exits, seer = oracle()
+    sample = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    times, rows = (torch.full((4,), time) for time in (2.0, 1.0)), torch.arange(4)
+    then, now = times
+    output = seer._model(sample, then, seer.labels).sample
+    memory = exits.remember(None, rows, sample=sample, timestep=then, output=output.detach())
+    context = seer.recall(memory, sample, now)
+    answer = seer.answer(0, sample, context)
+    error = (exits.clean_of(sample, answer, now) - context["true"]).square().mean((1, 2, 3)).sqrt()
+    assert bool((error < 0.5).all())
+    assert seer.certainty(0, sample, context).tolist() == [0.0] * 4
+
+
+def test_seconds_add_up_and_are_taken_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch):
+    _, _, seer = oracle()
+    sample, time = torch.zeros(4, 3, 8, 8), torch.full((4,), 500.0)
+    found = []
+    for _ in range(3):
+        seer.recall(None, sample, time)
+        found.append(seer.seconds)
+    assert 0 < found[0] < found[1] < found[2]
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    seconds_on(torch.device("cpu"))
+    assert not waited
+    seconds_on(torch.device("cuda", 0))
+    assert waited == [torch.device("cuda", 0)]

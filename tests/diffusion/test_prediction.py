@@ -82,9 +82,9 @@ def test_exits_miss_a_course_by_no_more_than_least_squares(terms: str, pipe: Ear
 
 def test_it_holds_at_the_times_of_the_course_and_the_line_elsewhere(exits: MemoryExits, course: Course):
     made = fit_prediction(exits, course)
-    times = torch.stack([course.times[[3, 2]], course.times[[3, 2]], course.times[[3, 2]] + 0.5, course.times[[3, 2]]])
+    times = torch.stack([course.times[[3, 2]], course.times[[3, 2]], course.times[[3, 2]] + 0.01, course.times[[3, 2]]])
     times[3] = NOTHING
-    now = torch.stack([course.times[5], course.times[5] + 0.5, course.times[5], course.times[5]])
+    now = torch.stack([course.times[5], course.times[5] + 0.01, course.times[5], course.times[5]])
     memory = Memory(torch.randn(4, 2, 3, 8, 8), times, torch.full((4,), NOTHING))
     weights, line = made.weights_of(memory, now), memory.weights(now)
     assert torch.equal(weights[1:], line[1:]), "another time now, other times then, no memory"

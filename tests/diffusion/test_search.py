@@ -142,10 +142,32 @@ def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Course):
         gap_prices(short, course, (1.0,) * STEPS)
     with pytest.raises(ValueError, match="at least 3"):
         search({}, 2)
+    with pytest.raises(ValueError, match=r"weights .*nan.*, expected finite numbers"):
+        gap_prices(pipe.exits, course, (1.0, math.nan, *(1.0,) * (STEPS - 2)))
+    prices = gap_prices(pipe.exits, course, (1.0,) * STEPS)
+    for wrong in (STEPS - 1, STEPS + 1):
+        with pytest.raises(ValueError, match=f"prices of {STEPS} steps, num_steps={wrong}, expected as many"):
+            search(prices, wrong)
+    with pytest.raises(ValueError, match=r"no price for the gap \(0, 1, 3\)"):
+        search({gap: price for gap, price in prices.items() if gap != (0, 1, 3)}, STEPS)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"count={wrong}, expected a finite number"):
+            nearest(search(prices, STEPS), wrong)
     with pytest.raises(ValueError, match="2 seeds, 1 labels"):
         next(full_steps(pipe, [1, 2], [0], **CALL))
     with pytest.raises(ValueError, match="learned_trust"):
         fit_trust(pipe.exits, [course], iterations=1)
+    trusting, longer = (
+        MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=length, learned_trust=True)
+        for length in (2, 3)
+    )
+    with pytest.raises(ValueError, match=r"length=3, expected .* 2 predictions"):
+        fit_trust(longer, [course], iterations=1)
+    with pytest.raises(ValueError, match="iterations=0, expected at least 3 and 1"):
+        fit_trust(trusting, [course], iterations=0)
+    two = record(pipe, pipe.exits, [1], [0], **CALL | {"num_inference_steps": 2})
+    with pytest.raises(ValueError, match=r"a course of 2 steps, .* expected at least 3"):
+        fit_trust(trusting, [course, two], iterations=1)
     with pytest.raises(ValueError, match="one has no line"):
         MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1, learned_trust=True)
 
@@ -166,6 +188,25 @@ def test_trust_is_fitted_to_least_squares(pipe: EarlyExitPipeline, course: Cours
     assert fit_trust(exits, [Course(times, walk, walk, None)], iterations=300) == pytest.approx(1.0, abs=0.02)
     with torch.no_grad():
         assert exits.trust_of(times[[3, 2]][None], times[[4]]).item() == pytest.approx(0.0, abs=0.1)
+
+
+def test_moments_are_two_full_steps_and_a_later_one():
+    size = LONGEST + 4
+    slow = [(a, b, t) for a in range(size) for b in range(a + 1, size) for t in range(b + 1, size)]
+    assert sorted(moments(size)) == [(a, b, t) for a, b, t in slow if b - a <= LONGEST and t < b + LONGEST]
+
+
+def test_trust_looks_at_the_distance_the_spacing_and_the_noise(pipe: EarlyExitPipeline):
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    seen: list[torch.Tensor] = []
+    exits.trust.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    remembered = torch.tensor([[700.0, 760.0], [500.0, 510.0]], dtype=torch.float64)
+    exits.trust_of(remembered, torch.tensor([300.0, 480.0], dtype=torch.float64))
+    for row, (distance, spacing, time) in zip(seen[0].tolist(), ((400, 60, 300), (20, 10, 480)), strict=True):
+        alpha = float(pipe.scheduler.alphas_cumprod[time])
+        snr = math.log(alpha / (1 - alpha)) / 10
+        expected = [math.log(distance / 20), math.log(spacing / 20), snr, snr**2]
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 def test_trust_reaches_what_is_recalled(pipe: EarlyExitPipeline):

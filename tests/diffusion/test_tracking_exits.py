@@ -18,7 +18,14 @@ from ee_diffusion.diffusion.distillation import observe
 from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.tracking_fit import errors_of, fit_corrections, fit_gauges, walk_tracks
+from ee_diffusion.diffusion.tracking_fit import (
+    correction_of,
+    errors_of,
+    fit_corrections,
+    fit_gauges,
+    shares_left,
+    walk_tracks,
+)
 from ee_diffusion.measure.splits import seeds
 
 STEPS = 8
@@ -88,10 +95,11 @@ def test_a_deeper_exit_runs_its_blocks_and_no_more(pipe: EarlyExitPipeline):
     assert seen == [6] * sum(depths)
 
 
+@pytest.mark.parametrize("exit", [1, 2])
 @torch.no_grad()
-def test_answers_are_those_of_a_loop_that_spells_them_out(pipe: EarlyExitPipeline):
-    """Full, full, full, then exit 1: the recalled clean image and the correction in float64, row by row."""
-    exits, depth, images = pipe.exits, pipe.exits.depths[1], [0, 1]
+def test_answers_are_those_of_a_loop_that_spells_them_out(pipe: EarlyExitPipeline, exit: int):
+    """Full, full, full, then an exit: the recalled clean image and the correction in float64, row by row."""
+    exits, depth, images = pipe.exits, pipe.exits.depths[exit], [0, 1]
     labels = torch.tensor([*images, *[pipe.transformer.config.null_class] * 2])
     memory, past = None, []
     for asked in full_steps(pipe, images, images, **CALL):
@@ -110,7 +118,7 @@ def test_answers_are_those_of_a_loop_that_spells_them_out(pipe: EarlyExitPipelin
         patches = hidden[depth][:, pipe.transformer.num_prefix_tokens :]
         if exits.config.variant == "learned":
             return patches
-        said = exits.heads[0](patches, exits.config.sample_size)
+        said = exits.heads[exit - 1](patches, exits.config.sample_size)
         return exits.patches_of(exits.memory.clean_of(sample, said, torch.full((4,), t)).float())
 
     now, newest, before = (
@@ -118,14 +126,17 @@ def test_answers_are_those_of_a_loop_that_spells_them_out(pipe: EarlyExitPipelin
     )
     innovation = now - newest - ratio * (newest - before)
     context = exits.recall(memory, asked.sample, time)
-    torch.testing.assert_close(exits.innovation(1, hidden[depth], context), innovation, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(exits.innovation(exit, hidden[depth], context), innovation, rtol=1e-3, atol=1e-4)
+    moved = exits.patches_of((x_0 - x_1).float())
+    sizes = [one.double().square().mean((1, 2)).sqrt().log() for one in (innovation, moved)]
+    features = torch.cat([context["features"], torch.stack(sizes, 1)], 1).float()
+    torch.testing.assert_close(exits.gauged(innovation, context), features, rtol=1e-3, atol=1e-3)
     expected = exits.patches_of((x_0 + ratio * (x_0 - x_1)).float())
     if exits.config.variant == "residual":
         expected = expected + innovation
     else:
-        moved = exits.patches_of((x_0 - x_1).float())
-        expected = expected + exits.corrections[0](innovation, moved, exits.gauged(innovation, context))
-    clean = exits.memory.clean_of(asked.sample, exits.answer(1, hidden[depth], context), time)
+        expected = expected + exits.corrections[exit - 1](innovation, moved, exits.gauged(innovation, context))
+    clean = exits.memory.clean_of(asked.sample, exits.answer(exit, hidden[depth], context), time)
     torch.testing.assert_close(exits.patches_of(clean.float()), expected, rtol=1e-2, atol=1e-2)
 
 
@@ -167,6 +178,73 @@ def test_fitting_brings_answers_nearer_and_uncertainty_with_them(states: str):
     with torch.no_grad():
         said = pipe.exits.expected_error(1, seen.features[:, 0])
     assert (said.log() - after[1].log()).abs().median() < apart
+
+
+@pytest.mark.parametrize("variant", ["residual", "learned"])
+def test_half_precision_answers_at_every_depth(variant: str):
+    """The pipeline in bfloat16: its corrections are those of float32, but for rounding."""
+    pipe, layers = made(variant).to(torch.bfloat16), 7
+    depths = (layers, layers, layers, pipe.exits.depths[1], 0, pipe.exits.depths[2], layers, 0)
+    images, trace = draw(pipe, Policy(schedule=DepthPerStep(depths)))
+    assert bool(images.isfinite().all())
+    assert trace.depths[:, 0].tolist() == list(depths)
+    draw(pipe, Policy(Threshold(0.5)))  # measured at every depth
+
+
+def test_a_correction_in_half_precision_is_that_of_float32_but_for_rounding():
+    correction, generator = made("learned").exits.corrections[0], torch.Generator().manual_seed(0)
+    width, values = correction.innovation.in_features, correction.out.out_features
+    innovation, movement = (torch.randn(4, 16, size, generator=generator) for size in (width, values))
+    features = torch.randn(4, 6, generator=generator)
+    with torch.no_grad():
+        expected = correction(innovation, movement, features)
+        found = correction.to(torch.bfloat16)(innovation, movement, features)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0.03)
+
+
+def test_both_rows_of_an_image_are_kept_or_neither(monkeypatch: pytest.MonkeyPatch):
+    """And all of them until memory was put to the test."""
+    pipe, kept = made("learned"), []
+    remember = pipe.exits.remember
+
+    def remembering(memory, rows, **facts):
+        kept.append(rows)
+        return remember(memory, rows, **facts)
+
+    monkeypatch.setattr(pipe.exits, "remember", remembering)
+    call = {"skip": 0.5, "states": "full", "generator": torch.Generator().manual_seed(2), **CALL}
+    walk_tracks(pipe, pipe.exits, seeds("fit", 3), [0, 1, 2], **call)
+    assert [len(rows) for rows in kept[:3]] == [6, 6, 6]
+    assert any(0 < len(rows) < 6 for rows in kept)
+    assert all(sorted(rows[rows < 3].tolist()) == sorted((rows[rows >= 3] - 3).tolist()) for rows in kept)
+
+
+def test_what_a_correction_leaves_is_a_share_of_what_each_row_missed():
+    pipe = made("learned")
+    call = {"skip": 0.4, "states": "full", "generator": torch.Generator().manual_seed(0), **CALL}
+    seen = walk_tracks(pipe, pipe.exits, seeds("fit", 2), [0, 1], **call)
+    expected = []
+    for place in range(2):
+        shares = []
+        for row in range(len(seen.steps)):
+            missed = seen.missed[row].double()
+            left = correction_of(pipe.exits, place, seen[torch.tensor([row])])[0].double() - missed
+            shares.append(float(left.square().mean() / missed.square().mean()))
+        expected.append(sum(shares) / len(shares))
+    assert shares_left(pipe.exits, seen).tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def test_what_cannot_be_fitted_is_refused():
+    pipe = made("learned")
+    call = {"skip": 0.4, "states": "full", "generator": torch.Generator().manual_seed(0), **CALL}
+    seen = walk_tracks(pipe, pipe.exits, [1], [0], **call)
+    for change in ({"batch_size": 0}, {"batch_size": len(seen.steps) + 1}, {"iterations": 0}):
+        given = {"iterations": 1, "batch_size": 1, "generator": torch.Generator()} | change
+        with pytest.raises(ValueError, match=r"10 moments, .* a batch of at least one moment and at most all"):
+            fit_corrections(pipe.exits, seen, **given)
+    with pytest.raises(ValueError, match="iterations=0, expected at least 1"):
+        fit_gauges(pipe.exits, seen, iterations=0)
 
 
 def test_what_does_not_fit_is_refused(pipe: EarlyExitPipeline):

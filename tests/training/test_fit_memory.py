@@ -10,7 +10,10 @@ import pytest
 from factories import pipeline
 from tree import ROOT
 
+from ee_diffusion.diffusion.gauging import walk
 from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.measure.splits import seeds
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
 
@@ -43,6 +46,45 @@ def test_a_trust_is_learned_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
     call(monkeypatch, *words, "--count", 2, "--guidance_scale", 2.0, "--iterations", 20, "--learn_trust")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["trust"] > 0
     assert MemoryExits.from_pretrained(tmp_path / "out" / "exits").trust[2].weight.abs().sum() > 0
+
+
+def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipeline().save_pretrained(tmp_path / "model")
+    began: list[int] = []
+
+    def watched(*args, generator, **call):
+        began.append(generator.initial_seed())
+        return walk(*args, generator=generator, **call)
+
+    monkeypatch.setattr(fit_memory, "walk", watched)
+    words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 5]
+    call(monkeypatch, *words, "--count", 1, "--iterations", 1)
+    assert began == [seeds("fit", 1)[0], seeds("test", 1)[0]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--iterations", 0, "--learn_trust"], "--iterations 0, expected at least 1$"),
+        (["--iterations", -1], "--iterations -1, expected at least 1$"),
+        (["--count", 0], "--count 0, expected at least 1$"),
+        (["--length", 0], "--length 0, expected at least 1$"),
+        (["--num_inference_steps", 3], "--num_inference_steps 3, expected at least 4: memory of 2 is first put to the"),
+        (["--num_inference_steps", 4, "--length", 3], "--num_inference_steps 4, expected at least 5"),
+        (["--terms", "noise", "--learn_trust"], "--length 2 --terms noise, expected 2 and clean"),
+        (["--length", 3, "--learn_trust"], "--length 3 --terms clean, expected 2 and clean"),
+        (["--length", 1, "--learn_trust"], "--length 1 --terms clean, expected 2 and clean"),
+        (["--linear_prediction", "--learn_trust"], "expected one of them"),
+        (["--skip", 1.0], "--skip 1.0 .*, expected a probability below 1"),
+        (["--guidance_scale", "nan"], "--guidance_scale nan, expected .* a finite number"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_work(
+    words: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(EarlyExitPipeline, "from_pretrained", lambda *_, **__: pytest.fail("work has begun"))
+    with pytest.raises(ValueError, match=message):
+        call(monkeypatch, "--output_dir", tmp_path / "out", *words)
 
 
 def test_a_model_without_a_null_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ import pytest
 from factories import pipeline
 from tree import ROOT
 
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
@@ -42,3 +43,45 @@ def test_the_fit_is_written_with_its_figures(variant: str, tmp_path: Path, monke
     assert rows[1]["part 3"] != pytest.approx(1.0)
     assert all(row["factor"] >= 1 for row in rows)
     TrackingExits.from_pretrained(tmp_path / "out" / "exits").check_fits(made.transformer)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--walk_batch_size", 0], "--walk_batch_size 0, expected at least 1$"),
+        (["--iterations", 0], "--iterations 0, expected at least 1$"),
+        (["--count", 0], "--count 0, expected at least 1$"),
+        (["--test_count", 0], "--test_count 0, expected at least 1$"),
+        (["--train_batch_size", 0], "--train_batch_size 0, expected at least 1$"),
+        (["--num_inference_steps", 3], "--num_inference_steps 3, expected at least 4: memory is first put to the test"),
+        (["--count", 1, "--num_inference_steps", 6, "--train_batch_size", 7], "7, expected at most the 6 moments"),
+        (
+            ["--count", 1, "--num_inference_steps", 6, "--train_batch_size", 4, "--guidance_scale", 1.0],
+            "expected at most the 3 moments",
+        ),
+        (["--skip", -0.1], "--skip -0.1 .*, expected a probability below 1"),
+        (["--guidance_scale", "inf"], "--guidance_scale inf, expected .* a finite number"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_before_work(
+    words: list, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(EarlyExitPipeline, "from_pretrained", lambda *_, **__: pytest.fail("work has begun"))
+    words = ["fit_tracking.py", "--output_dir", tmp_path / "out", "--deeper", 2, *words]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    with pytest.raises(ValueError, match=message):
+        fit_tracking.main()
+
+
+@pytest.mark.parametrize(("guidance", "moments"), [(1.0, 6), (2.0, 12)])
+def test_a_batch_of_all_moments_is_taken(
+    guidance: float, moments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pipeline().save_pretrained(tmp_path / "model")
+    words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--deeper", 2, "--count", 2]
+    words += ["--test_count", 1, "--num_inference_steps", 6, "--guidance_scale", guidance, "--iterations", 5]
+    monkeypatch.setattr(
+        sys, "argv", ["fit_tracking.py", *map(str, words), "--train_batch_size", str(moments), "--skip", "0.5"]
+    )
+    fit_tracking.main()
+    assert (tmp_path / "out" / "report.json").is_file()

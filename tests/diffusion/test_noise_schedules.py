@@ -1,0 +1,98 @@
+"""Exits that know a noise schedule are refused under another one, wherever they meet a scheduler and before the model is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from factories import NULL_CLASS, pipeline
+
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import Periodic
+from ee_diffusion.diffusion.attach import attach, detach
+from ee_diffusion.diffusion.courses import record
+from ee_diffusion.diffusion.gains import step_gains
+from ee_diffusion.diffusion.gauging import walk
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.oracle import OracleExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.tracking_fit import walk_tracks
+
+CALL = {"num_inference_steps": 5, "guidance_scale": 2.0}
+STATIC = Policy(schedule=Periodic(2, 2), exits=(0,))
+OTHER = DDIMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2")
+KINDS = ("memory", "tracking", "oracle")
+
+
+def exits_named(kind: str, pipe: EarlyExitPipeline) -> MemoryExits | TrackingExits | OracleExits:
+    if kind == "tracking":
+        return TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(2,))
+    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    if kind == "memory":
+        return memory
+    oracle = OracleExits(memory, pipe.transformer)
+    oracle.labels = torch.tensor([0, NULL_CLASS])
+    return oracle
+
+
+@pytest.fixture(params=KINDS)
+def pipe(request: pytest.FixtureRequest) -> EarlyExitPipeline:
+    made = pipeline()
+    made.exits = exits_named(request.param, made)
+    return made
+
+
+def test_the_pipeline_refuses_them(pipe: EarlyExitPipeline):
+    pipe([0], exit_policy=STATIC, output_type="pt", **CALL)
+    pipe.scheduler = OTHER
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))
+    with pytest.raises(ValueError, match="know another noise schedule than this DDIMScheduler's"):
+        pipe([0], exit_policy=STATIC, output_type="pt", **CALL)
+
+
+def test_attaching_refuses_them(pipe: EarlyExitPipeline):
+    exits, pipe.exits = pipe.exits, None
+    for policy in (STATIC, None):
+        attach(pipe, exits, policy)
+        detach(pipe)
+    pipe.scheduler = OTHER
+    for policy in (STATIC, None):
+        with pytest.raises(ValueError, match="know another noise schedule"):
+            attach(pipe, exits, policy)
+    attach(pipe.transformer, exits)  # no scheduler at hand
+
+
+def in_turn() -> dict[str, Callable[[EarlyExitPipeline, MemoryExits], object]]:
+    given = {"skip": 0.5, "states": "full", "generator": torch.Generator(), **CALL}
+    return {
+        "step_sensitivity": lambda pipe, exits: step_sensitivity(exits, pipe.scheduler, 5),
+        "record": lambda pipe, exits: record(pipe, exits, [1], [0], **CALL),
+        "walk": lambda pipe, exits: walk(pipe, exits, [0], **given),
+        "step_gains": lambda pipe, exits: step_gains(pipe, exits, [0], every=1, generator=torch.Generator(), **CALL),
+    }
+
+
+@pytest.mark.parametrize("name", in_turn())
+def test_what_is_measured_and_fitted_with_them_refuses_them(name: str):
+    pipe = pipeline()
+    exits = exits_named("memory", pipe)
+    pipe.scheduler = OTHER
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))
+    with pytest.raises(ValueError, match="know another noise schedule"):
+        in_turn()[name](pipe, exits)
+
+
+def test_tracking_exits_are_neither_made_nor_walked_with_them():
+    pipe = pipeline()
+    memory, exits = exits_named("memory", pipe), exits_named("tracking", pipe)
+    pipe.scheduler = OTHER
+    with pytest.raises(ValueError, match="know another noise schedule"):
+        TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(2,), memory=memory)
+    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))
+    given = {"skip": 0.5, "states": "full", "generator": torch.Generator(), **CALL}
+    with pytest.raises(ValueError, match="know another noise schedule"):
+        walk_tracks(pipe, exits, [1], [0], **given)
