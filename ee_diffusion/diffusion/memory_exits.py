@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ee_diffusion.core.heads import Space
 from ee_diffusion.core.memory import Memory, weighted
 from ee_diffusion.diffusion.loading import load_strictly
+from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrised
 from ee_diffusion.diffusion.prediction import LinearPrediction
 
 TERMS = ("clean", "noise")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
 TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
 
@@ -37,7 +37,7 @@ def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
     return made
 
 
-class MemoryExits(ModelMixin, ConfigMixin):
+class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     """One exit at depth 0: the clean image is extrapolated in time from the last `length` full steps of the same row.
 
     With `x_t = a_t x_0 + s_t eps`, each full step's output is read as a prediction of `x_0`; recalled at t it is turned back into what the
@@ -259,20 +259,6 @@ class MemoryExits(ModelMixin, ConfigMixin):
         distance = (time - memory.times[:, 0]).abs().clamp(min=1.0).log()
         return torch.stack([expected, distance - math.log(20.0), snr / 5, (snr / 5).square()], 1).float()  # (R, F)
 
-    def _log_snr(self, time: Tensor) -> Tensor:
-        """log(a_t / s_t) at time (R,), which need not be whole: linear between the training timesteps."""
-        table = self.alphas_cumprod.double().clamp(2**-24, 1 - 2**-24)  # finite at zero terminal SNR
-        table = (table / (1 - table)).log() / 2  # (T,)
-        time = time.clamp(0, len(table) - 1)
-        below = time.floor().long()
-        above = (below + 1).clamp(max=len(table) - 1)
-        return torch.lerp(table[below], table[above], time - below)
-
-    def _signal_and_noise(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """a_t and s_t (R, 1, 1, 1) of `x_t = a_t x_0 + s_t eps`, a_t^2 + s_t^2 = 1."""
-        twice = 2 * self._log_snr(timestep.double())[:, None, None, None]
-        return twice.sigmoid().sqrt(), (-twice).sigmoid().sqrt()
-
     def value_of(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
         """What is remembered of a clean image (R, C, H, W) that was meant at `sample`, in the exits' terms."""
         if self.config.terms == "clean":
@@ -286,21 +272,3 @@ class MemoryExits(ModelMixin, ConfigMixin):
             return value
         signal, noise = self._signal_and_noise(timestep)
         return (sample - noise * value) / signal
-
-    def clean_of(self, sample: Tensor, output: Tensor, timestep: Tensor) -> Tensor:
-        """The x_0 that a model's output means: sample, output (R, C, H, W), timestep (R,) -> (R, C, H, W)."""
-        signal, noise = self._signal_and_noise(timestep)
-        if self.config.prediction_type == "sample":
-            return output
-        if self.config.prediction_type == "epsilon":
-            return (sample - noise * output) / signal
-        return signal * sample - noise * output
-
-    def output_of(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
-        """The output with which a model means the x_0 `clean`; the inverse of `clean_of`."""
-        signal, noise = self._signal_and_noise(timestep)
-        if self.config.prediction_type == "sample":
-            return clean
-        if self.config.prediction_type == "epsilon":
-            return (sample - signal * clean) / noise
-        return (signal * sample - clean) / noise
