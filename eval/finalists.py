@@ -10,15 +10,14 @@ on when started again. Writes finalists.json and finalists.md.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from clock import candidate_of
-from contenders import classes_of, drawer, load_memory
-from keeping import beside
+from contenders import classes_of, drawer, exits_by_kind, load_memory
+from keeping import beside, contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -104,12 +103,11 @@ def seen(
 ) -> Tensor:
     """Features (n, F) of what a candidate draws from the seeds `chosen`; kept in `store`, part by part."""
     store.mkdir(parents=True, exist_ok=True)
-    batch, parts = known["batch_size"], []
+    batch, parts = known["sampling"]["batch_size"], []
     for start in tqdm(range(0, len(chosen), PART), desc=candidate.name, mininterval=10):
         some = slice(start, min(start + PART, len(chosen)))
-        what = [known, asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}]
-        told = json.dumps([*what, chosen[some], labels[some]], sort_keys=True)
-        path = store / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.safetensors"
+        own = asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}
+        path = store / f"{name_of([known, own, chosen[some], labels[some]])}.safetensors"
         if not path.exists():
             images = [
                 to_bytes(
@@ -164,9 +162,10 @@ def main() -> None:
     reference = cifar_reference(network, data=options.data, count=options.reference_count, cache_dir=options.cache_dir)
     chosen = seeds("test", options.count, first=settings["count"])
     labels = balanced_labels(options.count, num_classes)
-    known = asdict(sampling) | {"output_dir": None, "report": settings["count"], "memory": settings["memory"]}
-    rows, full = [], None
+    sampled = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
+    kinds, rows, full = exits_by_kind(pipeline, memory, tracking, fitted), [], None
     for candidate in finalists:
+        known = {"sampling": sampled, "contents": contents(pipeline, kinds.get(candidate.kind))}
         features = seen(candidate, draw, network, chosen, labels=labels, store=folder / "seen", known=known)
         full = features if candidate.name == "full" else full
         rows.append(row_of(candidate.name, features, full, reference, options=options))

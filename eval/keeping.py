@@ -45,7 +45,7 @@ def kept(draw: Draw, folder: Path, settings: dict, made_with: Callable[[Candidat
 
     def again(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
         own = asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}
-        name = _name([settings, made_with(candidate), own, chosen, labels, first])
+        name = name_of([settings, made_with(candidate), own, chosen, labels, first])
         path, trace = folder / f"{name}.safetensors", folder / f"{name}.trace.safetensors"
         if path.exists():
             return Generated(load_file(path)["images"], Trace.load(trace) if trace.exists() else None, ())
@@ -63,7 +63,7 @@ def kept(draw: Draw, folder: Path, settings: dict, made_with: Callable[[Candidat
 def noted(folder: Path, what: list, make: Callable[[], object]) -> object:
     """A plain value that is dear to make, by what it depends on: read from `folder` if it was made before."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{_name(what)}.json"
+    path = folder / f"{name_of(what)}.json"
     if not path.exists():
         write_text(path, json.dumps(make()))
     return json.loads(path.read_text())
@@ -74,7 +74,8 @@ def beside(path: Path) -> Path:
     return path.with_suffix(".tmp")
 
 
-def _name(what: list) -> str:
+def name_of(what: list) -> str:
+    """The name of a file for what depends on `what`."""
     return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
