@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from frontier_options import FrontierOptions
-from options import SamplingOptions
+from options import SamplingOptions, load
 from peers import PEERS, Peer
 from torch import nn
 from turns import Candidate, Draw
@@ -68,12 +68,16 @@ def fitted_memory(
 ) -> MemoryExits:
     """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`.
 
+    Courses are run in float32 whatever the run's dtype: half precision's rounding, taken for chance, draws the weights towards the mean,
+    and what each step then misses points the same way.
+
     Raises:
         ValueError: `folder` holds exits that were fitted under other settings; what was drawn beside it is theirs.
     """
     wanted = {name: getattr(sampling, name) for name in ("model", "sampler", "num_inference_steps", "guidance_scale")}
-    wanted |= {"dtype": sampling.dtype, "search_count": options.search_count}
-    wanted |= {"weights": fingerprint(pipeline.transformer)}
+    whole = pipeline if sampling.dtype == "float32" else load(replace(sampling, dtype="float32"))
+    wanted |= {"dtype": "float32", "search_count": options.search_count}
+    wanted |= {"weights": fingerprint(whole.transformer)}
     settings = folder / "settings.json"  # written last
     if settings.is_file():
         known = json.loads(settings.read_text())
@@ -86,8 +90,8 @@ def fitted_memory(
         return load_memory(pipeline, str(folder))
     labels = balanced_labels(options.search_count, pipeline.transformer.config.null_class)
     call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
-    exits = noise_memory(pipeline)
-    made = fit_prediction(exits, record(pipeline, exits, seeds("fit", options.search_count), labels, **call))
+    exits = noise_memory(whole)
+    made = fit_prediction(exits, record(whole, exits, seeds("fit", options.search_count), labels, **call))
     made.save_pretrained(folder)
     write_json(settings, wanted)
     return load_memory(pipeline, str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 import contenders
 import peers
 from frontier_options import FrontierOptions
-from options import SamplingOptions
+from options import SamplingOptions, load
 from turns import Candidate
 
 STEPS = 6
@@ -109,6 +110,17 @@ def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: py
     again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
     assert len(seen) == 2, "fitted once"
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), made.parameters(), strict=True))
+
+
+def test_predictions_are_fitted_in_float32_whatever_is_drawn_in(tmp_path: Path):
+    pipeline().save_pretrained(tmp_path / "model")
+    made = []
+    for dtype in ("float32", "bfloat16"):
+        sampling = replace(SAMPLING, model=str(tmp_path / "model"), dtype=dtype)
+        made.append(contenders.fitted_memory(load(sampling), sampling, OPTIONS, tmp_path / dtype))
+    assert torch.equal(made[0].prediction.moments, made[1].prediction.moments)
+    again = contenders.fitted_memory(load(sampling), sampling, OPTIONS, tmp_path / "float32")
+    assert torch.equal(made[0].prediction.moments, again.prediction.moments), "taken for a run in half precision"
 
 
 def test_gains_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
