@@ -47,7 +47,7 @@ def calibrate(options: argparse.Namespace) -> int:
     use_sampler(pipeline, options.sampler)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     print(
-        f"{len(values)} candidates and the full model on {options.count} images, {options.num_inference_steps} steps each"
+        f"at most {len(values)} candidates and the full model on {options.count} images, {options.num_inference_steps} steps each"
     )
     make = maker(pipeline, options)
     known = {make(value): value for value in reversed(values)}  # of values that mean the same policy the safest
@@ -121,7 +121,6 @@ def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryE
     known = MemoryExits.from_pretrained(folder) if folder else None
     if known is not None:
         known.check_fits(pipeline.transformer)
-        known.check_scheduler(pipeline.scheduler)
     if known is not None and options.kind == "searched" and known.config.length != 2:
         raise ValueError(
             f"{folder} remembers {known.config.length} predictions, expected 2: schedules are priced by them"

@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler
 from factories import pipeline
 from tree import ROOT
 
-from ee_diffusion import calibrating
 from ee_diffusion.cli import SAMPLERS as cli_samplers
 from ee_diffusion.cli import main
 from ee_diffusion.core.policy import Policy
@@ -22,7 +21,6 @@ from ee_diffusion.decoding.cloud.flags import ENCODINGS
 from ee_diffusion.diffusion.generation import SAMPLERS
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.errors import TRACEBACK, said_in_one_line
-from ee_diffusion.measure.splits import seeds
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +76,6 @@ def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, caps
     assert "below 1" in capsys.readouterr().err
     assert main(words(model, output, *goal[:2], "--values", 0.5, 0.52, "--search_count", 2, "--budget", 0.6)) == 0
     assert "searched 0.52" not in capsys.readouterr().out, "the same schedule once more"
-
-
-def test_who_certifies_was_not_tuned_on(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    seen = []
-    monkeypatch.setattr(calibrating, "live_losses", lambda *_, **__: seen.append(_[2]) or 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        main(words(model, tmp_path / "policy.json", "--kind", "deediff", "--budget", 0.5))
-    assert seen == [seeds("calibrate", 8, first=1000)]
 
 
 def test_memory_of_another_kind_is_refused_before_it_is_used(

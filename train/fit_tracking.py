@@ -10,11 +10,11 @@ report.json: per part of the run and per exit the error of its clean image over 
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from pathlib import Path
 
 import torch
+from walk_flags import check_walk
 
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.diffusion.gauging import STATES
@@ -53,15 +53,8 @@ def flags() -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for flags out of range, or more moments in a batch than the walk has."""
-    least = {"count": 1, "test_count": 1, "walk_batch_size": 1, "iterations": 1, "train_batch_size": 1}
-    for name, low in (least | {"num_inference_steps": FIRST + 1}).items():
-        if getattr(options, name) < low:
-            why = f": memory is first put to the test at step {low}" if low > 1 else ""
-            raise ValueError(f"--{name} {getattr(options, name)}, expected at least {low}{why}")
-    if not 0 <= options.skip < 1 or not math.isfinite(options.guidance_scale):
-        raise ValueError(
-            f"--skip {options.skip} --guidance_scale {options.guidance_scale}, expected a probability below 1 and a finite number"
-        )
+    counts = ("count", "test_count", "walk_batch_size", "iterations", "train_batch_size")
+    check_walk(options, dict.fromkeys(counts, 1), length=FIRST - 1)
     rows = options.count * (2 if is_guided(options.guidance_scale) else 1)
     moments = rows * (options.num_inference_steps - FIRST)
     if options.variant == "learned" and options.train_batch_size > moments:

@@ -71,7 +71,8 @@ class SkipConfig(ModelConfig):
     """The layers that run, and what trains.
 
     Raises:
-        ValueError: some of SkipDecode's numbers without the others, or beside a policy; truncation beside either; a part outside (0, 1].
+        ValueError: some of SkipDecode's numbers without the others, or beside a policy; truncation beside either; a teacher's part
+            outside (0, 1] or without one.
     """
 
     warm_up: int | None = flag("SkipDecode: layers at the bottom that always run.")
@@ -82,7 +83,7 @@ class SkipConfig(ModelConfig):
     keep: int | None = flag("Plain fine-tuning of the first so many layers alone (a truncated model, as control).")
     lora_rank: int | None = flag("Train adapters of this rank, merged when saved; none: every weight.")
     teacher: str | None = flag("Folder or name of a model to learn from at full depth; none: the answers alone.")
-    teacher_weight: float = flag("The teacher's part of the loss, above 0 to 1.", 0.5)
+    teacher_weight: float | None = flag("The teacher's part of the loss, above 0 to 1; none: 0.5 where there is one.")
 
     def __post_init__(self):
         given = [name for name in ("warm_up", "least", "most", "horizon") if getattr(self, name) is not None]
@@ -91,8 +92,10 @@ class SkipConfig(ModelConfig):
         ways = [bool(given), self.policy is not None, self.keep is not None]
         if sum(ways) > 1:
             raise ValueError("two of SkipDecode's numbers, policy and keep were given, expected at most one")
-        if not 0 < self.teacher_weight <= 1:
-            raise ValueError(f"teacher_weight={self.teacher_weight}, expected within (0, 1]")
+        if self.teacher_weight is not None and (self.teacher is None or not 0 < self.teacher_weight <= 1):
+            raise ValueError(
+                f"teacher_weight={self.teacher_weight}, teacher={self.teacher!r}, expected within (0, 1], and a teacher"
+            )
 
     def rule(self) -> Policy:
         """What runs. Raises ValueError as the method does."""
@@ -165,13 +168,12 @@ def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
     model.to(device)
     teacher = config.load_teacher()
     teacher = None if teacher is None else teacher.to(device)
-    objective = SkipObjective(
-        model, policy, num_steps=data.max_length, teacher=teacher, teacher_weight=config.teacher_weight
-    )
+    weight = {} if config.teacher_weight is None else {"teacher_weight": config.teacher_weight}
+    objective = SkipObjective(model, policy, num_steps=data.max_length, teacher=teacher, **weight)
     adapted = config.lora_rank is not None
     identity = {"policy": policy.to_dict(), "keep": config.keep, "lora_rank": config.lora_rank, "backbone": backbone}
     if teacher is not None:
-        identity |= {"teacher": fingerprint_of(teacher), "teacher_weight": config.teacher_weight}
+        identity |= {"teacher": fingerprint_of(teacher), "teacher_weight": objective.teacher_weight}
 
     def export(folder: Path, trained: SkipObjective) -> None:
         save(folder, trained, tokenizer=tokenizer, policy=policy, adapted=adapted)

@@ -53,7 +53,10 @@ def test_the_fit_is_written_with_its_figures(variant: str, tmp_path: Path, monke
         (["--count", 0], "--count 0, expected at least 1$"),
         (["--test_count", 0], "--test_count 0, expected at least 1$"),
         (["--train_batch_size", 0], "--train_batch_size 0, expected at least 1$"),
-        (["--num_inference_steps", 3], "--num_inference_steps 3, expected at least 4: memory is first put to the test"),
+        (
+            ["--num_inference_steps", 3],
+            "--num_inference_steps 3, expected at least 4: memory of 2 is first put to the test at step 4",
+        ),
         (["--count", 1, "--num_inference_steps", 6, "--train_batch_size", 7], "7, expected at most the 6 moments"),
         (
             ["--count", 1, "--num_inference_steps", 6, "--train_batch_size", 4, "--guidance_scale", 1.0],

@@ -141,7 +141,7 @@ def test_dry_run(monkeypatch, capsys):
         (f"{SKIP} --compile --output_dir x", "compile=True"),
         (
             f"{SKIP} --teacher model --teacher_weight 1.5 --output_dir x",
-            r"teacher_weight=1.5, expected within \(0, 1\]",
+            r"teacher_weight=1.5, teacher='model', expected within \(0, 1\]",
         ),
         pytest.param(f"{SKIP} --lora_rank 0 --output_dir x", "rank=0", marks=needs_peft),
     ],
