@@ -63,6 +63,7 @@ _HOMES = {
     "periodic_cache": "diffusion.methods",
     "remembered": "diffusion.methods",
     "searched": "diffusion.methods",
+    "fit_schedules": "diffusion.rehearsal",
     "TrackingExits": "diffusion.tracking_exits",
     "step_sensitivity": "diffusion.solver",
     "EarlyExitPipeline": "diffusion.pipeline",
@@ -148,6 +149,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         EarlyExitPixArtPipeline,
         EarlyExitSD3Pipeline,
     )
+    from ee_diffusion.diffusion.rehearsal import fit_schedules
     from ee_diffusion.diffusion.solver import step_sensitivity
     from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
     from ee_diffusion.diffusion.tracking_exits import TrackingExits

@@ -14,29 +14,25 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from contenders import WARM_UP, load_memory
 from contenders import controls as memory_controls
 from diffusers import DiTPipeline
-from options import flag, parse
-from peers_dit import db_cache
+from journey_draw import JourneyOptions, drawer, fitted_memory, load_exits
+from options import parse
 from safetensors.torch import load_file
-from torch.nn.functional import interpolate
 from tradeoff import Candidate, Draw, controls, in_turns, judge_of, row
 
 from ee_diffusion.core.calibrate import value_for_budget
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.generation import Generated
 from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.kinds import DenoiserHeads
 from ee_diffusion.diffusion.methods import periodic_cache, remembered
 from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
@@ -63,96 +59,6 @@ save_file({"images": torch.from_numpy(drawn.images).contiguous(), "depths": draw
 """
 
 
-@dataclass(frozen=True)
-class JourneyOptions:
-    """Which model, which exits, how many images.
-
-    Raises:
-        ValueError: a folder that is not given, a number out of range.
-    """
-
-    model: str | None = flag("Folder of a stock DiTPipeline.")
-    exits: str | None = flag("Folder of exits fitted to it.")
-    fit_report: str | None = flag("report.json of that fit, to be quoted; none: left out.")
-    output_dir: str | None = flag("Where results go.")
-    num_classes: int = flag("Classes that are drawn, the first of the model's.", 10)
-    num_inference_steps: int = flag("Denoising steps.", 50)
-    guidance_scale: float = flag("Classifier-free guidance.", 3.0)
-    batch_size: int = flag("Images per call.", 16)
-    count: int = flag("Test images.", 64)
-    calibration_count: int = flag("Calibration images.", 32)
-    budget: float = flag("Fraction of the blocks to aim at.", 0.6)
-    errors: list[float] = field(
-        default_factory=lambda: [0.01], metadata={"help": "Answers from memory: errors allowed per step."}
-    )
-    period: int = flag("Answers from memory: period of the fixed cache.", 2)
-    judged_size: int = flag("Pixels that images are reduced to before they are judged.", 32)
-    data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or without.")
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
-    db_cache: list[float] = field(
-        default_factory=list, metadata={"help": "Thresholds of cache-dit's DBCache, with and without TaylorSeer."}
-    )
-    seed: int = flag("Seed of the random controls.", 0)
-
-    def __post_init__(self):
-        for name in ("model", "exits", "output_dir"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r}, expected a folder")
-        for name in ("num_classes", "num_inference_steps", "batch_size", "count", "calibration_count", "period"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
-        if not 0 < self.budget <= 1:
-            raise ValueError(f"budget={self.budget}, expected a fraction of the blocks in (0, 1]")
-
-
-def load_exits(folder: str) -> AdapterExits | DenoisingExits:
-    """Exits of the class that their config names. Raises ValueError for another one."""
-    kinds = {kind.__name__: kind for kind in (AdapterExits, DenoisingExits)}
-    name = AdapterExits.load_config(folder)["_class_name"]
-    if name not in kinds:
-        raise ValueError(f"{folder} holds {name}, expected one of {sorted(kinds)}")
-    return kinds[name].from_pretrained(folder).eval()
-
-
-def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, DenoiserHeads]) -> Draw:
-    """Draws batches with the stock pipeline, its call as ever; exits are attached around it. heads: by candidate's budget name."""
-
-    def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
-        call = {
-            "class_labels": labels,
-            "generator": [torch.Generator().manual_seed(seed) for seed in chosen],
-            "num_inference_steps": candidate.steps,
-            "guidance_scale": options.guidance_scale,
-            "output_type": "np",
-        }
-        begun = time.perf_counter()
-        if candidate.kind.startswith("db_cache"):
-            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor=candidate.kind.endswith("taylor")):
-                begun = time.perf_counter()
-                images, trace = pipe(**call).images, None
-        elif candidate.policy is None:
-            images, trace = pipe(**call).images, None
-        else:
-            exits = heads["memory" if candidate.policy.exits == (0,) else "fitted"]
-            with attach(pipe, exits, _slice(candidate.policy, first, len(chosen))) as attachment:
-                images, trace = pipe(**call).images, attachment.trace
-            ids = torch.arange(first, first + len(chosen))
-            trace = replace(trace, elements=ids, policy=candidate.policy.to_dict())
-        seconds = time.perf_counter() - begun
-        small = interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), size=(options.judged_size,) * 2, mode="area")
-        return Generated(small.contiguous(), trace, (seconds,))
-
-    return draw
-
-
-def _slice(policy: Policy, first: int, count: int) -> Policy:
-    """A plan for all images, cut to one batch of them."""
-    if not isinstance(policy.criterion, Planned):
-        return policy
-    return replace(policy, criterion=Planned(tuple(line[first : first + count] for line in policy.criterion.depths)))
-
-
 def calibrated(options: JourneyOptions, draw: Draw) -> tuple[Policy, dict]:
     """The threshold for the budget, by replay on calibration seeds, and what the live run then costs on them."""
     chosen = seeds("calibrate", options.calibration_count)
@@ -172,8 +78,10 @@ def calibrated(options: JourneyOptions, draw: Draw) -> tuple[Policy, dict]:
     return policy, found | {"live": live.report().mean_executed / layers}
 
 
-def candidates_of(options: JourneyOptions, policy: Policy, sensitivity: tuple[float, ...]) -> list[Candidate]:
-    """Whatever needs no trace: the full model, the fitted exits, answers from memory."""
+def candidates_of(
+    options: JourneyOptions, policy: Policy, sensitivity: tuple[float, ...], schedules: dict[int, Policy]
+) -> list[Candidate]:
+    """Whatever needs no trace: the full model, the fitted exits, answers from memory, peers. schedules: by number of full steps."""
     steps = options.num_inference_steps
     found = [Candidate("full", "full", None, None, steps)]
     found.append(Candidate(f"deediff {options.budget}", "deediff", options.budget, policy, steps))
@@ -183,8 +91,16 @@ def candidates_of(options: JourneyOptions, policy: Policy, sensitivity: tuple[fl
     for threshold in options.db_cache:
         for kind in ("db_cache", "db_cache_taylor"):
             found.append(Candidate(f"{kind.replace('_', ' ')} {threshold}", kind, threshold, None, steps))
+    found += [Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer) for fewer in options.fewer]
     cache = periodic_cache(options.period, warm_up=WARM_UP)
-    return [*found, Candidate(f"periodic cache {options.period}", "periodic_cache", None, cache, steps)]
+    found.append(Candidate(f"periodic cache {options.period}", "periodic_cache", None, cache, steps))
+    if not options.shares:
+        return found
+    found.append(Candidate(f"periodic fitted {options.period}", "periodic fitted", None, cache, steps))
+    wanted = {min(schedules, key=lambda full: (abs(full - steps * (1 - share)), -full)) for share in options.shares}
+    for full in sorted(wanted, reverse=True):
+        found.append(Candidate(f"searched fitted {full} full", "searched fitted", full, schedules[full], steps))
+    return found
 
 
 def second_round(first: list[Candidate], drawn: dict[str, Generated], rows: list[dict], seed: int) -> list[Candidate]:
@@ -248,14 +164,15 @@ def main() -> None:
     pipe = DiTPipeline.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
     exits, memory = load_exits(options.exits), load_memory(pipe, None)
-    draw = drawer(pipe, options, {"fitted": exits, "memory": memory})
+    fitted, schedules = fitted_memory(pipe, options) if options.shares else (None, {})
+    draw = drawer(pipe, options, {"fit_exits": exits, "memory": memory, "fit_memory": fitted})
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     policy, calibration = calibrated(options, draw)
     print(json.dumps(calibration), flush=True)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, options.num_classes)
 
     sensitivity = step_sensitivity(memory, pipe.scheduler, options.num_inference_steps)
-    first = candidates_of(options, policy, sensitivity)
+    first = candidates_of(options, policy, sensitivity, schedules)
     drawn = in_turns(first, draw, chosen, labels, batch=options.batch_size)
     rows = [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in first]
     second = second_round(first, drawn, rows, options.seed)

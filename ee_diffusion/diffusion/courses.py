@@ -131,7 +131,7 @@ def record(
         clean.append(guided(said, guidance_scale).float())  # (B, C, H, W)
         samples.append(asked.sample[: len(seeds)])
         times.append(float(asked.time))
-    clip = _clip_of(pipeline.scheduler)
+    clip = clip_of(pipeline.scheduler)
     made_by = {"scheduler": type(pipeline.scheduler).__name__, "guidance_scale": float(guidance_scale)}
     return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by)
 
@@ -159,7 +159,7 @@ def fit_prediction(exits: MemoryExits, course: Course) -> MemoryExits:
     return made.eval()
 
 
-def _clip_of(scheduler: SchedulerMixin) -> float | None:
+def clip_of(scheduler: SchedulerMixin) -> float | None:
     """To what a scheduler clips the clean image. A config may hold what another class was made with, so the class is asked too."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return scheduler.config.clip_sample_range if "clip_sample" in known and scheduler.config.clip_sample else None

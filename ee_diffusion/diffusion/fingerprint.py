@@ -92,6 +92,7 @@ def warn_of_course(
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """A fingerprint of settings (a noise schedule and order, what exits remember); versions and defaults (`_...`) are left out."""
-    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    """A fingerprint of settings (a noise schedule and order, what exits remember); versions, defaults (`_...`) and what is None
+    are left out: a setting that a later version adds, None by default, changes nothing."""
+    known = {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -77,15 +77,15 @@ def step_gains(
             recalled = exits.recall(memory, sample[0], timestep)["recalled"]
             wrong = exits.clean_of(sample[0], recalled, timestep) - exits.clean_of(sample[0], output[0], timestep)
             own, answer = copy.deepcopy(scheduler), guided(recalled, guidance_scale)
-            born = _Branch(own, _stepped(own, answer, latents, **step), index, sensitivity[index] * _rms(wrong))
+            born = _Branch(own, _stepped(own, answer, latents, **step), index, sensitivity[index] * rms(wrong))
         rows = torch.arange(sample.shape[1])
         memory = exits.remember(memory, rows, sample=sample[0], timestep=timestep, output=output[0])
         for branch, said in zip(branches, output[1:], strict=True):
             branch.latents = _stepped(branch.scheduler, guided(said, guidance_scale), branch.latents, **step)
         latents = _stepped(scheduler, guided(output[0], guidance_scale), latents, **step)
         branches += [] if born is None else [born]
-    found = {branch.step: _rms(branch.latents - latents) / branch.moved for branch in branches}
-    return _between(found, len(scheduler.timesteps))
+    found = {branch.step: rms(branch.latents - latents) / branch.moved for branch in branches}
+    return between(found, len(scheduler.timesteps))
 
 
 def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: float) -> tuple[float, ...]:
@@ -136,12 +136,12 @@ def _stepped(
     return scheduler.step(answer, time, latents, **accepted(scheduler, generator=generator)).prev_sample
 
 
-def _rms(difference: Tensor) -> float:
+def rms(difference: Tensor) -> float:
     """Root mean square of each row, mean over rows."""
     return difference.flatten(1).square().mean(1).sqrt().mean().item()
 
 
-def _between(found: dict[int, float], num_steps: int) -> tuple[float, ...]:
+def between(found: dict[int, float], num_steps: int) -> tuple[float, ...]:
     """All steps from some: log-linear between them, constant before and after."""
     known = sorted(found)
     made = []

@@ -1,7 +1,7 @@
 """Exits that remember: before the first block, the answer follows from what the last full steps said of the clean image.
 
 Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of remembering (core/memory.py).
-R rows, C, H, W image, M remembered predictions, T training timesteps.
+R rows, C, H, W image, O channels of an output, M remembered predictions, T training timesteps.
 """
 
 from __future__ import annotations
@@ -58,11 +58,14 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance`: whose courses they were;
     a pipeline that runs something else warns.
 
+    `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
+    of such models drop it before the solver.
+
     Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32.
 
     Raises:
         ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line, or with
-            course_steps, which leave it nothing to say.
+            course_steps, which leave it nothing to say; out_channels that are neither in_channels nor twice as many.
     """
 
     space: Space = "output"
@@ -83,8 +86,13 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         course_steps: int = 0,
         course_scheduler: str | None = None,
         course_guidance: float | None = None,
+        out_channels: int | None = None,
     ):
         super().__init__()
+        if out_channels not in (None, in_channels, 2 * in_channels):
+            raise ValueError(
+                f"the model puts out {out_channels} channels, expected the {in_channels} of its input, or twice as many with a variance"
+            )
         if length < 1:
             raise ValueError(f"length={length}, expected at least 1 remembered prediction")
         if prediction_type not in PREDICTION_TYPES:
@@ -115,8 +123,9 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
         Raises:
-            ValueError: a length below 1, a scheduler without `alphas_cumprod` (flow matching) or that predicts something unknown, a model
-                that puts out something else than its input's channels or whose samples are not square images (no `sample_size`).
+            ValueError: a length below 1, a scheduler without `alphas_cumprod` (flow matching), that predicts something unknown or draws
+                with a predicted variance; a model that puts out something else than its input's channels (and a variance) or whose
+                samples are not square images (no `sample_size`).
         """
         for name in ("in_channels", "sample_size"):
             if not isinstance(transformer.config.get(name), int):
@@ -135,9 +144,11 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             length=length,
             learned_trust=learned_trust,
             terms=terms,
+            out_channels=transformer.config.get("out_channels"),
         )
         exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
+        exits.check_scheduler(scheduler)
         return exits.to(transformer.device)
 
     @classmethod
@@ -152,19 +163,29 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"heads of another model: {name} is {self.config[name]}, the model's is {model.config.get(name)}"
                 )
-
-        if model.config.get("out_channels") not in (None, self.config.in_channels):
+        if (model.config.get("out_channels") or self.config.in_channels) != self.num_outputs:
             raise ValueError(
-                f"the model puts out {model.config['out_channels']} channels, expected the {self.config.in_channels} of its input"
+                f"heads of another model: it puts out {model.config['out_channels']} channels, they {self.num_outputs}"
             )
         if self.prediction is not None and bool(self.prediction.moments.isnan().any()):
             raise ValueError("these exits know no course; make them with courses.fit_prediction")
         if bool(self.alphas_cumprod.isnan().any()):
             raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
 
+    @property
+    def num_outputs(self) -> int:
+        """Channels of an answer."""
+        return self.config.out_channels or self.config.in_channels
+
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """Raises ValueError if these exits know another noise schedule than the scheduler's, or read the model's output in another way."""
+        """Raises ValueError if these exits know another noise schedule than the scheduler's, or read the model's output in another way, or
+        if it draws with a predicted variance, which they do not remember."""
         table, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
+        variance = str(scheduler.config.get("variance_type"))
+        if self.num_outputs > self.config.in_channels and variance.startswith("learned"):
+            raise ValueError(
+                f"{type(scheduler).__name__} with variance_type={variance!r} draws with the predicted variance, expected one that does not"
+            )
         if kind != self.config.prediction_type:
             raise ValueError(f"exits that remember read {self.config.prediction_type!r}, the scheduler {kind!r}")
         known = self.alphas_cumprod.cpu()
@@ -186,15 +207,17 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, C, H, W), the output that follows
+        """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, O, H, W), the output that follows
         from memory, `remembers` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
         if memory is None:
             memory = Memory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
         value = weighted(memory.values, self.weights_of(memory, time))
+        output = self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype)
+        variance = output.new_zeros(len(output), self.num_outputs - output.shape[1], *output.shape[2:])
         return {
             "timestep": timestep,
-            "recalled": self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype),
+            "recalled": torch.cat([output, variance], 1) if variance.numel() else output,
             "remembers": memory.count,
             "features": self._features(memory, time),
         }
@@ -203,16 +226,17 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     def remember(
         self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
     ) -> Memory:
-        """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, C, H, W)."""
+        """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, O, H, W)."""
         if memory is None:
             memory = Memory.empty(sample.float(), length=self.config.length)
         rows = rows.to(sample.device)
         sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
+        output = output[:, : self.config.in_channels]
         value = self.value_of(sample, self.clean_of(sample, output, timestep), timestep)
         return memory.remember(rows, value.to(memory.values.dtype), timestep.double())
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """The recalled output (R, C, H, W).
+        """The recalled output (R, O, H, W).
 
         Raises:
             ValueError: a row that remembers nothing: its first step must be a full one.

@@ -335,7 +335,7 @@ def test_bad_input(pipe: EarlyExitPipeline):
         MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="WanTransformer3DModel has sample_size=None, expected a number"):
         MemoryExits.for_pipeline(model_named("WanTransformer3DModel"), pipe.scheduler)
-    with pytest.raises(ValueError, match="puts out 6 channels, expected the 3"):
+    with pytest.raises(ValueError, match="puts out 5 channels, expected the 3"):
         MemoryExits.for_pipeline(
-            DiTTransformer2DModel(2, 8, 3, 6, num_layers=1, sample_size=8, patch_size=2), pipe.scheduler
+            DiTTransformer2DModel(2, 8, 3, 5, num_layers=1, sample_size=8, patch_size=2), pipe.scheduler
         )

@@ -41,12 +41,23 @@ def flags(folders: dict[str, Path]) -> str:
 @pytest.mark.slow
 def test_the_journey(folders, tmp_path, monkeypatch):
     words = "--num_inference_steps 5 --count 6 --calibration_count 4 --batch_size 3 --num_classes 3 --judged_size 16"
-    call(monkeypatch, journey, flags(folders), words, "--errors 0.5 --budget 0.6 --output_dir", tmp_path)
+    call(
+        monkeypatch,
+        journey,
+        flags(folders),
+        words,
+        "--errors 0.5 --budget 0.6 --shares 0.2 0.4 --fewer 4 --output_dir",
+        tmp_path,
+    )
     report = json.loads((tmp_path / "journey.json").read_text())
     rows = {row["name"]: row for row in report["rows"]}
     kinds = [row["kind"] for row in report["rows"]]
     ours = {"full", "deediff", "static", "random_per_step", "random_overall", "fewer_steps"}
     assert ours | {"remembered", "periodic_cache"} <= set(kinds)
+    for name, full in {"searched fitted 4 full": 4, "searched fitted 3 full": 3, "periodic fitted 2": 3}.items():
+        assert rows[name]["report"]["mean_executed"] == pytest.approx(4 * full / 5)
+    assert rows["periodic fitted 2"]["psnr"] != rows["periodic cache 2"]["psnr"]
+    assert rows["4 steps"]["steps"] == 4
     of_memory = [row for row in report["rows"] if row["budget"] == 0.5]
     assert len(of_memory) == 5, "remembered, its static and random controls, fewer steps"
     assert rows["full"]["psnr"]["mean"] == 100

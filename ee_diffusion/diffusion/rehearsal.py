@@ -1,0 +1,156 @@
+"""Rehearsals: what a stock pipeline's own call hands to its solver, in full and with one answer from memory; from them, memory that is
+fitted to the call, and the steps it is to run in full.
+
+Here: watching calls, gains from them, one entry point. Not here: our own pipelines, which are walked step by step (courses.py, gains.py).
+B images as the solver has them (DiT's: with their second rows), S steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import Tensor
+
+from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.courses import Course, check_distinct_times, clip_of, fit_prediction
+from ee_diffusion.diffusion.families import blocks_of
+from ee_diffusion.diffusion.gains import between, influence, rms
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.search import gap_prices, search
+from ee_diffusion.diffusion.solver import step_sensitivity
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """One call: its course, and `final` (B, ...), the sample it ended with."""
+
+    course: Course
+    final: Tensor
+
+
+@torch.no_grad()
+def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[], object]) -> Rehearsal:
+    """Make a call and watch its solver: `call` runs the pipeline once, from noise, at its own generators.
+
+    Raises:
+        ValueError: exits that know another noise schedule; a call without steps, that begins in the middle of the run or at times of its
+            own; a solver that asks more than once at a time, or is given more channels than the sample has (a variance).
+    """
+    exits.check_scheduler(pipeline.scheduler)
+    times, clean, samples, last = list[float](), list[Tensor](), list[Tensor](), list[Tensor]()
+    signature = inspect.signature(pipeline.scheduler.step)
+
+    def step(original, *args, **kwargs):
+        said = signature.bind(*args, **kwargs).arguments
+        output, time, sample = said["model_output"], torch.as_tensor(said["timestep"]), said["sample"]
+        if output.shape != sample.shape:
+            raise ValueError(
+                f"{type(pipeline.scheduler).__name__} got {tuple(output.shape)} for a sample of {tuple(sample.shape)}, expected as many"
+            )
+        asked = pipeline.scheduler.scale_model_input(sample, time)
+        there = time.to(sample.device).expand(len(sample))
+        clean.append(exits.clean_of(asked.float(), output.float(), there).float())
+        samples.append(asked.clone())
+        times.append(float(time))
+        result = original(*args, **kwargs)
+        last[:] = [result[0].clone()]
+        return result
+
+    watched = Interception(pipeline.scheduler, step, name="step")
+    try:
+        call()
+    finally:
+        watched.restore()
+    _check_times(pipeline.scheduler, times)
+    course = Course(
+        torch.tensor(times, dtype=torch.float64),
+        torch.stack(clean),
+        torch.stack(samples),
+        clip_of(pipeline.scheduler),
+        scheduler=type(pipeline.scheduler).__name__,
+    )
+    return Rehearsal(course, last[0].float())
+
+
+def rehearsed_gains(
+    pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[], object], full: Rehearsal, *, every: int
+) -> tuple[float, ...]:
+    """g_t (S,) as `gains.step_gains` has them, from the call made again with one answer from memory, at every `every`-th step.
+
+    Raises:
+        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `rehearse` and `attach`.
+    """
+    num_steps, first = len(full.course.times), exits.config.length + 1
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
+    if num_steps <= first:
+        raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
+    sensitivity, found = step_sensitivity(exits, pipeline.scheduler, num_steps), {}
+    layers = len(blocks_of(pipeline.transformer))
+    for index in range(first, num_steps, every):
+        others = [step for step in range(num_steps) if step != index]
+        with attach(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
+            erred = rehearse(pipeline, exits, call)
+        if not torch.equal(erred.course.samples[0], full.course.samples[0]):
+            raise ValueError(
+                "the call drew other noise than the time before, expected one that makes its generators anew"
+            )
+        wrong = rms(erred.course.clean[index] - full.course.clean[index])
+        found[index] = rms(erred.final - full.final) / (sensitivity[index] * wrong)
+    return between(found, num_steps)
+
+
+def fit_schedules(
+    pipeline: DiffusionPipeline,
+    call: Callable[[], object],
+    *,
+    terms: str = "noise",
+    every: int = 4,
+    power: float = 0.5,
+) -> tuple[MemoryExits, dict[int, Policy]]:
+    """Memory fitted to a pipeline's call, and the steps it is best to run in full: -> exits and, by number of full steps, policies.
+
+        def call():
+            pipe([207, 360], generator=torch.Generator().manual_seed(0), num_inference_steps=50, output_type="latent")
+
+        exits, policies = fit_schedules(pipe, call)
+        with attach(pipe, exits, policies[20]):
+            ...  # calls with as many steps, the same solver and guidance; other seeds and labels
+
+    `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
+    `search.search` under weights `influence(sensitivity, gains, power)`. Run it in float32: half precision's rounding spoils the fit.
+
+    Raises:
+        ValueError: as `rehearse`, `rehearsed_gains`, `MemoryExits.for_pipeline`.
+    """
+    exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=terms)
+    full = rehearse(pipeline, exits, call)
+    num_steps, layers = len(full.course.times), len(blocks_of(pipeline.transformer))
+    gains = rehearsed_gains(pipeline, exits, call, full, every=every)
+    weights = influence(step_sensitivity(exits, pipeline.scheduler, num_steps), gains, power=power)
+    exits = fit_prediction(exits, full.course)
+    found = search(gap_prices(exits, full.course, weights), num_steps)
+    return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
+
+
+def _check_times(scheduler: SchedulerMixin, times: list[float]) -> None:
+    """Raises ValueError for times that are not those of a whole run of the scheduler."""
+    if not times:
+        raise ValueError("the call took no step of the pipeline's scheduler, expected one that draws images")
+    check_distinct_times(scheduler, len(times))
+    walked = copy.deepcopy(scheduler)
+    walked.set_timesteps(len(times))
+    planned = [float(time) for time in walked.timesteps]
+    if planned != times:
+        raise ValueError(
+            f"the call took {len(times)} steps from {times[0]:g} to {times[-1]:g}, expected the scheduler's own, {planned[0]:g} to "
+            f"{planned[-1]:g}: no image to image, no times of the caller's"
+        )

@@ -1,0 +1,156 @@
+"""Who draws in the journey of a stock DiT: its flags, its exits, one call of the pipeline for every kind of candidate.
+
+Here: flags and drawing. Not here: candidates, controls and the report (journey.py).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+
+import torch
+from diffusers import DiTPipeline
+from options import flag
+from peers_dit import db_cache
+from torch.nn.functional import interpolate
+from turns import Candidate, Draw
+
+from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.adapters import AdapterExits
+from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.generation import Generated
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.kinds import DenoiserHeads
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.rehearsal import fit_schedules
+from ee_diffusion.measure.splits import balanced_labels, seeds
+
+
+@dataclass(frozen=True)
+class JourneyOptions:
+    """Which model, which exits, how many images.
+
+    Raises:
+        ValueError: a folder that is not given, a number out of range.
+    """
+
+    model: str | None = flag("Folder of a stock DiTPipeline.")
+    exits: str | None = flag("Folder of exits fitted to it.")
+    fit_report: str | None = flag("report.json of that fit, to be quoted; none: left out.")
+    output_dir: str | None = flag("Where results go.")
+    num_classes: int = flag("Classes that are drawn, the first of the model's.", 10)
+    num_inference_steps: int = flag("Denoising steps.", 50)
+    guidance_scale: float = flag("Classifier-free guidance.", 3.0)
+    batch_size: int = flag("Images per call.", 16)
+    count: int = flag("Test images.", 64)
+    calibration_count: int = flag("Calibration images.", 32)
+    budget: float = flag("Fraction of the blocks to aim at.", 0.6)
+    errors: list[float] = field(
+        default_factory=lambda: [0.01], metadata={"help": "Answers from memory: errors allowed per step."}
+    )
+    period: int = flag("Answers from memory: period of the fixed cache.", 2)
+    shares: list[float] = field(
+        default_factory=list,
+        metadata={"help": "Fitted memory: searched schedules in which it answers these shares of the steps."},
+    )
+    fit_count: int = flag("Images that memory is fitted to, drawn in full.", 16)
+    fewer: list[int] = field(
+        default_factory=list, metadata={"help": "Numbers of steps of the full model, for the curve."}
+    )
+    judged_size: int = flag("Pixels that images are reduced to before they are judged.", 32)
+    data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or without.")
+    reference_count: int = flag("Real images behind the FD.", 10_000)
+    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
+    db_cache: list[float] = field(
+        default_factory=list, metadata={"help": "Thresholds of cache-dit's DBCache, with and without TaylorSeer."}
+    )
+    seed: int = flag("Seed of the random controls.", 0)
+
+    def __post_init__(self):
+        for name in ("model", "exits", "output_dir"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected a folder")
+        for name in (
+            "num_classes",
+            "num_inference_steps",
+            "batch_size",
+            "count",
+            "calibration_count",
+            "period",
+            "fit_count",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget={self.budget}, expected a fraction of the blocks in (0, 1]")
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError(f"shares={self.shares}, expected numbers between 0 and 1")
+        if not all(1 <= steps < self.num_inference_steps for steps in self.fewer):
+            raise ValueError(f"fewer={self.fewer}, expected numbers of steps from 1 to {self.num_inference_steps - 1}")
+
+
+def load_exits(folder: str) -> AdapterExits | DenoisingExits:
+    """Exits of the class that their config names. Raises ValueError for another one."""
+    kinds = {kind.__name__: kind for kind in (AdapterExits, DenoisingExits)}
+    name = AdapterExits.load_config(folder)["_class_name"]
+    if name not in kinds:
+        raise ValueError(f"{folder} holds {name}, expected one of {sorted(kinds)}")
+    return kinds[name].from_pretrained(folder).eval()
+
+
+def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, DenoiserHeads]) -> Draw:
+    """Draws batches with the stock pipeline, its call as ever; exits are attached around it. heads: by candidate's budget name."""
+
+    def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
+        call = {
+            "class_labels": labels,
+            "generator": [torch.Generator().manual_seed(seed) for seed in chosen],
+            "num_inference_steps": candidate.steps,
+            "guidance_scale": options.guidance_scale,
+            "output_type": "np",
+        }
+        begun = time.perf_counter()
+        if candidate.kind.startswith("db_cache"):
+            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor=candidate.kind.endswith("taylor")):
+                begun = time.perf_counter()
+                images, trace = pipe(**call).images, None
+        elif candidate.policy is None:
+            images, trace = pipe(**call).images, None
+        else:
+            exits = heads[exits_of(candidate)]
+            with attach(pipe, exits, _slice(candidate.policy, first, len(chosen))) as attachment:
+                images, trace = pipe(**call).images, attachment.trace
+            ids = torch.arange(first, first + len(chosen))
+            trace = replace(trace, elements=ids, policy=candidate.policy.to_dict())
+        seconds = time.perf_counter() - begun
+        small = interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), size=(options.judged_size,) * 2, mode="area")
+        return Generated(small.contiguous(), trace, (seconds,))
+
+    return draw
+
+
+def exits_of(candidate: Candidate) -> str:
+    """Which exits a candidate with a policy draws with: `fit_exits`, unfitted `memory`, or `fit_memory`."""
+    if candidate.policy.exits != (0,):
+        return "fit_exits"
+    return "fit_memory" if candidate.kind.endswith("fitted") else "memory"
+
+
+def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[MemoryExits, dict[int, Policy]]:
+    """Memory fitted to this solver, number of steps and guidance, and the searched schedules, by their number of full steps."""
+    chosen, labels = seeds("fit", options.fit_count), balanced_labels(options.fit_count, options.num_classes)
+
+    def call() -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in chosen]
+        settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+        pipe(labels, generator=generators, output_type="np", **settings)
+
+    return fit_schedules(pipe, call)
+
+
+def _slice(policy: Policy, first: int, count: int) -> Policy:
+    """A plan for all images, cut to one batch of them."""
+    if not isinstance(policy.criterion, Planned):
+        return policy
+    return replace(policy, criterion=Planned(tuple(line[first : first + count] for line in policy.criterion.depths)))

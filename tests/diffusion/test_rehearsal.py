@@ -1,0 +1,223 @@
+"""Rehearsals of a stock pipeline's own call: the same course, gains and schedules as our own pipelines' walks find, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import (
+    DDPMScheduler,
+    DiTPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
+from factories import dit, randomise
+from stock import LATENT_CHANNELS, dit_pipeline, tiny_vae
+
+from ee_diffusion import attach, fit_schedules, influence, periodic_cache, searched, step_sensitivity
+from ee_diffusion.diffusion.courses import fit_prediction
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.rehearsal import rehearse, rehearsed_gains
+from ee_diffusion.diffusion.search import gap_prices, search
+
+STEPS, LABELS = 9, [0, 1]
+
+
+def call_of(pipe: DiTPipeline, steps: int = STEPS, scale: float = 2.0, **more):
+    """A call at its own generators; -> the latents (B, ...)."""
+
+    def call() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        return pipe(
+            LABELS, generator=generators, num_inference_steps=steps, guidance_scale=scale, output_type="np", **more
+        ).images
+
+    return call
+
+
+@pytest.fixture
+def pipe() -> DiTPipeline:
+    return dit_pipeline()
+
+
+def exits_of(pipe: DiTPipeline, **more) -> MemoryExits:
+    return MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, **more)
+
+
+@pytest.mark.parametrize("kind", [None, DPMSolverMultistepScheduler])
+def test_a_course_is_what_the_transformer_was_asked_and_said(pipe: DiTPipeline, kind: type | None):
+    if kind is not None:
+        pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    exits, seen = exits_of(pipe), []
+    pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append((args[0], kwargs["timestep"], output[0])), with_kwargs=True
+    )
+    course = rehearse(pipe, exits, call_of(pipe)).course
+    assert len(course.times) == len(seen) == STEPS
+    for step, (asked, times, said) in enumerate(seen):
+        torch.testing.assert_close(course.samples[step], asked)
+        conditional, unconditional = said.chunk(2)
+        guided = unconditional + 2.0 * (conditional - unconditional)
+        clean = exits.clean_of(asked[:2], guided, times[:2]).float()
+        torch.testing.assert_close(course.clean[step][:2], clean, rtol=1e-3, atol=1e-4)
+        assert float(course.times[step]) == float(times[0])
+    assert course.scheduler == type(pipe.scheduler).__name__
+
+
+def test_a_scaled_sample_is_seen_as_the_model_sees_it(pipe: DiTPipeline):
+    """Euler's samples are not what its model is asked. (DiTPipeline hands it the scaled one, so this loop is ours.)"""
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    exits, asked = exits_of(pipe), []
+
+    def call() -> None:
+        pipe.scheduler.set_timesteps(STEPS)
+        sample = torch.randn(1, LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+        sample = sample * pipe.scheduler.init_noise_sigma
+        for time in pipe.scheduler.timesteps:
+            asked.append(pipe.scheduler.scale_model_input(sample, time))
+            said = pipe.transformer(asked[-1], time.expand(1), torch.tensor([0])).sample
+            sample = pipe.scheduler.step(said, time, sample).prev_sample
+
+    torch.testing.assert_close(rehearse(pipe, exits, call).course.samples, torch.stack(asked))
+
+
+def test_watching_changes_nothing_and_goes_away(pipe: DiTPipeline):
+    plain, call = call_of(pipe)(), call_of(pipe)
+    kept = []
+    rehearse(pipe, exits_of(pipe), lambda: kept.append(call()))
+    assert (kept[0] == plain).all()
+    assert "step" not in vars(pipe.scheduler)
+    with pytest.raises(RuntimeError, match="stop"):
+        rehearse(pipe, exits_of(pipe), lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+    assert "step" not in vars(pipe.scheduler)
+
+
+def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
+    exits, call = exits_of(pipe, terms="noise"), call_of(pipe)
+    full = rehearse(pipe, exits, call)
+    gains = rehearsed_gains(pipe, exits, call, full, every=1)
+    sensitivity = step_sensitivity(exits, pipe.scheduler, STEPS)
+    assert len(gains) == STEPS
+    for skipped in (3, 6, 8):
+        rest = [step for step in range(STEPS) if step != skipped]
+        with attach(pipe, exits, searched(rest, num_steps=STEPS, num_layers=4)) as attachment:
+            erred = rehearse(pipe, exits, call)
+            assert attachment.report.mean_executed == pytest.approx(4 * (STEPS - 1) / STEPS)
+        wrong = (erred.course.clean[skipped] - full.course.clean[skipped]).flatten(1).square().mean(1).sqrt().mean()
+        apart = (erred.final - full.final).flatten(1).square().mean(1).sqrt().mean()
+        assert gains[skipped] == pytest.approx(float(apart / wrong) / sensitivity[skipped], rel=1e-4)
+    assert gains[8] == pytest.approx(1.0, rel=0.05)  # the last step's error is the final one
+
+
+def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
+    exits, policies = fit_schedules(pipe, call_of(pipe), every=2, power=0.5)
+    unfitted = exits_of(pipe, terms="noise")
+    full = rehearse(pipe, unfitted, call_of(pipe))
+    weights = influence(
+        step_sensitivity(unfitted, pipe.scheduler, STEPS),
+        rehearsed_gains(pipe, unfitted, call_of(pipe), full, every=2),
+        power=0.5,
+    )
+    fitted = fit_prediction(unfitted, full.course)
+    found = search(gap_prices(fitted, full.course, weights), STEPS)
+    assert policies == {count: searched(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()}
+    torch.testing.assert_close(exits.prediction.moments, fitted.prediction.moments)
+    assert exits.config.course_scheduler == "DDIMScheduler"
+    assert exits.config.course_steps == STEPS
+    with attach(pipe, exits, policies[5]) as attachment:
+        call_of(pipe)()
+        assert attachment.report.mean_executed == pytest.approx(4 * 5 / STEPS)
+
+
+def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipeline):
+    exits, _ = fit_schedules(pipe, call_of(pipe))
+    policy, line = periodic_cache(2, warm_up=2), exits_of(pipe, terms="noise")
+    full = rehearse(pipe, line, call_of(pipe))
+
+    def missed(chosen: MemoryExits) -> float:
+        with attach(pipe, chosen, policy):
+            return float((rehearse(pipe, line, call_of(pipe)).final - full.final).square().mean())
+
+    assert missed(exits) < missed(line)
+
+
+def with_variance() -> DiTPipeline:
+    """A DiT that predicts a variance, as the released one does: its pipeline drops it before the solver."""
+    plain = dit_pipeline()
+    config = dict(plain.transformer.config, out_channels=2 * LATENT_CHANNELS)
+    transformer = randomise(type(plain.transformer).from_config(config), seed=5).eval()
+    made = DiTPipeline(transformer, tiny_vae(), plain.scheduler)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_a_model_that_predicts_a_variance_remembers_without_it():
+    """The same weights without the rows of the variance draw the same images, in full and from memory."""
+    wide, plain = with_variance(), dit_pipeline()
+    state = dict(wide.transformer.state_dict())
+    for name in ("proj_out_2.weight", "proj_out_2.bias"):
+        kept = state[name].unflatten(0, (4, 2 * LATENT_CHANNELS))[:, :LATENT_CHANNELS]  # patch pixels, channels
+        state[name] = kept.flatten(0, 1)
+    plain.transformer.load_state_dict(state)
+    drawn = []
+    for pipe in (wide, plain):
+        exits, policies = fit_schedules(pipe, call_of(pipe), every=3)
+        with attach(pipe, exits, policies[5]) as attachment:
+            drawn.append(torch.from_numpy(call_of(pipe)()))
+            assert attachment.report.mean_executed == pytest.approx(4 * 5 / STEPS)
+        assert exits.num_outputs == pipe.transformer.config.out_channels
+    torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-4)
+
+
+def test_a_scheduler_that_draws_with_the_variance_is_refused():
+    pipe = with_variance()
+    learned = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
+    with pytest.raises(ValueError, match="variance_type='learned_range' draws with the predicted variance"):
+        MemoryExits.for_pipeline(pipe.transformer, learned)
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    with pytest.raises(ValueError, match="it puts out 4 channels, they 8"):
+        exits.check_fits(dit(4, channels=LATENT_CHANNELS, classes=1000))
+    MemoryExits.for_pipeline(dit(4, channels=LATENT_CHANNELS, classes=1000), learned)  # which predicts none
+
+
+def test_a_saved_memory_of_a_variance_comes_back(tmp_path):
+    pipe = with_variance()
+    exits, _ = fit_schedules(pipe, call_of(pipe), every=3)
+    exits.save_pretrained(tmp_path)
+    again = MemoryExits.from_pretrained(tmp_path)
+    again.check_fits(pipe.transformer)
+    assert again.num_outputs == 2 * LATENT_CHANNELS
+
+
+def test_bad_input(pipe: DiTPipeline):
+    exits, call = exits_of(pipe), call_of(pipe)
+    with pytest.raises(ValueError, match="took no step"):
+        fit_schedules(pipe, lambda: None)
+    with pytest.raises(ValueError, match="terms='nothing'"):
+        fit_schedules(pipe, call, terms="nothing")
+    full = rehearse(pipe, exits, call)
+    for every in (0, True, 1.5):
+        with pytest.raises(ValueError, match="every="):
+            rehearsed_gains(pipe, exits, call, full, every=every)
+    with pytest.raises(ValueError, match="a run of 3 steps, expected more than 3"):
+        fit_schedules(pipe, call_of(pipe, steps=3))
+    shared = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="drew other noise than the time before"):
+        fit_schedules(pipe, lambda: pipe(LABELS, generator=shared, num_inference_steps=STEPS))
+    own = pipe.scheduler
+    pipe.scheduler = HeunDiscreteScheduler.from_config(own.config)
+    with pytest.raises(ValueError, match="at times that repeat"):
+        fit_schedules(pipe, call)
+    pipe.scheduler = own
+
+    def midway() -> None:
+        pipe.scheduler.set_timesteps(8)
+        sample = torch.zeros(1, LATENT_CHANNELS, 8, 8)
+        for time in pipe.scheduler.timesteps[4:]:
+            pipe.scheduler.step(sample, time, sample)
+
+    with pytest.raises(ValueError, match="no image to image"):
+        fit_schedules(pipe, midway)
+    with pytest.raises(ValueError, match=r"got \(1, 8, 8, 8\) for a sample of"):
+        rehearse(pipe, exits, lambda: pipe.scheduler.step(torch.zeros(1, 8, 8, 8), 1, torch.zeros(1, 4, 8, 8)))
+    assert "step" not in vars(pipe.scheduler)
