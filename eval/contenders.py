@@ -63,6 +63,12 @@ def noise_memory(pipeline: EarlyExitPipeline) -> MemoryExits:
     return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
 
 
+def in_float32(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> EarlyExitPipeline:
+    """The pipeline, or the same one loaded in float32. What is fitted, measured and searched for is never so in half precision: two runs
+    that differ a little soon differ by its rounding alone, which passes for a large gain of a small error."""
+    return pipeline if sampling.dtype == "float32" else load(replace(sampling, dtype="float32"))
+
+
 def fitted_memory(
     pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: FrontierOptions, folder: Path
 ) -> MemoryExits:
@@ -75,7 +81,7 @@ def fitted_memory(
         ValueError: `folder` holds exits that were fitted under other settings; what was drawn beside it is theirs.
     """
     wanted = {name: getattr(sampling, name) for name in ("model", "sampler", "num_inference_steps", "guidance_scale")}
-    whole = pipeline if sampling.dtype == "float32" else load(replace(sampling, dtype="float32"))
+    whole = in_float32(pipeline, sampling)
     wanted |= {"dtype": "float32", "search_count": options.search_count}
     wanted |= {"weights": fingerprint(whole.transformer)}
     settings = folder / "settings.json"  # written last
@@ -149,9 +155,9 @@ def drawer(
 def gains_of(
     pipeline: EarlyExitPipeline, memory: MemoryExits, sampling: SamplingOptions, options: FrontierOptions
 ) -> tuple[float, ...]:
-    """What becomes of an error of each step (S,), measured on fitting seeds."""
+    """What becomes of an error of each step (S,), measured on fitting seeds, in float32."""
     return step_gains(
-        pipeline,
+        in_float32(pipeline, sampling),
         memory,
         balanced_labels(options.gain_images, pipeline.transformer.config.null_class),
         num_inference_steps=sampling.num_inference_steps,
@@ -169,11 +175,11 @@ def schedules_of(
     weights: tuple[float, ...],
     shares: list[float],
 ) -> dict[str, list[int]]:
-    """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory."""
+    """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory; priced in float32."""
     steps, count = sampling.num_inference_steps, options.search_count
     labels = balanced_labels(count, pipeline.transformer.config.null_class)
     call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale}
-    course = record(pipeline, memory, seeds("fit", count), labels, **call)
+    course = record(in_float32(pipeline, sampling), memory, seeds("fit", count), labels, **call)
     found = search(gap_prices(memory, course, weights), steps)
     schedules = (nearest(found, steps * (1 - share)).full for share in shares)
     return {str(len(full)): list(full) for full in schedules}

@@ -118,7 +118,7 @@ def candidates(
     )
     sensitivity, gains = step_sensitivity(memory, pipeline.scheduler, steps), None
     if options.budgets or options.shares or options.noise_shares or options.fitted_shares:
-        what = [known, contents(pipeline, memory), "gains", options.gain_images, options.gain_every]
+        what = [known, contents(pipeline, memory), "gains in float32", options.gain_images, options.gain_every]
         gains = tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
     weights = influence(sensitivity, gains or (1.0,) * steps, power=options.power)
     depths = kinds["tracked"].depths if kinds["tracked"] else (0,)
@@ -132,7 +132,7 @@ def candidates(
     for kind, shares in asked.items():
         if shares:
             own = kinds[kind]
-            what = [known, contents(pipeline, own), kind, shares, options.search_count, list(weights)]
+            what = [known, contents(pipeline, own), kind, "in float32", shares, options.search_count, list(weights)]
             make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
             found += searched_candidates(noted(store, what, make), kind, num_steps=steps, num_layers=layers)
     return found, gains

@@ -123,6 +123,29 @@ def test_predictions_are_fitted_in_float32_whatever_is_drawn_in(tmp_path: Path):
     assert torch.equal(made[0].prediction.moments, again.prediction.moments), "taken for a run in half precision"
 
 
+def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not as the half-precision pipeline has them, and not by changing it."""
+    pipeline().save_pretrained(tmp_path / "model")
+    seen: list[torch.dtype] = []
+
+    def noting(pipe, *rest, **call):
+        seen.append(pipe.transformer.dtype)
+        return record(pipe, *rest, **call)
+
+    monkeypatch.setattr(contenders, "record", noting)
+    gains, found = [], []
+    for dtype in ("float32", "bfloat16"):
+        sampling = replace(SAMPLING, model=str(tmp_path / "model"), dtype=dtype)
+        pipe = load(sampling)
+        memory = contenders.noise_memory(pipe)
+        gains.append(contenders.gains_of(pipe, memory, sampling, OPTIONS))
+        found.append(contenders.schedules_of(pipe, memory, sampling, OPTIONS, (1.0,) * STEPS, [0.5]))
+        assert str(pipe.transformer.dtype) == f"torch.{dtype}"
+    assert gains[0] == gains[1]
+    assert found[0] == found[1]
+    assert seen == [torch.float32] * 2
+
+
 def test_gains_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
     pipe, seen = pipeline(), []
     monkeypatch.setattr(contenders, "step_gains", lambda *_, generator, **__: seen.append(generator.initial_seed()))
