@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
+from contenders import classes_of
 from options import SamplingOptions, flag, load, parse, results_folder
 from safetensors import safe_open
 from torch import Tensor
@@ -119,8 +120,9 @@ def line(name: str, found: list[tuple[int | None, float]], costs: Tensor, *, ris
 
 
 def prepared(sampling: SamplingOptions, options: GuaranteeOptions) -> EarlyExitPipeline:
-    """The pipeline with the exits that remember."""
+    """The pipeline with the exits that remember. Raises ValueError for a model without a null class."""
     pipeline = load(sampling)
+    classes_of(pipeline)
     pipeline.exits = MemoryExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
     return pipeline
 
@@ -139,7 +141,7 @@ def drawn(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: Guara
         pipeline,
         [budgeted(value, weights=sensitivity, decay=options.decay) for value in options.values],
         seeds("test", options.count),
-        class_labels=balanced_labels(options.count, pipeline.transformer.config.null_class),
+        class_labels=balanced_labels(options.count, classes_of(pipeline)),
         loss=lambda images, full: (relative_squared_error(images, full) / options.cap).clamp(max=1),
         batch_size=sampling.batch_size,
         progress=partial(tqdm, desc="candidates"),

@@ -22,6 +22,8 @@ from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.solver import accepted, step_sensitivity
 
+SMALLEST = 1e-6  # a gain that is as good as none
+
 
 @dataclass
 class _Branch:
@@ -84,7 +86,7 @@ def step_gains(
             branch.latents = _stepped(branch.scheduler, guided(said, guidance_scale), branch.latents, **step)
         latents = _stepped(scheduler, guided(output[0], guidance_scale), latents, **step)
         branches += [] if born is None else [born]
-    found = {branch.step: rms(branch.latents - latents) / branch.moved for branch in branches}
+    found = {branch.step: gain_of(rms(branch.latents - latents), branch.moved) for branch in branches}
     return between(found, len(scheduler.timesteps))
 
 
@@ -136,18 +138,23 @@ def _stepped(
     return scheduler.step(answer, time, latents, **accepted(scheduler, generator=generator)).prev_sample
 
 
+def gain_of(apart: float, moved: float) -> float:
+    """What is left at the end over what was moved; 0 where nothing was."""
+    return apart / moved if moved > 0 else 0.0
+
+
 def rms(difference: Tensor) -> float:
     """Root mean square of each row, mean over rows."""
     return difference.flatten(1).square().mean(1).sqrt().mean().item()
 
 
 def between(found: dict[int, float], num_steps: int) -> tuple[float, ...]:
-    """All steps from some: log-linear between them, constant before and after."""
-    known = sorted(found)
+    """All steps from some: log-linear between them, constant before and after. 0 counts as a very small gain."""
+    known, logs = sorted(found), {step: math.log(max(gain, SMALLEST)) for step, gain in found.items()}
     made = []
     for step in range(num_steps):
         low = max((one for one in known if one <= step), default=known[0])
         high = min((one for one in known if one >= step), default=known[-1])
         share = 0.0 if high <= low else (step - low) / (high - low)
-        made.append(math.exp((1 - share) * math.log(found[low]) + share * math.log(found[high])))
+        made.append(math.exp((1 - share) * logs[low] + share * logs[high]))
     return tuple(made)

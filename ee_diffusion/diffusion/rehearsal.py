@@ -21,7 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.courses import Course, check_distinct_times, clip_of, fit_prediction
 from ee_diffusion.diffusion.families import blocks_of
-from ee_diffusion.diffusion.gains import between, influence, rms
+from ee_diffusion.diffusion.gains import between, gain_of, influence, rms
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.search import gap_prices, search
@@ -104,7 +104,7 @@ def rehearsed_gains(
                 "the call drew other noise than the time before, expected one that makes its generators anew"
             )
         wrong = rms(erred.course.clean[index] - full.course.clean[index])
-        found[index] = rms(erred.final - full.final) / (sensitivity[index] * wrong)
+        found[index] = gain_of(rms(erred.final - full.final), sensitivity[index] * wrong)
     return between(found, num_steps)
 
 

@@ -8,7 +8,7 @@ from factories import pipeline
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.gains import influence, step_gains
+from ee_diffusion.diffusion.gains import between, gain_of, influence, step_gains
 from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
@@ -162,3 +162,10 @@ def test_a_budget_spends_what_it_has(pipe: EarlyExitPipeline, name: str):
             assert (spent <= budget * 1.0001).all()
     assert shares == sorted(shares)
     assert shares[-1] > shares[0]
+
+
+def test_an_error_that_is_mended_at_once_has_a_gain_of_nearly_nothing():
+    assert gain_of(0.0, 0.0) == 0
+    assert gain_of(0.0, 0.5) == 0
+    assert gain_of(1.0, 0.5) == 2
+    assert between({1: 0.0, 3: 4.0}, 4) == pytest.approx((1e-6, 1e-6, 2e-3, 4.0))

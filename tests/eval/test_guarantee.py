@@ -113,3 +113,12 @@ def test_numbers_out_of_range_are_refused_before_the_pool_is_drawn(words: list, 
     monkeypatch.setattr(guarantee, "load", None)  # no work
     with pytest.raises(ValueError, match=f"{words[0].strip('-')}=.*expected"):
         call(monkeypatch, guarantee, "--output_dir", tmp_path, *words)
+
+
+def test_a_model_without_a_null_class_is_refused_before_anything_is_drawn(words: list, tmp_path: Path, monkeypatch):
+    pipe = pipeline()
+    pipe.transformer.register_to_config(null_class=None)
+    monkeypatch.setattr(guarantee, "load", lambda sampling: pipe)
+    monkeypatch.setattr(guarantee, "live_losses", None)
+    with pytest.raises(ValueError, match="null_class=None, expected one trained with a null class"):
+        call(monkeypatch, guarantee, *words, "--risks", 0.4)
