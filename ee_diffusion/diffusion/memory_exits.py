@@ -144,7 +144,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             length=length,
             learned_trust=learned_trust,
             terms=terms,
-            out_channels=transformer.config.get("out_channels"),
+            out_channels=_outputs_of(transformer),
         )
         exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
@@ -163,10 +163,9 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"heads of another model: {name} is {self.config[name]}, the model's is {model.config.get(name)}"
                 )
-        if (model.config.get("out_channels") or self.config.in_channels) != self.num_outputs:
-            raise ValueError(
-                f"heads of another model: it puts out {model.config['out_channels']} channels, they {self.num_outputs}"
-            )
+        outputs = _outputs_of(model) or self.config.in_channels
+        if outputs != self.num_outputs:
+            raise ValueError(f"heads of another model: it puts out {outputs} channels, they {self.num_outputs}")
         if self.prediction is not None and bool(self.prediction.moments.isnan().any()):
             raise ValueError("these exits know no course; make them with courses.fit_prediction")
         if bool(self.alphas_cumprod.isnan().any()):
@@ -296,3 +295,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             return value
         signal, noise = self._signal_and_noise(timestep)
         return (sample - noise * value) / signal
+
+
+def _outputs_of(model: nn.Module) -> int | None:
+    """Channels that a transformer puts out, None: it does not say. HunyuanDiT's config has no number, the model has."""
+    return vars(model).get("out_channels") or model.config.get("out_channels")

@@ -13,6 +13,9 @@ from diffusers import (
 )
 from factories import dit, randomise
 from stock import LATENT_CHANNELS, dit_pipeline, tiny_vae
+from tiny_pipelines import call_of as arguments_of
+from tiny_pipelines import images_of
+from tiny_pipelines import pipe as pipe_named
 
 from ee_diffusion import attach, fit_schedules, influence, periodic_cache, searched, step_sensitivity
 from ee_diffusion.diffusion.courses import fit_prediction
@@ -167,6 +170,27 @@ def test_a_model_that_predicts_a_variance_remembers_without_it():
             assert attachment.report.mean_executed == pytest.approx(4 * 5 / STEPS)
         assert exits.num_outputs == pipe.transformer.config.out_channels
     torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "pixart-sigma", "hunyuandit"])
+def test_stock_pipelines_of_models_with_a_variance(name: str):
+    """Guidance in either order, tuples and outputs from the solver, prompts: nearer to the full model than what repeats the last answer."""
+    stock = pipe_named(name)
+
+    def latents() -> torch.Tensor:
+        return images_of(stock, arguments_of(name, [0, 1, 2]) | {"num_inference_steps": STEPS})
+
+    full = latents()
+    exits, policies = fit_schedules(stock, latents, every=3)
+    assert exits.num_outputs == 2 * stock.transformer.config.in_channels
+    apart = []
+    for chosen in (exits, exits_of(stock, length=1)):
+        with attach(stock, chosen, policies[5]) as attachment:
+            apart.append(float((latents() - full).square().mean()))
+            layers = attachment.trace.planned.shape[1]
+            assert attachment.report.mean_executed == pytest.approx(layers * 5 / STEPS)
+    assert 0 < apart[0] < apart[1]
+    assert torch.equal(latents(), full)
 
 
 def test_a_scheduler_that_draws_with_the_variance_is_refused():
