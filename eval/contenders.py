@@ -175,12 +175,13 @@ def schedules_of(
     weights: tuple[float, ...],
     shares: list[float],
 ) -> dict[str, list[int]]:
-    """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory; priced in float32."""
+    """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory; priced in float32. In half
+    precision the last step is a full one (`search`)."""
     steps, count = sampling.num_inference_steps, options.search_count
     labels = balanced_labels(count, pipeline.transformer.config.null_class)
     call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale}
     course = record(in_float32(pipeline, sampling), memory, seeds("fit", count), labels, **call)
-    found = search(gap_prices(memory, course, weights), steps)
+    found = search(gap_prices(memory, course, weights), steps, last_full=sampling.dtype != "float32")
     schedules = (nearest(found, steps * (1 - share)).full for share in shares)
     return {str(len(full)): list(full) for full in schedules}
 

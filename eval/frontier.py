@@ -132,7 +132,15 @@ def candidates(
     for kind, shares in asked.items():
         if shares:
             own = kinds[kind]
-            what = [known, contents(pipeline, own), kind, "in float32", shares, options.search_count, list(weights)]
+            what = [
+                known,
+                contents(pipeline, own),
+                kind,
+                "in float32, then the last step",
+                shares,
+                options.search_count,
+                list(weights),
+            ]
             make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
             found += searched_candidates(noted(store, what, make), kind, num_steps=steps, num_layers=layers)
     return found, gains

@@ -115,6 +115,7 @@ def fit_schedules(
     terms: str = "noise",
     every: int = 4,
     power: float = 0.5,
+    last_full: bool = False,
 ) -> tuple[MemoryExits, dict[int, Policy]]:
     """Memory fitted to a pipeline's call, and the steps it is best to run in full: -> exits and, by number of full steps, policies.
 
@@ -127,6 +128,7 @@ def fit_schedules(
 
     `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
     `search.search` under weights `influence(sensitivity, gains, power)`. Run it in float32: half precision's rounding spoils the fit.
+    Where images are then drawn in half precision, say `last_full` (`search.search` says why).
 
     Raises:
         ValueError: as `rehearse`, `rehearsed_gains`, `MemoryExits.for_pipeline`.
@@ -137,7 +139,7 @@ def fit_schedules(
     gains = rehearsed_gains(pipeline, exits, call, full, every=every)
     weights = influence(step_sensitivity(exits, pipeline.scheduler, num_steps), gains, power=power)
     exits = fit_prediction(exits, full.course)
-    found = search(gap_prices(exits, full.course, weights), num_steps)
+    found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
     return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
 
 

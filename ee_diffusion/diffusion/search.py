@@ -76,9 +76,12 @@ def price_of(full: Sequence[int], prices: Prices, num_steps: int) -> float:
     return sum(prices.get(gap, math.inf) for gap in zip(places, places[1:], places[2:], strict=False))
 
 
-def search(prices: Prices, num_steps: int) -> dict[int, Found]:
+def search(prices: Prices, num_steps: int, *, last_full: bool = False) -> dict[int, Found]:
     """Number of full steps -> the schedule of the lowest price with so many, the first two among them. Numbers too small for any are
     absent. Exact: the price of a gap depends on its ends and the full step before it alone.
+
+    last_full: the last step is a full one. For runs in half precision: the model removes what rounding left in earlier answers, of the
+    last one nothing does, and memory carries more of it than a full step.
 
     Raises:
         ValueError: fewer than three steps, prices of another number of steps or of some gaps alone.
@@ -94,6 +97,8 @@ def search(prices: Prices, num_steps: int) -> dict[int, Found]:
         further: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {}
         for (a, b), (paid, full) in reached.items():
             for c in range(b + 1, min(num_steps, b + LONGEST) + 1):
+                if last_full and c == num_steps > b + 1:
+                    continue
                 if (a, b, c) not in prices:
                     raise ValueError(f"no price for the gap {a, b, c}, expected one for all up to {LONGEST} steps long")
                 total, count = paid + prices[a, b, c], len(full)

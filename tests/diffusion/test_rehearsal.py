@@ -125,6 +125,10 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
     found = search(gap_prices(fitted, full.course, weights), STEPS)
     assert policies == {count: searched(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()}
     torch.testing.assert_close(exits.prediction.moments, fitted.prediction.moments)
+    _, others = fit_schedules(pipe, call_of(pipe), every=2, last_full=True)
+    found = search(gap_prices(fitted, full.course, weights), STEPS, last_full=True)
+    assert others == {count: searched(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()}
+    assert others != policies
     assert exits.config.course_scheduler == "DDIMScheduler"
     assert exits.config.course_steps == STEPS
     with attach(pipe, exits, policies[5]) as attachment:

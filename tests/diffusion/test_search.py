@@ -101,6 +101,20 @@ def test_the_search_finds_the_best_of_all_schedules():
         nearest({}, 3)
 
 
+def test_with_the_last_step_in_full_the_best_of_those_schedules_is_found():
+    generator = np.random.default_rng(2)
+    size = 8
+    prices = {gap: float(generator.uniform()) for gap in itertools.combinations(range(size + 1), 3)}
+    free, found = search(prices, size), search(prices, size, last_full=True)
+    assert sorted(found) == list(range(3, size + 1))
+    for count, best in found.items():
+        rest = itertools.combinations(range(2, size - 1), count - 3)
+        cheapest = min(price_of((0, 1, *chosen, size - 1), prices, size) for chosen in rest)
+        assert best.full[-1] == size - 1
+        assert best.price == pytest.approx(cheapest)
+    assert any(free[count].full != best.full for count, best in found.items())
+
+
 def test_a_long_run_has_no_schedule_with_gaps_that_were_not_priced():
     size = 3 * LONGEST
     prices = {(a, b, c): 1.0 for a, b, c in itertools.combinations(range(size + 1), 3) if c - b <= LONGEST >= b - a}

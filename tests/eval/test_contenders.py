@@ -16,6 +16,7 @@ from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.diffusion.courses import record
 from ee_diffusion.diffusion.generation import Generated
 from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.search import gap_prices, search
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import SEEDS
 
@@ -141,8 +142,18 @@ def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path:
         gains.append(contenders.gains_of(pipe, memory, sampling, OPTIONS))
         found.append(contenders.schedules_of(pipe, memory, sampling, OPTIONS, (1.0,) * STEPS, [0.5]))
         assert str(pipe.transformer.dtype) == f"torch.{dtype}"
+        course = record(
+            load(replace(sampling, dtype="float32")),
+            memory,
+            SEEDS["fit"][:2],
+            [0, 1],
+            num_inference_steps=STEPS,
+            guidance_scale=2.0,
+        )
+        prices = gap_prices(memory, course, (1.0,) * STEPS)
+        best = search(prices, STEPS, last_full=dtype == "bfloat16")
+        assert found[-1] == {"3": list(best[3].full)}
     assert gains[0] == gains[1]
-    assert found[0] == found[1]
     assert seen == [torch.float32] * 2
 
 
