@@ -22,7 +22,7 @@ from contenders import WARM_UP, load_memory
 from contenders import controls as memory_controls
 from diffusers import DiTPipeline
 from journey_draw import JourneyOptions, drawer, fitted_memory, load_exits
-from options import parse
+from options import command, parse
 from safetensors.torch import load_file
 from tradeoff import Candidate, Draw, controls, in_turns, judge_of, row
 
@@ -180,7 +180,8 @@ def main() -> None:
     rows += [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in second]
 
     again = reloaded(pipe, exits, policy, options)
-    facts = {"settings": asdict(options), "environment": environment(), "fit": report_of_fit(options.fit_report)}
+    facts = {"command": command(), "settings": asdict(options), "environment": environment()}
+    facts["fit"] = report_of_fit(options.fit_report)
     facts["model"] = {
         "blocks": len(pipe.transformer.transformer_blocks),
         "parameters": pipe.transformer.num_parameters(),
