@@ -198,6 +198,8 @@ class Attachment:
         sample = arguments["hidden_states"]
         self._check(step, sample)
         timestep = times_of(self.family, arguments["timestep"], sample)  # (R,)
+        if self._remembering and self.runs is not None:  # the scheduler's own: the model's is rounded in half precision
+            timestep = torch.full_like(timestep, step.time, dtype=torch.float32)
         heads = self._heads_of(step.session, sample)
         context = self._context(heads, step, sample, timestep)
         if step.measures and self.family.image_tokens is not None:

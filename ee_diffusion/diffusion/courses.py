@@ -64,11 +64,15 @@ def check_distinct_times(scheduler: SchedulerMixin, num_inference_steps: int) ->
     """Raises ValueError for a solver that asks more than once at a time: a course has one answer for every step."""
     walked = copy.deepcopy(scheduler)
     walked.set_timesteps(num_inference_steps)
-    times = walked.timesteps.tolist()
+    check_distinct(type(scheduler).__name__, walked.timesteps.tolist(), run=f"{num_inference_steps} steps")
+
+
+def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> None:
+    """Raises ValueError for times of a scheduler of that class that come more than once."""
     if len(set(times)) < len(times):
         raise ValueError(
-            f"{type(scheduler).__name__} asks the model {len(times)} times in {num_inference_steps} steps, at times that repeat; courses "
-            "and searched schedules need a solver with one question per step"
+            f"{name} asks the model {len(times)} times in {run}, at times that repeat; courses and searched schedules need a solver with "
+            "one question per step"
         )
 
 

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from ee_diffusion.core.heads import Space
 from ee_diffusion.core.memory import Memory, weighted
 from ee_diffusion.diffusion.loading import load_strictly
-from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrised
+from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrised, prediction_type_of
 from ee_diffusion.diffusion.prediction import LinearPrediction
 
 TERMS = ("clean", "noise")
+OUTPUT_IS_TURNED = ("Lumina2Transformer2DModel",)  # its pipeline hands the solver minus the output
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
 TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
 
@@ -61,7 +62,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
     of such models drop it before the solver.
 
-    Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32.
+    Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32. Samples may be images,
+    packed tokens (R, N, D) or frames, under a variance-preserving schedule or flow matching (FlowMatchEulerDiscreteScheduler).
 
     Raises:
         ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line, or with
@@ -78,7 +80,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         num_train_timesteps: int = 1000,
         prediction_type: str = "epsilon",
         in_channels: int = 3,
-        sample_size: int = 32,
+        sample_size: int | None = 32,
         length: int = 2,
         hidden_dim: int = 32,
         learned_trust: bool = False,
@@ -108,7 +110,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         self.gauge = small_mlp(FEATURES, hidden_dim)
         self.trust = small_mlp(TIMES, hidden_dim) if learned_trust else None
         self.prediction = LinearPrediction(course_steps) if course_steps else None
-        self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), torch.nan))
+        unknown = 0.0 if prediction_type == "flow" else torch.nan  # of flow matching there is nothing to know
+        self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), unknown))
 
     @classmethod
     def for_pipeline(
@@ -123,30 +126,37 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
         Raises:
-            ValueError: a length below 1, a scheduler without `alphas_cumprod` (flow matching), that predicts something unknown or draws
-                with a predicted variance; a model that puts out something else than its input's channels (and a variance) or whose
-                samples are not square images (no `sample_size`).
+            ValueError: a length below 1; a scheduler that is neither variance-preserving (`alphas_cumprod`) nor
+                FlowMatchEulerDiscreteScheduler, predicts something unknown or draws with a predicted variance; a model that puts out
+                something else than its input's channels (and a variance), or whose output is not what the solver gets.
         """
-        for name in ("in_channels", "sample_size"):
-            if not isinstance(transformer.config.get(name), int):
-                raise ValueError(
-                    f"{type(transformer).__name__} has {name}={transformer.config.get(name)!r}, expected a number: images (C, H, H)"
-                )
-        if getattr(scheduler, "alphas_cumprod", None) is None:
+        channels = transformer.config.get("in_channels")
+        if not isinstance(channels, int):
+            raise ValueError(f"{type(transformer).__name__} has in_channels={channels!r}, expected a number")
+        if type(transformer).__name__ in OUTPUT_IS_TURNED:
             raise ValueError(
-                f"{type(scheduler).__name__} has no alphas_cumprod, expected a variance-preserving scheduler"
+                f"{type(transformer).__name__}: its pipeline turns the output's sign and its times around, which memory does not know"
+            )
+        table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
+        size = transformer.config.get("sample_size")
+        if kind is None or (kind != "flow" and table is None):
+            raise ValueError(
+                f"{type(scheduler).__name__} with prediction_type={scheduler.config.get('prediction_type')!r}, use_flow_sigmas="
+                f"{scheduler.config.get('use_flow_sigmas', False)}: expected a variance-preserving scheduler (alphas_cumprod) or "
+                "FlowMatchEulerDiscreteScheduler"
             )
         exits = cls(
-            num_train_timesteps=len(scheduler.alphas_cumprod),
-            prediction_type=scheduler.config.prediction_type,
-            in_channels=transformer.config.in_channels,
-            sample_size=transformer.config.sample_size,
+            num_train_timesteps=scheduler.config.num_train_timesteps if kind == "flow" else len(table),
+            prediction_type=kind,
+            in_channels=channels,
+            sample_size=size if isinstance(size, int) else None,
             length=length,
             learned_trust=learned_trust,
             terms=terms,
             out_channels=_outputs_of(transformer),
         )
-        exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
+        if kind != "flow":
+            exits.alphas_cumprod.copy_(table)
         exits.check_fits(transformer)
         exits.check_scheduler(scheduler)
         return exits.to(transformer.device)
@@ -159,7 +169,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another model's sizes."""
         for name in ("in_channels", "sample_size"):
-            if self.config[name] != model.config.get(name):
+            if self.config[name] not in (None, model.config.get(name)):
                 raise ValueError(
                     f"heads of another model: {name} is {self.config[name]}, the model's is {model.config.get(name)}"
                 )
@@ -179,7 +189,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raises ValueError if these exits know another noise schedule than the scheduler's, or read the model's output in another way, or
         if it draws with a predicted variance, which they do not remember."""
-        table, kind = getattr(scheduler, "alphas_cumprod", None), scheduler.config.get("prediction_type")
+        table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
         variance = str(scheduler.config.get("variance_type"))
         if self.num_outputs > self.config.in_channels and variance.startswith("learned"):
             raise ValueError(
@@ -188,6 +198,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         if kind != self.config.prediction_type:
             raise ValueError(f"exits that remember read {self.config.prediction_type!r}, the scheduler {kind!r}")
         known = self.alphas_cumprod.cpu()
+        if kind == "flow" and scheduler.config.num_train_timesteps == len(known):
+            return
         if table is None or table.shape != known.shape or not torch.allclose(table.cpu().float(), known, atol=1e-4):
             raise ValueError(
                 f"exits that remember know another noise schedule than this {type(scheduler).__name__}'s: make or fit them for it"
@@ -213,10 +225,11 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         time = timestep.double()
         value = weighted(memory.values, self.weights_of(memory, time))
         output = self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype)
-        variance = output.new_zeros(len(output), self.num_outputs - output.shape[1], *output.shape[2:])
+        if self.num_outputs > self.config.in_channels:
+            output = torch.cat([output, torch.zeros_like(output)], 1)
         return {
             "timestep": timestep,
-            "recalled": torch.cat([output, variance], 1) if variance.numel() else output,
+            "recalled": output,
             "remembers": memory.count,
             "features": self._features(memory, time),
         }
@@ -230,7 +243,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             memory = Memory.empty(sample.float(), length=self.config.length)
         rows = rows.to(sample.device)
         sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
-        output = output[:, : self.config.in_channels]
+        if self.num_outputs > self.config.in_channels:  # images: what follows is their variance
+            output = output[:, : self.config.in_channels]
         value = self.value_of(sample, self.clean_of(sample, output, timestep), timestep)
         return memory.remember(rows, value.to(memory.values.dtype), timestep.double())
 
@@ -286,17 +300,20 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         """What is remembered of a clean image (R, C, H, W) that was meant at `sample`, in the exits' terms."""
         if self.config.terms == "clean":
             return clean
-        signal, noise = self._signal_and_noise(timestep)
+        signal, noise = self._signal_and_noise(timestep, sample)
         return (sample - signal * clean) / noise
 
     def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
         """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""
         if self.config.terms == "clean":
             return value
-        signal, noise = self._signal_and_noise(timestep)
+        signal, noise = self._signal_and_noise(timestep, sample)
         return (sample - noise * value) / signal
 
 
 def _outputs_of(model: nn.Module) -> int | None:
-    """Channels that a transformer puts out, None: it does not say. HunyuanDiT's config has no number, the model has."""
+    """Channels that a transformer puts out, None: it does not say. HunyuanDiT's config has no number, the model has; QwenImage's is that
+    of an unpacked pixel."""
+    if type(model).__name__ == "QwenImageTransformer2DModel":
+        return model.config.patch_size**2 * model.config.out_channels
     return vars(model).get("out_channels") or model.config.get("out_channels")

@@ -19,21 +19,22 @@ from torch import Tensor
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.courses import Course, check_distinct_times, clip_of, fit_prediction
+from ee_diffusion.diffusion.courses import Course, check_distinct, clip_of, fit_prediction
 from ee_diffusion.diffusion.families import blocks_of
 from ee_diffusion.diffusion.gains import between, gain_of, influence, rms
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.search import gap_prices, search
-from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.solver import scaled, sensitivity_along
 
 
 @dataclass(frozen=True, eq=False)
 class Rehearsal:
-    """One call: its course, and `final` (B, ...), the sample it ended with."""
+    """One call: its course, `final` (B, ...), the sample it ended with, and `solver`, the scheduler as it was before the first step."""
 
     course: Course
     final: Tensor
+    solver: SchedulerMixin
 
 
 @torch.no_grad()
@@ -41,10 +42,14 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
     """Make a call and watch its solver: `call` runs the pipeline once, from noise, at its own generators.
 
     Raises:
-        ValueError: exits that know another noise schedule; a call without steps, that begins in the middle of the run or at times of its
-            own; a solver that asks more than once at a time, or is given more channels than the sample has (a variance).
+        ValueError: exits that know another noise schedule; a call that takes no steps, or others than its scheduler is set to (image to
+            image); a solver that asks more than once at a time, or is given more channels than the sample has (a variance); a pipeline
+            of two transformers.
     """
     exits.check_scheduler(pipeline.scheduler)
+    if getattr(pipeline, "transformer_2", None) is not None:
+        raise ValueError(f"{type(pipeline).__name__} has two transformers, expected one that takes all steps")
+    ready = list[SchedulerMixin]()
     times, clean, samples, last = list[float](), list[Tensor](), list[Tensor](), list[Tensor]()
     signature = inspect.signature(pipeline.scheduler.step)
 
@@ -55,7 +60,9 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
             raise ValueError(
                 f"{type(pipeline.scheduler).__name__} got {tuple(output.shape)} for a sample of {tuple(sample.shape)}, expected as many"
             )
-        asked = pipeline.scheduler.scale_model_input(sample, time)
+        if not ready:
+            ready.append(_bare_copy(pipeline.scheduler))
+        asked = scaled(pipeline.scheduler, sample, time)
         there = time.to(sample.device).expand(len(sample))
         clean.append(exits.clean_of(asked.float(), output.float(), there).float())
         samples.append(asked.clone())
@@ -69,7 +76,7 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         call()
     finally:
         watched.restore()
-    _check_times(pipeline.scheduler, times)
+    _check_times(ready, times)
     course = Course(
         torch.tensor(times, dtype=torch.float64),
         torch.stack(clean),
@@ -77,7 +84,7 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         clip_of(pipeline.scheduler),
         scheduler=type(pipeline.scheduler).__name__,
     )
-    return Rehearsal(course, last[0].float())
+    return Rehearsal(course, last[0].float(), ready[0])
 
 
 def rehearsed_gains(
@@ -93,7 +100,7 @@ def rehearsed_gains(
         raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
     if num_steps <= first:
         raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
-    sensitivity, found = step_sensitivity(exits, pipeline.scheduler, num_steps), {}
+    sensitivity, found = sensitivity_along(exits, full.solver), {}
     layers = len(blocks_of(pipeline.transformer))
     for index in range(first, num_steps, every):
         others = [step for step in range(num_steps) if step != index]
@@ -137,22 +144,29 @@ def fit_schedules(
     full = rehearse(pipeline, exits, call)
     num_steps, layers = len(full.course.times), len(blocks_of(pipeline.transformer))
     gains = rehearsed_gains(pipeline, exits, call, full, every=every)
-    weights = influence(step_sensitivity(exits, pipeline.scheduler, num_steps), gains, power=power)
+    weights = influence(sensitivity_along(exits, full.solver), gains, power=power)
     exits = fit_prediction(exits, full.course)
     found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
     return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
 
 
-def _check_times(scheduler: SchedulerMixin, times: list[float]) -> None:
-    """Raises ValueError for times that are not those of a whole run of the scheduler."""
-    if not times:
+def _bare_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler as it is, without the interception of `step`."""
+    watched = scheduler.__dict__.pop("step")
+    try:
+        return copy.deepcopy(scheduler)
+    finally:
+        scheduler.__dict__["step"] = watched
+
+
+def _check_times(ready: list[SchedulerMixin], times: list[float]) -> None:
+    """Raises ValueError for times that are not those that the scheduler was set to, one question each."""
+    if not ready:
         raise ValueError("the call took no step of the pipeline's scheduler, expected one that draws images")
-    check_distinct_times(scheduler, len(times))
-    walked = copy.deepcopy(scheduler)
-    walked.set_timesteps(len(times))
-    planned = [float(time) for time in walked.timesteps]
+    planned = [float(time) for time in ready[0].timesteps]
+    check_distinct(type(ready[0]).__name__, planned)
     if planned != times:
         raise ValueError(
-            f"the call took {len(times)} steps from {times[0]:g} to {times[-1]:g}, expected the scheduler's own, {planned[0]:g} to "
-            f"{planned[-1]:g}: no image to image, no times of the caller's"
+            f"the call took {len(times)} steps from {times[0]:g} to {times[-1]:g}, expected the {len(planned)} that its scheduler is set "
+            f"to, {planned[0]:g} to {planned[-1]:g}: one whole run, no image to image"
         )

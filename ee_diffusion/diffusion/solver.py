@@ -35,6 +35,12 @@ def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inferenc
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
     walked = copy.deepcopy(scheduler)
     walked.set_timesteps(num_inference_steps)
+    return sensitivity_along(exits, walked)
+
+
+def sensitivity_along(exits: MemoryExits, ready: SchedulerMixin) -> tuple[float, ...]:
+    """`step_sensitivity` along the times that a scheduler is set to, before its first step; it is left as it is."""
+    walked = copy.deepcopy(ready)
     zero, there, found = torch.zeros(1, 1, 1, 1), exits.alphas_cumprod.device, []
     for index, time in enumerate(walked.timesteps):
         erred = copy.deepcopy(walked)
@@ -44,12 +50,17 @@ def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inferenc
         moved = _step(erred, wrong, time) - right
         after = walked.timesteps[index + 1] if index + 1 < len(walked.timesteps) else None
         if after is not None:
-            moved = walked.scale_model_input(moved, after)
+            moved = scaled(walked, moved, after)
         found.append(abs(moved.item()) / PROBE)
     return tuple(found)
 
 
+def scaled(scheduler: SchedulerMixin, sample: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    """What the model sees of a sample. Some schedulers find their place by this call; those of flow matching have none."""
+    return scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
+
+
 def _step(scheduler: SchedulerMixin, output: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    scheduler.scale_model_input(torch.zeros_like(output), time)  # some schedulers find their place by this call
+    scaled(scheduler, torch.zeros_like(output), time)
     noise = accepted(scheduler, generator=torch.Generator().manual_seed(0))
     return scheduler.step(output, time, torch.zeros_like(output), **noise).prev_sample

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler, KarrasVeScheduler, UniPCMultistepScheduler
 from factories import CLASSES, NULL_CLASS, pipeline, uvit
 from tiny_families import model_named
 from torch import Tensor
@@ -325,17 +325,63 @@ def test_unfitted_exits_are_the_same_wherever_they_are_made():
 def test_bad_input(pipe: EarlyExitPipeline):
     with pytest.raises(ValueError, match="length=0, expected at least 1"):
         MemoryExits(length=0)
-    with pytest.raises(ValueError, match="prediction_type='flow', expected one of"):
-        MemoryExits(prediction_type="flow")
+    with pytest.raises(ValueError, match="prediction_type='score', expected one of"):
+        MemoryExits(prediction_type="score")
     with pytest.raises(ValueError, match="sample_size is 16, the model's is 8"):
         MemoryExits(sample_size=16).check_fits(pipe.transformer)
     with pytest.raises(ValueError, match="know no noise schedule"):
         MemoryExits(sample_size=8).check_fits(pipe.transformer)
-    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod"):
-        MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler())
-    with pytest.raises(ValueError, match="WanTransformer3DModel has sample_size=None, expected a number"):
-        MemoryExits.for_pipeline(model_named("WanTransformer3DModel"), pipe.scheduler)
+    flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    with pytest.raises(
+        ValueError,
+        match="UniPCMultistepScheduler with prediction_type='flow_prediction', use_flow_sigmas=True: expected",
+    ):
+        MemoryExits.for_pipeline(pipe.transformer, flow)
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler with prediction_type=None"):
+        MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    with pytest.raises(ValueError, match="KarrasVeScheduler with prediction_type=None"):
+        MemoryExits.for_pipeline(pipe.transformer, KarrasVeScheduler())
+    with pytest.raises(ValueError, match="turns the output's sign and its times around"):
+        MemoryExits.for_pipeline(model_named("Lumina2Transformer2DModel"), FlowMatchEulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="read 'flow', the scheduler 'epsilon'"):
+        MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler()).check_scheduler(pipe.scheduler)
+    with pytest.raises(ValueError, match="another noise schedule"):
+        MemoryExits(prediction_type="flow").check_scheduler(FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
     with pytest.raises(ValueError, match="puts out 5 channels, expected the 3"):
         MemoryExits.for_pipeline(
             DiTTransformer2DModel(2, 8, 3, 5, num_layers=1, sample_size=8, patch_size=2), pipe.scheduler
         )
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 5, 4), (2, 3, 2, 4, 4)])
+@pytest.mark.parametrize("terms", ["clean", "noise"])
+def test_flow_matching_is_the_line_from_noise_to_data(shape: tuple[int, ...], terms: str):
+    """x = (1 - s) x_0 + s eps, the output eps - x_0, s = t / 1000, for images, tokens and frames; both terms lead back to the output."""
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    exits = MemoryExits(prediction_type="flow", in_channels=shape[1], sample_size=None, terms=terms)
+    for time in (1000.0, 723.5, 31.25):
+        sigma, timestep = time / 1000, torch.full((2,), time)
+        sample, said = (1 - sigma) * clean + sigma * noise, noise - clean
+        found = exits.clean_of(sample, said, timestep)
+        torch.testing.assert_close(found, clean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(exits.output_of(sample, found, timestep), said, rtol=1e-4, atol=1e-4)
+        value = exits.value_of(sample, found, timestep)
+        torch.testing.assert_close(value, clean if terms == "clean" else noise, rtol=1e-4, atol=1e-4)
+        if sigma < 1:  # at s = 1 the sample says nothing of the clean image
+            torch.testing.assert_close(exits.clean_from(sample, value, timestep), clean, rtol=1e-3, atol=1e-3)
+
+
+def test_a_line_in_time_is_recalled_exactly_under_flow_matching():
+    """Two full steps of a velocity whose noise moves along a line in time, then one from memory."""
+    exits = MemoryExits(prediction_type="flow", in_channels=3, sample_size=None, terms="noise")
+    generator = torch.Generator().manual_seed(1)
+    start, slope, sample = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
+    memory = None
+    for time in (900.0, 850.0, 700.0):
+        sigma, timestep = time / 1000, torch.full((2,), time)
+        noise = start + slope * sigma
+        said = (noise - sample) / (1 - sigma)  # eps - x_0, x_0 = (x - s eps) / (1 - s)
+        if time < 800:
+            torch.testing.assert_close(exits.recall(memory, sample, timestep)["recalled"], said, rtol=1e-4, atol=1e-3)
+        memory = exits.remember(memory, torch.arange(2), sample=sample, timestep=timestep, output=said)

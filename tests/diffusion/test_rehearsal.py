@@ -13,8 +13,8 @@ from diffusers import (
 )
 from factories import dit, randomise
 from stock import LATENT_CHANNELS, dit_pipeline, tiny_vae
+from tiny_pipelines import STOCK, images_of, pipeline_named
 from tiny_pipelines import call_of as arguments_of
-from tiny_pipelines import images_of
 from tiny_pipelines import pipe as pipe_named
 
 from ee_diffusion import attach, fit_schedules, influence, periodic_cache, searched, step_sensitivity
@@ -176,9 +176,14 @@ def test_a_model_that_predicts_a_variance_remembers_without_it():
     torch.testing.assert_close(*drawn, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "pixart-sigma", "hunyuandit"])
-def test_stock_pipelines_of_models_with_a_variance(name: str):
-    """Guidance in either order, tuples and outputs from the solver, prompts: nearer to the full model than what repeats the last answer."""
+VARIANCE = ("dit", "pixart", "pixart-sigma", "hunyuandit")
+REFUSED = {"lumina2": "turns the output's sign"}
+
+
+@pytest.mark.parametrize("name", [name for name in STOCK if name not in REFUSED])
+def test_stock_pipelines(name: str):
+    """Guidance in either order or as two calls, tuples and outputs from the solver, prompts, tokens and frames, a variance, flow matching
+    and its shifts: nearer to the full model than the line through the last two clean images."""
     stock = pipe_named(name)
 
     def latents() -> torch.Tensor:
@@ -186,15 +191,39 @@ def test_stock_pipelines_of_models_with_a_variance(name: str):
 
     full = latents()
     exits, policies = fit_schedules(stock, latents, every=3)
-    assert exits.num_outputs == 2 * stock.transformer.config.in_channels
+    assert exits.num_outputs == (2 if name in VARIANCE else 1) * stock.transformer.config.in_channels
     apart = []
-    for chosen in (exits, exits_of(stock, length=1)):
+    for chosen in (exits, exits_of(stock)):
         with attach(stock, chosen, policies[5]) as attachment:
             apart.append(float((latents() - full).square().mean()))
             layers = attachment.trace.planned.shape[1]
             assert attachment.report.mean_executed == pytest.approx(layers * 5 / STEPS)
     assert 0 < apart[0] < apart[1]
     assert torch.equal(latents(), full)
+
+
+def test_in_half_precision_the_times_are_still_those_of_the_course(monkeypatch: pytest.MonkeyPatch):
+    """Flux's transformer is given its times in its own dtype, where 0.8731 is 0.8750: memory goes by the scheduler's."""
+    stock, arguments = pipeline_named("flux"), arguments_of("flux", [0, 1]) | {"num_inference_steps": STEPS}
+    exits, policies = fit_schedules(stock, lambda: images_of(stock, arguments_of("flux", [0, 1], steps=STEPS)), every=3)
+    stock.to(torch.bfloat16)
+    arguments = {
+        name: value.bfloat16() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    weighed = exits.prediction.weights
+    found: list[torch.Tensor] = []
+    monkeypatch.setattr(exits.prediction, "weights", lambda *asked: found.append(weighed(*asked)) or found[-1])
+    with attach(stock, exits, policies[5]):
+        images_of(stock, arguments)
+    assert len(found) == 2 * (STEPS - 5), "two calls of every step that memory answers"
+    assert not any(weights.isnan().any() for weights in found)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_stock_pipelines_that_are_refused(name: str):
+    with pytest.raises(ValueError, match=REFUSED[name]):
+        fit_schedules(pipe_named(name), lambda: None)
 
 
 def test_a_scheduler_that_draws_with_the_variance_is_refused():
