@@ -17,6 +17,7 @@ from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.fingerprint import warn_of_course
 from ee_diffusion.diffusion.kinds import DenoiserHeads, ScheduledHeads
 from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
@@ -87,6 +88,10 @@ def attach(
     attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held, vote=vote)
     if policy is not None:
         said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
+        if pipeline is not None:
+            said["begins"] = lambda steps: warn_of_course(
+                pipeline, num_inference_steps=steps, guidance_scale=None, exits=heads
+            )
         attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
     transformer.__dict__["_ee_attachment"] = attachment
     return attachment

@@ -66,27 +66,35 @@ def check_made_for(
 
 
 def warn_of_course(
-    pipeline: DiffusionPipeline, *, num_inference_steps: int | Sequence[int], guidance_scale: float
+    pipeline: DiffusionPipeline,
+    *,
+    num_inference_steps: int | Sequence[int],
+    guidance_scale: float | None,
+    exits: object = None,
 ) -> None:
-    """Warns where exits that remember are weighed for courses of another solver, number of steps or guidance than this run's."""
-    config = pipeline.exits.config if isinstance(pipeline.exits, ConfigMixin) else {}
+    """Warns where exits that remember are weighed for courses of another solver, number of steps or guidance than this run's.
+
+    guidance_scale: None, not known. exits: where they are not the pipeline's own.
+    """
+    exits = pipeline.exits if exits is None else exits
+    config = exits.config if isinstance(exits, ConfigMixin) else {}
     if not config.get("course_steps"):
         return
     steps = num_inference_steps if isinstance(num_inference_steps, int) else len(num_inference_steps)
     here = {
         "course_scheduler": type(pipeline.scheduler).__name__,
         "course_steps": steps,
-        "course_guidance": float(guidance_scale),
+        "course_guidance": None if guidance_scale is None else float(guidance_scale),
     }
     known = {name: config.get(name) for name in here}
-    if any(value is not None and value != here[name] for name, value in known.items()):
+    if any(None not in (value, here[name]) and value != here[name] for name, value in known.items()):
         told = [
-            f"{x['course_scheduler']}, {x['course_steps']} steps, guidance {x['course_guidance']}"
+            f"{x['course_scheduler']}, {x['course_steps']} steps, guidance {x['course_guidance'] or 'not known'}"
             for x in (known, here)
         ]
         warnings.warn(
             f"what these exits remember is weighed for {told[0]}; this run has {told[1]}: fit them to it "
-            "(ee-diffusion calibrate --kind searched --fit_memory FOLDER)",
+            "(ee-diffusion calibrate --kind searched --fit_memory FOLDER; for stock pipelines fit_schedules)",
             stacklevel=3,
         )
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCLIPScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrise
 from ee_diffusion.diffusion.prediction import LinearPrediction
 
 TERMS = ("clean", "noise")
+DRAW_WITH_VARIANCE = (
+    DDPMScheduler,
+    DDPMParallelScheduler,
+    UnCLIPScheduler,
+)  # where variance_type is "learned" or "learned_range"
 OUTPUT_IS_TURNED = ("Lumina2Transformer2DModel",)  # its pipeline hands the solver minus the output
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
 TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
@@ -191,7 +196,10 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         if it draws with a predicted variance, which they do not remember."""
         table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
         variance = str(scheduler.config.get("variance_type"))
-        if self.num_outputs > self.config.in_channels and variance.startswith("learned"):
+        draws = isinstance(scheduler, DRAW_WITH_VARIANCE) and variance.startswith(
+            "learned"
+        )  # others may carry the name in their config
+        if self.num_outputs > self.config.in_channels and draws:
             raise ValueError(
                 f"{type(scheduler).__name__} with variance_type={variance!r} draws with the predicted variance, expected one that does not"
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.compiled import unwrapped
 from ee_diffusion.diffusion.courses import Course, check_distinct, clip_of, fit_prediction
 from ee_diffusion.diffusion.families import blocks_of
 from ee_diffusion.diffusion.gains import between, gain_of, influence, rms
@@ -96,8 +97,7 @@ def rehearsed_gains(
         ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `rehearse` and `attach`.
     """
     num_steps, first = len(full.course.times), exits.config.length + 1
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
+    _check_every(every)
     if num_steps <= first:
         raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
     sensitivity, found = sensitivity_along(exits, full.solver), {}
@@ -138,8 +138,20 @@ def fit_schedules(
     Where images are then drawn in half precision, say `last_full` (`search.search` says why).
 
     Raises:
-        ValueError: as `rehearse`, `rehearsed_gains`, `MemoryExits.for_pipeline`.
+        ValueError: no pipeline around a transformer, one with exits attached already, no call, numbers out of range; as `rehearse`,
+            `rehearsed_gains`, `MemoryExits.for_pipeline`.
     """
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(pipeline, DiffusionPipeline) or transformer is None:
+        raise ValueError(f"{type(pipeline).__name__}, expected a diffusers pipeline around a transformer")
+    if "_ee_attachment" in unwrapped(transformer).__dict__:
+        raise ValueError(
+            "exits are attached to this pipeline already, expected none: its call is to run in full; detach first"
+        )
+    if not callable(call):
+        raise ValueError(f"call={call!r}, expected a function that runs the pipeline once")
+    influence((), (), power=power)
+    _check_every(every)
     exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=terms)
     full = rehearse(pipeline, exits, call)
     num_steps, layers = len(full.course.times), len(blocks_of(pipeline.transformer))
@@ -148,6 +160,11 @@ def fit_schedules(
     exits = fit_prediction(exits, full.course)
     found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
     return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
+
+
+def _check_every(every: int) -> None:
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
 
 
 def _bare_copy(scheduler: SchedulerMixin) -> SchedulerMixin:

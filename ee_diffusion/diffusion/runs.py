@@ -38,7 +38,9 @@ class Runs:
         branches: int | None,
         num_steps: int | None,
         renew: Callable[[], None],
+        begins: Callable[[int], None] = lambda num_steps: None,
     ):
+        self._begins = begins  # called when a run begins, with its number of steps
         self._renew = renew  # called when a call has ended, for model offload then replaces the transformer's forward
         self.policy, self._start, self._family, self._pipeline = policy, start, family, pipeline
         self._given_branches, self._given_steps = branches, num_steps
@@ -109,6 +111,7 @@ class Runs:
         apart = self.policy.guidance == "apart"
         rows = torch.arange(num_rows) if apart else torch.arange(num_rows // branches).repeat(branches)  # (R,)
         times = self._times_from(time, torch.as_tensor(arguments["timestep"]).dtype)
+        self._begins(len(times))
         self._new_session = lambda: self._start(self.policy, rows=rows, num_steps=len(times), device=device)
         self._sessions = [self._new_session()]
         self._times, self._shape, self._index = times, shape, -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
@@ -148,6 +149,22 @@ def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipelin
     assert missed(exits) < missed(line)
 
 
+def test_elsewhere_than_where_it_was_fitted_a_run_warns(pipe: DiTPipeline, recwarn):
+    exits, _ = fit_schedules(pipe, call_of(pipe))
+    policy, own = periodic_cache(2, warm_up=2), pipe.scheduler
+    recwarn.clear()
+    with attach(pipe, exits, policy):
+        call_of(pipe)()
+        assert not [one for one in recwarn if "weighed for" in str(one.message)]
+        with pytest.warns(
+            UserWarning, match="weighed for DDIMScheduler, 9 steps, .* this run has DDIMScheduler, 7 steps"
+        ):
+            call_of(pipe, steps=7)()
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
+        with pytest.warns(UserWarning, match="this run has DPMSolverMultistepScheduler, 9 steps"):
+            call_of(pipe)()
+
+
 def with_variance() -> DiTPipeline:
     """A DiT that predicts a variance, as the released one does: its pipeline drops it before the solver."""
     plain = dit_pipeline()
@@ -232,6 +249,9 @@ def test_a_scheduler_that_draws_with_the_variance_is_refused():
     with pytest.raises(ValueError, match="variance_type='learned_range' draws with the predicted variance"):
         MemoryExits.for_pipeline(pipe.transformer, learned)
     exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    named = DDIMScheduler.from_config(learned.config)  # which knows nothing of it, but keeps the word
+    assert named.config.variance_type == "learned_range"
+    MemoryExits.for_pipeline(pipe.transformer, named)
     with pytest.raises(ValueError, match="it puts out 4 channels, they 8"):
         exits.check_fits(dit(4, channels=LATENT_CHANNELS, classes=1000))
     MemoryExits.for_pipeline(dit(4, channels=LATENT_CHANNELS, classes=1000), learned)  # which predicts none
@@ -252,6 +272,18 @@ def test_bad_input(pipe: DiTPipeline):
         fit_schedules(pipe, lambda: None)
     with pytest.raises(ValueError, match="terms='nothing'"):
         fit_schedules(pipe, call, terms="nothing")
+    for name, wrong in {"every": 0, "power": 1.5, "terms": "nothing"}.items():
+        with pytest.raises(ValueError, match=f"{name}="):
+            fit_schedules(pipe, lambda: pytest.fail("the call was made"), **{name: wrong})
+    with pytest.raises(ValueError, match="call=None, expected a function"):
+        fit_schedules(pipe, None)
+    with pytest.raises(ValueError, match="DiTTransformer2DModel, expected a diffusers pipeline around a transformer"):
+        fit_schedules(pipe.transformer, call)
+    with (
+        attach(pipe, exits, periodic_cache(2, warm_up=2)),
+        pytest.raises(ValueError, match="attached to this pipeline already"),
+    ):
+        fit_schedules(pipe, lambda: pytest.fail("the call was made"))
     full = rehearse(pipe, exits, call)
     for every in (0, True, 1.5):
         with pytest.raises(ValueError, match="every="):
