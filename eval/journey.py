@@ -169,6 +169,8 @@ def main() -> None:
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     policy, calibration = calibrated(options, draw)
     print(json.dumps(calibration), flush=True)
+    again = reloaded(pipe, exits, policy, options)
+    print(json.dumps(again), flush=True)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, options.num_classes)
 
     sensitivity = step_sensitivity(memory, pipe.scheduler, options.num_inference_steps)
@@ -179,7 +181,6 @@ def main() -> None:
     drawn = in_turns([first[0], *second], draw, chosen, labels, batch=options.batch_size)
     rows += [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in second]
 
-    again = reloaded(pipe, exits, policy, options)
     facts = {"command": command(), "settings": asdict(options), "environment": environment()}
     facts["fit"] = report_of_fit(options.fit_report)
     facts["model"] = {
@@ -188,7 +189,7 @@ def main() -> None:
     }
     write_json(folder / "journey.json", facts | {"calibration": calibration, "rows": rows, "reloaded": again})
     write_text(folder / "journey.md", lines_of(rows))
-    print(lines_of(rows) + json.dumps(again))
+    print(lines_of(rows))
 
 
 if __name__ == "__main__":

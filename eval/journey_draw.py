@@ -110,11 +110,13 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
             "guidance_scale": options.guidance_scale,
             "output_type": "np",
         }
-        begun = time.perf_counter()
+        begun, ended = time.perf_counter(), None
         if candidate.kind.startswith("db_cache"):
-            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor=candidate.kind.endswith("taylor")):
+            taylor = candidate.kind.endswith("taylor")
+            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor=taylor) as cached:
                 begun = time.perf_counter()
-                images, trace = pipe(**call).images, None
+                images, trace = cached(**call).images, None
+                ended = time.perf_counter()
         elif candidate.policy is None:
             images, trace = pipe(**call).images, None
         else:
@@ -123,7 +125,7 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
                 images, trace = pipe(**call).images, attachment.trace
             ids = torch.arange(first, first + len(chosen))
             trace = replace(trace, elements=ids, policy=candidate.policy.to_dict())
-        seconds = time.perf_counter() - begun
+        seconds = (ended or time.perf_counter()) - begun
         small = interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), size=(options.judged_size,) * 2, mode="area")
         return Generated(small.contiguous(), trace, (seconds,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,8 +17,9 @@ WARM_UP = 3  # full steps before anything is taken from the cache
 
 
 @contextmanager
-def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor: bool) -> Iterator[None]:
-    """One call of the pipeline with DBCache (F1B0: the first block decides for the whole batch, the rest is cached), its state fresh.
+def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor: bool) -> Iterator[DiTPipeline]:
+    """A copy of the pipeline for one call with DBCache (F1B0: the first block decides for the whole batch, the rest is cached), its state
+    fresh. A copy, for cache-dit leaves modules behind in the transformer that it worked on.
 
     threshold: relative change of the first block's residual above which all blocks run. taylor: predict what is cached, order 1.
 
@@ -34,8 +36,10 @@ def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor: boo
         num_inference_steps=num_steps,
     )
     calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
-    cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+    cached = DiTPipeline(copy.deepcopy(pipe.transformer), pipe.vae, copy.deepcopy(pipe.scheduler))
+    cached.set_progress_bar_config(disable=True)
+    cache_dit.enable_cache(cached, cache_config=config, calibrator_config=calibrator)
     try:
-        yield
+        yield cached
     finally:
-        cache_dit.disable_cache(pipe)
+        cache_dit.disable_cache(cached)

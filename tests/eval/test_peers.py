@@ -83,25 +83,34 @@ def test_taylor_has_the_interval_asked_for_and_diffusers_warm_up_and_order():
     assert full_steps_of(peer) == [True, True, True, False, True, False, False, False]
 
 
-def test_db_cache_skips_blocks_and_goes_away():
+def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("cache_dit")
     pipe = dit_pipeline()
-    seen = counted(pipe.transformer, "attn1")
+    seen, copied, deepcopy = counted(pipe.transformer, "attn1"), [], peers_dit.copy.deepcopy
 
-    def draw() -> torch.Tensor:
+    def copying(module):
+        made = deepcopy(module)
+        if made.__class__ is pipe.transformer.__class__:
+            copied.append(counted(made, "attn1"))
+        return made
+
+    def draw(drawing) -> torch.Tensor:
         generator = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "output_type": "np"}
-        return torch.from_numpy(pipe([0, 1], generator=generator, **call).images)
+        return torch.from_numpy(drawing([0, 1], generator=generator, **call).images)
 
-    plain = draw()
-    layers = len(pipe.transformer.transformer_blocks)
+    plain = draw(pipe)
+    layers, names = len(pipe.transformer.transformer_blocks), list(pipe.transformer.state_dict())
+    monkeypatch.setattr(peers_dit.copy, "deepcopy", copying)
     for taylor in (False, True):
         seen.clear()
-        with peers_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor=taylor):
-            draw()
-        assert len(seen) < STEPS * layers
+        with peers_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor=taylor) as cached:
+            draw(cached)
+        assert 0 < len(copied[-1]) < STEPS * layers
+    assert list(pipe.transformer.state_dict()) == names
+    assert "forward" not in vars(pipe.transformer)
     seen.clear()
-    assert torch.equal(draw(), plain)
+    assert torch.equal(draw(pipe), plain)
     assert len(seen) == STEPS * layers
 
 
