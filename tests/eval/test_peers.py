@@ -88,8 +88,8 @@ def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest
     pipe = dit_pipeline()
     seen, copied, deepcopy = counted(pipe.transformer, "attn1"), [], peers_dit.copy.deepcopy
 
-    def copying(module):
-        made = deepcopy(module)
+    def copying(module, *memo):
+        made = deepcopy(module, *memo)
         if made.__class__ is pipe.transformer.__class__:
             copied.append(counted(made, "attn1"))
         return made
