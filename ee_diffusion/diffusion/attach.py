@@ -5,6 +5,7 @@ Here: the user's interface. Not here: what an attachment does in a forward (atta
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,12 +90,18 @@ def attach(
     if policy is not None:
         said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
         if pipeline is not None:
-            said["begins"] = lambda steps: warn_of_course(
-                pipeline, num_inference_steps=steps, guidance_scale=None, exits=heads
-            )
+            said["begins"] = functools.partial(_check_run, pipeline, heads)
         attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
     transformer.__dict__["_ee_attachment"] = attachment
     return attachment
+
+
+def _check_run(pipeline: DiffusionPipeline, heads: DenoiserHeads, num_steps: int) -> None:
+    """When a run begins: the pipeline may have another scheduler now. Raises ValueError for one that the heads do not know, warns where
+    they were fitted to another."""
+    if isinstance(heads, ScheduledHeads):
+        heads.check_scheduler(pipeline.scheduler)
+    warn_of_course(pipeline, num_inference_steps=num_steps, guidance_scale=None, exits=heads)
 
 
 def _check_arguments(

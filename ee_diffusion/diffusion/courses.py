@@ -142,7 +142,7 @@ def record(
 
 def values_of(exits: MemoryExits, course: Course) -> Tensor:
     """What exits would remember of a course, (S, B, ...): its clean images in the exits' terms."""
-    times = course.times[:, None].expand(course.clean.shape[:2])  # (S, B)
+    times = course.times.to(course.clean.device)[:, None].expand(course.clean.shape[:2])  # (S, B)
     said = zip(course.samples, course.clean, times, strict=True)
     return torch.stack([exits.value_of(*one).float() for one in said])
 

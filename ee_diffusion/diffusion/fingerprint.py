@@ -14,6 +14,8 @@ from torch import nn
 
 from ee_diffusion.core.policy import Policy
 
+ADDED = ("out_channels",)
+
 
 def fingerprint(*modules: nn.Module | None) -> str:
     """SHA-256 (16 hexadecimal digits) over names, shapes and values, in the precision in which they are held."""
@@ -100,7 +102,8 @@ def warn_of_course(
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """A fingerprint of settings (a noise schedule and order, what exits remember); versions, defaults (`_...`) and what is None
-    are left out: a setting that a later version adds, None by default, changes nothing."""
-    known = {name: value for name, value in config.items() if not name.startswith("_") and value is not None}
+    """A fingerprint of settings (a noise schedule and order, what exits remember); versions and defaults (`_...`) are left out, and what a
+    later version added where it says nothing."""
+    known = {name: value for name, value in config.items() if not name.startswith("_")}
+    known = {name: value for name, value in known.items() if name not in ADDED or value is not None}
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]

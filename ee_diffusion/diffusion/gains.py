@@ -22,8 +22,6 @@ from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.solver import accepted, step_sensitivity
 
-SMALLEST = 1e-6  # a gain that is as good as none
-
 
 @dataclass
 class _Branch:
@@ -140,7 +138,7 @@ def _stepped(
 
 def gain_of(apart: float, moved: float) -> float:
     """What is left at the end over what was moved; 0 where nothing was."""
-    return apart / moved if moved > 0 else 0.0
+    return 0.0 if moved == 0 else apart / moved
 
 
 def rms(difference: Tensor) -> float:
@@ -149,10 +147,14 @@ def rms(difference: Tensor) -> float:
 
 
 def between(found: dict[int, float], num_steps: int) -> tuple[float, ...]:
-    """All steps from some: log-linear between them, constant before and after. 0 counts as a very small gain."""
-    known, logs = sorted(found), {step: math.log(max(gain, SMALLEST)) for step, gain in found.items()}
+    """All steps from some: log-linear between them, constant before and after. A gain of 0 is of its own step alone."""
+    logs = {step: math.log(gain) for step, gain in found.items() if gain != 0}
+    known = sorted(logs)
     made = []
     for step in range(num_steps):
+        if found.get(step) == 0 or not known:
+            made.append(0.0)
+            continue
         low = max((one for one in known if one <= step), default=known[0])
         high = min((one for one in known if one >= step), default=known[-1])
         share = 0.0 if high <= low else (step - low) / (high - low)

@@ -158,7 +158,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             length=length,
             learned_trust=learned_trust,
             terms=terms,
-            out_channels=_outputs_of(transformer),
+            out_channels=None if (outputs := _outputs_of(transformer)) == channels else outputs,
         )
         if kind != "flow":
             exits.alphas_cumprod.copy_(table)

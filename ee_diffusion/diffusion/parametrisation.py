@@ -33,7 +33,7 @@ class Parametrised:
 
     def _log_snr(self, time: Tensor) -> Tensor:
         """log(a_t / s_t) at time (R,), which need not be whole: linear between the training timesteps."""
-        length = len(self.alphas_cumprod)
+        length, time = len(self.alphas_cumprod), time.to(self.alphas_cumprod.device)
         if self.config.prediction_type == "flow":
             return -(time.double() / length).clamp(LEAST, 1 - LEAST).logit()
         table = self.alphas_cumprod.double().clamp(LEAST, 1 - LEAST)

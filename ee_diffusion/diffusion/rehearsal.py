@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline, DiTPipeline, SchedulerMixin
 from torch import Tensor
 
 from ee_diffusion.core.intercept import Interception
@@ -27,6 +28,8 @@ from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.search import gap_prices, search
 from ee_diffusion.diffusion.solver import scaled, sensitivity_along
+
+SAME = 1e-2  # two runs that differ by less of their root mean square drew the same noise
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +67,11 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         if not ready:
             ready.append(_bare_copy(pipeline.scheduler))
         asked = scaled(pipeline.scheduler, sample, time)
+        if isinstance(pipeline, DiTPipeline) and not torch.equal(asked.nan_to_num(), sample.nan_to_num()):
+            name = type(pipeline.scheduler).__name__
+            raise ValueError(
+                f"DiTPipeline hands {name} samples that are scaled already, expected a solver without a scale"
+            )
         there = time.to(sample.device).expand(len(sample))
         clean.append(exits.clean_of(asked.float(), output.float(), there).float())
         samples.append(asked.clone())
@@ -73,6 +81,9 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         return result
 
     watched = Interception(pipeline.scheduler, step, name="step")
+    vars(pipeline.scheduler)[
+        "step"
+    ].__signature__ = signature  # pipelines look there for what else it takes: eta, generator
     try:
         call()
     finally:
@@ -91,7 +102,11 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
 def rehearsed_gains(
     pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[], object], full: Rehearsal, *, every: int
 ) -> tuple[float, ...]:
-    """g_t (S,) as `gains.step_gains` has them, from the call made again with one answer from memory, at every `every`-th step.
+    """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one,
+    from the call made again with that answer at every `every`-th step.
+
+    Over the error of what the solver is given, under guidance: schedules are priced by it. (`gains.step_gains`: over that of the
+    model's rows, which is what an uncertainty knows.)
 
     Raises:
         ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `rehearse` and `attach`.
@@ -101,14 +116,16 @@ def rehearsed_gains(
     if num_steps <= first:
         raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
     sensitivity, found = sensitivity_along(exits, full.solver), {}
-    layers = len(blocks_of(pipeline.transformer))
+    layers = len(blocks_of(unwrapped(pipeline.transformer)))
     for index in range(first, num_steps, every):
         others = [step for step in range(num_steps) if step != index]
         with attach(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
             erred = rehearse(pipeline, exits, call)
-        if not torch.equal(erred.course.samples[0], full.course.samples[0]):
+        before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
+        if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
             raise ValueError(
-                "the call drew other noise than the time before, expected one that makes its generators anew"
+                "the call drew other noise than the time before, expected one that makes its generators anew, and that begins with "
+                "torch.manual_seed where its pipeline gives the solver none (DiTPipeline)"
             )
         wrong = rms(erred.course.clean[index] - full.course.clean[index])
         found[index] = gain_of(rms(erred.final - full.final), sensitivity[index] * wrong)
@@ -152,11 +169,18 @@ def fit_schedules(
         raise ValueError(f"call={call!r}, expected a function that runs the pipeline once")
     influence((), (), power=power)
     _check_every(every)
-    exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=terms)
+    transformer = unwrapped(transformer)
+    exits = MemoryExits.for_pipeline(transformer, pipeline.scheduler, terms=terms)
     full = rehearse(pipeline, exits, call)
-    num_steps, layers = len(full.course.times), len(blocks_of(pipeline.transformer))
+    num_steps, layers = len(full.course.times), len(blocks_of(transformer))
+    sensitivity = sensitivity_along(exits, full.solver)
+    if not all(map(math.isfinite, sensitivity)):
+        raise ValueError(
+            f"{type(pipeline.scheduler).__name__} makes {sensitivity} of an error of each step, expected finite numbers: at zero terminal "
+            "SNR noise says nothing of the image, expected prediction_type='v_prediction'"
+        )
     gains = rehearsed_gains(pipeline, exits, call, full, every=every)
-    weights = influence(sensitivity_along(exits, full.solver), gains, power=power)
+    weights = influence(sensitivity, gains, power=power)
     exits = fit_prediction(exits, full.course)
     found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
     return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}

@@ -61,8 +61,9 @@ def gap_prices(exits: MemoryExits, course: Course, weights: Sequence[float]) -> 
 def _missed(exits: MemoryExits, course: Course, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
     """Recalled clean image minus the one that was said, as the solver sees them (B, ...); values (S, B, ...) in the exits' terms."""
     a, b, t = moment
-    times, time = course.times[[b, a]][None], course.times[t][None]
-    memory = Memory(values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64))
+    known = course.times.to(values.device)
+    times, time = known[[b, a]][None], known[t][None]
+    memory = Memory(values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64, device=values.device))
     recalled = weighted(memory.values, exits.weights_of(memory, time))[0]  # (B, ...)
     recalled = exits.clean_from(course.samples[t], recalled, time.expand(len(recalled)))
     return course.clipped(recalled) - course.clipped(course.clean[t])

@@ -13,7 +13,7 @@ from stock import dit_pipeline
 from torch import Tensor, nn
 from tree import ROOT, python_blocks
 
-from ee_diffusion import MemoryExits, Policy, summary
+from ee_diffusion import MemoryExits, Policy
 from ee_diffusion.diffusion.families import FAMILIES
 from ee_diffusion.diffusion.family_table import family_table
 
@@ -74,14 +74,15 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
     assert "forward" not in model.__dict__
 
 
-def test_the_recipe_for_memory(tmp_path, monkeypatch):
-    """As it stands, at fewer steps: on a tiny DiT, whose classes are the real one's."""
+def test_the_recipes_for_memory(tmp_path, monkeypatch, capsys):
+    """Both, one after the other as on the page, at fewer steps: on a tiny DiT, whose classes are the real one's."""
     monkeypatch.chdir(tmp_path)
-    recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "fit_schedules(" in block)
-    recipe = recipe.replace("num_inference_steps=50", "num_inference_steps=8").replace("[20]", "[4]")
     pipe = dit_pipeline()
-    exec(compile(recipe, str(PAGE), "exec"), {"torch": torch, "pipe": pipe})
-    pipe([207, 360], num_inference_steps=8, output_type="np")
-    assert "executed blocks per element and step: 2.00 of 4 (50.0 %)" in summary(pipe)
+    names = {"torch": torch, "pipe": pipe}
+    for recipe in python_blocks(PAGE.read_text(encoding="utf-8"))[:2]:
+        recipe = recipe.replace("num_inference_steps=50", "num_inference_steps=8").replace("[20]", "[4]")
+        exec(compile(recipe, str(PAGE), "exec"), names)
+    assert capsys.readouterr().out.count("executed blocks per element and step: 2.00 of 4 (50.0 %)") == 2
     assert Policy.load("20-of-50.json").schedule.depths.count(4) == 4
     MemoryExits.from_pretrained("memory").check_fits(pipe.transformer)
+    assert "forward" not in vars(pipe.transformer)

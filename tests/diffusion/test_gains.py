@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from factories import pipeline
@@ -164,8 +166,10 @@ def test_a_budget_spends_what_it_has(pipe: EarlyExitPipeline, name: str):
     assert shares[-1] > shares[0]
 
 
-def test_an_error_that_is_mended_at_once_has_a_gain_of_nearly_nothing():
+def test_a_gain_of_nothing_is_of_its_own_step_alone():
     assert gain_of(0.0, 0.0) == 0
     assert gain_of(0.0, 0.5) == 0
     assert gain_of(1.0, 0.5) == 2
-    assert between({1: 0.0, 3: 4.0}, 4) == pytest.approx((1e-6, 1e-6, 2e-3, 4.0))
+    assert math.isnan(gain_of(1.0, math.nan))
+    assert between({1: 0.0, 3: 4.0, 5: 1.0}, 6) == pytest.approx((4.0, 0.0, 4.0, 4.0, 2.0, 1.0))
+    assert between({1: 0.0}, 3) == (0.0, 0.0, 0.0)

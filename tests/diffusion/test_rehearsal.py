@@ -9,8 +9,10 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
 )
 from factories import dit, randomise
 from stock import LATENT_CHANNELS, dit_pipeline, tiny_vae
@@ -20,6 +22,7 @@ from tiny_pipelines import pipe as pipe_named
 
 from ee_diffusion import attach, fit_schedules, influence, periodic_cache, searched, step_sensitivity
 from ee_diffusion.diffusion.courses import fit_prediction
+from ee_diffusion.diffusion.fingerprint import _settings
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.rehearsal import rehearse, rehearsed_gains
 from ee_diffusion.diffusion.search import gap_prices, search
@@ -68,21 +71,16 @@ def test_a_course_is_what_the_transformer_was_asked_and_said(pipe: DiTPipeline, 
     assert course.scheduler == type(pipe.scheduler).__name__
 
 
-def test_a_scaled_sample_is_seen_as_the_model_sees_it(pipe: DiTPipeline):
-    """Euler's samples are not what its model is asked. (DiTPipeline hands it the scaled one, so this loop is ours.)"""
-    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    exits, asked = exits_of(pipe), []
-
-    def call() -> None:
-        pipe.scheduler.set_timesteps(STEPS)
-        sample = torch.randn(1, LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
-        sample = sample * pipe.scheduler.init_noise_sigma
-        for time in pipe.scheduler.timesteps:
-            asked.append(pipe.scheduler.scale_model_input(sample, time))
-            said = pipe.transformer(asked[-1], time.expand(1), torch.tensor([0])).sample
-            sample = pipe.scheduler.step(said, time, sample).prev_sample
-
-    torch.testing.assert_close(rehearse(pipe, exits, call).course.samples, torch.stack(asked))
+def test_a_scaled_sample_is_seen_as_the_model_sees_it():
+    """Euler's samples are not what its model is asked."""
+    stock = pipeline_named("pixart-sigma")
+    stock.scheduler = EulerDiscreteScheduler.from_config(stock.scheduler.config)
+    asked: list[torch.Tensor] = []
+    stock.transformer.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
+    course = rehearse(
+        stock, exits_of(stock), lambda: images_of(stock, arguments_of("pixart-sigma", [0, 1], steps=STEPS))
+    ).course
+    torch.testing.assert_close(course.samples, torch.stack(asked)[:, :2])
 
 
 def test_watching_changes_nothing_and_goes_away(pipe: DiTPipeline):
@@ -94,6 +92,50 @@ def test_watching_changes_nothing_and_goes_away(pipe: DiTPipeline):
     with pytest.raises(RuntimeError, match="stop"):
         rehearse(pipe, exits_of(pipe), lambda: (_ for _ in ()).throw(RuntimeError("stop")))
     assert "step" not in vars(pipe.scheduler)
+
+
+NOISY = {
+    "eta": ("pixart-sigma", DDIMScheduler, {"eta": 1.0}),
+    "ddpm": ("pixart-sigma", DDPMScheduler, {}),
+    "ancestral": ("pixart-sigma", EulerAncestralDiscreteScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("noisy", NOISY)
+def test_what_a_solver_draws_it_draws_when_watched(noisy: str):
+    """Pipelines look at the signature of `step` for `eta` and `generator`."""
+    name, kind, more = NOISY[noisy]
+    stock = pipeline_named(name)
+    stock.scheduler = kind.from_config(stock.scheduler.config)
+
+    def latents() -> torch.Tensor:
+        return images_of(stock, arguments_of(name, [0, 1], steps=STEPS, **more))
+
+    plain, kept = latents(), []
+    exits = exits_of(stock)
+    full = rehearse(stock, exits, lambda: kept.append(latents()))
+    assert torch.equal(kept[0], plain)
+    assert all(gain > 0 for gain in rehearsed_gains(stock, exits, latents, full, every=3))
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, LCMScheduler])
+def test_noise_that_comes_from_elsewhere_is_refused_or_seeded(pipe: DiTPipeline, kind: type):
+    """DiTPipeline gives its solver no generator."""
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"drew other noise .* begins with torch.manual_seed where"):
+        fit_schedules(pipe, call_of(pipe))
+
+    def seeded() -> None:
+        torch.manual_seed(0)
+        call_of(pipe)()
+
+    assert fit_schedules(pipe, seeded)[1][5].schedule.depths.count(4) == 5
+
+
+def test_a_compiled_transformer_is_fitted_as_it_is(pipe: DiTPipeline):
+    plain = fit_schedules(pipe, call_of(pipe), every=4)[1]
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    assert fit_schedules(pipe, call_of(pipe), every=4)[1] == plain
 
 
 def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
@@ -147,6 +189,14 @@ def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipelin
             return float((rehearse(pipe, line, call_of(pipe)).final - full.final).square().mean())
 
     assert missed(exits) < missed(line)
+
+
+def test_a_scheduler_that_reads_otherwise_is_refused_when_a_run_begins(pipe: DiTPipeline):
+    exits, policies = fit_schedules(pipe, call_of(pipe))
+    with attach(pipe, exits, policies[5]):
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+        with pytest.raises(ValueError, match="read 'epsilon', the scheduler 'v_prediction'"):
+            call_of(pipe)()
 
 
 def test_elsewhere_than_where_it_was_fitted_a_run_warns(pipe: DiTPipeline, recwarn):
@@ -284,6 +334,18 @@ def test_bad_input(pipe: DiTPipeline):
         pytest.raises(ValueError, match="attached to this pipeline already"),
     ):
         fit_schedules(pipe, lambda: pytest.fail("the call was made"))
+    own = pipe.scheduler
+    pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
+    with pytest.raises(ValueError, match="hands EulerDiscreteScheduler samples that are scaled already"):
+        fit_schedules(pipe, call)
+    pipe.scheduler = DDIMScheduler.from_config(own.config, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="at zero terminal SNR noise says nothing"):
+        fit_schedules(pipe, call)
+    pipe.scheduler = own
+    with pytest.raises(
+        ValueError, match="the call took 18 steps from 888 to 0, expected the 9 that its scheduler is set to"
+    ):
+        fit_schedules(pipe, lambda: (call(), call()))
     full = rehearse(pipe, exits, call)
     for every in (0, True, 1.5):
         with pytest.raises(ValueError, match="every="):
@@ -293,11 +355,12 @@ def test_bad_input(pipe: DiTPipeline):
     shared = torch.Generator().manual_seed(0)
     with pytest.raises(ValueError, match="drew other noise than the time before"):
         fit_schedules(pipe, lambda: pipe(LABELS, generator=shared, num_inference_steps=STEPS))
-    own = pipe.scheduler
-    pipe.scheduler = HeunDiscreteScheduler.from_config(own.config)
-    with pytest.raises(ValueError, match="at times that repeat"):
-        fit_schedules(pipe, call)
-    pipe.scheduler = own
+    stock = pipeline_named("pixart-sigma")
+    stock.scheduler = HeunDiscreteScheduler.from_config(stock.scheduler.config)
+    with pytest.raises(
+        ValueError, match="HeunDiscreteScheduler asks the model 17 times in a run, at times that repeat"
+    ):
+        fit_schedules(stock, lambda: images_of(stock, arguments_of("pixart-sigma", [0], steps=STEPS)))
 
     def midway() -> None:
         pipe.scheduler.set_timesteps(8)
@@ -310,3 +373,13 @@ def test_bad_input(pipe: DiTPipeline):
     with pytest.raises(ValueError, match=r"got \(1, 8, 8, 8\) for a sample of"):
         rehearse(pipe, exits, lambda: pipe.scheduler.step(torch.zeros(1, 8, 8, 8), 1, torch.zeros(1, 4, 8, 8)))
     assert "step" not in vars(pipe.scheduler)
+
+
+def test_settings_of_earlier_exits_keep_their_fingerprint():
+    """A policy that was calibrated before exits knew of variances is still theirs."""
+    exits = MemoryExits(num_train_timesteps=10, sample_size=8)
+    known = {name: value for name, value in exits.config.items() if name != "out_channels"}
+    assert "out_channels" in exits.config
+    assert _settings(exits.config) == _settings(known)
+    assert _settings(MemoryExits(num_train_timesteps=10, sample_size=8, out_channels=6).config) != _settings(known)
+    assert _settings({"trained_betas": None}) != _settings({}), "of schedulers nothing is left out"

@@ -12,10 +12,12 @@ from tiny_families import exits_for
 from tree import ROOT
 
 from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
+from ee_diffusion.measure.splits import SEEDS
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
 import journey
+import journey_draw
 import shape
 
 
@@ -68,6 +70,32 @@ def test_the_journey(folders, tmp_path, monkeypatch):
     assert report["reloaded"] == {"images": 3, "largest_difference": 0.0, "same_depths": True}
     assert EarlyExitDiTPipeline.from_pretrained(tmp_path / "pipeline").exits.depths == (0, 1, 2, 3)
     assert "random_overall" in (tmp_path / "journey.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shares": [0.0]}, {"shares": [1.0]}, {"fewer": [0]}, {"fewer": [5]}, {"fit_count": 0}]
+)
+def test_bad_settings(wrong: dict):
+    good = {"model": "a", "exits": "b", "output_dir": "c", "num_inference_steps": 5}
+    journey.JourneyOptions(**good, shares=[0.5], fewer=[1, 4])
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
+        journey.JourneyOptions(**good, **wrong)
+
+
+def test_memory_is_fitted_on_fitting_seeds_at_the_journeys_own_guidance(monkeypatch):
+    seen = {}
+    options = journey.JourneyOptions(
+        model="a", exits="b", output_dir="c", num_inference_steps=5, fit_count=3, guidance_scale=2.5
+    )
+
+    def pipe(labels, *, generator, **call):
+        seen.update(call, seeds=[one.initial_seed() for one in generator], labels=labels)
+
+    monkeypatch.setattr(journey_draw, "fit_schedules", lambda pipe, call: call())
+    journey_draw.fitted_memory(pipe, options)
+    assert len(seen["seeds"]) == len(seen["labels"]) == 3
+    assert all(seed in SEEDS["fit"] for seed in seen["seeds"])
+    assert (seen["num_inference_steps"], seen["guidance_scale"]) == (5, 2.5)
 
 
 @pytest.mark.slow
