@@ -84,6 +84,7 @@ def journey(report: dict) -> str:
     columns = ["name", "steps", "time", "executed", *[name for name in COLUMNS if name in report["rows"][0]]]
     rows = [{**row, "executed": row.get("report", {}).get("mean_executed"), **flat(row)} for row in report["rows"]]
     parts = [markdown_table(rows, columns), f"{report['rows'][0]['psnr']['count']} images.\n"]
+    parts += [f"{report['note']}\n"] if report.get("note") else []
     if report["fit"]:
         gain = report["fit"]["gain"]["full"]
         errors = zip(gain["depths"], gain["before"]["error"], gain["after"]["error"], strict=True)
