@@ -72,15 +72,27 @@ def test_a_course_is_what_the_transformer_was_asked_and_said(pipe: DiTPipeline, 
 
 
 def test_a_scaled_sample_is_seen_as_the_model_sees_it():
-    """Euler's samples are not what its model is asked."""
+    """Euler's samples are not what its model is asked. PixArt has the unconditional rows first, and a variance after the noise."""
     stock = pipeline_named("pixart-sigma")
     stock.scheduler = EulerDiscreteScheduler.from_config(stock.scheduler.config)
-    asked: list[torch.Tensor] = []
+    asked, said = list[torch.Tensor](), list[torch.Tensor]()
     stock.transformer.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
-    course = rehearse(
-        stock, exits_of(stock), lambda: images_of(stock, arguments_of("pixart-sigma", [0, 1], steps=STEPS))
-    ).course
+    stock.transformer.register_forward_hook(lambda module, args, output: said.append(output[0]))
+    exits = exits_of(stock)
+    course = rehearse(stock, exits, lambda: images_of(stock, arguments_of("pixart-sigma", [0, 1], steps=STEPS))).course
     torch.testing.assert_close(course.samples, torch.stack(asked)[:, :2])
+    for step, output in enumerate(said):
+        unconditional, conditional = output[:, :LATENT_CHANNELS].chunk(2)
+        guided = unconditional + 3.0 * (conditional - unconditional)
+        clean = exits.clean_of(course.samples[step], guided, course.times[step].expand(2)).float()
+        torch.testing.assert_close(course.clean[step], clean, rtol=1e-3, atol=1e-3)
+
+
+def test_exits_of_another_noise_schedule_are_refused(pipe: DiTPipeline):
+    exits = exits_of(pipe)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.05)
+    with pytest.raises(ValueError, match="another noise schedule"):
+        rehearse(pipe, exits, lambda: pytest.fail("the call was made"))
 
 
 def test_watching_changes_nothing_and_goes_away(pipe: DiTPipeline):
