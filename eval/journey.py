@@ -4,8 +4,10 @@ python eval/journey.py --model runs/dit --exits runs/dit_fit/exits --fit_report 
 
 The exits come from train/fit_exits.py, which has seen no data. A threshold for `budget` is found by replay on calibration seeds; then the
 policy, answers from memory and the controls of each (fewer steps at the same measured time, a static schedule with the same mean depth
-per step, random exits with the per-step and with the overall histogram) draw the same test seeds. Candidates take turns batch by batch; a
-time is the median over batches of (candidate / full model), the decoder included. Images are judged at `judged_size` pixels.
+per step, random exits with the per-step and with the overall histogram) draw the same test seeds. With --shares memory is fitted to
+the pipeline's own call, too (`fit_schedules`), and runs at searched steps; --fewer draws the curve of fewer steps, --db_cache cache-dit's.
+Candidates take turns batch by batch; a time is the median over batches of (candidate / full model), the decoder included. Images are
+judged at `judged_size` pixels.
 Writes pipeline/ (with the exits), policy.json, journey.json and journey.md.
 """
 

@@ -100,7 +100,7 @@ def load_exits(folder: str) -> AdapterExits | DenoisingExits:
 
 
 def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, DenoiserHeads]) -> Draw:
-    """Draws batches with the stock pipeline, its call as ever; exits are attached around it. heads: by candidate's budget name."""
+    """Draws batches with the stock pipeline, its call as ever; exits are attached around it. heads: by what `exits_of` says."""
 
     def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
         call = {

@@ -81,9 +81,8 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         return result
 
     watched = Interception(pipeline.scheduler, step, name="step")
-    vars(pipeline.scheduler)[
-        "step"
-    ].__signature__ = signature  # pipelines look there for what else it takes: eta, generator
+    taken = vars(pipeline.scheduler)["step"]
+    taken.__signature__ = signature  # pipelines look there for what else it takes: eta, generator
     try:
         call()
     finally:
