@@ -103,7 +103,7 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     labels = balanced_labels(options.search_count, transformer.config.null_class)
     course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
     if options.fit_memory is not None:
-        pipeline.exits = fit_prediction(pipeline.exits, course)
+        pipeline.exits = fit_prediction(pipeline.exits, course, weights)
     found = search(gap_prices(pipeline.exits, course, weights), steps)
     layers = len(transformer.transformer_blocks)
 

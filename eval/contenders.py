@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,8 @@ from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import write_json
 
-OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "tracked")
+OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together", "tracked")
+FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
@@ -70,9 +72,14 @@ def in_float32(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> EarlyE
 
 
 def fitted_memory(
-    pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: FrontierOptions, folder: Path
+    pipeline: EarlyExitPipeline,
+    sampling: SamplingOptions,
+    options: FrontierOptions,
+    folder: Path,
+    weights: tuple[float, ...] | None = None,
 ) -> MemoryExits:
-    """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`.
+    """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`. weights: what an
+    error of each step does in the end, for answers that are weighed together (`courses.fit_prediction`).
 
     Courses are run in float32 whatever the run's dtype: half precision's rounding, taken for chance, draws the weights towards the mean,
     and what each step then misses points the same way.
@@ -84,6 +91,7 @@ def fitted_memory(
     whole = in_float32(pipeline, sampling)
     wanted |= {"dtype": "float32", "search_count": options.search_count}
     wanted |= {"weights": fingerprint(whole.transformer)}
+    wanted |= {} if weights is None else {"influence": list(weights)}
     settings = folder / "settings.json"  # written last
     if settings.is_file():
         known = json.loads(settings.read_text())
@@ -97,22 +105,28 @@ def fitted_memory(
     labels = balanced_labels(options.search_count, pipeline.transformer.config.null_class)
     call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
     exits = noise_memory(whole)
-    made = fit_prediction(exits, record(whole, exits, seeds("fit", options.search_count), labels, **call))
+    made = fit_prediction(exits, record(whole, exits, seeds("fit", options.search_count), labels, **call), weights)
     made.save_pretrained(folder)
     write_json(settings, wanted)
     return load_memory(pipeline, str(folder))
+
+
+def fitted_beside(pipeline: EarlyExitPipeline, folder: Path) -> dict[str, MemoryExits]:
+    """What was fitted for a report, from the folders beside it: those of FITTED that are there."""
+    return {name: load_memory(pipeline, str(folder / name)) for name in FITTED if (folder / name).is_dir()}
 
 
 def exits_by_kind(
     pipeline: EarlyExitPipeline,
     memory: MemoryExits,
     tracking: TrackingExits | None = None,
-    fitted: MemoryExits | None = None,
+    fitted: Mapping[str, MemoryExits] | None = None,
 ) -> dict[str, nn.Module | None]:
-    """Kind of candidate -> the exits it draws with; the oracle's are those it is asked about. Controls go by the kind they were made of."""
+    """Kind of candidate -> the exits it draws with; the oracle's are those it is asked about. Controls go by the kind they were made of.
+    fitted: by the names of FITTED."""
     found = dict.fromkeys(("remembered", "budgeted", "searched", "periodic_cache", "oracle"), memory)
     found |= {"deediff": pipeline.exits, "tracked": tracking, "searched noise": noise_memory(pipeline)}
-    return found | {"searched fitted": fitted, "periodic fitted": fitted}
+    return found | {f"{kind} {name}": (fitted or {}).get(name) for kind in ("searched", "periodic") for name in FITTED}
 
 
 def base_of(kind: str) -> str:
@@ -125,7 +139,7 @@ def drawer(
     sampling: SamplingOptions,
     memory: MemoryExits,
     tracking: TrackingExits | None = None,
-    fitted: MemoryExits | None = None,
+    fitted: Mapping[str, MemoryExits] | None = None,
 ) -> Draw:
     """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
     peers, oracle = dict[str, Peer](), OracleExits(memory, pipeline.transformer)
@@ -228,8 +242,9 @@ def candidates_of(
     for period in options.periods:
         policy = periodic_cache(period, warm_up=WARM_UP)
         found.append(Candidate(f"periodic cache {period}", "periodic_cache", None, policy, steps))
-        if options.fitted_shares:  # what the search adds to the fit
-            found.append(Candidate(f"periodic fitted {period}", "periodic fitted", None, policy, steps))
+        for name, shares in zip(FITTED, (options.fitted_shares, options.together_shares), strict=True):
+            if shares:  # what the search adds to the fit
+                found.append(Candidate(f"periodic {name} {period}", f"periodic {name}", None, policy, steps))
     for fewer in dict.fromkeys(max(1, round(steps * fraction)) for fraction in options.fractions):
         found.append(Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer))
     for threshold in options.thresholds:

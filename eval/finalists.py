@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from clock import candidate_of
-from contenders import classes_of, drawer, exits_by_kind, load_memory
+from contenders import FITTED, classes_of, drawer, exits_by_kind, fitted_beside, load_memory
 from keeping import beside, contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
 from safetensors.torch import load_file, save_file
@@ -155,9 +155,10 @@ def main() -> None:
     tracking = settings["tracking"] and TrackingExits.from_pretrained(settings["tracking"]).to(
         pipeline.transformer.device
     )
-    fitted = load_memory(pipeline, str(source / "fitted")) if (source / "fitted").is_dir() else None
-    if fitted is None and any("fitted" in one.kind for one in finalists):
-        raise ValueError(f"{source} has no folder fitted, expected what its fitted rows were drawn with")
+    fitted = fitted_beside(pipeline, source)
+    missing = [name for name in FITTED if name not in fitted and any(name in one.kind for one in finalists)]
+    if missing:
+        raise ValueError(f"{source} has no folder {missing[0]}, expected what its {missing[0]} rows were drawn with")
     draw, network = drawer(pipeline, sampling, memory, tracking, fitted), resnet20_features(options.data)
     reference = cifar_reference(network, data=options.data, count=options.reference_count, cache_dir=options.cache_dir)
     chosen = seeds("test", options.count, first=settings["count"])

@@ -42,6 +42,7 @@ from tradeoff import judge_of, quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.diffusion.gains import influence
+from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
@@ -107,19 +108,13 @@ def candidates(
     options: FrontierOptions,
     kinds: dict[str, nn.Module | None],
     *,
+    sensitivity: tuple[float, ...],
+    gains: tuple[float, ...] | None,
     store: Path,
     known: dict,
-) -> tuple[list[Candidate], tuple[float, ...] | None]:
-    """All that need no trace, and the gains if they were measured. What is dear to find is noted in `store`. kinds: of `exits_by_kind`."""
-    memory, steps, layers = (
-        kinds["searched"],
-        sampling.num_inference_steps,
-        len(pipeline.transformer.transformer_blocks),
-    )
-    sensitivity, gains = step_sensitivity(memory, pipeline.scheduler, steps), None
-    if options.budgets or options.shares or options.noise_shares or options.fitted_shares:
-        what = [known, contents(pipeline, memory), "gains in float32", options.gain_images, options.gain_every]
-        gains = tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
+) -> list[Candidate]:
+    """All that need no trace. What is dear to find is noted in `store`. kinds: of `exits_by_kind`."""
+    steps, layers = sampling.num_inference_steps, len(pipeline.transformer.transformer_blocks)
     weights = influence(sensitivity, gains or (1.0,) * steps, power=options.power)
     depths = kinds["tracked"].depths if kinds["tracked"] else (0,)
     found = candidates_of(options, sensitivity, weights, depths)
@@ -128,6 +123,7 @@ def candidates(
         "searched": options.shares,
         "searched noise": options.noise_shares,
         "searched fitted": options.fitted_shares,
+        "searched together": options.together_shares,
     }
     for kind, shares in asked.items():
         if shares:
@@ -143,7 +139,25 @@ def candidates(
             ]
             make = partial(schedules_of, pipeline, own, sampling, options, weights, shares)
             found += searched_candidates(noted(store, what, make), kind, num_steps=steps, num_layers=layers)
-    return found, gains
+    return found
+
+
+def gains_if_asked(
+    pipeline: EarlyExitPipeline,
+    sampling: SamplingOptions,
+    options: FrontierOptions,
+    memory: MemoryExits,
+    *,
+    store: Path,
+    known: dict,
+) -> tuple[float, ...] | None:
+    """What becomes of an error of each step, noted in `store`; None where nobody asks for it."""
+    if not (
+        options.budgets or options.shares or options.noise_shares or options.fitted_shares or options.together_shares
+    ):
+        return None
+    what = [known, contents(pipeline, memory), "gains in float32", options.gain_images, options.gain_every]
+    return tuple(noted(store, what, lambda: gains_of(pipeline, memory, sampling, options)))
 
 
 def main() -> None:
@@ -157,11 +171,19 @@ def main() -> None:
 
     memory = load_memory(pipeline, options.memory)
     tracking = options.tracking and TrackingExits.from_pretrained(options.tracking).to(pipeline.transformer.device)
-    fitted = fitted_memory(pipeline, sampling, options, folder / "fitted") if options.fitted_shares else None
-    kinds = exits_by_kind(pipeline, memory, tracking, fitted)
     known = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
-    store = folder / "drawn"
-    first, gains = candidates(pipeline, sampling, options, kinds, store=store, known=known)
+    store, steps = folder / "drawn", sampling.num_inference_steps
+    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
+    gains, fitted = gains_if_asked(pipeline, sampling, options, memory, store=store, known=known), {}
+    if options.fitted_shares:
+        fitted["fitted"] = fitted_memory(pipeline, sampling, options, folder / "fitted")
+    if options.together_shares:
+        weights = influence(sensitivity, gains, power=options.search_power)
+        fitted["together"] = fitted_memory(pipeline, sampling, options, folder / "together", weights)
+    kinds = exits_by_kind(pipeline, memory, tracking, fitted)
+    first = candidates(
+        pipeline, sampling, options, kinds, sensitivity=sensitivity, gains=gains, store=store, known=known
+    )
     made_with = cache(lambda kind: contents(pipeline, kinds.get(base_of(kind))))
     live = drawer(pipeline, sampling, memory, tracking, fitted)
     draw = kept(live, store, known, lambda candidate: made_with(candidate.kind))

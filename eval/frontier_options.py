@@ -52,6 +52,9 @@ class FrontierOptions:
     fitted_shares: list[float] = _numbers(
         "`searched fitted`: the same with the best linear prediction of the noise.", 0.5, 0.64, 0.72, 0.8
     )
+    together_shares: list[float] = _numbers(
+        "`searched together`: the same, all answers of a run weighed together; the model's gains are measured first."
+    )
     tracked: list[float] = _numbers("Errors allowed per step with the exits of --tracking.")
     oracles: list[float] = _numbers("Errors allowed per step where the true error is known.")
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)

@@ -23,7 +23,7 @@ import torch
 from contenders import WARM_UP, load_memory
 from contenders import controls as memory_controls
 from diffusers import DiTPipeline
-from journey_draw import JourneyOptions, drawer, fitted_memory, load_exits
+from journey_draw import JourneyOptions, drawer, each_by_itself, fitted_memory, load_exits
 from options import command, parse
 from safetensors.torch import load_file
 from tradeoff import Candidate, Draw, controls, in_turns, judge_of, row
@@ -98,10 +98,11 @@ def candidates_of(
     found.append(Candidate(f"periodic cache {options.period}", "periodic_cache", None, cache, steps))
     if not options.shares:
         return found
-    found.append(Candidate(f"periodic fitted {options.period}", "periodic fitted", None, cache, steps))
     wanted = {min(schedules, key=lambda full: (abs(full - steps * (1 - share)), -full)) for share in options.shares}
-    for full in sorted(wanted, reverse=True):
-        found.append(Candidate(f"searched fitted {full} full", "searched fitted", full, schedules[full], steps))
+    for name in ("together", "fitted"):
+        found.append(Candidate(f"periodic {name} {options.period}", f"periodic {name}", None, cache, steps))
+        for full in sorted(wanted, reverse=True):
+            found.append(Candidate(f"searched {name} {full} full", f"searched {name}", full, schedules[full], steps))
     return found
 
 
@@ -167,7 +168,8 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     exits, memory = load_exits(options.exits), load_memory(pipe, None)
     fitted, schedules = fitted_memory(pipe, options) if options.shares else (None, {})
-    draw = drawer(pipe, options, {"fit_exits": exits, "memory": memory, "fit_memory": fitted})
+    heads = {"fit_exits": exits, "memory": memory, "together": fitted, "fitted": fitted and each_by_itself(fitted)}
+    draw = drawer(pipe, options, heads)
     judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     policy, calibration = calibrated(options, draw)
     print(json.dumps(calibration), flush=True)

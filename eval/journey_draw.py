@@ -133,10 +133,11 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
 
 
 def exits_of(candidate: Candidate) -> str:
-    """Which exits a candidate with a policy draws with: `fit_exits`, unfitted `memory`, or `fit_memory`."""
+    """Which exits a candidate with a policy draws with: `fit_exits`, unfitted `memory`, or what was fitted: `together`, or `fitted` for
+    answers that are weighed each by itself."""
     if candidate.policy.exits != (0,):
         return "fit_exits"
-    return "fit_memory" if candidate.kind.endswith("fitted") else "memory"
+    return next((name for name in ("together", "fitted") if candidate.kind.endswith(name)), "memory")
 
 
 def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[MemoryExits, dict[int, Policy]]:
@@ -149,6 +150,13 @@ def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[MemoryExi
         pipe(labels, generator=generators, output_type="np", **settings)
 
     return fit_schedules(pipe, call)
+
+
+def each_by_itself(exits: MemoryExits) -> MemoryExits:
+    """The same fit without what misses are worth: the control of answers that are weighed together."""
+    made = MemoryExits.from_config(exits.config, course_worth=None).to(exits.alphas_cumprod.device)
+    made.load_state_dict({name: value for name, value in exits.state_dict().items() if name != "prediction.worth"})
+    return made.eval()
 
 
 def _slice(policy: Policy, first: int, count: int) -> Policy:

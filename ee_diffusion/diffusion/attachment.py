@@ -25,7 +25,7 @@ from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of, times_of
-from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, RememberingHeads
+from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
 from ee_diffusion.diffusion.runs import Runs
 
@@ -63,6 +63,7 @@ class Attachment:
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
+        self._planning = isinstance(heads, PlanningHeads)
         self._passage: Passage | None = None
         self._step: StepSession | None = None
         self._thread: int | None = None  # which runs the step
@@ -216,7 +217,7 @@ class Attachment:
         return output
 
     def _heads_of(self, session: Session, sample: Tensor) -> DenoiserHeads:
-        """The heads, looked at (and packed, where no gradient asks for their parameters) once for each run."""
+        """The heads, looked at (and packed, where no gradient asks for their parameters, and told what is planned) once for each run."""
         packable = self._packable and not torch.is_grad_enabled()
         if (known := self._packed.get(session)) is not None and known[0] == packable:
             return known[1]
@@ -228,6 +229,8 @@ class Attachment:
         if weight is not None and not self._remembering:  # what is remembered has a dtype of its own
             self._check_dtype(weight.dtype, sample.device.type)
         heads = self.heads.packed() if packable else self.heads
+        if self._planning and session.policy.criterion is None:
+            heads = heads.along(session.policy.schedule, num_steps=session.num_steps, num_layers=session.num_layers)
         self._packed[session] = (packable, heads)
         return heads
 

@@ -147,19 +147,29 @@ def values_of(exits: MemoryExits, course: Course) -> Tensor:
     return torch.stack([exits.value_of(*one).float() for one in said])
 
 
-def fit_prediction(exits: MemoryExits, course: Course) -> MemoryExits:
+def fit_prediction(exits: MemoryExits, course: Course, weights: Sequence[float] | None = None) -> MemoryExits:
     """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
 
+    weights: w_t (S,), what an error of the clean image at step t does in the end (`gains.influence`). With them the answers of a static
+    schedule are weighed together (`LinearPrediction.over_run`), without each by itself.
+
     Raises:
-        ValueError: exits with a learned trust, a course that is not finite or that has a time twice.
+        ValueError: exits with a learned trust, a course that is not finite or that has a time twice, weights of another number or that
+            are negative or not finite.
     """
     whose = {"course_scheduler": course.scheduler, "course_guidance": course.guidance_scale}
+    whose["course_worth"] = None if weights is None else True
     made = (
         type(exits).from_config(exits.config, course_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
     )
     rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
     made.load_state_dict(rest, strict=False)  # all but the prediction
-    made.prediction.fit(course.times, values_of(exits, course))
+    worth = None
+    if weights is not None:
+        worth = torch.tensor(weights, dtype=torch.float64)
+        if worth.shape == course.times.shape:
+            worth = worth * exits.clean_per_value(course.times)
+    made.prediction.fit(course.times, values_of(exits, course), worth)
     return made.eval()
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.schedules import Schedule
 
 
 @runtime_checkable
@@ -44,6 +45,15 @@ class ScheduledHeads(DenoiserHeads, Protocol):
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raises ValueError if the scheduler's is another, or reads the model's output in another way."""
+        ...
+
+
+@runtime_checkable
+class PlanningHeads(DenoiserHeads, Protocol):
+    """Heads that answer better where they know beforehand which layers run at which step."""
+
+    def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> DenoiserHeads:
+        """The heads for a run under a schedule and no criterion."""
         ...
 
 

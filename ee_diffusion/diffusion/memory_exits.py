@@ -6,6 +6,7 @@ R rows, C, H, W image, O channels of an output, M remembered predictions, T trai
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space
 from ee_diffusion.core.memory import Memory, weighted
+from ee_diffusion.core.schedules import Schedule
 from ee_diffusion.diffusion.loading import load_strictly
 from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrised, prediction_type_of
-from ee_diffusion.diffusion.prediction import LinearPrediction
+from ee_diffusion.diffusion.prediction import LinearPrediction, RunWeights
 
 TERMS = ("clean", "noise")
 DRAW_WITH_VARIANCE = (
@@ -62,7 +64,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
 
     `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
     times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance`: whose courses they were;
-    a pipeline that runs something else warns.
+    a pipeline that runs something else warns. `course_worth`: True where it is also known what a miss at each step is worth in the final
+    image; under a static schedule all answers of a run are then weighed together (`LinearPrediction.over_run`).
 
     `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
     of such models drop it before the solver.
@@ -94,6 +97,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         course_scheduler: str | None = None,
         course_guidance: float | None = None,
         out_channels: int | None = None,
+        course_worth: bool | None = None,
     ):
         super().__init__()
         if out_channels not in (None, in_channels, 2 * in_channels):
@@ -112,9 +116,12 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             raise ValueError(
                 f"course_steps={course_steps}, learned_trust={learned_trust}, expected at least 0, and one or none of both"
             )
+        if course_worth and not course_steps:
+            raise ValueError("course_worth=True with course_steps=0, expected a course")
         self.gauge = small_mlp(FEATURES, hidden_dim)
         self.trust = small_mlp(TIMES, hidden_dim) if learned_trust else None
-        self.prediction = LinearPrediction(course_steps) if course_steps else None
+        self.prediction = LinearPrediction(course_steps, has_worth=bool(course_worth)) if course_steps else None
+        self._run: RunWeights | None = None  # of the schedule that runs
         unknown = 0.0 if prediction_type == "flow" else torch.nan  # of flow matching there is nothing to know
         self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), unknown))
 
@@ -181,7 +188,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         outputs = _outputs_of(model) or self.config.in_channels
         if outputs != self.num_outputs:
             raise ValueError(f"heads of another model: it puts out {outputs} channels, they {self.num_outputs}")
-        if self.prediction is not None and bool(self.prediction.moments.isnan().any()):
+        if self.prediction is not None and not self.prediction.is_fitted:
             raise ValueError("these exits know no course; make them with courses.fit_prediction")
         if bool(self.alphas_cumprod.isnan().any()):
             raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
@@ -219,6 +226,22 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         if self.alphas_cumprod.dtype != table.dtype:  # half precision rounds 0.9999 to 1, and its log-SNR to infinity
             self.alphas_cumprod = table.to(self.alphas_cumprod.device)
         return self
+
+    def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> MemoryExits:
+        """The same exits (their weights are shared) for a run under a static schedule of full steps and answers from memory: weighed
+        together, where they know how. For all else, themselves."""
+        if self.prediction is None or not self.config.course_worth or num_steps != self.config.course_steps:
+            return self
+        runs = [
+            schedule.layers(step, time, num_steps=num_steps, num_layers=num_layers)
+            for step, time in enumerate(self.prediction.times.tolist())
+        ]
+        full = [step for step, layers in enumerate(runs) if all(layers)]
+        if full[:1] != [0] or any(any(layers) != all(layers) for layers in runs):
+            return self
+        made = copy.copy(self)
+        made._run = self.prediction.over_run(full, self.config.length)
+        return made
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
         """Without a memory there is nothing but the time."""
@@ -282,7 +305,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         line = memory.weights(time, self.trust_of(memory.times, time))
         if self.prediction is None:
             return line
-        best = self.prediction.weights(memory.times, time)
+        best = self.prediction.weights(memory.times, time, self._run)
         return torch.where(best.isnan(), line, best)
 
     def trust_of(self, times: Tensor, time: Tensor) -> Tensor | None:
@@ -310,6 +333,14 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             return clean
         signal, noise = self._signal_and_noise(timestep, sample)
         return (sample - signal * clean) / noise
+
+    def clean_per_value(self, timestep: Tensor) -> Tensor:
+        """How far the clean image moves per unit of a recalled value at timestep (T,) -> (T,); 0 where noise says nothing of it."""
+        if self.config.terms == "clean":
+            return torch.ones(len(timestep), dtype=torch.float64)
+        signal, noise = self._signal_and_noise(timestep.to(self.alphas_cumprod.device), timestep)  # (T,)
+        moves = (noise / signal).double().cpu()
+        return torch.where(moves.isfinite(), moves, 0.0)
 
     def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
         """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""

@@ -150,8 +150,9 @@ def fit_schedules(
             ...  # calls with as many steps, the same solver and guidance; other seeds and labels
 
     `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
-    `search.search` under weights `influence(sensitivity, gains, power)`. Run it in float32: half precision's rounding spoils the fit.
-    Where images are then drawn in half precision, say `last_full` (`search.search` says why).
+    `search.search` under weights `influence(sensitivity, gains, power)`; with them the answers of any static schedule of as many steps
+    (these, `periodic_cache`) are weighed together (`LinearPrediction.over_run`). Run it in float32: half precision's rounding spoils the
+    fit. Where images are then drawn in half precision, say `last_full` (`search.search` says why).
 
     Raises:
         ValueError: no pipeline around a transformer, one with exits attached already, no call, numbers out of range; as `rehearse`,
@@ -180,7 +181,7 @@ def fit_schedules(
         )
     gains = rehearsed_gains(pipeline, exits, call, full, every=every)
     weights = influence(sensitivity, gains, power=power)
-    exits = fit_prediction(exits, full.course)
+    exits = fit_prediction(exits, full.course, weights)
     found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
     return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
 

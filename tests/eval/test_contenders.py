@@ -44,7 +44,8 @@ def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypa
     monkeypatch.setattr(contenders, "generate", told)
     trained, memory, fitted = pipe.exits, contenders.load_memory(pipe, None), contenders.noise_memory(pipe)
     tracking = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1, 2))
-    draw = contenders.drawer(pipe, SAMPLING, memory, tracking, fitted)
+    together = contenders.noise_memory(pipe)
+    draw = contenders.drawer(pipe, SAMPLING, memory, tracking, {"fitted": fitted, "together": together})
     expected = {
         "deediff": trained,
         "remembered": memory,
@@ -53,6 +54,8 @@ def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypa
         "searched": memory,
         "searched fitted": fitted,
         "periodic fitted": fitted,
+        "searched together": together,
+        "periodic together": together,
         "tracked": tracking,
         "static of tracked": tracking,
         "random_per_step of tracked": tracking,
@@ -111,6 +114,21 @@ def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: py
     again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
     assert len(seen) == 2, "fitted once"
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), made.parameters(), strict=True))
+
+
+def test_answers_weighed_together_are_for_one_influence(tmp_path: Path):
+    pipe, folder = pipeline(), tmp_path / "together"
+    made = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
+    assert made.config.course_worth is True
+    alone = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
+    assert alone.config.course_worth is None
+    again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
+    assert torch.equal(again.prediction.worth, made.prediction.worth)
+    for other in ((0.4,) * STEPS, None):
+        with pytest.raises(ValueError, match="holds exits fitted under"):
+            contenders.fitted_memory(pipe, SAMPLING, OPTIONS, folder, other)
+    assert contenders.fitted_beside(pipe, tmp_path).keys() == {"fitted", "together"}
+    assert contenders.fitted_beside(pipe, tmp_path / "nowhere") == {}
 
 
 def test_predictions_are_fitted_in_float32_whatever_is_drawn_in(tmp_path: Path):

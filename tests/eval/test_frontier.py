@@ -59,6 +59,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     tracking.save_pretrained(where / "tracking")
     words = ["--model", where / "model", "--count", 4, "--batch_size", 2, "--num_inference_steps", STEPS]
     words += ["--periods", 2, "--shares", 0.5, "--fitted_shares", 0.5, "--search_count", 2, "--gain_images", 2]
+    words += ["--together_shares", 0.5]
     words += ["--fractions", 0.5, "--tracking", where / "tracking", "--tracked", 0.05, "--oracles", 0.05]
     run(frontier, *words, "--output_dir", where / "out")
     return where, words
@@ -179,7 +180,15 @@ def test_an_ablation_draws_anew_after_other_weights_only_and_takes_times_anew(tm
 def test_exits_fitted_anew_are_drawn_with_anew(copied):
     folder, words = copied
     before = rows_of(folder)
+    assert before["periodic together 2"]["psnr"] != before["periodic fitted 2"]["psnr"]
+    (together,) = (row for row in before.values() if row["kind"] == "searched together")
+    (alone,) = (row for row in before.values() if row["kind"] == "searched fitted")
+    assert together["policy"] == alone["policy"]
+    assert together["psnr"] != alone["psnr"]
     shutil.rmtree(folder / "fitted")
+    with pytest.raises(ValueError, match="holds exits fitted under"):
+        run(frontier, *words, "--search_count", 3)
+    shutil.rmtree(folder / "together")
     run(frontier, *words, "--search_count", 3)
     after = rows_of(folder)
     assert after["periodic fitted 2"]["psnr"] != before["periodic fitted 2"]["psnr"]

@@ -1,0 +1,245 @@
+"""All answers of a run weighed together: against least squares in numpy, which runs they hold for, that they keep runs nearer to the full
+model's, files, refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import pipeline
+
+from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.schedules import DepthPerStep, FullDepth, Periodic, PiecewiseDepth, Schedule
+from ee_diffusion.diffusion.courses import Course, fit_prediction, record
+from ee_diffusion.diffusion.fingerprint import fingerprint
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.methods import periodic_cache, searched
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.prediction import ALONE, LinearPrediction
+from ee_diffusion.measure.splits import seeds
+
+STEPS, FULL, LAYERS = 8, [0, 1, 4, 6], 4
+CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
+WORTH = [0.0, 0.3, 0.5, 0.2, 1.0, 0.7, 0.4, 2.0]
+ANSWERED = {2: [1, 0], 3: [1, 0], 5: [4, 1], 7: [6, 4]}  # step -> the steps whose values it weighs
+
+
+@pytest.fixture(scope="module")
+def pipe() -> EarlyExitPipeline:
+    return pipeline()
+
+
+@pytest.fixture(scope="module")
+def exits(pipe: EarlyExitPipeline) -> MemoryExits:
+    return MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+
+
+@pytest.fixture(scope="module")
+def course(pipe: EarlyExitPipeline, exits: MemoryExits) -> Course:
+    return record(pipe, exits, seeds("fit", 2), [0, 1], **CALL)
+
+
+def fitted(worth: list[float] = WORTH) -> tuple[LinearPrediction, torch.Tensor]:
+    """A prediction and the values it saw: walks that drift, so that misses of several steps point the same way."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(STEPS, 2, 300, generator=generator).cumsum(0) + 3 * torch.randn(2, 300, generator=generator)
+    made = LinearPrediction(STEPS, has_worth=True)
+    made.fit(torch.linspace(900, 40, STEPS, dtype=torch.float64), values, torch.tensor(worth))
+    return made, values.flatten(1).double()
+
+
+def by_least_squares(values: torch.Tensor, worth: list[float], alone: float) -> dict[int, np.ndarray]:
+    """The same by rows of one large system: the misses' sum, then sqrt(alone) times each."""
+    columns = [(step, place) for step, places in ANSWERED.items() for place in places]
+    told, numbers = values.numpy(), values.shape[1]
+    matrix, wanted = np.zeros((numbers * (1 + len(ANSWERED)), len(columns))), np.zeros(numbers * (1 + len(ANSWERED)))
+    for block, step in enumerate(ANSWERED, 1):
+        rows = slice(block * numbers, (block + 1) * numbers)
+        wanted[rows] = alone**0.5 * worth[step] * told[step]
+        wanted[:numbers] += worth[step] * told[step]
+        for place, (at, said) in enumerate(columns):
+            if at == step:
+                matrix[rows, place] = alone**0.5 * worth[step] * told[said]
+                matrix[:numbers, place] = worth[step] * told[said]
+    found = np.linalg.lstsq(matrix, wanted, rcond=None)[0]
+    return {step: found[[at == step for at, _ in columns]] for step in ANSWERED}
+
+
+def test_the_weights_of_a_run_are_those_of_least_squares():
+    prediction, values = fitted()
+    run = prediction.over_run(FULL, 2)
+    for step, wanted in by_least_squares(values, WORTH, ALONE).items():
+        assert run.places[step].tolist() == ANSWERED[step]
+        np.testing.assert_allclose(run.weights[step].numpy(), wanted, rtol=1e-3, atol=1e-3)
+    assert bool(run.weights[FULL].isnan().all())
+    assert bool((run.places[FULL] == -1).all())
+    times = prediction.times.double()
+    own = {step: prediction.weights(times[places][None], times[[step]])[0] for step, places in ANSWERED.items()}
+
+    def missed(weights: dict[int, torch.Tensor]) -> tuple[float, float]:
+        misses = [
+            WORTH[step]
+            * (sum(w * values[place] for w, place in zip(weights[step], places, strict=True)) - values[step])
+            for step, places in ANSWERED.items()
+        ]
+        return float(sum(misses).square().mean()), float(sum(one.square().mean() for one in misses))
+
+    together, apart = missed({step: run.weights[step] for step in ANSWERED}), missed(own)
+    assert together[0] < 0.95 * apart[0], "their sum is smaller"
+    assert together[1] > apart[1], "which each pays for"
+
+
+def test_a_step_whose_misses_are_worth_nothing_is_left_to_itself():
+    worth = [*WORTH[:5], 0.0, *WORTH[6:]]
+    run = fitted(worth)[0].over_run(FULL, 2)
+    assert bool(run.weights[5].isnan().all())
+    assert not run.weights[[2, 3, 7]].isnan().any()
+    nothing = fitted([0.0] * STEPS)[0].over_run(FULL, 2)
+    assert bool(nothing.weights.isnan().all())
+
+
+def test_one_value_where_one_is_remembered():
+    prediction, _ = fitted()
+    run = prediction.over_run([0, 4], 2)
+    assert run.places[:, 1].tolist() == [-1, -1, -1, -1, -1, 0, 0, 0]
+    assert run.weights[1:4, 1].tolist() == [0.0] * 3
+    assert not run.weights[1:4, 0].isnan().any()
+    assert prediction.over_run([0], 3).places[5].tolist() == [0, -1, -1]
+    longer = prediction.over_run(FULL, 3)
+    assert longer.places[5].tolist() == [4, 1, 0]
+    assert prediction.over_run(range(STEPS), 2).weights.isnan().all()
+
+
+def test_they_hold_for_rows_that_ran_in_full_as_planned():
+    prediction, _ = fitted()
+    times = prediction.times.double()
+    run = prediction.over_run(FULL, 2)
+    remembered = torch.stack([times[[4, 1]], times[[4, 0]], times[[1, 0]], times[[4, 1]]])
+    remembered[3, 1] = torch.nan
+    now = times[[5, 5, 5, 5]]
+    weights, own = prediction.weights(remembered, now, run), prediction.weights(remembered, now)
+    assert torch.equal(weights[1:], own[1:]), "other steps, or one of two"
+    assert torch.equal(weights[0], run.weights[5])
+    assert not torch.allclose(weights[0], own[0], atol=1e-3)
+    full = prediction.weights(times[[1, 0]][None], times[[4]], run)
+    assert torch.equal(full, prediction.weights(times[[1, 0]][None], times[[4]])), "a step that is planned in full"
+
+
+SCHEDULES = {
+    "depths": DepthPerStep((LAYERS, LAYERS, 0, 0, LAYERS, 0, LAYERS, 0)),
+    "period": Periodic(2, 2),
+    "time": PiecewiseDepth((500.0,), (0, LAYERS)),
+}
+NO_PLAN = {
+    "a deeper exit": DepthPerStep((LAYERS, LAYERS, 0, 0, 2, 0, LAYERS, 0)),
+    "no first step": DepthPerStep((0, LAYERS, 0, 0, LAYERS, 0, LAYERS, 0)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: MemoryExits, course: Course):
+    made = fit_prediction(exits, course, (1.0,) * STEPS)
+    along = made.along(schedule, num_steps=STEPS, num_layers=LAYERS)
+    ran = [
+        all(schedule.layers(step, float(time), num_steps=STEPS, num_layers=LAYERS))
+        for step, time in enumerate(course.times)
+    ]
+    wanted = made.prediction.over_run([step for step, full in enumerate(ran) if full], 2)
+    assert torch.equal(along._run.places, wanted.places)
+    assert torch.equal(along._run.weights.isnan(), wanted.weights.isnan())
+    assert made._run is None, "nothing of the run stays in the exits"
+    assert along.prediction is made.prediction
+
+
+def test_without_a_plan_they_stay_as_they_are(exits: MemoryExits, course: Course):
+    made, alone = fit_prediction(exits, course, (1.0,) * STEPS), fit_prediction(exits, course)
+    for schedule in NO_PLAN.values():
+        assert made.along(schedule, num_steps=STEPS, num_layers=LAYERS) is made
+    shorter = DepthPerStep((LAYERS, LAYERS, 0, 0, LAYERS, 0, 0))
+    assert made.along(shorter, num_steps=STEPS - 1, num_layers=LAYERS) is made
+    for other in (exits, alone):
+        assert other.along(SCHEDULES["depths"], num_steps=STEPS, num_layers=LAYERS) is other
+    assert made.along(FullDepth(), num_steps=STEPS, num_layers=LAYERS)._run.weights.isnan().all()
+
+
+def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline, course: Course):
+    weights = tuple(0.1 * (step + 1) for step in range(STEPS))
+    for terms in ("clean", "noise"):
+        own = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+        made = fit_prediction(own, course, weights)
+        signal = pipe.scheduler.alphas_cumprod.double()[course.times.long()] ** 0.5
+        moved = torch.ones(STEPS, dtype=torch.float64) if terms == "clean" else (1 - signal**2) ** 0.5 / signal
+        torch.testing.assert_close(made.prediction.worth.double(), torch.tensor(weights) * moved, rtol=1e-3, atol=1e-6)
+    flow = MemoryExits(num_train_timesteps=1000, prediction_type="flow", terms="noise")
+    found = flow.clean_per_value(torch.tensor([500.0, 250.0], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([1.0, 1 / 3], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("full", [(0, 1, 3, 5), None], ids=["searched", "period"])
+def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyExitPipeline, course: Course):
+    """Nearer to the full model, image by image in any batch, and not where the policy decides by itself."""
+    layers = len(pipe.transformer.transformer_blocks)
+    policy = periodic_cache(3, warm_up=2) if full is None else searched(full, num_steps=STEPS, num_layers=layers)
+    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    apart, together = fit_prediction(exits, course), fit_prediction(exits, course, (1.0,) * STEPS)
+
+    def drawn(heads: MemoryExits, chosen: Policy | None, images: tuple[int, ...] = (0, 1)) -> torch.Tensor:
+        pipe.exits = heads
+        call = {"generator": [torch.Generator().manual_seed(seeds("fit", 2)[image]) for image in images]}
+        return pipe(list(images), exit_policy=chosen, output_type="pt", **call, **CALL).images
+
+    plain = drawn(exits, None)
+    missed = [float((drawn(heads, policy) - plain).square().mean()) for heads in (apart, together)]
+    assert 0 < missed[1] < missed[0]
+    torch.testing.assert_close(drawn(together, policy, (1,)), drawn(together, policy)[1:], rtol=0, atol=1e-5)
+    assert together._run is None
+    deciding = replace(policy, criterion=Threshold(0.0))  # leaves wherever it may
+    assert torch.equal(drawn(together, deciding), drawn(apart, deciding))
+
+
+def test_files_half_precision_and_fingerprints(exits: MemoryExits, course: Course, tmp_path: Path):
+    made = fit_prediction(exits, course, (1.0,) * STEPS)
+    made.save_pretrained(tmp_path)
+    wanted = made.prediction.over_run(FULL, 2).weights
+    for kind in (None, torch.bfloat16):
+        loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=kind)
+        assert loaded.config.course_worth is True
+        assert torch.equal(loaded.prediction.over_run(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
+    assert fingerprint(made) != fingerprint(fit_prediction(exits, course))
+    assert "prediction.worth" not in fit_prediction(made, course).state_dict(), "fitted again, without"
+    assert fit_prediction(made, course).config.course_worth is None
+
+
+def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+    prediction, _ = fitted()
+    for full in ([], [1, 2], [0, 3, 2], [0, 0], [0, STEPS]):
+        with pytest.raises(ValueError, match="expected ascending places, the first of them 0"):
+            prediction.over_run(full, 2)
+    with pytest.raises(ValueError, match="length=0"):
+        prediction.over_run(FULL, 0)
+    for unknown in (
+        LinearPrediction(STEPS),
+        LinearPrediction(STEPS, has_worth=True),
+        fit_prediction(exits, course).prediction,
+    ):
+        with pytest.raises(ValueError, match=r"without \(all of\) its tables"):
+            unknown.over_run(FULL, 2)
+    for wrong in ((1.0,) * (STEPS - 1), (-1.0,) * STEPS, (float("nan"),) * STEPS):
+        with pytest.raises(ValueError, match=f"expected {STEPS} finite numbers, none below 0"):
+            fit_prediction(exits, course, wrong)
+    with pytest.raises(ValueError, match="has_worth=False, expected both or neither"):
+        LinearPrediction(STEPS).fit(course.times, course.clean, torch.ones(STEPS))
+    with pytest.raises(ValueError, match="has_worth=True, expected both or neither"):
+        LinearPrediction(STEPS, has_worth=True).fit(course.times, course.clean)
+    with pytest.raises(ValueError, match="course_worth=True with course_steps=0"):
+        MemoryExits(course_worth=True)
+    with pytest.raises(ValueError, match="know no course"):
+        MemoryExits.from_config(exits.config, course_steps=STEPS, course_worth=True).check_fits(pipe.transformer)
+    broken = fit_prediction(exits, course, (1.0,) * STEPS)
+    broken.prediction.worth[3] = torch.nan
+    with pytest.raises(ValueError, match="know no course"):
+        broken.check_fits(pipe.transformer)
