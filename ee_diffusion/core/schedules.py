@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -208,6 +209,14 @@ SCHEDULES: dict[str, type[Schedule]] = {
     kind.__name__: kind
     for kind in (FullDepth, FixedDepth, DepthPerStep, PiecewiseDepth, Periodic, FixedLayers, LinearDecay, PowerDecay)
 }
+
+
+def full_steps_of(schedule: Schedule, times: Sequence[float], *, num_layers: int) -> tuple[int, ...] | None:
+    """The steps of a run at `times` (S,) that run all layers, where all others run none; None where some run a part of them."""
+    runs = [schedule.layers(step, time, num_steps=len(times), num_layers=num_layers) for step, time in enumerate(times)]
+    if any(any(layers) != all(layers) for layers in runs):
+        return None
+    return tuple(step for step, layers in enumerate(runs) if all(layers))
 
 
 def depth_of(layers: tuple[bool, ...]) -> int | None:

@@ -24,10 +24,10 @@ from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.compiled import Compiler, bucket
-from ee_diffusion.diffusion.families import Family, blocks_of, times_of
+from ee_diffusion.diffusion.families import Family, blocks_of
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
-from ee_diffusion.diffusion.runs import Runs
+from ee_diffusion.diffusion.runs import Runs, times_of
 
 OF_OTHER_MODELS = frozenset(
     ["max_probability", "margin", "low_entropy", "saturation", "judged", "agreement", "closeness", "pruned_probability"]

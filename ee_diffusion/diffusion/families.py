@@ -42,6 +42,8 @@ class Family:
         lie elsewhere in every row; None: all are image tokens (but for the prefix).
     inner: the first module inside a block that sees the hidden states; work is counted there.
     frozen: empty: rows that stopped are dropped. Else the reason why they are carried along, unused and counted as executed.
+    turned: its pipeline hands the solver minus the output, and times turned around.
+    outputs: how many channels the model puts out, where its attribute or config entry `out_channels` does not say so.
 
     Raises:
         ValueError: a field of another kind, or lists that contradict each other.
@@ -67,6 +69,8 @@ class Family:
     image_tokens: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
     inner: str = "attn1"
     frozen: str = ""
+    turned: bool = False
+    outputs: Callable[[nn.Module], int] | None = None
 
     def __post_init__(self) -> None:
         names = ("block_classes", "concatenated", "row_arguments", "residuals", "plain_if", "width")
@@ -195,6 +199,9 @@ FAMILIES: dict[str, Family] = {
             guidance="calls",
             time=(1000.0, 0.0),
             inner="attn",
+            outputs=lambda model: (
+                model.config.patch_size**2 * model.config.out_channels
+            ),  # the config's: of an unpacked pixel
         ),
         Family(
             "Flux2Transformer2DModel",
@@ -233,6 +240,7 @@ FAMILIES: dict[str, Family] = {
             width=("hidden_size",),
             image_tokens=_lumina_image_tokens,
             inner="attn",
+            turned=True,
         ),
         Family(
             "HunyuanVideoTransformer3DModel",
@@ -276,21 +284,3 @@ def blocks_of(transformer: nn.Module) -> list[nn.Module]:
 def width_of(transformer: nn.Module) -> int:
     """D, the width of a transformer's image tokens."""
     return math.prod(transformer.config[name] for name in family_of(transformer).width)
-
-
-def times_of(family: Family, timestep: Any, sample: Tensor) -> Tensor:
-    """A forward's `timestep` for sample (R, ...) -> (R,) in the scheduler's units. Where every token has a time of its own, a row's is its
-    latest (noisiest). One time for all rows stays one (`expand`).
-
-    Raises:
-        ValueError: neither one time nor one a row.
-    """
-    times = torch.as_tensor(timestep, device=sample.device)
-    if times.ndim != 1:
-        times = times.amax(-1) if times.ndim > 1 else times.reshape(-1)
-    if len(times) not in (1, len(sample)):
-        raise ValueError(f"{len(times)} timesteps for {len(sample)} rows, expected one or one a row")
-    if family.time != (1.0, 0.0):
-        shared = len(times) > 1 and times.stride(0) == 0
-        times = (times[:1] if shared else times).float() * family.time[0] + family.time[1]
-    return times if len(times) == len(sample) else times.expand(len(sample))

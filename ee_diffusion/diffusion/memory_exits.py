@@ -1,6 +1,7 @@
 """Exits that remember: before the first block, the answer follows from what the last full steps said of the clean image.
 
-Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of remembering (core/memory.py).
+Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of remembering (core/memory.py), which models
+and schedulers have something to remember (memory_of.py).
 R rows, C, H, W image, O channels of an output, M remembered predictions, T training timesteps.
 """
 
@@ -11,25 +12,20 @@ import math
 from collections.abc import Mapping
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCLIPScheduler
+from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.heads import Space
 from ee_diffusion.core.memory import Memory, weighted
-from ee_diffusion.core.schedules import Schedule
+from ee_diffusion.core.schedules import Schedule, full_steps_of
 from ee_diffusion.diffusion.loading import load_strictly
-from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrised, prediction_type_of
+from ee_diffusion.diffusion.memory_of import check_noise, check_variance, noise_of, outputs_of, sizes_of
+from ee_diffusion.diffusion.parametrisation import PREDICTION_TYPES, Parametrised
 from ee_diffusion.diffusion.prediction import LinearPrediction, RunWeights
 
 TERMS = ("clean", "noise")
-DRAW_WITH_VARIANCE = (
-    DDPMScheduler,
-    DDPMParallelScheduler,
-    UnCLIPScheduler,
-)  # where variance_type is "learned" or "learned_range"
-OUTPUT_IS_TURNED = ("Lumina2Transformer2DModel",)  # its pipeline hands the solver minus the output
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
 TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
 
@@ -64,8 +60,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
 
     `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
     times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance`: whose courses they were;
-    a pipeline that runs something else warns. `course_worth`: True where it is also known what a miss at each step is worth in the final
-    image; under a static schedule all answers of a run are then weighed together (`LinearPrediction.over_run`).
+    a pipeline that runs something else warns. `course_worth`: True where they know what a miss at each step is worth in the final image:
+    under a static schedule all answers of a run are then weighed together (`LinearPrediction.over_run`).
 
     `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
     of such models drop it before the solver.
@@ -142,33 +138,10 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
                 FlowMatchEulerDiscreteScheduler, predicts something unknown or draws with a predicted variance; a model that puts out
                 something else than its input's channels (and a variance), or whose output is not what the solver gets.
         """
-        channels = transformer.config.get("in_channels")
-        if not isinstance(channels, int):
-            raise ValueError(f"{type(transformer).__name__} has in_channels={channels!r}, expected a number")
-        if type(transformer).__name__ in OUTPUT_IS_TURNED:
-            raise ValueError(
-                f"{type(transformer).__name__}: its pipeline turns the output's sign and its times around, which memory does not know"
-            )
-        table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
-        size = transformer.config.get("sample_size")
-        if kind is None or (kind != "flow" and table is None):
-            raise ValueError(
-                f"{type(scheduler).__name__} with prediction_type={scheduler.config.get('prediction_type')!r}, use_flow_sigmas="
-                f"{scheduler.config.get('use_flow_sigmas', False)}: expected a variance-preserving scheduler (alphas_cumprod) or "
-                "FlowMatchEulerDiscreteScheduler"
-            )
-        exits = cls(
-            num_train_timesteps=scheduler.config.num_train_timesteps if kind == "flow" else len(table),
-            prediction_type=kind,
-            in_channels=channels,
-            sample_size=size if isinstance(size, int) else None,
-            length=length,
-            learned_trust=learned_trust,
-            terms=terms,
-            out_channels=None if (outputs := _outputs_of(transformer)) == channels else outputs,
-        )
-        if kind != "flow":
-            exits.alphas_cumprod.copy_(table)
+        model, noise = sizes_of(transformer), noise_of(scheduler)
+        exits = cls(**model, **noise, length=length, learned_trust=learned_trust, terms=terms)
+        if noise["prediction_type"] != "flow":
+            exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
         exits.check_scheduler(scheduler)
         return exits.to(transformer.device)
@@ -185,7 +158,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
                 raise ValueError(
                     f"heads of another model: {name} is {self.config[name]}, the model's is {model.config.get(name)}"
                 )
-        outputs = _outputs_of(model) or self.config.in_channels
+        outputs = outputs_of(model) or self.config.in_channels
         if outputs != self.num_outputs:
             raise ValueError(f"heads of another model: it puts out {outputs} channels, they {self.num_outputs}")
         if self.prediction is not None and not self.prediction.is_fitted:
@@ -201,24 +174,9 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
         """Raises ValueError if these exits know another noise schedule than the scheduler's, or read the model's output in another way, or
         if it draws with a predicted variance, which they do not remember."""
-        table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
-        variance = str(scheduler.config.get("variance_type"))
-        draws = isinstance(scheduler, DRAW_WITH_VARIANCE) and variance.startswith(
-            "learned"
-        )  # others may carry the name in their config
-        if self.num_outputs > self.config.in_channels and draws:
-            raise ValueError(
-                f"{type(scheduler).__name__} with variance_type={variance!r} draws with the predicted variance, expected one that does not"
-            )
-        if kind != self.config.prediction_type:
-            raise ValueError(f"exits that remember read {self.config.prediction_type!r}, the scheduler {kind!r}")
-        known = self.alphas_cumprod.cpu()
-        if kind == "flow" and scheduler.config.num_train_timesteps == len(known):
-            return
-        if table is None or table.shape != known.shape or not torch.allclose(table.cpu().float(), known, atol=1e-4):
-            raise ValueError(
-                f"exits that remember know another noise schedule than this {type(scheduler).__name__}'s: make or fit them for it"
-            )
+        if self.num_outputs > self.config.in_channels:
+            check_variance(scheduler)
+        check_noise(scheduler, self.alphas_cumprod, prediction_type=self.config.prediction_type)
 
     def _apply(self, fn, recurse=True):
         table = self.alphas_cumprod
@@ -232,12 +190,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         together, where they know how. For all else, themselves."""
         if self.prediction is None or not self.config.course_worth or num_steps != self.config.course_steps:
             return self
-        runs = [
-            schedule.layers(step, time, num_steps=num_steps, num_layers=num_layers)
-            for step, time in enumerate(self.prediction.times.tolist())
-        ]
-        full = [step for step, layers in enumerate(runs) if all(layers)]
-        if full[:1] != [0] or any(any(layers) != all(layers) for layers in runs):
+        full = full_steps_of(schedule, self.prediction.times.tolist(), num_layers=num_layers)
+        if full is None or full[:1] != (0,):
             return self
         made = copy.copy(self)
         made._run = self.prediction.over_run(full, self.config.length)
@@ -348,11 +302,3 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             return value
         signal, noise = self._signal_and_noise(timestep, sample)
         return (sample - noise * value) / signal
-
-
-def _outputs_of(model: nn.Module) -> int | None:
-    """Channels that a transformer puts out, None: it does not say. HunyuanDiT's config has no number, the model has; QwenImage's is that
-    of an unpacked pixel."""
-    if type(model).__name__ == "QwenImageTransformer2DModel":
-        return model.config.patch_size**2 * model.config.out_channels
-    return vars(model).get("out_channels") or model.config.get("out_channels")

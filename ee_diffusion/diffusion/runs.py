@@ -196,3 +196,21 @@ def _parameters(kind: type) -> Mapping[str, Any]:
     """Parameters of a pipeline class's `encode_prompt`; empty if it has none."""
     encode = getattr(kind, "encode_prompt", None)
     return {} if encode is None else inspect.signature(encode).parameters
+
+
+def times_of(family: Family, timestep: Any, sample: Tensor) -> Tensor:
+    """A forward's `timestep` for sample (R, ...) -> (R,) in the scheduler's units. Where every token has a time of its own, a row's is its
+    latest (noisiest). One time for all rows stays one (`expand`).
+
+    Raises:
+        ValueError: neither one time nor one a row.
+    """
+    times = torch.as_tensor(timestep, device=sample.device)
+    if times.ndim != 1:
+        times = times.amax(-1) if times.ndim > 1 else times.reshape(-1)
+    if len(times) not in (1, len(sample)):
+        raise ValueError(f"{len(times)} timesteps for {len(sample)} rows, expected one or one a row")
+    if family.time != (1.0, 0.0):
+        shared = len(times) > 1 and times.stride(0) == 0
+        times = (times[:1] if shared else times).float() * family.time[0] + family.time[1]
+    return times if len(times) == len(sample) else times.expand(len(sample))

@@ -16,6 +16,7 @@ from ee_diffusion.core.schedules import (
     PiecewiseDepth,
     PowerDecay,
     depth_of,
+    full_steps_of,
 )
 
 
@@ -31,6 +32,16 @@ def test_depths():
     assert depths(FixedDepth(0), [9.0, 1.0]) == [0, 0]
     assert depths(FixedDepth(4), [9.0, 1.0]) == [4, 4]
     assert depths(DepthPerStep((3, 0, 6)), [9.0, 5.0, 1.0]) == [3, 0, 6]
+
+
+def test_full_steps_among_answers_from_memory():
+    times = [9.0, 7.0, 5.0, 3.0, 1.0]
+    assert full_steps_of(DepthPerStep((6, 6, 0, 6, 0)), times, num_layers=6) == (0, 1, 3)
+    assert full_steps_of(Periodic(2, 1), times, num_layers=6) == (0, 2, 4)
+    assert full_steps_of(PiecewiseDepth((4.0,), (0, 6)), times, num_layers=6) == (0, 1, 2)
+    assert full_steps_of(FullDepth(), times, num_layers=6) == (0, 1, 2, 3, 4)
+    assert full_steps_of(FixedDepth(0), times, num_layers=6) == ()
+    assert full_steps_of(DepthPerStep((6, 6, 2, 6, 0)), times, num_layers=6) is None
 
 
 def test_piecewise_boundaries():

@@ -22,11 +22,12 @@ from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary, transformer_of
 from ee_diffusion.diffusion.attention import set_attention
 from ee_diffusion.diffusion.distillation import DistillationObjective, exit_errors, rows_of
-from ee_diffusion.diffusion.families import Family, blocks_of, family_of, register_family, times_of, width_of
+from ee_diffusion.diffusion.families import Family, blocks_of, family_of, register_family, width_of
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.lora import add_lora
 from ee_diffusion.diffusion.passage import take_rows
 from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
+from ee_diffusion.diffusion.runs import times_of
 from ee_diffusion.diffusion.states import States, row_inputs
 from ee_diffusion.diffusion.trajectories import Exited, FreshStates, walk
 from ee_diffusion.diffusion.truncation import truncate
