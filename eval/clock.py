@@ -14,7 +14,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from contenders import classes_of, drawer, fitted_beside, load_memory
+from contenders import check_fitted, classes_of, drawer, fitted_beside, load_memory
 from frontier import finished
 from options import SamplingOptions, command, load
 from turns import Candidate, clock_images_of, clocked
@@ -56,7 +56,9 @@ def main() -> None:
     memory = load_memory(pipeline, known["memory"])
     tracking = known["tracking"] and TrackingExits.from_pretrained(known["tracking"]).to(pipeline.transformer.device)
     some = sorted((candidate_of(row) for row in report["rows"]), key=lambda one: one.kind != "full")
-    draw = drawer(pipeline, sampling, memory, tracking, fitted_beside(pipeline, folder))
+    fitted = fitted_beside(pipeline, folder)
+    check_fitted(some, fitted, folder)
+    draw = drawer(pipeline, sampling, memory, tracking, fitted)
     times = clocked(some, draw, images=images, batch=sampling.batch_size, num_classes=num_classes)
     report["rows"] = [row | times[row["name"]] for row in report["rows"]]
     batch = min(sampling.batch_size, images)

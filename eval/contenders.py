@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def fitted_memory(
     whole = in_float32(pipeline, sampling)
     wanted |= {"dtype": "float32", "search_count": options.search_count}
     wanted |= {"weights": fingerprint(whole.transformer)}
-    wanted |= {} if weights is None else {"influence": list(weights)}
+    wanted |= {} if weights is None else {"influence": [float(f"{weight:.6g}") for weight in weights]}
     settings = folder / "settings.json"  # written last
     if settings.is_file():
         known = json.loads(settings.read_text())
@@ -112,8 +112,16 @@ def fitted_memory(
 
 
 def fitted_beside(pipeline: EarlyExitPipeline, folder: Path) -> dict[str, MemoryExits]:
-    """What was fitted for a report, from the folders beside it: those of FITTED that are there."""
-    return {name: load_memory(pipeline, str(folder / name)) for name in FITTED if (folder / name).is_dir()}
+    """What was fitted for a report, from the folders beside it: those of FITTED that are there and finished."""
+    there = [name for name in FITTED if (folder / name / "settings.json").is_file()]
+    return {name: load_memory(pipeline, str(folder / name)) for name in there}
+
+
+def check_fitted(candidates: Iterable[Candidate], fitted: Mapping[str, MemoryExits], folder: Path) -> None:
+    """Raises ValueError for candidates that drew with fitted exits which are not beside their report."""
+    asked = {name for name in FITTED for one in candidates if base_of(one.kind).endswith(name)}
+    if missing := sorted(asked - fitted.keys()):
+        raise ValueError(f"{folder} has no folder {missing[0]}, expected what its {missing[0]} rows were drawn with")
 
 
 def exits_by_kind(

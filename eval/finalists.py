@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from clock import candidate_of
-from contenders import FITTED, classes_of, drawer, exits_by_kind, fitted_beside, load_memory
+from contenders import base_of, check_fitted, classes_of, drawer, exits_by_kind, fitted_beside, load_memory
 from keeping import beside, contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
 from safetensors.torch import load_file, save_file
@@ -156,9 +156,7 @@ def main() -> None:
         pipeline.transformer.device
     )
     fitted = fitted_beside(pipeline, source)
-    missing = [name for name in FITTED if name not in fitted and any(name in one.kind for one in finalists)]
-    if missing:
-        raise ValueError(f"{source} has no folder {missing[0]}, expected what its {missing[0]} rows were drawn with")
+    check_fitted(finalists, fitted, source)
     draw, network = drawer(pipeline, sampling, memory, tracking, fitted), resnet20_features(options.data)
     reference = cifar_reference(network, data=options.data, count=options.reference_count, cache_dir=options.cache_dir)
     chosen = seeds("test", options.count, first=settings["count"])
@@ -166,7 +164,7 @@ def main() -> None:
     sampled = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
     kinds, rows, full = exits_by_kind(pipeline, memory, tracking, fitted), [], None
     for candidate in finalists:
-        known = {"sampling": sampled, "contents": contents(pipeline, kinds.get(candidate.kind))}
+        known = {"sampling": sampled, "contents": contents(pipeline, kinds.get(base_of(candidate.kind)))}
         features = seen(candidate, draw, network, chosen, labels=labels, store=folder / "seen", known=known)
         full = features if candidate.name == "full" else full
         rows.append(row_of(candidate.name, features, full, reference, options=options))

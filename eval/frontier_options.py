@@ -11,6 +11,7 @@ WITHIN = {  # what each number of these lists may be
     "shares": (lambda x: 0 < x < 1, "between 0 and 1"),
     "noise_shares": (lambda x: 0 < x < 1, "between 0 and 1"),
     "fitted_shares": (lambda x: 0 < x < 1, "between 0 and 1"),
+    "together_shares": (lambda x: 0 < x < 1, "between 0 and 1"),
     "fractions": (lambda x: 0 < x <= 1, "above 0, at most 1"),
     "thresholds": (lambda x: 0 < x <= 1, "above 0, at most 1"),
     **dict.fromkeys(

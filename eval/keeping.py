@@ -19,9 +19,11 @@ from torch import nn
 from turns import Candidate, Draw
 
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.fingerprint import fingerprint
+from ee_diffusion.diffusion.fingerprint import fingerprint, settings_of
 from ee_diffusion.diffusion.generation import Generated
+from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.prediction import ALONE, FLOOR
 from ee_diffusion.measure.tables import write_text
 
 
@@ -30,7 +32,9 @@ def contents(pipeline: EarlyExitPipeline, exits: nn.Module | None) -> dict:
     scheduler = pipeline.scheduler
     return {
         "transformer": [fingerprint(pipeline.transformer), _config(pipeline.transformer)],
-        "exits": None if exits is None else [type(exits).__name__, fingerprint(exits), _config(exits)],
+        "exits": None
+        if exits is None
+        else [type(exits).__name__, fingerprint(exits), _config(exits), *_together(exits)],
         "scheduler": [type(scheduler).__name__, _config(scheduler)],
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "device": pipeline.transformer.device.type,
@@ -81,5 +85,9 @@ def name_of(what: list) -> str:
 
 def _config(module: object) -> dict:
     """Settings that are no weights, without versions and folders (`_...`)."""
-    config = module.config if isinstance(module, ConfigMixin) else {}
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    return settings_of(module.config) if isinstance(module, ConfigMixin) else {}
+
+
+def _together(exits: nn.Module) -> list[float]:
+    """How answers are weighed together, where they are: that is worked out anew in every run."""
+    return [ALONE, FLOOR] if isinstance(exits, MemoryExits) and exits.config.course_worth else []

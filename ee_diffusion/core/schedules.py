@@ -212,7 +212,12 @@ SCHEDULES: dict[str, type[Schedule]] = {
 
 
 def full_steps_of(schedule: Schedule, times: Sequence[float], *, num_layers: int) -> tuple[int, ...] | None:
-    """The steps of a run at `times` (S,) that run all layers, where all others run none; None where some run a part of them."""
+    """The steps of a run at `times` (S,) that run all layers, where all others run none; None where some run a part of them.
+
+    Raises:
+        ValueError: a schedule that does not fit the run.
+    """
+    schedule.plans(num_steps=len(times), num_layers=num_layers)
     runs = [schedule.layers(step, time, num_steps=len(times), num_layers=num_layers) for step, time in enumerate(times)]
     if any(any(layers) != all(layers) for layers in runs):
         return None

@@ -63,7 +63,6 @@ class Attachment:
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
-        self._planning = isinstance(heads, PlanningHeads)
         self._passage: Passage | None = None
         self._step: StepSession | None = None
         self._thread: int | None = None  # which runs the step
@@ -229,7 +228,7 @@ class Attachment:
         if weight is not None and not self._remembering:  # what is remembered has a dtype of its own
             self._check_dtype(weight.dtype, sample.device.type)
         heads = self.heads.packed() if packable else self.heads
-        if self._planning and session.policy.criterion is None:
+        if session.policy.criterion is None and isinstance(heads, PlanningHeads):
             heads = heads.along(session.policy.schedule, num_steps=session.num_steps, num_layers=session.num_layers)
         self._packed[session] = (packable, heads)
         return heads

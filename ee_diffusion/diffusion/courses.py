@@ -157,6 +157,12 @@ def fit_prediction(exits: MemoryExits, course: Course, weights: Sequence[float] 
         ValueError: exits with a learned trust, a course that is not finite or that has a time twice, weights of another number or that
             are negative or not finite.
     """
+    worth = None
+    if weights is not None:
+        numbers = isinstance(weights, Sequence) and all(isinstance(one, int | float) for one in weights)
+        if not numbers or len(weights) != len(course.times):
+            raise ValueError(f"weights={weights!r}, expected {len(course.times)} numbers, none below 0")
+        worth = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(course.times)
     whose = {"course_scheduler": course.scheduler, "course_guidance": course.guidance_scale}
     whose["course_worth"] = None if weights is None else True
     made = (
@@ -164,11 +170,6 @@ def fit_prediction(exits: MemoryExits, course: Course, weights: Sequence[float] 
     )
     rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
     made.load_state_dict(rest, strict=False)  # all but the prediction
-    worth = None
-    if weights is not None:
-        worth = torch.tensor(weights, dtype=torch.float64)
-        if worth.shape == course.times.shape:
-            worth = worth * exits.clean_per_value(course.times)
     made.prediction.fit(course.times, values_of(exits, course), worth)
     return made.eval()
 

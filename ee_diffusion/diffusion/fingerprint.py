@@ -104,9 +104,13 @@ def warn_of_course(
         )
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    """A fingerprint of settings (a noise schedule and order, what exits remember); versions and defaults (`_...`) are left out, and what a
-    later version added where it says nothing."""
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings (a noise schedule and order, what exits remember) without versions and defaults (`_...`), and without what a later version
+    added where it says nothing."""
     known = {name: value for name, value in config.items() if not name.startswith("_")}
-    known = {name: value for name, value in known.items() if name not in ADDED or value is not None}
-    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return {name: value for name, value in known.items() if name not in ADDED or value is not None}
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """A fingerprint of `settings_of` them."""
+    return hashlib.sha256(json.dumps(settings_of(config), sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -186,8 +186,8 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         return self
 
     def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> MemoryExits:
-        """The same exits (their weights are shared) for a run under a static schedule of full steps and answers from memory: weighed
-        together, where they know how. For all else, themselves."""
+        """The same exits (weights and tables are shared) for a run under a static schedule of full steps and answers from memory: weighed
+        together, where they know how. For all else, themselves. Raises ValueError for a schedule that does not fit the run."""
         if self.prediction is None or not self.config.course_worth or num_steps != self.config.course_steps:
             return self
         full = full_steps_of(schedule, self.prediction.times.tolist(), num_layers=num_layers)
@@ -289,12 +289,11 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         return (sample - signal * clean) / noise
 
     def clean_per_value(self, timestep: Tensor) -> Tensor:
-        """How far the clean image moves per unit of a recalled value at timestep (T,) -> (T,); 0 where noise says nothing of it."""
+        """How far the clean image moves per unit of a recalled value at timestep (T,) -> (T,). Where there is no signal: very far."""
         if self.config.terms == "clean":
             return torch.ones(len(timestep), dtype=torch.float64)
         signal, noise = self._signal_and_noise(timestep.to(self.alphas_cumprod.device), timestep)  # (T,)
-        moves = (noise / signal).double().cpu()
-        return torch.where(moves.isfinite(), moves, 0.0)
+        return (noise / signal).double().cpu()
 
     def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
         """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""

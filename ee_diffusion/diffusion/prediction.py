@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 NEAR = 1e-3  # two times this near are one
 ALONE = 1.0  # what each miss of a run counts by itself, beside their sum
+FLOOR = 1e-3  # by itself no miss counts less than one that is worth so much of the largest
+NOTHING = 1e-9  # worth of the largest that is none
 RIDGE = 1e-13  # of the largest moment: steps lie near one another, and what tells them apart is far below it
 
 
@@ -73,10 +75,14 @@ class LinearPrediction(nn.Module):
             )
         if len(times.unique()) != steps:
             raise ValueError(f"times {times.tolist()}, expected distinct ones: a solver with one question per step")
+        if not bool(values.flatten(1).any(1).all()):
+            raise ValueError(
+                "values that are all zero at a step, expected what a model says: there is nothing to predict from"
+            )
         if (worth is None) != (self.worth is None):
             raise ValueError(f"worth={worth}, has_worth={self.worth is not None}, expected both or neither")
         if worth is not None:
-            if worth.shape != (steps,) or not bool((worth.isfinite() & (worth >= 0)).all()):
+            if worth.shape != (steps,) or not bool((worth.float().isfinite() & (worth >= 0)).all()):
                 raise ValueError(f"worth={worth.tolist()}, expected {steps} finite numbers, none below 0")
             self.worth.copy_(worth)
         flat = values.flatten(1).double()  # (S, n)
@@ -88,16 +94,19 @@ class LinearPrediction(nn.Module):
     def over_run(self, full: Sequence[int], length: int) -> RunWeights:
         """The weights of all answers of a run whose steps `full` run in full, from the last `length` = M of those: they make
 
-            E |sum_t c_t e_t|^2 + ALONE * sum_t E |c_t e_t|^2,  e_t = sum_m w_tm v_m - v_t,
+            E |sum_t c_t e_t|^2 + ALONE * sum_t max(c_t, FLOOR max(c))^2 E |e_t|^2,  e_t = sum_m w_tm v_m - v_t,
 
         least, with c_t = `worth`: what they miss together in the final image, and each by itself. In the first term alone, misses could
-        be as large as they like so long as they cancel out, along the courses that were seen.
+        be as large as they like so long as they cancel out, along the courses that were seen; and a step that is worth nearly nothing
+        could be given over to the misses of others. Of a solver that clips clean images nothing is known here.
 
         Raises:
             ValueError: tables that are missing; full steps that are not ascending places of the run, the first of them 0; a length
                 below 1.
         """
         steps, places = len(self.times), list(full)
+        if isinstance(length, bool) or not all(isinstance(one, int) for one in (length, *places)):
+            raise ValueError(f"full steps {tuple(full)}, length={length!r}, expected whole numbers")
         if self.worth is None or not self.is_fitted:
             raise ValueError("a prediction without (all of) its tables: expected has_worth=True, and fit first")
         if not places or places != sorted(set(places)) or places[0] != 0 or places[-1] >= steps or length < 1:
@@ -109,12 +118,13 @@ class LinearPrediction(nn.Module):
         for step in set(range(steps)) - set(places):
             newest = [place for place in places if place < step][::-1][:length]
             known[step, : len(newest)] = torch.tensor(newest)
-        asked = (known >= 0) & (worth > 0)[:, None]  # (S, M): the N unknowns
+        asked = (known >= 0) & (worth > NOTHING * worth.max())[:, None]  # (S, M): the N unknowns
         at, said = asked.nonzero()[:, 0], known[asked]  # (N,): the step, and that of the value
         answers = asked[:, 0]  # (S,)
-        unknown = table[said][:, said] * (1 + ALONE * (at[:, None] == at))  # (N, N), of c_t w_tm
-        unknown.diagonal().add_(RIDGE * unknown.diagonal().amax() if len(at) else 0.0)
-        wanted = table[said][:, answers] @ worth[answers] + ALONE * worth[at] * table[said, at]  # (N,)
+        alone = ALONE * (FLOOR * worth.max() / worth[at]).clamp(min=1.0).square()  # (N,)
+        unknown = table[said][:, said] * (1 + alone * (at[:, None] == at))  # (N, N), of c_t w_tm
+        unknown.diagonal().mul_(1 + RIDGE)
+        wanted = table[said][:, answers] @ worth[answers] + alone * worth[at] * table[said, at]  # (N,)
         weights = torch.full((steps, length), torch.nan, dtype=torch.float64)
         weights[answers] = 0.0
         weights[asked] = torch.linalg.solve(unknown, wanted) / worth[at]
@@ -135,8 +145,8 @@ class LinearPrediction(nn.Module):
         inner = inner + RIDGE * unit * inner.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
         solved = torch.linalg.solve(inner.where(known[:, None, None], unit), cross)  # (R, M)
         if run is not None:
-            as_planned = (torch.where(there, places, -1) == run.places[now]).all(1)  # (R,)
-            together = run.weights[now]  # (R, M)
+            planned, together = (table.to(times.device)[now] for table in (run.places, run.weights))  # (R, M)
+            as_planned = (torch.where(there, places, -1) == planned).all(1)  # (R,)
             solved = torch.where(as_planned[:, None] & ~together.isnan(), together, solved)
         return torch.where(known[:, None], solved, torch.nan)
 

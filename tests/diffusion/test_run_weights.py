@@ -3,6 +3,7 @@ model's, files, refusals."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,16 +11,19 @@ import numpy as np
 import pytest
 import torch
 from factories import pipeline
+from stock import dit_pipeline
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FullDepth, Periodic, PiecewiseDepth, Schedule
+from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.courses import Course, fit_prediction, record
 from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.prediction import ALONE, LinearPrediction
+from ee_diffusion.diffusion.rehearsal import rehearse
 from ee_diffusion.measure.splits import seeds
 
 STEPS, FULL, LAYERS = 8, [0, 1, 4, 6], 4
@@ -102,6 +106,51 @@ def test_a_step_whose_misses_are_worth_nothing_is_left_to_itself():
     assert bool(nothing.weights.isnan().all())
 
 
+def test_a_step_that_is_worth_little_is_not_given_over_to_the_misses_of_others():
+    """Down to nothing its answer goes over into the one that is best by itself."""
+    misses = []
+    for worth in (1e-2, 1e-4, 1e-6, 1e-8, 1e-12):
+        prediction, values = fitted([1.0, 1.0, 1.0, worth, 1.0, 1.0, 1.0, 1.0])
+        times = prediction.times.double()
+        own = prediction.weights(times[[1, 0]][None], times[[3]])[0]
+        weights = prediction.over_run(FULL, 2).weights[3].nan_to_num(float(own[0]))
+        misses.append(float((weights @ values[[1, 0]] - values[3]).square().mean().sqrt()))
+        alone = float((own @ values[[1, 0]] - values[3]).square().mean().sqrt())
+    assert max(misses) < 60 * alone
+    assert misses[2] < 1.1 * alone
+    assert misses[3] == pytest.approx(alone, rel=1e-3)
+
+
+def test_steps_that_lie_near_one_another_are_told_apart():
+    """A course of many steps of smooth values: what tells neighbours apart is far below float32."""
+    steps = 60
+    time = torch.linspace(0, 1, steps, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    shapes = torch.randn(4, 2, 200, generator=generator, dtype=torch.float64)
+    values = sum((time**power)[:, None, None] * shape for power, shape in enumerate(shapes))
+    values = values + 1e-4 * torch.randn(steps, 2, 200, generator=generator, dtype=torch.float64)
+    prediction = LinearPrediction(steps, has_worth=True)
+    prediction.fit(torch.linspace(900, 40, steps, dtype=torch.float64), values, torch.ones(steps))
+    full = [0, *range(1, steps, 3)]
+    run = prediction.over_run(full, 2)
+    flat, asked = values.flatten(1), [step for step in range(steps) if step not in full]
+    columns = [(step, place) for step in asked for place in run.places[step].tolist() if place >= 0]
+    gram = flat @ flat.T / flat.shape[1]
+    places, at = (torch.tensor([column[one] for column in columns]) for one in (1, 0))
+    matrix = gram[places][:, places] * (1 + ALONE * (at[:, None] == at))
+    wanted = gram[places][:, asked].sum(1) + ALONE * gram[places, at]
+    best = torch.linalg.lstsq(matrix, wanted[:, None]).solution[:, 0]
+
+    def sum_of_squares(weights: torch.Tensor) -> float:
+        misses = torch.zeros(steps, flat.shape[1], dtype=torch.float64)
+        misses = misses.index_add(0, at, weights[:, None] * flat[places])[asked] - flat[asked]
+        return float(misses.sum(0).square().mean() + ALONE * misses.square().mean(1).sum())
+
+    found = torch.stack([run.weights[step, run.places[step].tolist().index(place)] for step, place in columns])
+    assert sum_of_squares(found) == pytest.approx(sum_of_squares(best), rel=1e-2)
+    assert ALONE == 1.0, "as documented: the sum and each alike"
+
+
 def test_one_value_where_one_is_remembered():
     prediction, _ = fitted()
     run = prediction.over_run([0, 4], 2)
@@ -125,6 +174,12 @@ def test_they_hold_for_rows_that_ran_in_full_as_planned():
     assert torch.equal(weights[1:], own[1:]), "other steps, or one of two"
     assert torch.equal(weights[0], run.weights[5])
     assert not torch.allclose(weights[0], own[0], atol=1e-3)
+    early = prediction.over_run([0, 4], 2)
+    only = torch.stack([times[[0, 0]], times[[0, 0]]])
+    only[0, 1] = torch.nan
+    at = prediction.weights(only, times[[2, 2]], early)
+    assert torch.equal(at[0], early.weights[2]), "one value, as planned"
+    assert not torch.equal(at[1], early.weights[2]), "two where one was planned"
     full = prediction.weights(times[[1, 0]][None], times[[4]], run)
     assert torch.equal(full, prediction.weights(times[[1, 0]][None], times[[4]])), "a step that is planned in full"
 
@@ -201,6 +256,37 @@ def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyE
     assert torch.equal(drawn(together, deciding), drawn(apart, deciding))
 
 
+def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipeline, course: Course):
+    longer = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise", length=3)
+    made = fit_prediction(longer, course, (1.0,) * STEPS).along(SCHEDULES["depths"], num_steps=STEPS, num_layers=LAYERS)
+    assert made._run.places[5].tolist() == [4, 1, 0]
+
+
+@pytest.mark.filterwarnings("ignore:what these exits remember is weighed for")
+def test_a_plan_is_of_its_run_alone(exits: MemoryExits, course: Course):
+    """One attachment, one policy that fits any number of steps: the second run is another one, and is drawn as if it were the first."""
+    pipe = dit_pipeline()
+    own, period = (
+        MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise"),
+        periodic_cache(2, warm_up=2),
+    )
+
+    def drawn(steps: int) -> np.ndarray:
+        return pipe(
+            [0, 1], generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np"
+        ).images
+
+    made = fit_prediction(own, rehearse(pipe, own, lambda: drawn(STEPS)).course, (1.0,) * STEPS)
+    alone = []
+    for steps in (STEPS, 6):
+        with attach(pipe, made, period):
+            alone.append(drawn(steps))
+    with attach(pipe, made, period):
+        together = [drawn(steps) for steps in (STEPS, 6, STEPS)]
+    for images, wanted in zip(together, [*alone, alone[0]], strict=True):
+        np.testing.assert_array_equal(images, wanted)
+
+
 def test_files_half_precision_and_fingerprints(exits: MemoryExits, course: Course, tmp_path: Path):
     made = fit_prediction(exits, course, (1.0,) * STEPS)
     made.save_pretrained(tmp_path)
@@ -209,6 +295,9 @@ def test_files_half_precision_and_fingerprints(exits: MemoryExits, course: Cours
         loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=kind)
         assert loaded.config.course_worth is True
         assert torch.equal(loaded.prediction.over_run(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
+    moved = copy.deepcopy(made).to(torch.bfloat16)
+    assert moved.prediction.worth.dtype == torch.float32
+    assert torch.equal(moved.prediction.over_run(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
     assert fingerprint(made) != fingerprint(fit_prediction(exits, course))
     assert "prediction.worth" not in fit_prediction(made, course).state_dict(), "fitted again, without"
     assert fit_prediction(made, course).config.course_worth is None
@@ -228,9 +317,21 @@ def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
     ):
         with pytest.raises(ValueError, match=r"without \(all of\) its tables"):
             unknown.over_run(FULL, 2)
-    for wrong in ((1.0,) * (STEPS - 1), (-1.0,) * STEPS, (float("nan"),) * STEPS):
+    for wrong in ((-1.0,) * STEPS, (float("nan"),) * STEPS, (float("inf"),) * STEPS, (1e300,) * STEPS):
         with pytest.raises(ValueError, match=f"expected {STEPS} finite numbers, none below 0"):
             fit_prediction(exits, course, wrong)
+    for wrong in ((1.0,) * (STEPS - 1), (None,) * STEPS, ("1",) * STEPS, torch.ones(STEPS)):
+        with pytest.raises(ValueError, match=f"expected {STEPS} numbers, none below 0"):
+            fit_prediction(exits, course, wrong)
+    for full, length in (([0, 1.5], 2), (FULL, 2.0), (FULL, True)):
+        with pytest.raises(ValueError, match="expected whole numbers"):
+            prediction.over_run(full, length)
+    with pytest.raises(ValueError, match="all zero at a step"):
+        LinearPrediction(STEPS).fit(course.times, torch.zeros_like(course.clean))
+    with pytest.raises(ValueError, match="the schedule has 7 depths, this run has 8 steps"):
+        fit_prediction(exits, course, (1.0,) * STEPS).along(
+            DepthPerStep((LAYERS,) * 7), num_steps=STEPS, num_layers=LAYERS
+        )
     with pytest.raises(ValueError, match="has_worth=False, expected both or neither"):
         LinearPrediction(STEPS).fit(course.times, course.clean, torch.ones(STEPS))
     with pytest.raises(ValueError, match="has_worth=True, expected both or neither"):
