@@ -139,9 +139,8 @@ class LinearPrediction(nn.Module):
         known = (found | ~there).all(1) & found_now & there.any(1)
         both = there[:, :, None] & there[:, None, :]
         unit = torch.eye(times.shape[1], dtype=torch.float64, device=times.device)
-        table = self.moments.double().sum(0)  # (S, S)
-        inner = torch.where(both, table[places[:, :, None], places[:, None, :]], unit)  # (R, M, M)
-        cross = torch.where(there, table[places, now[:, None]], 0.0)  # (R, M)
+        inner = torch.where(both, self._moments(places[:, :, None], places[:, None, :]), unit)  # (R, M, M)
+        cross = torch.where(there, self._moments(places, now[:, None]), 0.0)  # (R, M)
         inner = inner + RIDGE * unit * inner.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
         solved = torch.linalg.solve(inner.where(known[:, None, None], unit), cross)  # (R, M)
         if run is not None:
@@ -149,6 +148,10 @@ class LinearPrediction(nn.Module):
             as_planned = (torch.where(there, places, -1) == planned).all(1)  # (R,)
             solved = torch.where(as_planned[:, None] & ~together.isnan(), together, solved)
         return torch.where(known[:, None], solved, torch.nan)
+
+    def _moments(self, one: Tensor, other: Tensor) -> Tensor:
+        """Those of two places each (...), in float64."""
+        return self.moments[:, one, other].double().sum(0)
 
     def _places(self, times: Tensor) -> tuple[Tensor, Tensor]:
         """Which step each time is, and whether it is one."""
