@@ -17,7 +17,7 @@ NEAR = 1e-3  # two times this near are one
 ALONE = 1.0  # what each miss of a run counts by itself, beside their sum
 FLOOR = 1e-3  # by itself no miss counts less than one that is worth so much of the largest
 NOTHING = 1e-9  # worth of the largest that is none
-RIDGE = 1e-13  # of the largest moment: steps lie near one another, and what tells them apart is far below it
+RIDGE = 1e-13  # of the largest moment, over a run of each one's own: steps lie near one another, and what tells them apart is far below it
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +96,10 @@ class LinearPrediction(nn.Module):
 
             E |sum_t c_t e_t|^2 + ALONE * sum_t max(c_t, FLOOR max(c))^2 E |e_t|^2,  e_t = sum_m w_tm v_m - v_t,
 
-        least, with c_t = `worth`: what they miss together in the final image, and each by itself. In the first term alone, misses could
-        be as large as they like so long as they cancel out, along the courses that were seen; and a step that is worth nearly nothing
-        could be given over to the misses of others. Of a solver that clips clean images nothing is known here.
+        least, with c_t = `worth`, its maximum over the steps that memory answers: what they miss together in the final image, and each by
+        itself. In the first term alone, misses could be as large as they like so long as they cancel out, along the courses that were
+        seen; and a step that is worth nearly nothing could be given over to the misses of others. Of a solver that clips clean images
+        nothing is known here.
 
         Raises:
             ValueError: tables that are missing; full steps that are not ascending places of the run, the first of them 0; a length
@@ -118,10 +119,11 @@ class LinearPrediction(nn.Module):
         for step in set(range(steps)) - set(places):
             newest = [place for place in places if place < step][::-1][:length]
             known[step, : len(newest)] = torch.tensor(newest)
-        asked = (known >= 0) & (worth > NOTHING * worth.max())[:, None]  # (S, M): the N unknowns
+        most = worth.where(known[:, 0] >= 0, 0.0).max()  # of the steps that memory answers
+        asked = (known >= 0) & (worth > NOTHING * most)[:, None]  # (S, M): the N unknowns
         at, said = asked.nonzero()[:, 0], known[asked]  # (N,): the step, and that of the value
         answers = asked[:, 0]  # (S,)
-        alone = ALONE * (FLOOR * worth.max() / worth[at]).clamp(min=1.0).square()  # (N,)
+        alone = ALONE * (FLOOR * most / worth[at]).clamp(min=1.0).square()  # (N,)
         unknown = table[said][:, said] * (1 + alone * (at[:, None] == at))  # (N, N), of c_t w_tm
         unknown.diagonal().mul_(1 + RIDGE)
         wanted = table[said][:, answers] @ worth[answers] + alone * worth[at] * table[said, at]  # (N,)
