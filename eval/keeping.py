@@ -32,9 +32,7 @@ def contents(pipeline: EarlyExitPipeline, exits: nn.Module | None) -> dict:
     scheduler = pipeline.scheduler
     return {
         "transformer": [fingerprint(pipeline.transformer), _config(pipeline.transformer)],
-        "exits": None
-        if exits is None
-        else [type(exits).__name__, fingerprint(exits), _config(exits), *_together(exits)],
+        "exits": exits and [type(exits).__name__, fingerprint(exits), _config(exits), *_together(exits)],
         "scheduler": [type(scheduler).__name__, _config(scheduler)],
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
         "device": pipeline.transformer.device.type,

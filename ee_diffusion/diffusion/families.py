@@ -104,6 +104,11 @@ def _hunyuan_skip(layer: int, num_layers: int) -> int | None:
     return 2 * (num_layers // 2) - 1 - layer if layer > num_layers // 2 else None
 
 
+def _qwen_outputs(model: nn.Module) -> int:
+    """The config has the channels of an unpacked pixel."""
+    return model.config.patch_size**2 * model.config.out_channels
+
+
 def _dit_guided(arguments: Mapping[str, Any]) -> bool:
     """DiTPipeline under guidance gives the same samples twice, and 1000, the null class, to the second half alone. An image of the null
     class beside others has a sample of its own."""
@@ -199,9 +204,7 @@ FAMILIES: dict[str, Family] = {
             guidance="calls",
             time=(1000.0, 0.0),
             inner="attn",
-            outputs=lambda model: (
-                model.config.patch_size**2 * model.config.out_channels
-            ),  # the config's: of an unpacked pixel
+            outputs=_qwen_outputs,
         ),
         Family(
             "Flux2Transformer2DModel",

@@ -14,10 +14,8 @@ from torch import nn
 
 from ee_diffusion.core.policy import Policy
 
-ADDED = (
-    "out_channels",
-    "course_worth",
-)  # settings of exits that earlier versions did not have; None says what those meant
+# settings of exits that earlier versions did not have; None says what those meant
+ADDED = ("out_channels", "course_worth")
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
