@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ee_diffusion.core.heads import ExitHeads
-from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.patched import patched
 from ee_diffusion.core.session import Session
 from ee_diffusion.decoding.cache import Part, RowsOfCache, close_layer, write_position
 from ee_diffusion.decoding.families import family_of, layers_of
 
 
 class DecodeAttachment:
-    """Drives a session through the decode forwards of a model. A context manager: leaving it restores the model exactly.
+    """Drives a session through the decode forwards of a model. A context manager: leaving it restores the model exactly; meanwhile other
+    threads that use exits on the model wait, and plain calls of theirs are what they were.
 
     `begin(absent)` arms the next forward; without it the model computes what it always did (the prompt's forward).
 
@@ -43,17 +44,15 @@ class DecodeAttachment:
         self._armed = False
         self._lane: Lane | None = None
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left (q,), the hidden states they left with (q, 1, D)
-        self._interceptions: list[Interception] = []
+        by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
+        self._patched = patched([*by_layer, (model, self._forward)])
 
     def __enter__(self) -> DecodeAttachment:
-        for layer, module in enumerate(self.layers):
-            self._interceptions.append(Interception(module, functools.partial(self._layer, layer)))
-        self._interceptions.append(Interception(self.model, self._forward))
+        self._patched.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        while self._interceptions:
-            self._interceptions.pop().restore()
+        self._patched.__exit__(*exception)
 
     def begin(self, absent: Tensor) -> None:
         """The next forward is a step of the session; `absent` (R,) bool: sequences that have ended."""

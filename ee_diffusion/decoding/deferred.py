@@ -17,8 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ee_diffusion.core.heads import ExitHeads
-from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.patched import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FullDepth
 from ee_diffusion.core.session import Session
@@ -29,7 +29,7 @@ FROZEN = "waiting positions go through the upper layers together, for all sequen
 
 
 class DeferredAttachment:
-    """Drives a session through the decode forwards of a model with one exit. A context manager: leaving it restores the model exactly.
+    """Drives a session through the decode forwards of a model with one exit. A context manager, as `DecodeAttachment`.
 
     A step runs the layers below the exit on every sequence. Where all sequences leave, the upper layers do not run and their caches stay
     behind. Where one goes on, the upper layers read every waiting position and the present one in one call: a sequence that left keeps its
@@ -48,17 +48,15 @@ class DeferredAttachment:
         self._states: dict[str, Tensor] = {}  # of the present position, before and after the last layer below the exit
         self._absent: Tensor | None = None
         self._armed, self._part = False, "all"
-        self._interceptions: list[Interception] = []
+        by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
+        self._patched = patched([*by_layer, (model, self._forward)])
 
     def __enter__(self) -> DeferredAttachment:
-        for layer, module in enumerate(self.layers):
-            self._interceptions.append(Interception(module, functools.partial(self._layer, layer)))
-        self._interceptions.append(Interception(self.model, self._forward))
+        self._patched.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        while self._interceptions:
-            self._interceptions.pop().restore()
+        self._patched.__exit__(*exception)
         if (
             self._cache is not None
         ):  # positions that still wait are in the lower layers alone: whoever goes on reads them again

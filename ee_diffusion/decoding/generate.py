@@ -66,6 +66,19 @@ class Progress(StoppingCriteriaList):
         return ended
 
 
+class HeldEnd(BaseStreamer):
+    """Hands tokens to the caller's streamer, and not the end: who hears that may send the next request, to a restored model."""
+
+    def __init__(self, streamer: BaseStreamer):
+        self.streamer = streamer
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        pass
+
+
 def early_exit_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -90,26 +103,26 @@ def early_exit_generate(
         exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
         The rest is prepared by `generate`.
 
+    One generation with exits at a time: another thread's waits; plain calls of other threads are what they were. `exit_streamer` hears the
+    end when the model is restored.
+
     The prompt is read at full depth. A run has `max_new_tokens - 1` steps (that many depths in a plan). A sequence that has ended takes
     no part in later steps.
 
     Raises:
         ValueError: beams or assistants, an unknown model, a cache that cannot be used, a policy that does not fit, outputs that
-            rows which left do not have (attentions, hidden states); under a policy that is on also guidance, and a model that trains
-            with gradient checkpointing.
+            rows which left do not have (attentions, hidden states); under a policy that is on also guidance, a model that trains with
+            gradient checkpointing, and a generation from within another one with exits (a processor's, say).
     """
     if exit_missing not in ("propagate", "recompute"):
         raise ValueError(f"exit_missing={exit_missing!r}, expected 'propagate' or 'recompute'")
     _check(model, generation_config, with_cache(model, model_kwargs))
     check_made_for(model, exit_policy)
-    arguments = {
-        "logits_processor": logits_processor,
-        "generation_config": generation_config,
-        "streamer": exit_streamer,
-    }
+    arguments = {"logits_processor": logits_processor, "generation_config": generation_config}
     if exit_policy.is_off:
         _stream_prompt(exit_streamer, input_ids)
-        result = model._sample(input_ids, stopping_criteria=stopping_criteria, **arguments, **model_kwargs)
+        arguments |= {"streamer": exit_streamer, "stopping_criteria": stopping_criteria}
+        result = model._sample(input_ids, **arguments, **model_kwargs)
         return EarlyExitDecoderOnlyOutput(**result) if generation_config.return_dict_in_generate else result
     check_asked_once(model, generation_config)
     arguments |= with_cache(model, model_kwargs)
@@ -131,7 +144,10 @@ def early_exit_generate(
     )
     with attach(model, heads, session) as attachment:
         _stream_prompt(exit_streamer, input_ids)
+        arguments["streamer"] = None if exit_streamer is None else HeldEnd(exit_streamer)
         result = model._sample(input_ids, stopping_criteria=Progress(stopping_criteria, attachment), **arguments)
+    if exit_streamer is not None:
+        exit_streamer.end()
     if not generation_config.return_dict_in_generate:
         return result
     found = EarlyExitDecoderOnlyOutput(**result, trace=session.trace() if session.finished else None)

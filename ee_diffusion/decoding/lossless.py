@@ -12,6 +12,8 @@ R sequences, N positions in the cache, K drafted positions of a cycle, D width, 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.heads import ExitHeads
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.patched import patched
 from ee_diffusion.decoding.cache import check_asked_once, check_cache, with_cache
 from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
@@ -42,30 +44,29 @@ class LosslessOutput(GenerateDecoderOnlyOutput):
 
 
 class Sections:
-    """A model whose forward runs its first `exit_depth` layers (`draft`) or the rest (`verify`). A context manager."""
+    """A model whose forward runs its first `exit_depth` layers (`draft`) or the rest (`verify`). A context manager, as
+    `DecodeAttachment`."""
 
     def __init__(self, model: PreTrainedModel, exit_depth: int, heads: ExitHeads):
         self.model, self.layers, self.exit_depth, self.heads = model, layers_of(model), exit_depth, heads
         self.states: list[Tensor] = []  # (R, 1, D) of each drafted position, at the exit
         self._part = "all"
-        self._interceptions: list[Interception] = []
+        by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
+        self._patched = patched(by_layer)
 
     def __enter__(self) -> Sections:
-        self._interceptions = [
-            Interception(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)
-        ]
+        self._patched.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        while self._interceptions:
-            self._interceptions.pop().restore()
+        self._patched.__exit__(*exception)
 
     def draft(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> None:
         """tokens (R, 1) through the first layers; their states at the exit (R, 1, D) are kept, `said` makes tokens of the last one."""
-        self._part = "draft"
-        self.model.base_model(
-            tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
+        with self._running("draft"):
+            self.model.base_model(
+                tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
 
     def said(self) -> Tensor:
         """(R, 1) what the exit says after the token that was drafted last."""
@@ -73,15 +74,24 @@ class Sections:
 
     def verify(self, tokens: Tensor, *, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         """The drafted positions (R, K) through the other layers, from the kept states -> logits (R, K, V)."""
-        self._part = "verify"
         upper = DynamicCache()
         # the model reads the sequence length from layer 0: of the layers that run now
         upper.layers = [cache.layers[self.exit_depth]] * self.exit_depth + cache.layers[self.exit_depth :]
-        logits = self.model(
-            tokens, attention_mask=mask, position_ids=positions, past_key_values=upper, use_cache=True
-        ).logits
+        with self._running("verify"):
+            logits = self.model(
+                tokens, attention_mask=mask, position_ids=positions, past_key_values=upper, use_cache=True
+            ).logits
         self.states = []
         return logits
+
+    @contextmanager
+    def _running(self, part: str) -> Iterator[None]:
+        """A part of the model, for one forward: whoever else calls it (a processor of the caller's) gets the whole."""
+        self._part = part
+        try:
+            yield
+        finally:
+            self._part = "all"
 
     def _layer(self, layer: int, original, hidden: Tensor, *args, **kwargs):
         if self._part == "draft" and layer >= self.exit_depth:
@@ -181,8 +191,8 @@ def lossless_generate(
     Each cycle adds 1 to `draft_tokens` tokens to every sequence, whatever its batch-mates do. To be handed to `model.generate` as
     `custom_generate`. Tokens are those of greedy search up to rounding: a position that is verified beside others may differ in the
     last bits, which shows where the two best tokens are that close. `exit_heads`: what drafts at `exit_depth`, None: the model's own tail.
-    `exit_streamer`: for one sequence; gets prompt and tokens. A cache that was passed is of use afterwards for one sequence alone: those of
-    a batch have holes.
+    `exit_streamer`: for one sequence; gets prompt and tokens. One generation with exits at a time, as in `early_exit_generate`. A cache
+    that was passed is of use afterwards for one sequence alone: those of a batch have holes.
 
     Raises:
         ValueError: sampling, beams, assistants or guidance; a model that trains with gradient checkpointing; exit_depth outside
