@@ -79,7 +79,8 @@ def build_exits(config: UViTConfig, transformer: UViTTransformer2DModel) -> Deno
         check_agrees("exits", {"depths": list(exits.config.depths), "variant": exits.config.variant}, asked)
         return exits
     depths = config.exit_depths or range(1, len(transformer.transformer_blocks))
-    return DenoisingExits.for_transformer(transformer, tuple(depths), config.exit_variant)
+    released = config.exit_variant == "released"
+    return DenoisingExits.for_transformer(transformer, tuple(depths), config.exit_variant, last_layer=released)
 
 
 def build_objective(config: UViTConfig, resolution: int) -> DiffusionObjective:

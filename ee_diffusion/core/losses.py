@@ -45,9 +45,13 @@ def released_uncertainty_loss(certainty: Tensor, predictions: Tensor, target: Te
 
 
 def released_layerwise_loss(certainty: Tensor, predictions: Tensor, target: Tensor) -> Tensor:
-    """The authors' released code: each exit weighted by its batch-mean certainty, weights normalised over exits. Shapes as above."""
+    """The authors' released code: `sum_i w_i mean (g_i - eps)^2`, `w_i` the mean certainty of exit i over the batch, divided by their
+    sum over exits. Not detached, unlike eq. 7: through `w_i` it also trains the certainty to be higher where errors are lower.
+
+    Shapes as above.
+    """
     _check(certainty, predictions, target)
-    weights = certainty.detach().flatten(1).mean(1)  # (K,)
+    weights = certainty.flatten(1).mean(1)  # (K,)
     errors = (predictions - target).square().flatten(1).mean(1)  # (K,)
     return (weights / weights.sum() * errors).sum()
 

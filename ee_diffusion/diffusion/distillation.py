@@ -96,6 +96,7 @@ class DistillationObjective(nn.Module):
 
     So `u_i` estimates the gap `tanh |g_i - full|`. The backbone is frozen; with `adapted` its low-rank adapters (lora.py) train too, the
     teacher is the model without them, and `L_full = mean (full with adapters - full)^2` is added, so that full depth stays what it was.
+    An uncertainty module of the last layer (`DenoisingExits(last_layer=True)`) stays as it is: that layer is the teacher here.
 
     Raises:
         ValueError: exits of another model, weights that are negative or all zero.
@@ -122,6 +123,8 @@ class DistillationObjective(nn.Module):
         if not adapted:
             transformer.requires_grad_(False)
         exits.requires_grad_(True)
+        if exits.config.get("last_layer"):
+            exits.uncertainty_modules[-1].requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> DistillationObjective:

@@ -49,9 +49,11 @@ class DenoisingExits(ModelMixin, ConfigMixin):
     Args:
         depths: executed blocks at each exit, ascending, from 0 up to below the model's number of layers.
         hidden_dim, patch_size, out_channels, sample_size, num_prefix_tokens: those of the denoiser.
+        last_layer: one more uncertainty module, for what the last block leaves. The authors' code has it: their losses count the last block
+            among the exits. In a run it decides nothing, since its answer is the model's own. Released variant only.
 
     Raises:
-        ValueError: depths not ascending, or an unknown variant.
+        ValueError: depths not ascending, an unknown variant, or `last_layer` with the paper's.
     """
 
     @register_to_config
@@ -64,17 +66,20 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         sample_size: int = 32,
         num_prefix_tokens: int = 1,
         variant: str = "paper",
+        last_layer: bool = False,
     ):
         super().__init__()
         require_depths(depths)
-        if variant not in ("paper", "released"):
-            raise ValueError(f"variant={variant!r}, expected 'paper' or 'released'")
+        if variant not in ("paper", "released") or (last_layer and variant != "released"):
+            raise ValueError(
+                f"variant={variant!r}, last_layer={last_layer}, expected 'paper', or 'released' with or without the last layer"
+            )
         self.depths = tuple(depths)
         # read at every exit of every step: plain attributes, since a config's look-ups are slow
         self.paper, self.hidden_dim, self.num_prefix_tokens = variant == "paper", hidden_dim, num_prefix_tokens
         self.space: Space = "output" if variant == "paper" else "hidden"
         width, values = hidden_dim * (2 if variant == "paper" else 1), patch_size**2 * out_channels
-        self.uncertainty_modules = nn.ModuleList(nn.Linear(width, values) for _ in depths)
+        self.uncertainty_modules = nn.ModuleList(nn.Linear(width, values) for _ in range(len(depths) + last_layer))
         heads = depths if variant == "paper" else ()
         self.heads = nn.ModuleList(OutputHead(hidden_dim, patch_size, out_channels) for _ in heads)
 
@@ -85,9 +90,9 @@ class DenoisingExits(ModelMixin, ConfigMixin):
 
     @classmethod
     def for_transformer(
-        cls, transformer: ModelMixin, depths: tuple[int, ...], variant: str = "paper"
+        cls, transformer: ModelMixin, depths: tuple[int, ...], variant: str = "paper", *, last_layer: bool = False
     ) -> DenoisingExits:
-        """Untrained exits that fit a transformer of the family table.
+        """Untrained exits that fit a transformer of the family table. last_layer: as the class has it.
 
         Raises:
             ValueError: an unknown class, or an exit at or beyond the last block.
@@ -98,7 +103,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"exits at depths {tuple(depths)}, expected below {layers}: depth {layers} is the model itself"
             )
-        return cls(depths=tuple(depths), variant=variant, **_sizes(transformer))
+        return cls(depths=tuple(depths), variant=variant, last_layer=last_layer, **_sizes(transformer))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """As diffusers' `save_pretrained`, with a model card beside the weights if there is none yet."""
@@ -156,7 +161,10 @@ class DenoisingExits(ModelMixin, ConfigMixin):
         return 1 - said if self.paper else said
 
     def uncertainty_map(self, exit: int, hidden: Tensor, timestep: Tensor) -> Tensor:
-        """hidden (R, N, D), timestep (R,) -> (R, C, H, W) in (0, 1): u (paper) or the certainty (released), pixel by pixel."""
+        """hidden (R, N, D), timestep (R,) -> (R, C, H, W) in (0, 1): u (paper) or the certainty (released), pixel by pixel.
+
+        exit: 0..K-1, or K for the last layer's (`last_layer`).
+        """
         config = self.config
         values = torch.sigmoid(self._uncertainty_logits(exit, hidden, {"timestep": timestep}))  # (R, P, p*p*C)
         size = config.sample_size

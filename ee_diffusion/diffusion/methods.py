@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ee_diffusion.core.criteria import Accumulated, Patience, Threshold
+from ee_diffusion.core.heads import require_depths
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, Periodic, PiecewiseDepth
 
@@ -25,17 +26,21 @@ def deediff(threshold: float, *, exits: tuple[int, ...] | None = None, late: boo
     return Policy(Threshold(1 - threshold), exits=exits, late=late)
 
 
-def deediff_released(threshold: float, *, depths: tuple[int, ...], num_layers: int) -> Policy:
+def deediff_released(threshold: float, *, depths: tuple[int, ...], num_layers: int, patience: bool = True) -> Policy:
     """DeeDiff as the authors' code runs it: answer where the mean certainty is above `threshold` (0.92 on CIFAR-10).
 
-    For exits with `variant="released"`. Among the in-blocks the first crossing does not exit, the second does; the conditional and
-    the unconditional branch exit on their own. Deviation: the mean is over one image, where the code's is over the batch (of one).
+    For exits with `variant="released"`. The conditional and the unconditional branch exit on their own. patience: among the in-blocks the
+    first crossing does not exit, the second does, as their unconditional and class-conditional models have it; their text-to-image model
+    exits at the first (False). Deviations: the mean is over one image, where the code's is over the batch (of one); after the last
+    block nothing is decided, since both verdicts give the same answer.
 
     Raises:
-        ValueError: threshold outside [0, 1].
+        ValueError: threshold outside [0, 1], or depths that do not ascend.
     """
-    patience = tuple(2 if depth <= num_layers // 2 else 1 for depth in depths)
-    return Policy(Patience(threshold, patience, consecutive=False), exits=depths, guidance="apart")
+    require_depths(depths)
+    crossings = tuple(2 if depth <= num_layers // 2 else 1 for depth in depths)
+    criterion = Patience(threshold, crossings, consecutive=False) if patience else Threshold(threshold)
+    return Policy(criterion, exits=depths, guidance="apart")
 
 
 def ase(depths: tuple[int, ...], *, num_train_timesteps: int = 1000) -> Policy:

@@ -53,6 +53,10 @@ class DiffusionObjective(nn.Module):
 
     mode `backbone`: L_simple alone, no exits. `joint`: everything trains. `frozen`: the backbone is fixed, exits alone train.
 
+    Exits of variant "released" train by the authors' losses (`core.losses.released_*`), with the last block among the exits where they were
+    made with `last_layer`. Deviation from their code: timesteps are those of the scheduler, where theirs are continuous (t * 999 of a
+    variance-preserving SDE).
+
     Args:
         scheduler: a training scheduler with `add_noise` (DDPM); its `prediction_type` names the target.
         class_drop: probability that a label is replaced by the null class.
@@ -129,6 +133,8 @@ class DiffusionObjective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         exits = self.exits
         states = [hidden_states[depth] for depth in exits.depths]
+        if exits.config.last_layer:
+            states.append(hidden_states[-1])
         context = {"timestep": timestep}
         answers = [exits.answer(k, state, context) for k, state in enumerate(states)]
         answers = [self.transformer.tail(answer) for answer in answers] if exits.space == "hidden" else answers

@@ -51,7 +51,11 @@ def test_uncertainty_loss(drawn):
     assert number(found, ()) == pytest.approx(total, abs=1e-12)
     found.backward()
     assert predictions.grad is None, "the uncertainty is trained, never the head"
-    assert uncertainty.grad.abs().min() > 0
+    for k in range(K):
+        for at in elements(k):
+            wanted = math.tanh(abs(number(predictions, at) - number(target, at[1:])))
+            slope = 2 * (number(uncertainty, at) - wanted) / len(elements(k))
+            assert number(uncertainty.grad, at) == pytest.approx(slope, abs=1e-12)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -71,7 +75,11 @@ def test_layerwise_loss(drawn, weighted: bool):
     assert number(found, ()) == pytest.approx(total, abs=1e-12)
     found.backward()
     assert uncertainty.grad is None, "the head is trained, never the uncertainty"
-    assert predictions.grad.abs().min() > 0
+    for k in range(K):
+        for at in elements(k):
+            weight = (float(weights[at[1]]) if weighted else 1.0) * (1 - number(uncertainty, at))
+            slope = 2 * weight * (number(predictions, at) - number(target, at[1:])) / len(elements(k))
+            assert number(predictions.grad, at) == pytest.approx(slope, abs=1e-12)
 
 
 def test_released_uncertainty_loss(drawn):
@@ -85,7 +93,11 @@ def test_released_uncertainty_loss(drawn):
     assert number(found, ()) == pytest.approx(sum(terms) / len(terms), abs=1e-12)
     found.backward()
     assert predictions.grad is None
-    assert certainty.grad.abs().min() > 0
+    for k in range(K):
+        for at in elements(k):
+            wanted = 1 - math.tanh(abs(number(predictions, at) - number(target, at[1:])))
+            slope = 2 * (number(certainty, at) - wanted) / len(terms)
+            assert number(certainty.grad, at) == pytest.approx(slope, abs=1e-12)
 
 
 def test_released_layerwise_loss(drawn):
@@ -99,8 +111,14 @@ def test_released_layerwise_loss(drawn):
     found = losses.released_layerwise_loss(certainty, predictions, target)
     assert number(found, ()) == pytest.approx(expected, abs=1e-12)
     found.backward()
-    assert certainty.grad is None
-    assert predictions.grad.abs().min() > 0
+    for k in range(K):
+        for at in elements(k):  # d (w_k / sum w) / d w_k, times the errors: the weights are not detached
+            slope = (errors[k] - expected) / sum(weights) / len(elements(k))
+            assert number(certainty.grad, at) == pytest.approx(slope, abs=1e-12)
+            slope = (
+                2 * weights[k] / sum(weights) * (number(predictions, at) - number(target, at[1:])) / len(elements(k))
+            )
+            assert number(predictions.grad, at) == pytest.approx(slope, abs=1e-12)
 
 
 NAMES = ("uncertainty_loss", "layerwise_loss", "released_uncertainty_loss", "released_layerwise_loss")

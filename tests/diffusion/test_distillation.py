@@ -9,6 +9,7 @@ import torch
 from factories import dit, exits_for, images_of, pipeline, randomise, uvit
 
 from ee_diffusion.diffusion.distillation import DistillationObjective, exit_errors, observe, rows_of, through_tail
+from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.states import States
 from ee_diffusion.diffusion.trajectories import walk
 
@@ -205,6 +206,16 @@ def test_released_exits_say_certainty_and_answer_through_the_tail():
     errors, _ = exit_errors(objective, states, batch_size=4)
     torch.testing.assert_close(errors.error, errors.tail_error)
     torch.testing.assert_close(errors.said.float(), 1 - maps.flatten(1).mean(1))
+
+
+def test_a_last_layer_that_is_the_teacher_is_not_trained():
+    """Exits that a joint training made with `last_layer`: every parameter that is to be trained gets gradient."""
+    model = objective_of("uvit", "released").transformer
+    exits = DenoisingExits.for_transformer(model, DEPTHS, "released", last_layer=True)
+    objective = DistillationObjective(model, exits, uncertainty_weight=1.0, layerwise_weight=1.0)
+    objective(batch_of())["loss"].backward()
+    assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+    assert not any(p.requires_grad for p in exits.uncertainty_modules[-1].parameters())
 
 
 class TokenExits(torch.nn.Module):

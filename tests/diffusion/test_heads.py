@@ -50,11 +50,12 @@ def test_the_uncertainty_module_is_its_formula(variant: str):
 
 @torch.no_grad()
 def test_packed_exits_say_the_same():
-    hidden, times = drawn()
-    for kind in ("class", "unconditional", "text"):
-        model = uvit(kind)
+    _, times = drawn()
+    odd = {"num_attention_heads": 3, "attention_head_dim": 5}
+    for kind, config in (("class", {}), ("unconditional", {}), ("text", {}), ("class", odd)):
+        model = uvit(kind, **config)
         exits = exits_for(model, DEPTHS)
-        tokens = torch.randn(R, model.num_prefix_tokens + P, hidden.shape[2])
+        tokens = torch.randn(R, model.num_prefix_tokens + P, model.inner_dim)
         packed = exits.packed()
         assert (packed.depths, packed.space) == (exits.depths, exits.space)
         for exit in range(len(DEPTHS)):
@@ -134,7 +135,14 @@ def test_half_precision(dtype):
 
 @pytest.mark.parametrize(
     "config",
-    [{"depths": ()}, {"depths": (3, 1)}, {"depths": (1, 1)}, {"depths": (-1, 2)}, {"variant": "mine"}],
+    [
+        {"depths": ()},
+        {"depths": (3, 1)},
+        {"depths": (1, 1)},
+        {"depths": (-1, 2)},
+        {"variant": "mine"},
+        {"last_layer": True},
+    ],
     ids=str,
 )
 def test_sizes_that_make_no_sense_are_refused(config):

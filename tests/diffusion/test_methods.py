@@ -56,6 +56,23 @@ def test_deediff_as_released_needs_two_crossings_among_the_in_blocks():
             assert int(trace.depths[step, image]) == expected
 
 
+def test_deediff_as_released_for_text_has_no_patience():
+    policy = deediff_released(0.5, depths=(1, 3, 4, 6), num_layers=7, patience=False)
+    assert policy == Policy(Threshold(0.5), exits=(1, 3, 4, 6), guidance="apart")
+    trace = run(driver_named("uvit-released"), policy, SINGLE).trace
+    scores = recorded("uvit-released", "single").scores
+    for step in range(2):
+        for image in range(IMAGES):
+            crossed = [depth for exit, depth in enumerate((1, 3, 4, 6)) if float(scores[step, exit, image]) > 0.5]
+            assert int(trace.depths[step, image]) == (crossed or [7])[0]
+    assert not torch.equal(
+        trace.depths,
+        run(
+            driver_named("uvit-released"), deediff_released(0.5, depths=(1, 3, 4, 6), num_layers=7), SINGLE
+        ).trace.depths,
+    )
+
+
 def test_static_schedules():
     assert ase((6, 4, 2)).schedule == PiecewiseDepth((1000 / 3, 2000 / 3), (6, 4, 2))
     ten = ase((28, 28, 24, 24, 20, 20, 16, 16, 12, 12)).schedule
@@ -72,7 +89,9 @@ def test_static_schedules():
         lambda: deediff(-0.1),
         lambda: deediff(float("nan")),
         lambda: deediff_released(1.5, depths=(1,), num_layers=7),
+        lambda: deediff_released(1.5, depths=(1,), num_layers=7, patience=False),
         lambda: deediff_released(0.5, depths=(), num_layers=7),
+        lambda: deediff_released(0.5, depths=(), num_layers=7, patience=False),
         lambda: deediff_released(0.5, depths=(3, 1), num_layers=7),
         lambda: ase(()),
     ],

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from factories import NULL_CLASS, exits_for, uvit
+from factories import NULL_CLASS, exits_for, randomise, uvit
 
-from ee_diffusion.core import losses
+from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.objective import DiffusionObjective
 
 DEPTHS = (1, 3, 5)
@@ -28,9 +29,13 @@ def batch(**changes) -> dict[str, torch.Tensor]:
     return values | changes
 
 
-def objective_of(mode: str, variant: str = "paper", prediction: str = "epsilon", kind: str = "class", **options):
+def objective_of(
+    mode: str, variant: str = "paper", prediction: str = "epsilon", kind: str = "class", last: bool = False, **options
+):
     model = uvit(kind)
     exits = None if mode == "backbone" else exits_for(model, DEPTHS, variant)
+    if last:
+        exits = randomise(DenoisingExits.for_transformer(model, DEPTHS, variant, last_layer=True), seed=5)
     return DiffusionObjective(model, exits, DDPMScheduler(prediction_type=prediction), mode=mode, **options)
 
 
@@ -76,11 +81,13 @@ def test_l_simple_trains_backbone_and_tail():
         ("paper", "uncertainty", {"uncertainty", "backbone"}),
         ("paper", "layerwise", {"heads", "backbone"}),
         ("released", "uncertainty", {"uncertainty"}),
-        ("released", "layerwise", {"backbone", "tail"}),
+        ("released", "layerwise", {"backbone", "tail", "uncertainty"}),
+        ("released, last", "uncertainty", {"uncertainty"}),
+        ("released, last", "layerwise", {"backbone", "tail", "uncertainty", "behind"}),
     ],
 )
 def test_what_each_exit_term_trains(variant: str, term: str, expected: set[str]):
-    objective = objective_of("joint", variant)
+    objective = objective_of("joint", variant.split(",")[0], last="last" in variant)
     states = objective.transformer(
         batch()["images"], torch.tensor([1, 2, 3, 4]), batch()["class_labels"], output_hidden_states=True
     ).hidden_states
@@ -105,46 +112,71 @@ def test_what_the_joint_loss_trains(variant: str, mode: str, expected: set[str])
         assert parameter.requires_grad == (mode != "frozen")
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("gamma", [None, 5.0])
-@torch.no_grad()
-def test_the_loss_from_scratch(variant: str, prediction: str, gamma: float | None):
-    objective = objective_of(
-        "joint", variant, prediction, uncertainty_weight=0.7, layerwise_weight=0.3, snr_gamma=gamma
-    )
-    given = batch()
-    found = objective(given)
-    times = torch.tensor([0, 310, 620, 999])
-    labels = torch.tensor([0, NULL_CLASS, 2, NULL_CLASS])
+READINGS = [("paper", False), ("released", False), ("released", True)]
+
+
+def reading(
+    objective: DiffusionObjective, given: dict, prediction: str, gamma: float | None
+) -> dict[str, torch.Tensor]:
+    """The terms of the loss in float64, exit by exit and sample by sample; their gradients are autograd's of these lines."""
+    model, exits = objective.transformer, objective.exits
+    times, labels = torch.tensor([0, 310, 620, 999]), torch.tensor([0, NULL_CLASS, 2, NULL_CLASS])
     alphas = objective.scheduler.alphas_cumprod[times].double()
     a, s = alphas.sqrt().view(B, 1, 1, 1), (1 - alphas).sqrt().view(B, 1, 1, 1)
     images, noise = given["images"].double(), given["noise"].double()
     target = noise if prediction == "epsilon" else a * noise - s * images
-    output = objective.transformer((a * images + s * noise).float(), times, labels, output_hidden_states=True)
+    output = model(a * images + s * noise, times, labels, output_hidden_states=True)
     snr = alphas / (1 - alphas)
     weights = torch.ones(B, dtype=torch.float64)
     if gamma is not None:
         weights = snr.clamp(max=gamma) / (snr + 1 if prediction == "v_prediction" else snr)
-    simple = sum(float(weights[b] * (output.sample[b].double() - target[b]).square().mean()) / B for b in range(B))
+    simple = sum(weights[b] * (output.sample[b] - target[b]).square().mean() / B for b in range(B))
     states = [output.hidden_states[depth] for depth in DEPTHS]
-    exits = objective.exits
-    answers = [
-        exits.answer(k, state, {}) if variant == "paper" else objective.transformer.tail(state)
-        for k, state in enumerate(states)
-    ]
-    maps = torch.stack([exits.uncertainty_map(k, state, times) for k, state in enumerate(states)]).double()
-    answers = torch.stack(answers).double()
-    if variant == "paper":
-        uncertainty = losses.uncertainty_loss(maps, answers, target)
-        layerwise = losses.layerwise_loss(maps, answers, target, weights=weights)
-    else:
-        uncertainty = losses.released_uncertainty_loss(maps, answers, target)
-        layerwise = losses.released_layerwise_loss(maps, answers, target)
-    assert float(found["simple"]) == pytest.approx(simple, rel=1e-3)
-    assert float(found["uncertainty"]) == pytest.approx(float(uncertainty), rel=1e-3)
-    assert float(found["layerwise"]) == pytest.approx(float(layerwise), rel=1e-3)
-    assert float(found["loss"]) == pytest.approx(simple + 0.7 * float(uncertainty) + 0.3 * float(layerwise), rel=1e-3)
+    states += [output.hidden_states[-1]] if exits.config.last_layer else []
+    uncertainty, errors, certainties, layerwise = 0.0, [], [], 0.0
+    for exit, state in enumerate(states):
+        answer = model.tail(state) if exits.space == "hidden" else exits.answer(exit, state, {})
+        said, gap = exits.uncertainty_map(exit, state, times), torch.tanh((answer - target).abs()).detach()
+        if exits.config.variant == "paper":
+            for b in range(B):
+                error = (1 - said[b].detach()) * (answer[b] - target[b]) ** 2
+                uncertainty = uncertainty + (said[b] - gap[b]).square().mean() / B
+                layerwise = layerwise + weights[b] * error.mean() / B
+        else:
+            uncertainty = uncertainty + (said - (1 - gap)).square().mean() / len(states)
+            errors.append((answer - target).square().mean())
+            certainties.append(said.mean())
+    for certainty, error in zip(certainties, errors, strict=True):
+        layerwise = layerwise + certainty / sum(certainties) * error
+    return {"simple": simple, "uncertainty": uncertainty, "layerwise": layerwise}
+
+
+@pytest.mark.parametrize("variant, last", READINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@torch.no_grad()
+def test_the_loss_from_scratch(variant: str, last: bool, prediction: str, gamma: float | None):
+    options = {"uncertainty_weight": 0.7, "layerwise_weight": 0.3, "snr_gamma": gamma, "last": last}
+    objective = objective_of("joint", variant, prediction, **options)
+    found = objective(batch())
+    expected = reading(copy.deepcopy(objective).double(), batch(), prediction, gamma)
+    for name, term in expected.items():
+        assert float(found[name]) == pytest.approx(float(term), rel=1e-3), name
+    total = expected["simple"] + 0.7 * expected["uncertainty"] + 0.3 * expected["layerwise"]
+    assert float(found["loss"]) == pytest.approx(float(total), rel=1e-3)
+
+
+@pytest.mark.parametrize("variant, last", READINGS)
+def test_every_gradient_of_the_exit_terms_is_that_of_a_float64_reading(variant: str, last: bool):
+    objective = objective_of("joint", variant, last=last)
+    slow = copy.deepcopy(objective).double()
+    read = reading(slow, batch(), "epsilon", None)
+    sum(read.values()).backward()
+    objective(batch())["loss"].backward()
+    for (name, parameter), wanted in zip(objective.named_parameters(), slow.parameters(), strict=True):
+        scale = float(wanted.grad.abs().max())
+        assert scale > 0, name
+        torch.testing.assert_close(parameter.grad.double(), wanted.grad, rtol=1e-3, atol=2e-4 * scale, msg=name)
 
 
 def test_terms_are_numbers_and_the_frozen_loss_leaves_l_simple_out():
