@@ -31,9 +31,9 @@ class PackedExits:
     space: Space
     answer: Answer
     check_fits: Callable[[nn.Module], None]
-    frequencies: Tensor  # (D / 2,) of the embedding e
+    frequencies: Tensor  # (D // 2,) of the embedding e, without the zero that an odd D ends in
     for_hidden: tuple[Tensor, ...]  # for each exit (V, D)
-    for_time: Tensor  # (K V, D)
+    for_time: Tensor  # (K V, D), D even
     bias: Tensor  # (K V,)
     minus_mean: Tensor  # (N V,): -1 / (P V) for every value of a patch, 0 for those of prefix tokens
     one: Tensor  # (1,)
@@ -58,7 +58,7 @@ class PackedExits:
             exits.check_fits,
             embedding_frequencies(width, device=one.device),
             tuple(linear.weight.detach()[:, :width] for linear in modules),
-            torch.cat([linear.weight.detach()[:, width:] for linear in modules]),
+            torch.cat([linear.weight.detach()[:, width:][:, : width // 2 * 2] for linear in modules]),
             torch.cat([linear.bias.detach() for linear in modules]),
             minus_mean.view(-1),
             one.new_ones(1),

@@ -21,19 +21,20 @@ from ee_diffusion.diffusion.loading import load_strictly
 
 
 def embedding_frequencies(dim: int, *, device: torch.device) -> Tensor:
-    """`w_k = 10000^(-k / (dim/2))` (dim/2,) in float32. `dim` must be even."""
+    """`w_k = 10000^(-k / (dim//2))` (dim//2,) in float32."""
     half = dim // 2
     return torch.exp(-math.log(10000.0) * torch.arange(half, device=device, dtype=torch.float32) / half)
 
 
 def timestep_embedding(timestep: Tensor, dim: int | Tensor) -> Tensor:
-    """Sinusoidal embedding `[cos(t w_k), sin(t w_k)]` (as the official U-ViT orders it).
+    """Sinusoidal embedding `[cos(t w_k), sin(t w_k)]`, and a zero where `dim` is odd (as the official U-ViT orders it).
 
     timestep (B,) in scheduler units, float or integer; `dim`: its size, or the frequencies w_k at hand; returns (B, dim) in float32.
     """
-    frequencies = dim if isinstance(dim, Tensor) else embedding_frequencies(dim, device=timestep.device)
-    angles = timestep.float()[:, None] * frequencies  # (B, dim/2)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim)
+    known = isinstance(dim, Tensor)
+    angles = timestep.float()[:, None] * (dim if known else embedding_frequencies(dim, device=timestep.device))
+    embedded = torch.cat([angles.cos(), angles.sin()], dim=-1)  # (B, dim), or dim - 1 of them
+    return embedded if known or dim % 2 == 0 else nn.functional.pad(embedded, (0, 1))
 
 
 def unpatchify(patches: Tensor, *, channels: int, patch_size: int, height: int, width: int) -> Tensor:
@@ -102,7 +103,7 @@ class UViTBlock(nn.Module):
 
 
 class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
-    """U-ViT: time, class and text are tokens before the patch tokens; each of the last L//2 layers takes a long skip.
+    """U-ViT: time, class and text are tokens before the patch tokens; each of the last L//2 layers takes a long skip (if there are any).
 
     Args:
         sample_size: H = W in pixels (or latent pixels); a multiple of `patch_size`.
@@ -112,6 +113,7 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         text_dim, num_text_tokens: width and number of text tokens; None and 0: no text.
         time_mlp: an MLP on the time embedding (the official code's `mlp_time_embed`).
         final_conv: a 3x3 convolution after unpatchify.
+        long_skips: False: the paper's ablation without them (the official code's `skip`).
 
     Raises:
         ValueError: for sizes that do not fit together (said which).
@@ -139,6 +141,7 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         qkv_bias: bool = False,
         time_mlp: bool = False,
         final_conv: bool = True,
+        long_skips: bool = True,
     ):
         super().__init__()
         _check_sizes(sample_size, patch_size, num_layers, num_classes, null_class, text_dim, num_text_tokens)
@@ -156,7 +159,7 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         self.text_embed = nn.Linear(text_dim, dim) if text_dim is not None else None
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, dim))
         self.transformer_blocks = nn.ModuleList(
-            UViTBlock(dim, num_attention_heads, mlp_ratio, qkv_bias, takes_skip=layer > num_layers // 2)
+            UViTBlock(dim, num_attention_heads, mlp_ratio, qkv_bias, takes_skip=long_skips and layer > num_layers // 2)
             for layer in range(num_layers)
         )
         self.norm_out = nn.LayerNorm(dim)
@@ -219,9 +222,10 @@ class UViTTransformer2DModel(ModelMixin, AttentionMixin, ConfigMixin):
         timestep = timestep.reshape(-1).expand(len(hidden_states)) if timestep.numel() == 1 else timestep  # (B,)
         tokens = self.embed(hidden_states, timestep, class_labels, encoder_hidden_states)  # (B, N, D)
 
-        skips, states, half = [], [tokens], len(self.transformer_blocks) // 2
+        skips, states = [], [tokens]
+        half = len(self.transformer_blocks) // 2
         for layer, block in enumerate(self.transformer_blocks):
-            inputs = (tokens, skips.pop()) if layer > half else (tokens,)
+            inputs = (tokens, skips.pop()) if block.skip_linear is not None else (tokens,)
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 tokens = self._gradient_checkpointing_func(block, *inputs)
             else:
