@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ee_diffusion.pixels import named, rgb
 
 
 def write_whole(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
@@ -81,7 +85,7 @@ def read_images(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
     Images may lie as (M, 3, H, W) or (M, H, W, 3), in bytes. Returns (M, 3, H, W) uint8 and (M,) int64 or None.
 
     Raises:
-        ValueError: nothing there, no images, sizes that differ, another dtype, labels that do not fit.
+        ValueError: nothing there, no images, sizes that differ, another dtype, labels that do not fit, a damaged file (named).
     """
     path = Path(path)
     if path.is_dir():
@@ -89,8 +93,7 @@ def read_images(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:
     if not path.is_file():
         raise ValueError(f"{path} does not exist, expected a folder of PNGs, an .npz or a .safetensors")
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as arrays:
-            found = {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind in "uif"}
+        found = _load_npz(path)
     elif path.suffix == ".safetensors":
         found = _load(path)
     else:
@@ -112,8 +115,8 @@ def _read_folder(folder: Path) -> Tensor:
         raise ValueError(f"no *.png in {folder}")
     pixels = []
     for path in paths:
-        with Image.open(path) as image:
-            pixels.append(np.asarray(image.convert("RGB")))
+        with named(str(path)), Image.open(path) as image:
+            pixels.append(np.asarray(rgb(image)))
         if pixels[-1].shape != pixels[0].shape:
             raise ValueError(f"{path} has shape {pixels[-1].shape}, expected {pixels[0].shape} as {paths[0].name}")
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()  # (M, C, H, W)
@@ -129,6 +132,15 @@ def _channels_first(images: Tensor, path: Path) -> Tensor:
         came = f"{images.dtype} {tuple(images.shape)}"
         raise ValueError(f"images in {path} are {came}, expected uint8 (M, 3, H, W) or (M, H, W, 3) with M >= 1")
     return images if images.shape[1] == 3 else images.permute(0, 3, 1, 2).contiguous()  # (M, C, H, W)
+
+
+def _load_npz(path: Path) -> dict[str, Tensor]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a readable .npz file of arrays: {error}") from error
+    return {name: torch.from_numpy(array) for name, array in found.items() if array.dtype.kind in "uif"}
 
 
 def _load(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import glob
 import os
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ee_diffusion.pixels import named, rgb
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.draws import Stream, normals, uniforms
 
@@ -91,7 +93,8 @@ def load_image_source(config: ImageDataConfig, num_classes: int | None) -> Image
     """Load and decode a data set (50,000 images 32x32 take about 10 s on one core), labels in [0, num_classes); None: no labels.
 
     Raises:
-        ValueError: not exactly one origin, no such files or columns, no images, labels that are no integers or out of range.
+        ValueError: not exactly one origin, no such files or columns, no images, labels that are no integers or out of range, an image that
+            is damaged or does not say what white is (named by its file, or its row).
     """
     table = _load(config)
     wanted = [config.image_column] + ([config.label_column] if num_classes is not None else [])
@@ -108,7 +111,7 @@ def load_image_source(config: ImageDataConfig, num_classes: int | None) -> Image
     if not isinstance(table.features[config.image_column], datasets.Image):
         came = table.features[config.image_column]
         raise ValueError(f"column {config.image_column!r} holds {came}, expected images")
-    images = np.stack([_pixels(image, config.resolution) for image in table[config.image_column]])  # (M, H, W, C)
+    images = np.stack(list(_decoded(table, config)))  # (M, H, W, C)
     images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()  # (M, C, H, W)
     return ImageSource(images, labels, random_flip=config.random_flip)
 
@@ -152,6 +155,19 @@ def find_data_files(pattern: str) -> list[str]:
     )
 
 
+def _decoded(table: datasets.Dataset, config: ImageDataConfig) -> Iterator[np.ndarray]:
+    """(H, W, 3) uint8 of each row, decoded one by one: what cannot be is named."""
+    column, origin = config.image_column, config.sources()[0]
+    feature = datasets.Image(mode=table.features[column].mode)
+    for row, stored in enumerate(table.cast_column(column, datasets.Image(decode=False))[column]):
+        file = "" if stored is None or not stored["path"] else f" ({stored['path']})"
+        with named(f"row {row}{file} of {origin}={getattr(config, origin)!r}"):
+            if stored is None:
+                raise ValueError("the row is empty")
+            pixels = _pixels(feature.decode_example(stored), config.resolution)
+        yield pixels
+
+
 def _labels(table: datasets.Dataset, column: str, num_classes: int) -> Tensor:
     values = np.asarray(table.with_format("numpy")[column])
     if values.dtype.kind not in "iu":
@@ -164,11 +180,8 @@ def _labels(table: datasets.Dataset, column: str, num_classes: int) -> Tensor:
 
 
 def _pixels(image: Image.Image, resolution: int) -> np.ndarray:
-    """Any PIL image -> (H, W, 3) uint8: transparency on white, shorter side resized to `resolution`, centre-cropped."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    """Any PIL image -> (H, W, 3) uint8 (`rgb`), shorter side resized to `resolution`, centre-cropped."""
+    image = rgb(image)
     if image.size != (resolution, resolution):
         scale = resolution / min(image.size)
         width, height = (max(resolution, round(side * scale)) for side in image.size)

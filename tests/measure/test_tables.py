@@ -135,6 +135,37 @@ def test_bad_image_sets_are_refused(tmp_path: Path, images: torch.Tensor):
         read_images(tmp_path)
 
 
+def test_a_folder_scales_sixteen_bits_and_names_what_it_cannot_read(tmp_path: Path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "0.png")
+    found, _ = read_images(tmp_path)
+    assert torch.equal(found, torch.from_numpy(grey).expand(1, 3, 8, 8))
+    whole = (tmp_path / "0.png").read_bytes()
+    for broken in (whole[: len(whole) // 2 + 10], b"no image", b""):
+        (tmp_path / "1.png").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"1\.png cannot be read as an image"):
+            read_images(tmp_path)
+
+
+def test_transparent_pixels_of_sixteen_bits_fall_on_white(tmp_path: Path):
+    grey = np.full((2, 2), 257 * 100, np.uint16)
+    grey[0, 0] = 5
+    Image.fromarray(grey).save(tmp_path / "0.png", transparency=5)
+    assert read_images(tmp_path)[0][0, 0].tolist() == [[255, 100], [100, 100]]
+
+
+def test_a_damaged_npz_is_named(tmp_path: Path, images: torch.Tensor):
+    np.savez_compressed(tmp_path / "a.npz", images=images.numpy())
+    whole = (tmp_path / "a.npz").read_bytes()
+    for broken in (whole[:-30], whole[:40], b"", b"no zip"):
+        (tmp_path / "a.npz").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz"):
+            read_images(tmp_path / "a.npz")
+    np.savez(tmp_path / "a.npz", images=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"a\.npz is not a readable \.npz"):
+        read_images(tmp_path / "a.npz")
+
+
 def test_to_bytes_rounds_and_refuses_other_ranges(images: torch.Tensor):
     assert torch.equal(to_bytes(images.float() / 255), images)
     assert torch.equal(to_bytes(images), images)

@@ -73,6 +73,52 @@ def test_transparency_falls_on_white(tmp_path: Path):
     assert source.images.min() == 255
 
 
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path):
+    """257 v is what v is in 16 bits; the ramp between is rounded."""
+    ramp = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
+    eight = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    (tmp_path / "data").mkdir()
+    Image.fromarray(eight.astype(np.uint16) * 257).save(tmp_path / "data" / "0.png")
+    Image.fromarray(ramp).save(tmp_path / "data" / "1.tiff")
+    Image.fromarray(eight).save(tmp_path / "data" / "2.png")
+    source = load_image_source(ImageDataConfig(train_data_dir=str(tmp_path / "data"), resolution=8), None)
+    assert torch.equal(source.images[0], source.images[2])
+    assert source.images[1, 0].tolist() == np.floor(ramp.astype(np.float64) * 255 / 65535 + 0.5).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_pixels_without_a_range_are_refused_by_their_file(tmp_path: Path, dtype):
+    (tmp_path / "data").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "data" / "0.png")
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "data" / "odd.tiff")
+    with pytest.raises(ValueError, match=r"odd\.tiff.*does not say what white is"):
+        load_image_source(ImageDataConfig(train_data_dir=str(tmp_path / "data"), resolution=8), None)
+
+
+def test_a_damaged_image_is_named(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for number, picture in enumerate(pictures(3)):
+        picture.save(tmp_path / "data" / f"{number}.png")
+    whole = (tmp_path / "data" / "1.png").read_bytes()
+    config_of_folder = ImageDataConfig(train_data_dir=str(tmp_path / "data"), resolution=8)
+    for broken in (whole[: len(whole) // 2], b"no image", b""):
+        (tmp_path / "data" / "1.png").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"row 1 \(.*1\.png\).*cannot be read as an image"):
+            load_image_source(config_of_folder, None)
+    features = datasets.Features({"image": datasets.Image()})
+    stored = [{"bytes": whole, "path": None}, {"bytes": whole[:60], "path": None}]
+    datasets.Dataset.from_dict({"image": stored}, features=features).to_parquet(tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match=r"row 1 of train_data_files=.*bad\.parquet.*cannot be read as an image"):
+        load_image_source(config(tmp_path / "bad.parquet"), None)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path):
+    file = parquet(tmp_path)
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"part\.parquet"):
+        load_image_source(config(file), 3)
+
+
 @pytest.mark.parametrize(
     "changes, num_classes, told",
     [
