@@ -134,7 +134,8 @@ def family_of(model: PreTrainedModel) -> Family:
     """The table's row for a model.
 
     Raises:
-        ValueError: an encoder-decoder; an unknown class; a model with sliding windows or other layers that forget positions.
+        ValueError: an encoder-decoder; an unknown class; a model with sliding windows or other layers that forget positions, or with
+            rotary position codes that depend on the longest position of a call.
     """
     name = type(model).__name__
     if model.config.is_encoder_decoder:
@@ -147,7 +148,22 @@ def family_of(model: PreTrainedModel) -> Family:
         raise ValueError(
             f"{name} has cache layers {sorted(kinds)} (a sliding window?), expected layers that keep every position"
         )
+    if rotary := _by_longest(model):
+        raise ValueError(
+            f"{name} has rotary position codes of type {', '.join(map(repr, rotary))}: their frequencies follow the longest position of "
+            "a call, so what a token is given depends on the tokens it is read with; expected a type with fixed frequencies"
+        )
     return family
+
+
+def _by_longest(model: PreTrainedModel) -> list[str]:
+    """The types of a model's rotary codes whose frequencies transformers recomputes in a forward, from the longest position in it."""
+    given = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    sets = (
+        [given] if "rope_type" in given else [one for one in given.values() if isinstance(one, dict)]
+    )  # by kind of layer
+    types = {one.get("rope_type", "default") for one in sets}
+    return sorted(kind for kind in types if "dynamic" in kind or kind == "longrope")
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:

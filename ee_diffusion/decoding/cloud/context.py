@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ee_diffusion.decoding.cloud.split import Part
+from ee_diffusion.decoding.families import family_of
 
 NO_TOKEN = -1
 
@@ -97,6 +98,7 @@ class ContextManager:
     ):
         if part.side != "cloud":
             raise ValueError(f"the {part.side} part, expected the cloud's")
+        family_of(model)  # refuses a model that reads a session in slices, or beside a longer one, as another text
         self.model, self.part, self.limits, self.clock = model, part, limits, clock
         config = model.config
         self.width, self.vocabulary = config.hidden_size, config.vocab_size
