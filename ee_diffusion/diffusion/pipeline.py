@@ -74,6 +74,7 @@ class EarlyExitPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "transformer"
     _exclude_from_cpu_offload = ["exits"]  # used inside the transformer's forward, wherever that runs
     _callback_tensor_inputs = ["latents"]
+    _guidance_scale = 1.0
 
     def __init__(
         self,
@@ -90,6 +91,16 @@ class EarlyExitPipeline(DiffusionPipeline):
         if transformer.config.text_dim is not None:
             raise ValueError("the transformer takes text, expected one without; it draws by EarlyExitTextPipeline")
         self.register_modules(transformer=transformer, scheduler=scheduler, exits=exits)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the call that goes on, or else of the last one; 1 before the first."""
+        return self._guidance_scale
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether an image of that call has a second row, as diffusers' pipelines say it."""
+        return is_guided(self._guidance_scale)
 
     @torch.no_grad()
     def __call__(
@@ -147,6 +158,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         if not policy.is_off:
             warn_of_course(self, num_inference_steps=steps, guidance_scale=guidance_scale)
         self._check_callback(callback_on_step_end_tensor_inputs)
+        self._guidance_scale = float(guidance_scale)
         device = self._execution_device
         times = self._timesteps(num_inference_steps, timesteps, device)
         latents = self._latents(count, generator, latents, device)

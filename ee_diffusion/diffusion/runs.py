@@ -124,6 +124,8 @@ class Runs:
             return 1
         guided = self._guided if self._family.guided is None else self._family.guided(arguments)
         if guided is None:
+            guided = getattr(self._pipeline, "do_classifier_free_guidance", None)  # what it says of its own call
+        if guided is None:
             raise ValueError(
                 f"{type(self._pipeline).__name__} does not say whether it guides: attach with branches= (rows an image has in a forward)"
             )

@@ -117,6 +117,7 @@ class EarlyExitTextPipeline(EarlyExitPipeline):
         if not policy.is_off:
             warn_of_course(self, num_inference_steps=steps, guidance_scale=guidance_scale)
         self._check_callback(callback_on_step_end_tensor_inputs)
+        self._guidance_scale = float(guidance_scale)
         texts = self.encode_prompt(
             prompt,
             negative_prompt,
