@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 _ABSENT = object()
@@ -13,7 +13,7 @@ class Interception:
     """`target.forward(*args)` (or the method `name`) becomes `wrapper(original, *args)` until `restore()`.
 
     The class is not touched, parameters and state_dict keys do not change, and whatever stood in the instance before (an offload
-    hook's forward, say) stands there again afterwards.
+    hook's forward, say) stands there again afterwards. `copy.deepcopy` and `pickle` make a plain one: a copy with none of this on it.
     """
 
     def __init__(self, target: object, wrapper: Callable[..., Any], *, name: str = "forward"):
@@ -30,23 +30,69 @@ class Interception:
         if self.target.__dict__.get(self.name) is not self._ours:
             self._take()
 
-    def restore(self) -> None:
-        """Put the former method back.
-
-        Raises:
-            RuntimeError: somebody replaced the method after us; restoring would silently undo that.
-        """
+    def require_outermost(self) -> None:
+        """Raises RuntimeError: somebody replaced the method after us; restoring would silently undo that."""
         if self.target.__dict__.get(self.name) is not self._ours:
             raise RuntimeError(
                 f"the {self.name} of {type(self.target).__name__} was replaced by something else after the interception; "
                 "remove that first"
             )
+
+    def restore(self) -> None:
+        """Put the former method back. Raises RuntimeError as `require_outermost` does."""
+        self.require_outermost()
+        attributes = self.target.__dict__
         if self._before is _ABSENT:
-            del self.target.__dict__[self.name]
+            del attributes[self.name]
         else:
-            self.target.__dict__[self.name] = self._before
+            attributes[self.name] = self._before
+        if not any(isinstance(value, _Replaced) for value in attributes.values()):
+            attributes.pop("__reduce_ex__", None)
 
     def _take(self) -> None:
         self._before = self.target.__dict__.get(self.name, _ABSENT)
-        self._ours = functools.partial(self._wrapper, getattr(self.target, self.name))
+        self._ours = _Replaced(self._wrapper, getattr(self.target, self.name))
+        self._ours.interception = self
         self.target.__dict__[self.name] = self._ours
+        self.target.__dict__.setdefault("__reduce_ex__", functools.partial(_reduced_plain, self.target))
+
+
+class _Replaced(functools.partial):
+    """What stands in the place of a method. Copied or pickled (in somebody else's reference to it), it is the method itself."""
+
+    interception: Interception
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.args[-1],)
+
+
+def restore_all(interceptions: Iterable[Interception]) -> None:
+    """Restore them in reverse order: all, or none.
+
+    Raises:
+        RuntimeError: somebody replaced a method after one of them.
+    """
+    taken = list(interceptions)
+    for interception in taken:
+        interception.require_outermost()
+    for interception in reversed(taken):
+        interception.restore()
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _reduced_plain(target: object, protocol: int) -> Any:
+    """What `copy.deepcopy` and `pickle` ask an object for, without what interceptions and attachments put into the instance."""
+    made = type(target).__reduce_ex__(target, protocol)
+    if isinstance(made, str) or len(made) < 3 or not isinstance(made[2], dict):
+        return made
+    state = {name: value for name, value in made[2].items() if name != "__reduce_ex__" and not name.startswith("_ee_")}
+    for name, value in list(state.items()):
+        while isinstance(value, _Replaced) and value.interception.name == name:
+            value = value.interception._before
+            state[name] = value
+        if value is _ABSENT:
+            del state[name]
+    return (*made[:2], state, *made[3:])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.intercept import Interception, restore_all
 
 
 def doubled(original, *args):
@@ -58,3 +61,45 @@ def test_any_method_of_any_object():
     interception.restore()
     assert one.bar(3) == 3
     assert one.__dict__ == {}
+
+
+def test_all_are_restored_or_none():
+    module, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(3, 2)
+    ours = [Interception(layer, doubled) for layer in module]
+    theirs = Interception(module[0], doubled)
+    found = module(x)
+    with pytest.raises(RuntimeError, match="replaced by something else after"):
+        restore_all(ours)
+    assert torch.equal(module(x), found)
+    theirs.restore()
+    restore_all(ours)
+    assert [layer.__dict__.keys() & {"forward", "__reduce_ex__"} for layer in module] == [set(), set()]
+
+
+COPIES = {"copied": copy.deepcopy, "pickled": lambda one: pickle.loads(pickle.dumps(one))}
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_a_copy_is_plain_and_the_original_is_not_touched(made):
+    module, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.randn(3, 2)
+    attributes = [set(one.__dict__) for one in module.modules()]
+    plain = module(x)
+    ours = [Interception(one, doubled) for one in (module, module[0])]
+    ours.append(Interception(module, doubled, name="extra_repr"))
+    twice = Interception(module, doubled)
+    module.elsewhere = module[0].forward  # as an offload hook keeps it
+    found, copied = module(x), made(module)
+    assert torch.equal(copied(x), plain)
+    plain_first = copied[0](x)
+    assert torch.equal(copied.elsewhere(x), plain_first)
+    assert copied.elsewhere.__self__ is copied[0]
+    assert torch.equal(module(x), found)
+    del module.elsewhere, copied.elsewhere
+    assert [set(one.__dict__) for one in copied.modules()] == attributes
+    again = Interception(copied[0], doubled)
+    torch.testing.assert_close(copied[0](x), 2 * plain_first)
+    again.restore()
+    twice.restore()
+    restore_all(ours)
+    assert torch.equal(module(x), plain)
+    assert [set(one.__dict__) for one in module.modules()] == attributes
