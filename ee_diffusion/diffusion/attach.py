@@ -6,10 +6,11 @@ Here: the user's interface. Not here: what an attachment does in a forward (atta
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
 from typing import Any
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
 from ee_diffusion.core.policy import Policy
@@ -24,9 +25,12 @@ from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
 from ee_diffusion.diffusion.runs import Runs
 
+Target = nn.Module | DiffusionPipeline | ModularPipeline
+_ATTACHING = threading.Lock()  # one looks whether exits are there and puts its own on before the next one looks
+
 
 def attach(
-    target: nn.Module | DiffusionPipeline,
+    target: Target,
     heads: DenoiserHeads,
     policy: Policy | None = None,
     *,
@@ -38,7 +42,7 @@ def attach(
     """Attach exits to a diffusers transformer, or to the transformer of a pipeline.
 
     With a policy, calls of the pipeline run with exits from now on, without further code; `summary(pipe)` tells what happened. On a bare
-    transformer (one of a modular pipeline, or in a loop of one's own) say `branches` and `num_steps` then.
+    transformer (in a loop of one's own) and on a modular pipeline, whose transformer is as good as bare, say `branches` and `num_steps`.
 
     Args:
         policy: when to stop; None: only forwards inside `Attachment.use(step)` run with exits.
@@ -64,8 +68,7 @@ def attach(
     if not isinstance(vote, Vote | None):
         raise ValueError(f"vote={vote!r}, expected Vote(group)")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
-    if "_ee_attachment" in transformer.__dict__:
-        raise ValueError(f"exits are attached to this {type(transformer).__name__} already; detach first")
+    _require_free(transformer)
     _check_arguments(transformer, policy, branches, num_steps, bare=pipeline is None)
     num_layers = len(blocks_of(transformer))
     if heads.depths[-1] >= num_layers:
@@ -86,14 +89,30 @@ def attach(
     require_parallel(transformer, blocks_of(transformer), heads, compiled=compiler is not None)
     vote = vote_of(transformer) if vote is None else vote
     held = None if wrapper is transformer else wrapper
-    attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held, vote=vote)
-    if policy is not None:
-        said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
-        if pipeline is not None:
-            said["begins"] = functools.partial(_check_run, pipeline, heads)
-        attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
-    transformer.__dict__["_ee_attachment"] = attachment
+    with _ATTACHING:
+        _require_free(transformer)
+        attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held, vote=vote)
+        if policy is not None:
+            said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
+            if pipeline is not None:
+                said["begins"] = functools.partial(_check_run, pipeline, heads)
+            attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
+        transformer.__dict__["_ee_attachment"] = attachment
     return attachment
+
+
+def _require_free(transformer: nn.Module) -> None:
+    """Raises ValueError if exits are attached."""
+    attachment = transformer.__dict__.get("_ee_attachment")
+    if attachment is None:
+        return
+    kind = type(transformer).__name__
+    if attachment.thread == threading.get_ident():
+        raise ValueError(f"exits are attached to this {kind} already; detach first")
+    raise ValueError(
+        f"this {kind} is in use: another thread attached exits to it (a pipeline with exits inside does so in each call); "
+        "make one call at a time, or give each thread a pipeline and a transformer of its own"
+    )
 
 
 def _check_run(pipeline: DiffusionPipeline, heads: DenoiserHeads, num_steps: int) -> None:
@@ -130,7 +149,7 @@ def _check_arguments(
             raise ValueError(f"branches={branches!r}, num_steps={num_steps!r}, expected whole numbers, at least 1")
 
 
-def detach(target: nn.Module | DiffusionPipeline) -> None:
+def detach(target: Target) -> None:
     """Remove what `attach` did.
 
     Raises:
@@ -139,7 +158,7 @@ def detach(target: nn.Module | DiffusionPipeline) -> None:
     attachment_of(target).detach()
 
 
-def summary(target: nn.Module | DiffusionPipeline) -> str:
+def summary(target: Target) -> str:
     """What is attached to a pipeline or transformer, and what its last run executed.
 
     Raises:
@@ -148,7 +167,7 @@ def summary(target: nn.Module | DiffusionPipeline) -> str:
     return attachment_of(target).summary()
 
 
-def attachment_of(target: nn.Module | DiffusionPipeline) -> Attachment:
+def attachment_of(target: Target) -> Attachment:
     """The attachment on a pipeline's transformer or on a transformer.
 
     Raises:
@@ -160,7 +179,7 @@ def attachment_of(target: nn.Module | DiffusionPipeline) -> Attachment:
     return transformer.__dict__["_ee_attachment"]
 
 
-def transformer_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
+def transformer_of(target: Target) -> nn.Module:
     """A pipeline's component `transformer`, or the transformer itself; out of what `torch.compile` made of it.
 
     Raises:
@@ -169,10 +188,10 @@ def transformer_of(target: nn.Module | DiffusionPipeline) -> nn.Module:
     return unwrapped(_held(target))
 
 
-def _held(target: nn.Module | DiffusionPipeline) -> nn.Module:
+def _held(target: Target) -> nn.Module:
     if isinstance(target, nn.Module):
         return target
-    found = target.components.get("transformer") if isinstance(target, DiffusionPipeline) else None
+    found = target.components.get("transformer") if isinstance(target, DiffusionPipeline | ModularPipeline) else None
     if found is None:
         raise ValueError(
             f"{type(target).__name__} has no transformer; expected a diffusers transformer or a pipeline with one"

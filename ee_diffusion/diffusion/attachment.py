@@ -9,20 +9,22 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.intercept import Interception, restore_all
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.compatible import require_no_cache
 from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
@@ -35,11 +37,18 @@ OF_OTHER_MODELS = frozenset(
 COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class _Now(threading.local):
+    """What a thread is doing: the step that its next forward runs under, and the forward that goes on."""
+
+    step: StepSession | None = None
+    passage: Passage | None = None
+
+
 class Attachment:
     """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
-    compute exactly what they did before.
+    compute exactly what they did before. Each thread has its own step and forward.
 
-    A context manager: leaving it detaches. Made by `attach`.
+    A context manager: leaving it detaches, unless that was done within. Made by `attach`.
     """
 
     def __init__(
@@ -63,15 +72,17 @@ class Attachment:
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
-        self._passage: Passage | None = None
-        self._step: StepSession | None = None
-        self._thread: int | None = None  # which runs the step
+        self._now = _Now()
+        self.thread = threading.get_ident()  # which attached them
+        self._compiling = threading.RLock()  # a compiled forward has places of its own in the blocks: one at a time
         self._signature = signature_of(type(transformer))
         self._interceptions = [
             Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
         ]
         self._interceptions.append(Interception(getattr(transformer, family.tail), self._tail))
         self._interceptions.append(Interception(transformer, self._forward))
+        if isinstance(transformer, CacheMixin):
+            self._interceptions.append(Interception(transformer, self._enable_cache, name="enable_cache"))
         if wrapper is not None:
             self._interceptions.append(Interception(wrapper, self._wrapper))
         self._suspended = {
@@ -90,7 +101,9 @@ class Attachment:
         device: torch.device | None = None,
     ) -> Session:
         """Begin a generation: `policy.start` with this transformer's layers and exits; `device`: where it runs, default where its
-        weights are. Raises ValueError as `policy.start` does, and for a score of classes or tokens, which a denoiser has not."""
+        weights are. Raises ValueError as `policy.start` does, for a score of classes or tokens, which a denoiser has not, and for a cache
+        of diffusers that was enabled since the exits were attached."""
+        require_no_cache(self.transformer)
         score = getattr(policy.criterion, "score", None)
         if score in OF_OTHER_MODELS:
             raise ValueError(f"score {score!r} looks at logits or tokens, a denoiser has none: expected 'certainty'")
@@ -110,18 +123,26 @@ class Attachment:
         """One forward of the transformer inside this context runs under the step session, and closes it. Raises ValueError for else."""
         if not isinstance(step, StepSession):
             raise ValueError(f"use({step!r}), expected a step session: session.step(index, time)")
-        self._step, self._thread = step, threading.get_ident()
+        self._now.step = step
         try:
             yield
         finally:
-            self._step, self._passage, self._thread = None, None, None
+            self._now.step, self._now.passage = None, None
 
     def detach(self) -> None:
-        """Restore the transformer (and pipeline) as it was."""
+        """Restore the transformer (and pipeline) as it was.
+
+        Raises:
+            ValueError: that was done already.
+            RuntimeError: something replaced a forward after the exits were attached; they stay on then.
+        """
+        if not self._attached:
+            raise ValueError(f"these exits were detached from their {type(self.transformer).__name__} already")
+        for interception in self._interceptions:
+            interception.require_outermost()
         if self.runs is not None:
             self.runs.detach()
-        for interception in reversed(self._interceptions):
-            interception.restore()
+        restore_all(self._interceptions)
         self._interceptions = []
         for module, call in self._suspended.items():
             module._compiled_call_impl = call
@@ -164,19 +185,31 @@ class Attachment:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.detach()
+        if self._attached:
+            self.detach()
+
+    @property
+    def _attached(self) -> bool:
+        return self.transformer.__dict__.get("_ee_attachment") is self
+
+    def _enable_cache(self, original, *args, **kwargs):
+        raise ValueError(
+            f"exits are attached to this {type(self.transformer).__name__}: a cache answers from earlier steps what exits decide anew; "
+            "detach first"
+        )
 
     def _forward(self, original, *args, **kwargs):
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
-        self._check_thread()
-        if self._step is None and (self.runs is None or not self._interceptions or self._passage is not None):
-            return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
+        now = self._now
+        if now.step is None and (self.runs is None or not self._interceptions or now.passage is not None):
+            with nullcontext() if self.compiler is None or torch.compiler.is_compiling() else self._compiling:
+                return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
         asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
-        if self._step is not None:
+        if now.step is not None:
             if asked:
                 raise ValueError(f"a forward with {asked[0]} runs without exits: call it outside of use(step)")
-            return self._run(self._step, original, arguments, args, kwargs)
+            return self._run(now.step, original, arguments, args, kwargs)
         if asked:
             return original(*args, **kwargs)
         sample = arguments["hidden_states"]
@@ -184,14 +217,13 @@ class Attachment:
             arguments, times_of(self.family, arguments["timestep"], sample), shape=sample.shape, device=sample.device
         )
         with self.runs.forgotten_if_it_fails():
-            self._thread = threading.get_ident()
             try:
                 return self._run(step, original, arguments, args, kwargs)
             finally:
-                self._passage, self._thread = None, None
+                now.passage = None
 
     def _run(self, step: StepSession, original, arguments: dict[str, Any], args: tuple, kwargs: dict[str, Any]):
-        if self._passage is not None:
+        if self._now.passage is not None:
             raise ValueError(
                 "a second forward under one step session: begin a step for each forward of the transformer"
             )
@@ -209,7 +241,7 @@ class Attachment:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
             if self._keeping:
-                facts["hidden"] = self._passage.lane.kept
+                facts["hidden"] = self._now.passage.lane.kept
             memories = step.session.memories
             memories[step.call] = self.heads.remember(memories.get(step.call), step.rows, **facts)
         step.close()
@@ -247,27 +279,22 @@ class Attachment:
         if self.compiler is not None and self.compiler.takes(step) and not self._keeping:
             places = self._interceptions[: len(self.blocks) + 1]
             given = {"given": (arguments, context), "call": (args, kwargs)}
-            output, answer = self.compiler.whole(step, original, places, **given)
+            with self._compiling:
+                output, answer = self.compiler.whole(step, original, places, **given)
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
         keep = self.heads.keeps if self._keeping and step.last == step.session.num_layers else ()
         lane, rows_for = Lane(step, heads, context, keep=keep), None if self.compiler is None else bucket
-        self._passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for)
-        output = original(*args, **kwargs)
-        if self.compiler is not None:
-            self.padded += self._passage.padded
-        return _with(output, self._passage.answers) if self.heads.space == "output" else output
+        passage = self._now.passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for)
+        with nullcontext() if self.compiler is None else self._compiling:
+            output = original(*args, **kwargs)
+            self.padded += passage.padded
+        return _with(output, passage.answers) if self.heads.space == "output" else output
 
     def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
         if self._remembering and step.may_exit:
             return heads.recall(step.session.memories.get(step.call), sample, timestep)
         return heads.context(timestep) if step.measures else {"timestep": timestep}
-
-    def _check_thread(self) -> None:
-        if self._thread is not None and self._thread != threading.get_ident():
-            raise RuntimeError(
-                "two threads call one transformer that has exits: give each thread a pipeline of its own"
-            )
 
     def _check(self, step: StepSession, sample: Tensor) -> None:
         expected = len(step.session.rows)
@@ -279,20 +306,21 @@ class Attachment:
 
     def _wrapper(self, original, *args, **kwargs):
         """What `torch.compile` returned is called: exits are on the module inside; without exits, as compiled as ever."""
-        idle = self._step is None and self.runs is None
+        idle = self._now.step is None and self.runs is None
         return original(*args, **kwargs) if idle else self.transformer(*args, **kwargs)
 
     def _block(self, layer: int, original, *args, **kwargs):
-        if self._passage is None:
+        passage = self._now.passage
+        if passage is None:
             return original(*args, **kwargs)
-        self._check_thread()
         if self.compiler is not None:
             original = self.compiler.block(layer, original)
-        return self._passage.block(layer, original, args, kwargs)
+        return passage.block(layer, original, args, kwargs)
 
     def _tail(self, original, hidden: Tensor, *args, **kwargs):
-        if self._passage is not None:
-            hidden = self._passage.to_tail(hidden)
+        passage = self._now.passage
+        if passage is not None:
+            hidden = passage.to_tail(hidden)
         return original(hidden, *args, **kwargs)
 
 

@@ -27,6 +27,14 @@ CACHE_HOOKS = (
 
 def require_attachable(transformer: nn.Module, family: Family) -> None:
     """Raises ValueError if exits cannot be attached to this transformer as it stands, and says what to do."""
+    require_no_cache(transformer)
+    for name in family.lists:
+        for index, block in enumerate(getattr(transformer, name)):
+            _require_known(block, f"{name}[{index}]", family)
+
+
+def require_no_cache(transformer: nn.Module) -> None:
+    """Raises ValueError if a cache of diffusers, or another hook that answers in the place of blocks, is on this transformer."""
     if isinstance(transformer, CacheMixin) and transformer.is_cache_enabled:
         raise ValueError(
             f"a cache is enabled on this {type(transformer).__name__}: it answers from earlier steps what exits decide anew; "
@@ -37,11 +45,8 @@ def require_attachable(transformer: nn.Module, family: Family) -> None:
         caches = [hook for hook in (registry.hooks if registry else ()) if hook.startswith(CACHE_HOOKS)]
         if caches:
             raise ValueError(
-                f"the diffusers hook {caches[0]!r} is on {name or 'the transformer'}; remove it before attaching exits"
+                f"the diffusers hook {caches[0]!r} is on {name or 'the transformer'}; exits do not go with it: remove it"
             )
-    for name in family.lists:
-        for index, block in enumerate(getattr(transformer, name)):
-            _require_known(block, f"{name}[{index}]", family)
 
 
 def _require_known(block: nn.Module, place: str, family: Family) -> None:

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.intercept import Interception, restore_all
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
@@ -64,8 +64,7 @@ class Runs:
 
     def detach(self) -> None:
         """Restore the pipeline's methods."""
-        for interception in reversed(self._interceptions):
-            interception.restore()
+        restore_all(self._interceptions)
         self._interceptions = []
 
     def step(

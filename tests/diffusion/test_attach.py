@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 from factories import (
     IMAGES,
     LAYOUTS,
@@ -21,12 +25,15 @@ from factories import (
     uvit,
 )
 from laws import counting
+from stock import dit_pipeline
+from tiny_families import forward, inputs_of, model_named
 from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
-from ee_diffusion.diffusion.attach import attach, detach
+from ee_diffusion.diffusion.adapters import AdapterExits
+from ee_diffusion.diffusion.attach import attach, attachment_of, detach
 from ee_diffusion.diffusion.families import FAMILIES, Family, family_of, register_family
 from ee_diffusion.diffusion.packed import PackedExits
 
@@ -377,3 +384,99 @@ def test_families(monkeypatch):
     assert family_of(Mine()).blocks == "blocks"
     with pytest.raises(dataclasses.FrozenInstanceError):
         family_of(Mine()).blocks = "layers"
+
+
+# --- copies, and what comes after attaching
+
+
+COPIES = {"copied": copy.deepcopy, "pickled": lambda one: pickle.loads(pickle.dumps(one))}
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_a_copy_of_an_attached_pipeline_is_plain_and_can_be_attached_to(made):
+    pipe, call = dit_pipeline(), {"num_inference_steps": 2, "output_type": "np"}
+    exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=0)
+
+    def drawn(pipe) -> Tensor:
+        return torch.from_numpy(pipe([1, 2], generator=torch.Generator().manual_seed(0), **call).images)
+
+    attributes = [set(one.__dict__) for one in (pipe, *pipe.transformer.modules())]
+    plain = drawn(pipe)
+    attachment = attach(pipe, exits, Policy(schedule=FixedDepth(1)))
+    early = drawn(pipe)
+    copied = made(pipe)
+    alone = made(pipe.transformer)
+    assert [set(one.__dict__) for one in alone.modules()] == attributes[1:]
+    assert [set(one.__dict__) for one in (copied, *copied.transformer.modules())] == attributes
+    assert torch.equal(drawn(copied), plain)
+    with pytest.raises(ValueError, match="no exits are attached"):
+        detach(copied)
+    with attach(copied, exits, Policy(schedule=FixedDepth(2))) as other:
+        between = drawn(copied)
+        assert other.report.mean_executed == 2
+    assert not torch.equal(between, plain)
+    assert torch.equal(drawn(pipe), early)
+    assert attachment.report.mean_executed == 1
+    detach(pipe)
+    assert torch.equal(drawn(pipe), plain)
+    assert torch.equal(drawn(copied), plain)
+    assert [set(one.__dict__) for one in (pipe, *pipe.transformer.modules())] == attributes
+
+
+def test_detached_within_its_context(small: AttachedDriver):
+    attributes = [set(one.__dict__) for one in small.model.modules()]
+    with attach(small.model, small.heads) as attachment:
+        detach(small.model)
+    assert [set(one.__dict__) for one in small.model.modules()] == attributes
+    with pytest.raises(ValueError, match=r"were detached from their .* already"):
+        attachment.detach()
+    with attach(small.model, small.heads), attach_again(small):
+        pass  # the outer context leaves what is not its own
+    assert [set(one.__dict__) for one in small.model.modules()] == attributes
+
+
+@contextmanager
+def attach_again(driver: AttachedDriver):
+    detach(driver.model)
+    other = attach(driver.model, driver.heads)
+    yield
+    other.detach()
+
+
+def test_what_was_replaced_since_is_left_as_it_stands():
+    pipe = dit_pipeline()
+    exits, block = (
+        AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=0),
+        pipe.transformer.transformer_blocks[1],
+    )
+    attach(pipe, exits, Policy(schedule=FixedDepth(1)))
+    ours, block.forward = block.forward, lambda *args, **kwargs: ours(*args, **kwargs)
+    with pytest.raises(RuntimeError, match="replaced by something else"):
+        detach(pipe)
+    block.forward = ours
+    pipe([1], num_inference_steps=2)
+    assert attachment_of(pipe).report.mean_executed == 1, "nothing was taken off"
+    detach(pipe)
+    assert "forward" not in block.__dict__
+    assert "progress_bar" not in pipe.__dict__
+
+
+def test_a_cache_that_comes_after_the_exits():
+    name = "FluxTransformer2DModel"
+    model = model_named(name)
+    exits = AdapterExits.for_transformer(model, (1, 2), rank=0)
+    config = FirstBlockCacheConfig(threshold=0.1)
+    with attach(model, exits, Policy(schedule=FixedDepth(1)), branches=1, num_steps=1):
+        with pytest.raises(ValueError, match="exits are attached to this FluxTransformer2DModel: a cache answers"):
+            model.enable_cache(config)
+        assert not model.is_cache_enabled
+        assert forward(model, inputs_of(name, [0, 1], time=500.0)).isfinite().all()
+        apply_first_block_cache(model, config)
+        with pytest.raises(ValueError, match="the diffusers hook 'fbc_leader_block_hook' is on transformer_blocks"):
+            forward(model, inputs_of(name, [0, 1], time=900.0))
+        for module in model.modules():
+            registry = module.__dict__.get("_diffusers_hook")
+            for hook in [] if registry is None else [hook for hook in registry.hooks if hook.startswith("fbc_")]:
+                registry.remove_hook(hook, recurse=False)
+    model.enable_cache(config)
+    assert model.is_cache_enabled

@@ -15,7 +15,7 @@ from tiny_pipelines import STEPS, call_of, images_of, pipe
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
-from ee_diffusion.diffusion.attach import attach, detach, summary
+from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary
 from ee_diffusion.diffusion.families import family_of
 from ee_diffusion.diffusion.runs import Runs
 
@@ -45,7 +45,8 @@ def test_a_bare_transformer_in_a_loop_of_ones_own():
         forward(model, inputs[0])
 
 
-def test_the_transformer_inside_a_modular_pipeline():
+@pytest.mark.parametrize("by", ["pipeline", "transformer"])
+def test_the_transformer_inside_a_modular_pipeline(by: str):
     made, model = FluxCoreDenoiseStep().init_pipeline(), pipe("flux").transformer
     made.update_components(transformer=model, scheduler=pipe("flux").scheduler)
     made.set_progress_bar_config(disable=True)
@@ -55,10 +56,18 @@ def test_the_transformer_inside_a_modular_pipeline():
     arguments = {name: value for name, value in arguments.items() if name not in ("true_cfg_scale", "output_type")}
     plain = made(**arguments, output="latents")
     plan = Policy(Planned(((1, 6, 2), (4, 6, 0), (3, 6, 6))))
-    with attach(model, exits_for(model), plan, branches=1, num_steps=STEPS) as attachment:
+    target = {"pipeline": made, "transformer": model}[by]
+    with pytest.raises(ValueError, match=r"bare FluxTransformer2DModel needs branches="):
+        attach(target, exits_for(model), plan)
+    with attach(target, exits_for(model), plan, branches=1, num_steps=STEPS) as attachment:
+        assert attachment_of(made) is attachment
         generators = [torch.Generator().manual_seed(image) for image in IMAGES]
         found = made(**arguments | {"generator": generators}, output="latents")
         assert attachment.trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
+        assert "3 elements x 3 steps" in summary(made)
+    assert "forward" not in model.__dict__
+    with pytest.raises(ValueError, match="ModularPipeline has no transformer"):
+        attach(FluxCoreDenoiseStep().init_pipeline(), exits_for(model))
     torch.testing.assert_close(found[1], plain[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(found[0], plain[0], rtol=1e-3, atol=1e-4)
 
