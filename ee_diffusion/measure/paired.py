@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from ee_diffusion.measure.files import check_images
+
 # Images of 8 bits that differ at all stay below 20 log10(255) + 10 log10(C H W): 83 dB at 3x32x32. So the cap means "identical" there.
 PSNR_CAP = 100.0
 SSIM_WINDOW = 11
@@ -112,6 +114,5 @@ def _pair(images: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     for name, given in (("images", images), ("reference", reference)):
         if given.ndim != 4 or not given.is_floating_point():
             raise ValueError(f"{name} is {given.dtype} {tuple(given.shape)}, expected float (B, C, H, W)")
-        if not (given.min() >= 0 and given.max() <= 1):
-            raise ValueError(f"{name} spans {given.min():.3g} to {given.max():.3g}, expected [0, 1] without NaN")
+        check_images(given, name)
     return images.double(), reference.double()

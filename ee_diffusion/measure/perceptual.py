@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ee_diffusion.measure.classifiers import data_folder, load_weights
+from ee_diffusion.measure.files import check_images
 
 LPIPS_FILE = "perceptual/lpips_alexnet.safetensors"
 SMALLEST = 31
@@ -53,8 +54,7 @@ class LPIPS(nn.Module):
             if given.ndim != 4 or given.shape[1] != 3 or min(given.shape[2:]) < SMALLEST or given.shape != images.shape:
                 came, size = tuple(given.shape), f"{SMALLEST}x{SMALLEST}"
                 raise ValueError(f"{name} is {came}, expected two equal shapes (B, 3, H, W) of at least {size}")
-            if len(given) and not (given.min() >= 0 and given.max() <= 1):
-                raise ValueError(f"{name} spans {given.min():.3g} to {given.max():.3g}, expected [0, 1] without NaN")
+            _check_floats(given, name)
         total = images.new_zeros(len(images))  # (B,)
         pairs = zip(self._activations(images), self._activations(reference), strict=True)
         for index, (left, right) in enumerate(pairs):
@@ -89,17 +89,25 @@ def lpips(network: LPIPS, images: Tensor, reference: Tensor, *, batch_size: int 
     """LPIPS of many pairs, batch by batch on the network's device, without gradients or TF32: (B, 3, H, W) twice -> (B,) float64, CPU.
 
     Raises:
-        ValueError: no images, shapes that differ, a batch size below one.
+        ValueError: no images, shapes that differ, a batch size below one, images that are not floating point in [0, 1], NaN.
     """
     if images.shape != reference.shape or not len(images) or batch_size < 1:
         came = f"{tuple(images.shape)} and {tuple(reference.shape)} in batches of {batch_size}"
         raise ValueError(f"{came}, expected two equal shapes with at least one image each")
+    for name, given in (("images", images), ("reference", reference)):
+        _check_floats(given, name)
     like = next(network.parameters())
     found = []
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for left, right in zip(images.split(batch_size), reference.split(batch_size), strict=True):
             found.append(network(left.to(like), right.to(like)).cpu().double())
     return torch.cat(found)
+
+
+def _check_floats(images: Tensor, name: str) -> None:
+    if not images.is_floating_point():
+        raise ValueError(f"{name} are {images.dtype}, expected floating point in [0, 1]")
+    check_images(images, name)
 
 
 def _unit(activations: Tensor) -> Tensor:

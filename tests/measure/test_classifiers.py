@@ -102,6 +102,32 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]):
         random_resnet()(torch.rand(shape))
 
 
+@pytest.mark.parametrize(
+    "images, told",
+    [
+        (torch.full((2, 3, 32, 32), 200.0), "images span 200 to 200, expected"),
+        (torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1, "images span -"),
+        (torch.full((2, 3, 32, 32), 200), "images are torch.int64, expected uint8 or floating point"),
+        (torch.full((2, 3, 32, 32), math.nan), "images span nan"),
+    ],
+)
+def test_images_of_another_range_are_refused_wherever_they_come_in(images: torch.Tensor, told: str):
+    network, labels = ResNetFeatures(CifarResNet(1)).eval(), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=told):
+        extract(network, images, batch_size=1)
+    with pytest.raises(ValueError, match=told):
+        class_accuracy(network.classifier, images, labels)
+    for forward in (network, network.classifier, InceptionFeatures(nn.AvgPool2d(299))):
+        with pytest.raises(ValueError, match=told if images.is_floating_point() else "expected float"):
+            forward(images)
+
+
+def test_labels_that_are_no_integers_are_refused():
+    for labels in (torch.tensor([True, False]), torch.tensor([0.0, 1.0])):
+        with pytest.raises(ValueError, match="expected integers"):
+            class_accuracy(CifarResNet(1).eval(), torch.zeros(2, 3, 32, 32), labels)
+
+
 def test_weights_are_loaded_whole_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(NETWORKS, "resnet8", (1, "classifiers/tiny.safetensors"))
     path = tmp_path / "classifiers" / "tiny.safetensors"

@@ -105,9 +105,9 @@ def test_bad_pairs_are_refused(measure):
         measure(left, images(3))
     with pytest.raises(ValueError, match="equal shapes"):
         measure(left[:0], left[:0])
-    with pytest.raises(ValueError, match="reference spans"):
+    with pytest.raises(ValueError, match="reference span "):
         measure(left, left * 2 - 1)
-    with pytest.raises(ValueError, match="images spans nan"):
+    with pytest.raises(ValueError, match="images span nan"):
         measure(left * math.nan, left)
     with pytest.raises(ValueError, match="expected float"):
         measure((left * 255).byte(), (left * 255).byte())
@@ -210,10 +210,19 @@ def test_bad_pairs_for_lpips_are_refused():
     network = small_lpips()
     with pytest.raises(ValueError, match="31x31"):
         network(images(1, 30), images(1, 30))
-    with pytest.raises(ValueError, match="reference spans"):
+    with pytest.raises(ValueError, match="reference span "):
         network(images(1, 32), images(1, 32) * 2)
     with pytest.raises(ValueError, match="equal shapes"):
         lpips(network, images(2, 32), images(1, 32))
+    black = torch.zeros(2, 3, 32, 32)
+    for odd in (torch.uint8, torch.int64):  # black in whatever dtype lies in [0, 1]
+        with pytest.raises(ValueError, match=f"reference are {odd}, expected floating point"):
+            lpips(network, black, black.to(odd))
+    seen = []
+    network.register_forward_pre_hook(lambda *_: seen.append(1))
+    with pytest.raises(ValueError, match="images span 0 to 2"):
+        lpips(network, torch.cat([black, black + 2]), torch.cat([black, black]), batch_size=2)
+    assert not seen, "refused before any work"
 
 
 @pytest.mark.data
