@@ -4,7 +4,7 @@ python eval/clip_score.py --model runs/text_exits --text_encoder sentence-transf
 
 `--model`: any pipeline folder of diffusers that takes `prompt`, or one of this package; `--prompts`: a .tsv or .csv with a header
 (`--prompt_column`), or a .txt with a prompt a line. `--clip`: a path or Hub name of any CLIPModel with its processor: the score depends on
-which, so it is written beside it. `--shuffled` scores the same images against prompts of other images: what blind drawing gets.
+which, so it is written beside it, and prompts longer than its text model reads are cut (`prompts_cut`). `--shuffled` scores the same images against prompts of other images: what blind drawing gets.
 Writes images.safetensors, config.json and report.json.
 """  # noqa: E501  (a command is one line)
 
@@ -20,7 +20,7 @@ from transformers import CLIPModel, CLIPProcessor
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clip_score import clip_scores, read_prompts
+from ee_diffusion.measure.clip_score import clip_scores, cut_prompts, read_prompts
 from ee_diffusion.measure.paired import summary
 from ee_diffusion.measure.splits import seeds
 from ee_diffusion.measure.tables import write_json, write_report, write_tensors
@@ -60,17 +60,23 @@ def main() -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = Path(options.output_dir)
     write_json(folder / "config.json", asdict(options))
+    judge = {
+        "model": CLIPModel.from_pretrained(options.clip, dtype=torch.float32).to(device),
+        "processor": CLIPProcessor.from_pretrained(options.clip),
+    }
+    cut = cut_prompts(prompts, **judge)
+    if cut:
+        print(
+            f"{cut} of {len(prompts)} prompts are longer than the text model of {options.clip} reads and are cut",
+            flush=True,
+        )
     policy = {} if options.exit_policy is None else {"exit_policy": Policy.load(options.exit_policy)}
     pipeline = load_text_pipeline(options.model, text_encoder=options.text_encoder, device=device)
     call = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     chosen = seeds("test", len(prompts))
     images, trace = draw(pipeline, prompts, chosen, batch_size=options.batch_size, **call, **policy)
     write_tensors(folder / "images.safetensors", {"images": images})
-    judge = {
-        "model": CLIPModel.from_pretrained(options.clip, dtype=torch.float32).to(device),
-        "processor": CLIPProcessor.from_pretrained(options.clip),
-    }
-    report = {"clip": options.clip, "clip_score": summary(clip_scores(images, prompts, **judge))}
+    report = {"clip": options.clip, "prompts_cut": cut, "clip_score": summary(clip_scores(images, prompts, **judge))}
     if options.shuffled:
         turned = [*prompts[1:], prompts[0]]
         report["clip_score_shuffled"] = summary(clip_scores(images, turned, **judge))

@@ -20,18 +20,20 @@ WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "red", "green", "blue", "apple
 CAPTIONS = ("red apple", "a blue car", "green hat", "red flag", "blue hat", "a green apple", "red car", "blue flag")
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
     """Whole words, [CLS] before and [SEP] behind, as BERT's."""
-    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    inner.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    inner.post_processor = processors.BertProcessing(*((word, words.index(word)) for word in ("[SEP]", "[CLS]")))
     special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
     return PreTrainedTokenizerFast(tokenizer_object=inner, **special)
 
 
-def tiny_encoder() -> BertModel:
+def tiny_encoder(places: int = 80) -> BertModel:
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=80, **sizes), add_pooling_layer=False)
+    model = BertModel(
+        BertConfig(vocab_size=len(WORDS), max_position_embeddings=places, **sizes), add_pooling_layer=False
+    )
     return randomise(model, seed=6).eval()
 
 

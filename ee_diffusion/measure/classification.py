@@ -24,12 +24,14 @@ def figures(logits: Tensor, labels: Tensor) -> dict[str, float]:
     softmax), `brier` (sum over classes of squared differences). C = 1 and floating labels: `spearman`, `mse`.
 
     Raises:
-        ValueError: nothing to judge, or shapes that do not fit.
+        ValueError: nothing to judge, shapes that do not fit, NaN.
     """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(
             f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)}, expected (n, C) and (n,), n >= 1"
         )
+    if logits.isnan().any() or (labels.is_floating_point() and labels.isnan().any()):
+        raise ValueError("logits or labels hold NaN")
     logits = logits.double()
     if labels.is_floating_point():
         values = logits[:, 0]

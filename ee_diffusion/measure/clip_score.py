@@ -7,7 +7,8 @@ n images, C, H, W pixels.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics.multimodal import CLIPScore
 
 PROMPT_FILES = (".tsv", ".csv", ".txt")
+ANY_END = 2  # an end token of old configs, for which transformers reads at the largest id
 
 
 class TensorCLIP(nn.Module):
@@ -36,22 +38,46 @@ class TensorCLIP(nn.Module):
 def clip_scores(images: Tensor, prompts: Sequence[str], *, model: nn.Module, processor: Callable) -> Tensor:
     """`100 cos(E_image, E_prompt)` per image (Hessel et al., CLIPScore, arXiv 2104.08718, eq. 1 with w = 100 and without the cut at 0).
 
-    images (n, 3, H, W) uint8 with a prompt each -> (n,) float64. torchmetrics' own figure is their mean, cut at 0.
+    images (n, 3, H, W) uint8 with a prompt each -> (n,) float64. torchmetrics' own figure is their mean, cut at 0. Prompts longer than the
+    text model reads are cut, their end token kept (`cut_prompts` counts them).
 
     Raises:
-        ValueError: no images, another dtype, or another number of prompts.
+        ValueError: no images, another dtype or number of channels, another number of prompts, a processor that ends a prompt without the
+            token at which the model reads it.
     """
-    if images.ndim != 4 or images.dtype != torch.uint8 or not len(images) or len(prompts) != len(images):
+    if (
+        images.ndim != 4
+        or images.shape[1] != 3
+        or images.dtype != torch.uint8
+        or not len(images)
+        or len(prompts) != len(images)
+    ):
         raise ValueError(
             f"images are {images.dtype} {tuple(images.shape)} with {len(prompts)} prompts, expected uint8 (n, 3, H, W) and n"
         )
-    metric = CLIPScore(lambda: (TensorCLIP(model).eval(), processor)).to(next(model.parameters()).device)
+    text = model.config.text_config
+    cut = partial(_cut, processor, text.max_position_embeddings)
+    if text.eos_token_id != ANY_END:
+        ended = [text.eos_token_id in ids for ids in cut(text=list(prompts))["input_ids"]]
+        if not all(ended):
+            alone = prompts[ended.index(False)]
+            raise ValueError(
+                f"prompt {alone!r} comes without the end token {text.eos_token_id} of the model (all would read alike), "
+                "expected the model's own processor"
+            )
+    metric = CLIPScore(lambda: (TensorCLIP(model).eval(), cut)).to(next(model.parameters()).device)
     scores = []
     for image, prompt in zip(images.to(metric.device), prompts, strict=True):
         metric.reset()
         metric.update(image, prompt)
         scores.append(metric.score.double().cpu())
     return torch.stack(scores)
+
+
+def cut_prompts(prompts: Sequence[str], *, model: nn.Module, processor: Callable) -> int:
+    """How many prompts are longer than the text model reads."""
+    longest = model.config.text_config.max_position_embeddings
+    return sum(len(ids) > longest for ids in processor(text=list(prompts))["input_ids"])
 
 
 def read_prompts(path: str | Path, *, column: str) -> list[str]:
@@ -77,6 +103,14 @@ def read_prompts(path: str | Path, *, column: str) -> list[str]:
             f"{path} holds {len(prompts)} prompts, {prompts.count('')} of them empty, expected some, none empty"
         )
     return prompts
+
+
+def _cut(processor: Callable, longest: int, **given: object) -> Mapping:
+    """What the processor makes of it, no prompt longer than `longest` tokens. torchmetrics' own cut takes the end token off, at whose place
+    the model reads the prompt: it would read the first token, which is the same for all prompts."""
+    if given.get("text") is None:
+        return processor(**given)
+    return processor(**given, truncation=True, max_length=longest)
 
 
 def _tensor(features: Tensor | object) -> Tensor:

@@ -1,6 +1,7 @@
 """Files on disk: written whole or not at all, and image sets read as bytes.
 
-Here: atomic writers, the digest of tensors, `read_images`, `check_images`. Not here: what a report holds (tables.py), cached statistics (references.py).
+Here: atomic writers, the digest of tensors, `read_images`, `check_images`. Not here: what a report holds (tables.py), cached statistics
+(references.py).
 M images, C = 3 channels, H x W pixels.
 """
 

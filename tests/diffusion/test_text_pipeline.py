@@ -66,6 +66,17 @@ def test_a_prompt_does_not_depend_on_its_batch_mates():
     assert not torch.equal(both[0], both[1])
 
 
+@pytest.mark.parametrize("places", [16, 80])
+def test_long_prompts_are_cut_to_what_the_encoder_reads_with_a_warning(places):
+    """To 77 tokens, and to fewer where the encoder has fewer places."""
+    encoder, tokenizer = tiny_encoder(places), tiny_tokenizer()
+    longest = min(places, 77)
+    fits = " ".join((["red", "apple"] * 40)[: longest - 2])  # with two special tokens
+    with pytest.warns(UserWarning, match=f"1 of the prompts are longer than the {longest} tokens"):
+        found = encode_prompts(tokenizer, encoder, [fits + " car", "hat"], num_tokens=TOKENS)
+    assert torch.equal(found, encode_prompts(tokenizer, encoder, [fits, "hat"], num_tokens=TOKENS))
+
+
 def test_the_prompt_decides(pipe):
     images = call(pipe).images
     assert images.shape == (3, 3, 32, 32)

@@ -24,7 +24,7 @@ from tree import ROOT
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-from ee_diffusion.measure.clip_score import TensorCLIP, clip_scores, read_prompts
+from ee_diffusion.measure.clip_score import TensorCLIP, clip_scores, cut_prompts, read_prompts
 from ee_diffusion.measure.matching import ImageTower, save_tower
 from ee_diffusion.training.captions import CaptionConfig, Captioned, split_of
 
@@ -38,22 +38,27 @@ import retrieval
 from diffusion_results import matching
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    """A tiny CLIP with random weights and its processor, on disk."""
+def save_clip(folder: Path, words: tuple[str, ...]) -> Path:
+    """A tiny CLIP with random weights, that reads 16 tokens, and its processor."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = sizes | {"vocab_size": len(WORDS), "max_position_embeddings": 16, "eos_token_id": 2, "bos_token_id": 1}
+    ends = {"eos_token_id": words.index("[SEP]"), "bos_token_id": words.index("[CLS]")}
+    text = sizes | ends | {"vocab_size": len(words), "max_position_embeddings": 16}
     config = CLIPConfig(text_config=text, vision_config=sizes | {"image_size": 16, "patch_size": 8}, projection_dim=8)
     model = CLIPModel(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embedding" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
-    folder = tmp_path_factory.mktemp("clip")
     model.save_pretrained(folder)
     images = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    CLIPProcessor(images, tiny_tokenizer()).save_pretrained(folder)
+    CLIPProcessor(images, tiny_tokenizer(words)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    """One whose end token is 2, as of old configs."""
+    return save_clip(tmp_path_factory.mktemp("clip"), WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,32 @@ def test_scores_are_the_cosine_and_their_mean_is_that_of_torchmetrics(clip: Path
         clip_scores(images.float(), prompts, **parts)
 
 
+LONG = [" ".join(["a red apple"] * 8), " ".join(["a blue car"] * 8), " ".join(["green hat flag"] * 5 + ["car"] * 9)]
+
+
+@pytest.mark.parametrize(
+    "words", [WORDS, (*WORDS[:2], WORDS[3], "[SEP]", *WORDS[4:])], ids=["old end token", "end token"]
+)
+def test_long_prompts_are_cut_before_their_end_token(words, tmp_path):
+    """What a longer text model of the same weights says of the prompt's first words and the end token."""
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(3, -1, -1, -1)
+    parts = judge(save_clip(tmp_path, words))
+    found = clip_scores(images, LONG, **parts)
+    short = [" ".join(prompt.split()[:14]) for prompt in LONG]  # 14 words and two special tokens
+    torch.testing.assert_close(found, clip_scores(images, short, **parts))
+    assert (found[:, None] - found).abs().fill_diagonal_(1).min() > 0.01, "prompts are told apart"
+    assert cut_prompts([*LONG, *short, "a hat"], **parts) == 3
+
+
+def test_a_processor_without_the_models_end_token_is_refused(clip, tmp_path):
+    other = judge(save_clip(tmp_path, (*WORDS[:2], WORDS[3], "[SEP]", *WORDS[4:])))
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="without the end token 3"):
+        clip_scores(images, ["red apple"], model=other["model"], processor=judge(clip)["processor"])
+    with pytest.raises(ValueError, match=r"expected uint8 \(n, 3, H, W\)"):
+        clip_scores(images[:, :1], ["red apple"], **other)
+
+
 def test_prompt_files(tmp_path: Path):
     (tmp_path / "a.tsv").write_text('Prompt\tCategory\na "red" apple\tFood\nblue car\tVehicles\n')
     assert read_prompts(tmp_path / "a.tsv", column="Prompt") == ['a "red" apple', "blue car"]
@@ -131,6 +162,7 @@ def test_clip_score_from_folder_to_report(clip, model, tmp_path, monkeypatch):
     call(monkeypatch, clip_score, *flags, "--output_dir", tmp_path / "full")
     call(monkeypatch, clip_score, *flags, "--output_dir", tmp_path / "exits", "--exit_policy", model / "policy.json")
     full, exits = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("full", "exits"))
+    assert full["prompts_cut"] == 0
     assert full["clip_score"]["count"] == full["clip_score_shuffled"]["count"] == 5
     assert "share_of_blocks" not in full
     assert 0 < exits["share_of_blocks"] < 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -30,4 +32,7 @@ def test_regression():
 def test_refused():
     for logits, labels in ((torch.zeros(0, 2), torch.zeros(0).long()), (torch.zeros(2, 2), torch.zeros(3).long())):
         with pytest.raises(ValueError, match="expected"):
+            figures(logits, labels)
+    for logits, labels in ((P.log() * math.nan, LABELS), (torch.tensor([[math.nan]]), torch.tensor([0.5]))):
+        with pytest.raises(ValueError, match="NaN"):
             figures(logits, labels)
