@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.checkpointing import blocks_called_directly, checkpoint_of
 from ee_diffusion.diffusion.compatible import require_no_cache
 from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of
@@ -74,7 +75,7 @@ class Attachment:
         self._packable = isinstance(heads, PackableHeads)
         self._now = _Now()
         self.thread = threading.get_ident()  # which attached them
-        self._compiling = threading.RLock()  # a compiled forward has places of its own in the blocks: one at a time
+        self._alone = threading.RLock()  # for forwards that replace more than we did: compiled or checkpointed ones
         self._signature = signature_of(type(transformer))
         self._interceptions = [
             Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
@@ -202,7 +203,7 @@ class Attachment:
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
         now = self._now
         if now.step is None and (self.runs is None or not self._interceptions or now.passage is not None):
-            with nullcontext() if self.compiler is None or torch.compiler.is_compiling() else self._compiling:
+            with self._alone_if(self.compiler is not None and not torch.compiler.is_compiling()):
                 return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
         asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
@@ -276,19 +277,29 @@ class Attachment:
     def _through(self, step: StepSession, original, given: tuple, args: tuple, kwargs: dict[str, Any]):
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
         heads, arguments, context = given
-        if self.compiler is not None and self.compiler.takes(step) and not self._keeping:
+        checkpoint = checkpoint_of(self.transformer)
+        if self.compiler is not None and self.compiler.takes(step) and not self._keeping and checkpoint is None:
             places = self._interceptions[: len(self.blocks) + 1]
             given = {"given": (arguments, context), "call": (args, kwargs)}
-            with self._compiling:
+            with self._alone:
                 output, answer = self.compiler.whole(step, original, places, **given)
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
         keep = self.heads.keeps if self._keeping and step.last == step.session.num_layers else ()
         lane, rows_for = Lane(step, heads, context, keep=keep), None if self.compiler is None else bucket
-        passage = self._now.passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for)
-        with nullcontext() if self.compiler is None else self._compiling:
-            output = original(*args, **kwargs)
+        passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for, checkpoint=checkpoint)
+        self._now.passage = passage
+        with self._alone_if(self.compiler is not None or checkpoint is not None):
+            if checkpoint is None:
+                output = original(*args, **kwargs)
+            else:
+                with blocks_called_directly(self.transformer, self.blocks):
+                    output = original(*args, **kwargs)
             self.padded += passage.padded
         return _with(output, passage.answers) if self.heads.space == "output" else output
+
+    def _alone_if(self, needed: bool) -> AbstractContextManager[Any]:
+        """Where it is needed, other threads' forwards of this kind wait."""
+        return self._alone if needed else nullcontext()
 
     def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""

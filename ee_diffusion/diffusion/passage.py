@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.diffusion.checkpointing import Checkpoint, checkpointed
 from ee_diffusion.diffusion.families import Family
 
 TEXT = "encoder_hidden_states"
@@ -62,13 +63,15 @@ class Passage:
         arguments: Mapping[str, Any],
         *,
         rows_for: Callable[[int, int], int] | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
-        """rows_for: (r, R) -> how many rows a block gets while r of R run, the first of them repeated; None: r."""
+        """rows_for: (r, R) -> how many rows a block gets while r of R run, the first of them repeated; None: r. checkpoint: what blocks
+        are called with, to be computed again in the backward pass."""
         self.lane, self.family, self.layers = lane, family, layers
         given = any(arguments.get(name) is not None for name in family.residuals)
         self.whole = bool(family.frozen) or given  # the parent holds R rows between blocks, not r
         self.num_text = arguments[TEXT].shape[1] if family.concatenated else 0
-        self._rows_for = rows_for
+        self._rows_for, self._checkpoint = rows_for, checkpoint
         self.padded = 0  # rows x blocks that ran for no image
         self._rows_after: list[Tensor] = []  # rows that were running when block i returned
         self._taken: dict[
@@ -88,6 +91,8 @@ class Passage:
         if not step.runs(layer):
             return self._packed(layer, *((hidden, text) if self.whole else (running_hidden, running_text)))
         step.executed(layer)
+        if self._checkpoint is not None:
+            original = checkpointed(self._checkpoint, original)
         if self.family.frozen or len(step.rows) == self.lane.num_rows:  # all rows run: what the parent gave is theirs
             return original(*args, **kwargs)
         new = {names[0]: self._padded(running_hidden)} | ({} if text is None else {TEXT: self._padded(running_text)})
