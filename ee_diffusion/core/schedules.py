@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class LinearDecay(Schedule):
         return _without_middle(self.most - gone, self.bottom, num_layers)
 
     def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
-        return _distinct(self, num_steps, num_layers)
+        return [layers for _, layers in _stretches(self, num_steps, num_layers)]
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class PowerDecay(Schedule):
         return _without_middle(max(self.least, count), self.bottom, num_layers)
 
     def plans(self, *, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
-        return _distinct(self, num_steps, num_layers)
+        return [layers for _, layers in _stretches(self, num_steps, num_layers)]
 
 
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -222,6 +223,34 @@ def full_steps_of(schedule: Schedule, times: Sequence[float], *, num_layers: int
     if any(any(layers) != all(layers) for layers in runs):
         return None
     return tuple(step for step, layers in enumerate(runs) if all(layers))
+
+
+def last_steps(schedule: Schedule, *, num_steps: int, num_layers: int) -> list[int]:
+    """(L,) the last step that may run each layer, -1: none, in a run whose times are its steps (tokens). A long run is not walked through.
+
+    Raises:
+        ValueError: a schedule that does not fit the run.
+    """
+    plans = schedule.plans(num_steps=num_steps, num_layers=num_layers)
+    last, unseen = [-1] * num_layers, {layer for plan in plans for layer in range(num_layers) if plan[layer]}
+    for step in _ends(schedule, num_steps, num_layers):
+        runs = schedule.layers(step, float(step), num_steps=num_steps, num_layers=num_layers)
+        for layer in [layer for layer in unseen if runs[layer]]:
+            last[layer] = step
+            unseen.remove(layer)
+        if not unseen:
+            break
+    return last
+
+
+def _ends(schedule: Schedule, num_steps: int, num_layers: int) -> Iterable[int]:
+    """Steps, the last one first, among them the last of every stretch of steps that run the same layers."""
+    if isinstance(schedule, PiecewiseDepth):
+        ends = {num_steps, *(min(max(ceil(edge), 1), num_steps) for edge in schedule.edges if edge < num_steps)}
+        return sorted((end - 1 for end in ends), reverse=True)
+    if isinstance(schedule, LinearDecay | PowerDecay):
+        return [end - 1 for end, _ in reversed(_stretches(schedule, num_steps, num_layers))]
+    return range(num_steps - 1, -1, -1)
 
 
 def depth_of(layers: tuple[bool, ...]) -> int | None:
@@ -257,7 +286,16 @@ def _without_middle(count: int, bottom: int | None, num_layers: int) -> tuple[bo
     return tuple(layer < bottom or layer >= num_layers - (count - bottom) for layer in range(num_layers))
 
 
-def _distinct(schedule: Schedule, num_steps: int, num_layers: int) -> list[tuple[bool, ...]]:
-    """What a schedule of the step alone says in a run, each answer once."""
-    said = (schedule.layers(step, 0.0, num_steps=num_steps, num_layers=num_layers) for step in range(num_steps))
-    return list(dict.fromkeys(said))
+def _stretches(schedule: Schedule, num_steps: int, num_layers: int) -> list[tuple[int, tuple[bool, ...]]]:
+    """The steps of a run in stretches that run the same layers: (end, layers) of each. For schedules that run fewer and fewer layers."""
+
+    def said(step: int) -> tuple[bool, ...]:
+        return schedule.layers(step, 0.0, num_steps=num_steps, num_layers=num_layers)
+
+    stretches: list[tuple[int, tuple[bool, ...]]] = []
+    end = 0
+    while end < num_steps:
+        layers = said(end)
+        end = bisect_right(range(num_steps), -sum(layers), lo=end, key=lambda step: -sum(said(step)))
+        stretches.append((end, layers))
+    return stretches

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.patched import patched
+from ee_diffusion.core.schedules import last_steps
 from ee_diffusion.core.session import Session
 from ee_diffusion.decoding.cache import Part, RowsOfCache, close_layer, write_position
 from ee_diffusion.decoding.families import family_of, layers_of
@@ -26,7 +27,8 @@ class DecodeAttachment:
     """Drives a session through the decode forwards of a model. A context manager: leaving it restores the model exactly; meanwhile other
     threads that use exits on the model wait, and plain calls of theirs are what they were.
 
-    `begin(absent)` arms the next forward; without it the model computes what it always did (the prompt's forward).
+    `begin(absent)` arms the next forward; without it the model computes what it always did (the prompt's forward). Sequences that are
+    absent say `padding` for certain.
 
     A layer that some later step may run gets keys and values for every row and position: from its own forward where it runs, else from
     the hidden state that passes it by (of a row that has left: the state it left with; CALM's state propagation). A layer that no later
@@ -34,13 +36,13 @@ class DecodeAttachment:
     sequence length from it. `propagated` (S, L): rows whose keys and values were computed without running the layer.
     """
 
-    def __init__(self, model: PreTrainedModel, heads: ExitHeads, session: Session):
-        self.model, self.heads, self.session = model, heads, session
+    def __init__(self, model: PreTrainedModel, heads: ExitHeads, session: Session, *, padding: int = 0):
+        self.model, self.heads, self.session, self.padding = model, heads, session, padding
         self.family, self.layers = family_of(model), layers_of(model)
         self.last_use = _last_uses(session)
         self.propagated: list[list[int]] = []
         self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
-        self._absent: Tensor | None = None
+        self._absent: Tensor
         self._armed = False
         self._lane: Lane | None = None
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left (q,), the hidden states they left with (q, 1, D)
@@ -68,7 +70,8 @@ class DecodeAttachment:
         self.propagated.append([0] * len(self.layers))
         try:
             output = original(*args, **kwargs)
-            output.logits = self._lane.put_back(output.logits[:, -1])[:, None]  # (R, 1, V)
+            logits = self._lane.put_back(output.logits[:, -1])  # (R, V)
+            output.logits = certain(logits, self.padding, self._absent)[:, None]  # (R, 1, V)
         finally:
             self._lane = None
         step.close()
@@ -147,16 +150,23 @@ def _last_uses(session: Session) -> list[int]:
     Raises:
         ValueError: a schedule that leaves out layer 0.
     """
-    schedule, steps, num_layers = session.policy.schedule, session.num_steps, session.num_layers
-    last = [-1] * num_layers
-    for step in range(steps):
-        layers = schedule.layers(step, float(step), num_steps=steps, num_layers=num_layers)
-        if not layers[0]:
-            raise ValueError(
-                f"the schedule leaves out layer 0 at step {step}: the model reads the sequence length from it; keep it in"
-            )
-        last = [step if runs else before for runs, before in zip(layers, last, strict=True)]
-    return [steps, *last[1:]]
+    schedule, run = session.policy.schedule, {"num_steps": session.num_steps, "num_layers": session.num_layers}
+    if not all(layers[0] for layers in schedule.plans(**run)):
+        raise ValueError(
+            f"the schedule {schedule} leaves out layer 0 at some step: the model reads the sequence length from it; keep it in"
+        )
+    return [session.num_steps, *last_steps(schedule, **run)[1:]]
+
+
+def certain(logits: Tensor, token: int, rows: Tensor) -> Tensor:
+    """logits (R, V) with those rows (R,) bool sure of one token: probability 1."""
+    if not bool(rows.any()):
+        return logits
+    sure = torch.full_like(
+        logits[:1], -1e4
+    )  # e^-10000 is 0; no infinity, for a processor may forbid that token or divide
+    sure[:, token] = 0
+    return torch.where(rows.to(logits.device)[:, None], sure, logits)
 
 
 def running_modules(model: PreTrainedModel) -> list[nn.Module]:

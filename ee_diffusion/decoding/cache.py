@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicLayer
 
 Part = tuple[Tensor, Tensor, Tensor]  # rows (r,), keys (r, H, 1, d), values (r, H, 1, d)
@@ -85,6 +85,11 @@ def check_asked_once(model: PreTrainedModel, config: GenerationConfig) -> None:
         raise ValueError(f"guidance_scale={config.guidance_scale}: guidance asks the model in between, expected none")
     if model.training and model.is_gradient_checkpointing:
         raise ValueError("a model that trains with gradient checkpointing has no cache, expected model.eval() before")
+
+
+def pads_ended(criteria: StoppingCriteriaList) -> bool:
+    """Whether transformers' loop pads a sequence that a criterion has ended, beside others that go on; else it goes on too."""
+    return any(hasattr(criterion, "eos_token_id") for criterion in criteria)
 
 
 def with_cache(model: PreTrainedModel, model_kwargs: dict) -> dict:

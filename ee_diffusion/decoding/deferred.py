@@ -22,6 +22,7 @@ from ee_diffusion.core.patched import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FullDepth
 from ee_diffusion.core.session import Session
+from ee_diffusion.decoding.attach import certain
 from ee_diffusion.decoding.families import layers_of
 
 _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
@@ -37,8 +38,9 @@ class DeferredAttachment:
     batch-mates do not matter. `recomputed` (S,): rows x earlier positions that a step took through the upper layers.
     """
 
-    def __init__(self, model: PreTrainedModel, heads: ExitHeads, session: Session):
+    def __init__(self, model: PreTrainedModel, heads: ExitHeads, session: Session, *, padding: int = 0):
         self.model, self.heads, self.session, self.layers = model, heads, session, layers_of(model)
+        self.padding = padding
         (self.depth,) = session.exits
         self.recomputed: list[int] = []
         self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
@@ -46,7 +48,7 @@ class DeferredAttachment:
         self._places: list[Tensor] = []  # their positions (R, 1)
         self._cache: DynamicCache | None = None
         self._states: dict[str, Tensor] = {}  # of the present position, before and after the last layer below the exit
-        self._absent: Tensor | None = None
+        self._absent: Tensor
         self._armed, self._part = False, "all"
         by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
         self._patched = patched([*by_layer, (model, self._forward)])
@@ -105,6 +107,7 @@ class DeferredAttachment:
             self._waiting, self._places = [], []
         self._part = "all"
         step.close()
+        logits = certain(logits, self.padding, self._absent)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
     def _layer(self, layer: int, original, *args, **kwargs):

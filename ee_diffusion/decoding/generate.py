@@ -21,7 +21,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.attach import DecodeAttachment
-from ee_diffusion.decoding.cache import check_asked_once, check_cache, with_cache
+from ee_diffusion.decoding.cache import check_asked_once, check_cache, pads_ended, with_cache
 from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
@@ -52,17 +52,19 @@ class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
 
 class Progress(StoppingCriteriaList):
     """The caller's stopping criteria. They are asked once a token, after it has been chosen: what follows is a decode step, and the
-    attachment is told so, and which sequences have ended."""
+    attachment is told so, and which sequences are padded from now on: those that have ended, if there is an end token. Without one
+    transformers goes on with all of a batch until each has ended."""
 
     def __init__(self, criteria: StoppingCriteriaList, attachment: DecodeAttachment | DeferredAttachment):
         super().__init__(criteria)
-        self.attachment = attachment
-        self.ended: Tensor | None = None  # (R,) bool
+        self.attachment, self.pads = attachment, pads_ended(criteria)
+        self.padded: Tensor | None = None  # (R,) bool
 
     def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs) -> Tensor:
         ended = super().__call__(input_ids, scores, **kwargs)  # (R,)
-        self.ended = ended if self.ended is None else self.ended | ended
-        self.attachment.begin(self.ended.cpu())
+        before = torch.zeros_like(ended) if self.padded is None else self.padded
+        self.padded = before | ended if self.pads else before
+        self.attachment.begin(self.padded.cpu())
         return ended
 
 
@@ -107,7 +109,7 @@ def early_exit_generate(
     end when the model is restored.
 
     The prompt is read at full depth. A run has `max_new_tokens - 1` steps (that many depths in a plan). A sequence that has ended takes
-    no part in later steps.
+    no part in later steps where transformers pads it, that is if there is an end token: its logits are sure of the padding token.
 
     Raises:
         ValueError: beams or assistants, an unknown model, a cache that cannot be used, a policy that does not fit, outputs that
@@ -142,7 +144,8 @@ def early_exit_generate(
         device=model.device,
         frozen=frozen,
     )
-    with attach(model, heads, session) as attachment:
+    padding = generation_config._pad_token_tensor  # transformers refuses an end token without one
+    with attach(model, heads, session, padding=0 if padding is None else int(padding)) as attachment:
         _stream_prompt(exit_streamer, input_ids)
         arguments["streamer"] = None if exit_streamer is None else HeldEnd(exit_streamer)
         result = model._sample(input_ids, stopping_criteria=Progress(stopping_criteria, attachment), **arguments)

@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.patched import patched
-from ee_diffusion.decoding.cache import check_asked_once, check_cache, with_cache
+from ee_diffusion.decoding.cache import check_asked_once, check_cache, pads_ended, with_cache
 from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
 
@@ -108,7 +108,8 @@ class Sections:
 class Sequences:
     """What each sequence has said, by the caller's processors and criteria, and which sequences are still going.
 
-    Processors and criteria judge one sequence at a time: sequences have different lengths.
+    Processors and criteria judge one sequence at a time: sequences have different lengths. One that has ended is padded if there is an end
+    token; without one it goes on, as in transformers' loop, until each of the batch has ended.
     """
 
     def __init__(
@@ -117,39 +118,51 @@ class Sequences:
         processors: LogitsProcessorList,
         criteria: StoppingCriteriaList,
         streamer: BaseStreamer | None,
+        *,
+        max_length: int,
     ):
         self.ids = list(input_ids)  # R tensors, each of its own length
         self.processors, self.criteria, self.streamer = processors, criteria, streamer
-        self.going = list(range(len(input_ids)))
+        self.going, self.max_length = list(range(len(input_ids))), max_length
+        self.ended, self.pads = dict[int, int](), pads_ended(criteria)  # sequence -> its length when it ended
         self.counts = torch.zeros(3, len(input_ids), dtype=torch.int64)  # verified, drafted, accepted
 
     def say(self, logits: Tensor, drafted: Tensor) -> list[int]:
         """Take the full model's tokens for the going sequences as long as they are what was drafted: logits (r, K, V), drafted (r, K), its
         first column the token before. -> how many positions each of them keeps, 1..K. Sequences that end leave `going`."""
         best = logits.argmax(-1) if not self.processors else None  # (r, K)
-        drafts, kept, still = drafted.tolist(), [], []
+        drafts, kept = drafted.tolist(), []
         for row, sequence in enumerate(self.going):
             chosen = None if best is None else best[row].tolist()
-            count, ended = self._accept(sequence, logits[row], drafts[row], chosen)
+            count = self._accept(sequence, logits[row], drafts[row], chosen)
             kept.append(count)
             self.counts[:, sequence] += torch.tensor([1, len(drafts[row]) - 1, count - 1])
-            if not ended:
-                still.append(sequence)
-        self.going = still
+        wanted = self.max_length if len(self.ended) < len(self.ids) else self.length
+        self.going = [
+            sequence
+            for sequence in self.going
+            if sequence not in self.ended or (not self.pads and len(self.ids[sequence]) < wanted)
+        ]
         return kept
 
-    def _accept(self, sequence: int, logits: Tensor, drafts: list[int], chosen: list[int] | None) -> tuple[int, bool]:
+    @property
+    def length(self) -> int:
+        """Of all sequences, once each has ended: that of the last one to end."""
+        return max(self.ended.values())
+
+    def _accept(self, sequence: int, logits: Tensor, drafts: list[int], chosen: list[int] | None) -> int:
         for place in range(len(drafts)):
             if place and int(self.ids[sequence][-1]) != drafts[place]:
-                return place, False
+                return place
             ids = self.ids[sequence]  # (n,)
             token = self._processed(sequence, logits[place]) if chosen is None else ids.new_tensor([chosen[place]])
             self.ids[sequence] = torch.cat([ids, token])
             if self.streamer is not None:
                 self.streamer.put(token.cpu())
-            if bool(self.criteria(self.ids[sequence][None], None)[0]):
-                return place + 1, True
-        return len(drafts), False
+            if sequence not in self.ended and bool(self.criteria(self.ids[sequence][None], None)[0]):
+                self.ended[sequence] = len(self.ids[sequence])
+                return place + 1
+        return len(drafts)
 
     def _processed(self, sequence: int, logits: Tensor) -> Tensor:
         """The best token (1,) after the caller's processors, logits (V,). Some of these hold values for each sequence of the batch:
@@ -158,19 +171,20 @@ class Sequences:
         scores = self.processors(ids, logits.float().expand(len(self.ids), -1).clone())  # (R, V)
         return scores[sequence].argmax(-1, keepdim=True)
 
-    def room(self, max_length: int) -> int:
+    def room(self) -> int:
         """The most tokens that a sequence may still say."""
-        return max_length - min(len(self.ids[sequence]) for sequence in self.going)
+        return self.max_length - min(len(self.ids[sequence]) for sequence in self.going)
 
-    def ahead(self, count: int, max_length: int) -> Tensor:
+    def ahead(self, count: int) -> Tensor:
         """(r, K) how far the drafted positions are from the next one: no further than what a sequence may still read, since the model may
         have no positions beyond (such drafts are never kept)."""
-        room = torch.tensor([max_length - len(self.ids[sequence]) for sequence in self.going])  # (r,)
+        room = torch.tensor([self.max_length - len(self.ids[sequence]) for sequence in self.going])  # (r,)
         return torch.arange(count).minimum(room[:, None] - 1)
 
     def padded(self, pad: int) -> Tensor:
         """(R, n) all sequences, padded on the right."""
-        return torch.nn.utils.rnn.pad_sequence(self.ids, batch_first=True, padding_value=pad)
+        ids = [ids[: self.length] for ids in self.ids]
+        return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
 
 
 def lossless_generate(
@@ -205,7 +219,8 @@ def lossless_generate(
         raise ValueError("input_ids are empty, expected a prompt of tokens (inputs_embeds are not supported)")
     if exit_streamer is not None and len(input_ids) > 1:
         raise ValueError(f"exit_streamer with {len(input_ids)} sequences, expected one")
-    sequences = Sequences(input_ids, logits_processor, stopping_criteria, exit_streamer)
+    length = generation_config.max_length
+    sequences = Sequences(input_ids, logits_processor, stopping_criteria, exit_streamer, max_length=length)
     heads = SharedTail(model, (exit_depth,)) if exit_heads is None else exit_heads
     check_heads(model, heads)
     if exit_depth not in heads.depths:
@@ -213,7 +228,7 @@ def lossless_generate(
     if exit_streamer is not None:
         exit_streamer.put(input_ids.cpu())
     with Sections(model, exit_depth, heads) as sections:
-        _decode(sections, sequences, input_ids, model_kwargs, draft_tokens, generation_config.max_length)
+        _decode(sections, sequences, input_ids, model_kwargs, draft_tokens)
     if exit_streamer is not None:
         exit_streamer.end()
     pad = generation_config._pad_token_tensor
@@ -230,7 +245,6 @@ def _decode(
     input_ids: Tensor,
     model_kwargs: dict,
     draft_tokens: int,
-    max_length: int,
 ) -> None:
     """The prompt at full depth, then cycles until every sequence has ended."""
     model, cache = sections.model, model_kwargs["past_key_values"]
@@ -248,9 +262,9 @@ def _decode(
     while sequences.going:
         before = list(sequences.going)
         tokens = torch.stack([sequences.ids[row][-1:] for row in before])  # (r, 1)
-        count = min(draft_tokens, sequences.room(max_length))  # K: no sequence keeps more
+        count = min(draft_tokens, sequences.room())  # K: no sequence keeps more
         mask = torch.cat([mask, mask.new_ones(len(tokens), count)], dim=1)  # (r, N + K)
-        places = next_position + sequences.ahead(count, max_length).to(mask.device)  # (r, K)
+        places = next_position + sequences.ahead(count).to(mask.device)  # (r, K)
         for k in range(count):
             seen = mask[:, : mask.shape[1] - count + k + 1]
             sections.draft(tokens[:, -1:], mask=seen, positions=places[:, k : k + 1], cache=cache)

@@ -17,6 +17,7 @@ from ee_diffusion.core.schedules import (
     PowerDecay,
     depth_of,
     full_steps_of,
+    last_steps,
 )
 
 
@@ -163,3 +164,34 @@ def test_decays_are_their_formulas():
 def test_decays_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12, 40])
+def test_last_steps_and_plans_are_those_of_the_slow_way(steps: int):
+    """Every step asked."""
+    schedules = [FullDepth(), FixedDepth(4), FixedDepth(0), FixedLayers((0, 2, 5)), DepthPerStep((3, 6, 0, 2) * steps)]
+    schedules = [*schedules[:-1], DepthPerStep(((3, 6, 0, 2) * steps)[:steps]), Periodic(3, 2), Periodic(7, 0, depth=2)]
+    schedules += [
+        PiecewiseDepth((1.5, 3.0, 9.25), (6, 5, 2, 4)),
+        PiecewiseDepth((-3.0, 2.0), (6, 5, 2)),
+        PiecewiseDepth((), (3,)),
+    ]
+    schedules += [
+        LinearDecay(5, 2, 5, None),
+        LinearDecay(5, 2, 30, 1),
+        LinearDecay(4, 4, 9, None),
+        LinearDecay(6, 0, 2, None),
+    ]
+    schedules += [PowerDecay(0.9, 2, None), PowerDecay(0.5, 2, 1), PowerDecay(1.0, 1, None), PowerDecay(0.99, 0, None)]
+    for schedule in schedules:
+        said = [schedule.layers(step, float(step), num_steps=steps, num_layers=6) for step in range(steps)]
+        last = [max((step for step in range(steps) if said[step][layer]), default=-1) for layer in range(6)]
+        assert last_steps(schedule, num_steps=steps, num_layers=6) == last, schedule
+        if isinstance(schedule, LinearDecay | PowerDecay):
+            assert schedule.plans(num_steps=steps, num_layers=6) == list(dict.fromkeys(said)), schedule
+
+
+def test_a_long_schedule_is_not_walked_through():
+    for schedule in (LinearDecay(5, 2, 10**9, None), PowerDecay(0.9999999, 2, None), PiecewiseDepth((4.0,), (6, 2))):
+        assert last_steps(schedule, num_steps=10**9, num_layers=6)[0] == 10**9 - 1
+        assert len(schedule.plans(num_steps=10**9, num_layers=6)) <= 6
