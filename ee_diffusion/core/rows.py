@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 Shareable = TypeVar("Shareable", Tensor, tuple[Tensor, ...])  # of the rows, or the same for all
@@ -41,3 +43,18 @@ def rows_of(values: Shareable, places: Tensor) -> Shareable:
     if isinstance(values, tuple):
         return values
     return values[: len(places)] if values.stride(0) == 0 else values.index_select(0, places)
+
+
+def content_ids(values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """An id for each row, made of what it holds: values (R, N, ...), of them the places where mask (R, N) is not 0 -> (R,) int64.
+
+    Equal content has equal ids, whatever the batch, its order and its padding. Waits for the device.
+    """
+    rows = (values if values.is_floating_point() else values.long()).detach().cpu()
+    kept = None if mask is None or mask.shape != values.shape[:2] else mask.detach().cpu() != 0
+    ids = []
+    for place, row in enumerate(rows):
+        content = row.contiguous() if kept is None else row[kept[place]]
+        digest = blake2b(content.view(torch.uint8).numpy().tobytes(), digest_size=8).digest()
+        ids.append(int.from_bytes(digest, "big") >> 1)  # 63 bits: no sign
+    return torch.tensor(ids, dtype=torch.int64)

@@ -145,7 +145,7 @@ class EarlyExitClassifier(PreTrainedModel):
         elements: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """As the stock classifier's; logits (R, C) are each row's own answer. `elements` (R,): ids of the rows, for drawn exits."""
+        """As the stock classifier's; logits (R, C) are each row's own answer. `elements` (R,): ids of the rows, as `attach` takes them."""
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

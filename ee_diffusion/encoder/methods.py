@@ -38,7 +38,7 @@ def pondernet(seed: int) -> Policy:
     """PonderNet's sampling exit (arXiv 2107.05407): the exit is drawn from p. The control of PALBERT's Q-exit.
 
     Deviation: one draw per element by the inverse of the cumulative distribution, fixed by `seed` and the element's id, where the paper
-    draws a Bernoulli at every layer; the distribution of the exit is the same.
+    draws a Bernoulli at every layer; the distribution of the exit is the same. A text's id is made of its tokens where none is given.
     """
     return Policy(Sampled(seed, score="judged"))
 

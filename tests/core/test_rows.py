@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core.rows import least_of, rows_of
+from ee_diffusion.core.rows import content_ids, least_of, rows_of
 
 
 def test_an_element_is_as_safe_as_its_least_safe_row():
@@ -37,3 +37,17 @@ def test_rows_of_a_tensor():
         assert rows_of(one, places[:0]).shape == (0, 2)
     shared = (values, values)
     assert rows_of(shared, places) is shared
+
+
+def test_ids_are_made_of_what_a_row_holds():
+    tokens = torch.tensor([[5, 6, 7, 0], [8, 9, 0, 0], [5, 6, 7, 8]])
+    mask = (tokens > 0).long()
+    ids = content_ids(tokens, mask)
+    assert len(set(ids.tolist())) == 3
+    assert bool((ids >= 0).all())
+    assert torch.equal(content_ids(tokens.int().flip(1), mask.flip(1).bool())[1:2], content_ids(torch.tensor([[9, 8]])))
+    assert torch.equal(content_ids(tokens[[1]][:, :2]), ids[[1]]), "neither mates nor padding nor a mask of ones matter"
+    assert torch.equal(content_ids(torch.stack([tokens[0]] * 2)), content_ids(tokens[[0]]).repeat(2))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        images = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+        assert torch.equal(content_ids(images)[[2]], content_ids(images[[2]]))

@@ -18,7 +18,7 @@ from tiny_classifiers import CLASSES, LAYERS, NAMES, ROWS, WORDS, batch_for, exi
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.attach import attach
 from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig
-from ee_diffusion.encoder.methods import confidence, fastbert, palbert
+from ee_diffusion.encoder.methods import confidence, fastbert, palbert, pondernet
 
 
 def classifier_named(name: str, *, head: str = "pooled", judge: str = "none", **changes) -> EarlyExitClassifier:
@@ -146,3 +146,62 @@ class TestRefused:
         assert classifier.policy == Policy()
         with pytest.raises(ValueError, match="17 tokens"):
             classifier(input_ids=torch.ones(1, 17, dtype=torch.long))
+
+
+class TestDrawnExits:
+    """PonderNet's draws belong to the text: independent of one another, alike for a seed, whatever the batch."""
+
+    TEXTS = 300
+
+    @pytest.fixture
+    def classifier(self) -> EarlyExitClassifier:
+        return classifier_named("Bert", head="shared", judge="linear_halting")
+
+    @staticmethod
+    def depths(classify, texts: list[str], *, batch_size: int) -> torch.Tensor:
+        with classify.model.recording() as traces:
+            classify(texts, batch_size=batch_size)
+        return torch.cat([trace.depths[0] for trace in traces]).double()
+
+    def test_mean_depth_in_a_pipeline(self, classifier, tokenizer: BertTokenizer):
+        draw = torch.Generator().manual_seed(0)
+        words = torch.randint(0, WORDS - 5, (self.TEXTS, 6), generator=draw).tolist()
+        texts = [" ".join(f"w{word}" for word in row[: 3 + place % 4]) for place, row in enumerate(words)]
+        classify = pipeline("text-classification", model=classifier, tokenizer=tokenizer)
+        classifier.policy = Policy(pondernet(0).criterion, record_all=True)
+        with classifier.recording() as traces:
+            classify(texts, batch_size=30)
+        halting = torch.cat([trace.scores[0] for trace in traces], dim=1).double()  # (K, n)
+        survival = torch.cat([torch.ones(1, self.TEXTS).double(), (1 - halting).cumprod(0)])  # (K + 1, n)
+        chance = torch.cat([halting * survival[:-1], survival[-1:]])  # (A, n)
+        answers = torch.tensor([*classifier.exits.depths, LAYERS]).double()[:, None]
+        means = (chance * answers).sum(0)  # (n,)
+        spread = ((chance * answers.square()).sum(0) - means.square()).sum().sqrt() / self.TEXTS
+        found = {}
+        for seed in range(6):
+            classifier.policy = pondernet(seed)
+            found[seed] = self.depths(classify, texts, batch_size=30)
+            assert abs(found[seed].mean() - means.mean()) < 4 * spread, seed
+        assert not torch.equal(found[0], found[1])
+        classifier.policy = pondernet(0)
+        assert torch.equal(self.depths(classify, texts, batch_size=1), found[0]), "alone as among others, and again"
+
+    def test_ids_that_are_given_decide(self, classifier):
+        classifier.policy, batch = pondernet(0), batch_for("Bert", [0])
+        with torch.no_grad(), classifier.recording() as traces:
+            for element in range(40):
+                classifier(**batch, elements=torch.tensor([element]))
+        assert len({int(trace.depths[0, 0]) for trace in traces}) > 1
+
+    @pytest.mark.parametrize("name", ["ViT", "Bert"])
+    def test_images_and_embeddings_draw_by_what_they_hold(self, name: str):
+        classifier, batch = classifier_named(name, head="shared", judge="linear_halting"), batch_for(name)
+        classifier.policy = pondernet(0)
+        if name == "Bert":
+            batch |= {"inputs_embeds": classifier.get_input_embeddings()(batch.pop("input_ids"))}
+        with torch.no_grad(), classifier.recording() as traces:
+            classifier(**batch)
+            for row in range(ROWS):
+                classifier(**{key: value[[row]] for key, value in batch.items()})
+        assert len(set(traces[0].elements.tolist())) == ROWS
+        assert torch.equal(torch.cat([trace.depths[0] for trace in traces[1:]]), traces[0].depths[0])
