@@ -23,7 +23,7 @@ from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.search import gap_prices, nearest, search
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.measure.paired import relative_squared_error
-from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.measure.splits import balanced_labels, seeds, shuffled_labels
 
 POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
 
@@ -58,7 +58,7 @@ def calibrate(options: argparse.Namespace) -> int:
         pipeline,
         policies,
         seeds("calibrate", options.count, first=TUNED),
-        class_labels=balanced_labels(options.count, pipeline.transformer.config.null_class),
+        class_labels=shuffled_labels(options.count, pipeline.transformer.config.null_class, seed=0),
         loss=lambda images, full: (relative_squared_error(images, full) / cap).clamp(max=1),
         batch_size=options.batch_size,
         progress=partial(tqdm, desc="full model, then candidates"),

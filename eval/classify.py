@@ -4,9 +4,10 @@ python eval/classify.py --model runs/palbert/model --text_files sst2/test-labele
     --text_columns sentence --output_dir results/palbert
 
 Every rule and threshold is judged from one pass of stored scores. Thresholds of budgets, conformal sets and guarantees are chosen on the
-calibration texts (--calibration_files, else a share of the texts), figures are of the others. Controls: every constant depth (the anytime
-curve), random exits with the same histogram, the oracle. `--risk` adds a guarantee, over exit thresholds and, where tokens are pruned,
-`--pruning_scales` of the pruning thresholds. Seconds: eval/classifier_speed.py. Images: --train_data_files instead of --text_files.
+calibration texts (--calibration_files, else a share of the texts), figures are of the others; what is
+split, and what --max_texts leaves, is drawn by --seed. Controls: every constant depth (the anytime curve), random exits with the same
+histogram, the oracle. `--risk` adds a guarantee, over exit thresholds and, where tokens are pruned, `--pruning_scales` of the pruning
+thresholds. Seconds: eval/classifier_speed.py. Images: --train_data_files instead of --text_files.
 `--dry-run` prints the resolved settings. Writes report.json, look.safetensors (for eval/classifier_table.py) and policies/.
 """
 
@@ -40,11 +41,12 @@ from ee_diffusion.encoder.exits import ClassifierHeads
 from ee_diffusion.encoder.methods import pabee
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
 from ee_diffusion.errors import run_script
+from ee_diffusion.measure.splits import shuffled
 from ee_diffusion.measure.tables import markdown_table, write_report
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.data import Source
 from ee_diffusion.training.sources import TableSource, load_labelled_images
-from ee_diffusion.training.text import load_text_source, once
+from ee_diffusion.training.text import TextSource, load_text_source, once
 
 
 def _flag(help: str, default=None):
@@ -103,15 +105,24 @@ def sources(
         warnings.warn(f"judging what training with fold={data.fold} sees; --held_out true takes the rest", stacklevel=2)
     tokenizer = AutoTokenizer.from_pretrained(config.model)
     chosen = [replace(data, text_files=config.calibration_files)] if config.calibration_files else []
-    return [
+    read = [
         load_text_source(
-            one,
+            replace(one, max_texts=None),
             lambda texts: tokenizer(texts, truncation=True, max_length=data.max_length)["input_ids"],
             num_labels=classifier.config.num_labels,
             pad=tokenizer.pad_token_id,
         )
         for one in [*chosen, data]
     ]
+    return [drawn(source, data.max_texts, seed=config.seed) for source in read]
+
+
+def drawn(source: TextSource, most: int | None, *, seed: int) -> TextSource:
+    """At most so many texts of a source, by a seeded draw: the first ones of a sorted file speak for themselves alone. None: all."""
+    if most is None or most >= len(source):
+        return source
+    places = sorted(shuffled(len(source), seed=seed)[:most])
+    return TextSource([source.tokens[place].tolist() for place in places], source.labels[places], pad=source.pad)
 
 
 def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, states: Path | None) -> Look:
@@ -143,7 +154,7 @@ def gathered(
     sizes = [len(part.labels) for part in parts]
     if len(parts) == 2:
         return Look.joined(parts), torch.arange(sizes[0]), sizes[0] + torch.arange(sizes[1])
-    order = torch.randperm(sizes[0], generator=torch.Generator().manual_seed(config.seed))
+    order = torch.tensor(shuffled(sizes[0], seed=config.seed))
     cut = int(sizes[0] * config.calibration_share)
     return parts[0], order[:cut], order[cut:]
 
@@ -194,7 +205,8 @@ def guaranteed(
     classifier.pruning = own
     values = [place / config.points for place in range(config.points + 1)]
     offered = candidates(looks, rule, values, reference=reference)
-    return guarantee(offered, reference.full, judge.calibration, judge.test, risk=config.risk, delta=config.delta)
+    promise = {"risk": config.risk, "delta": config.delta, "seed": config.seed}
+    return guarantee(offered, reference.full, judge.calibration, judge.test, **promise)
 
 
 def told(report: dict) -> str:

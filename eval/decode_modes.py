@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ee_diffusion.core.risk import certified, in_expectation, p_value, upper_bound
 from ee_diffusion.decoding.fingerprint import fingerprint_of
+from ee_diffusion.measure.splits import shuffled
 from ee_diffusion.measure.texts import rouge_each
 
 NEAR = 1e-4
@@ -113,9 +114,9 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
     """Which policies (safest first) may be used so that a text's expected loss stays below `--risk`, with confidence 1 - delta.
 
     CALM's two promises (arXiv 2207.07061, sec. 4): textual consistency with the full model, or risk against the references; tested in
-    their order (learn then test). The first half of the prompts calibrates, the second says what became of the promise. The boldest
-    certified policy is written to policy.json, for this model alone; where none is certified, none is left. `in_expectation`: the one that
-    conformal risk control takes (the mean over calibrations is bounded, no single one).
+    their order (learn then test). Of the prompts, drawn by `--seed`, one half calibrates, the other says what became of the promise. The
+    boldest certified policy is written to policy.json, for this model alone; where none is certified, none is left. `in_expectation`: the
+    one that conformal risk control takes (the mean over calibrations is bounded, no single one).
     """
     if options.loss not in LOSSES:
         raise ValueError(f"loss={options.loss!r}, expected one of {LOSSES}")
@@ -124,7 +125,8 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
     if not 0 < options.risk < 1 or not 0 < options.delta < 1:
         raise ValueError(f"risk={options.risk}, delta={options.delta}, expected both within (0, 1)")
     names = [name for name in decoder.candidates if name not in ("full", "driver", "lossless", "assistant")]
-    chosen = list(meanings)[: decoder.options.count]
+    known = list(meanings)
+    chosen = [known[place] for place in shuffled(len(known), seed=decoder.options.seed)[: decoder.options.count]]
     if not names or len(chosen) < 2:
         raise ValueError(f"{len(names)} policies and {len(chosen)} prompts, expected at least 1 and 2")
     wanted = [meanings[meaning] for meaning in chosen]

@@ -65,7 +65,7 @@ class DecodeOptions:
     repeats: int = flag("Counted runs of each candidate; 0: no clock.", 5)
     dtype: str = flag("float32, bfloat16 or float16.", "float32")
     device: str | None = flag("cpu, cuda, ...; none: cuda if there is one.")
-    seed: int = flag("Seed of the bootstrap.", 0)
+    seed: int = flag("Seed of the bootstrap, and of the draw of prompts that calibrate.", 0)
 
     def __post_init__(self):
         least = {"max_new_tokens": 1, "count": 0, "text_batch_size": 1, "repeats": 0}

@@ -29,6 +29,7 @@ from ee_diffusion.encoder.methods import (
 )
 from ee_diffusion.measure.classification import figures
 from ee_diffusion.measure.paired import summary
+from ee_diffusion.measure.splits import shuffled
 
 Rule = Callable[[float], Policy]
 JUDGED: dict[str, dict[str, Rule]] = {
@@ -204,12 +205,18 @@ def candidates(looks: dict[float, Look], rule: Rule, values: list[float], *, ref
     return found
 
 
+def halves(texts: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+    """texts (n,) dealt out in two by a seeded draw, so that one half speaks for the other whatever the order they came in."""
+    one, other = texts[shuffled(len(texts), seed=seed)].tensor_split(2)
+    return one, other
+
+
 def guarantee(
-    offered: list[Candidate], full: Tensor, calibration: Tensor, test: Tensor, *, risk: float, delta: float
+    offered: list[Candidate], full: Tensor, calibration: Tensor, test: Tensor, *, risk: float, delta: float, seed: int
 ) -> dict:
     """The cheapest setting that may be used, by four rules, and what it does to the test texts.
 
-    Half of the calibration texts propose (Pareto order), the other half decide: `learn_then_test` over both knobs; on the line of the
+    One of the calibration texts' `halves` proposes (Pareto order), the other decides: `learn_then_test` over both knobs; on the line of the
     first pruning scale alone `conformal` (in expectation) and `bound` (UCB, the boldest run of candidates whose bound holds, each at delta
     divided by their number); `naive`: the cheapest whose mean is below the risk.
     """
@@ -217,7 +224,7 @@ def guarantee(
         torch.stack([one.loss for one in offered]),
         torch.stack([one.cost for one in offered]),
     )  # (K, n) twice
-    proposing, deciding = calibration.chunk(2)
+    proposing, deciding = halves(calibration, seed=seed)
     order = pareto_order(costs[:, proposing].mean(1), losses[:, proposing], risk=risk)
     passed = order[certified(losses[order][:, deciding], risk=risk, delta=delta)]
     scales = [one.name["pruning_scale"] for one in offered]

@@ -12,7 +12,7 @@ from ee_diffusion.cli import main
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.measure.splits import balanced_labels, seeds, shuffled_labels
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,28 @@ def test_what_is_searched_and_what_is_judged_share_no_seed(
         monkeypatch.setattr(calibrating, name, watched)
     assert main(words(model, tmp_path / "policy.json", "--values", 0.5)) == 0
     assert drawn == {"live_losses": seeds("calibrate", 3, first=1000), "record": seeds("fit", 2)}
+
+
+def test_fewer_images_than_classes_show_no_particular_ones(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is certified speaks for every class, so the first few of them must not stand for all."""
+    given: list[int] = []
+    work = calibrating.live_losses
+
+    def watched(*args, class_labels, **call):
+        given.extend(class_labels)
+        return work(*args, class_labels=class_labels, **call)
+
+    monkeypatch.setattr(calibrating, "live_losses", watched)
+    assert main(words(model, tmp_path / "policy.json", "--kind", "budgeted", "--values", 0.01)) == 0
+    assert len(set(given)) == 3
+    assert given != [0, 1, 2]
+    labels = shuffled_labels(30, 10, seed=4)
+    assert labels == shuffled_labels(30, 10, seed=4) != shuffled_labels(30, 10, seed=5)
+    assert sorted(labels) == sorted(balanced_labels(30, 10)), "as often as before"
+    means = [sum(shuffled_labels(10, 1000, seed=seed)) / 10 for seed in range(40)]
+    assert abs(sum(means) / 40 - 499.5) < 4 * 288.7 / 20, "every class alike"
 
 
 @pytest.mark.parametrize(

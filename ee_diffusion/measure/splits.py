@@ -5,6 +5,8 @@ Generation seeds are one number per image; held-out images are positions in a da
 
 from __future__ import annotations
 
+import torch
+
 SEEDS: dict[str, range] = {
     "fit": range(1_000_000),
     "calibrate": range(1_000_000, 2_000_000),
@@ -33,3 +35,15 @@ def seeds(purpose: str, count: int, *, first: int = 0) -> list[int]:
 def balanced_labels(count: int, num_classes: int) -> list[int]:
     """Class i % num_classes for image i: every class equally often, and the same classes for the same seeds."""
     return [index % num_classes for index in range(count)]
+
+
+def shuffled(count: int, *, seed: int) -> list[int]:
+    """The places 0..count-1 in a seeded order. Whatever is split so that one part speaks for another goes through it first: files are often
+    sorted, by class or by length."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def shuffled_labels(count: int, num_classes: int, *, seed: int) -> list[int]:
+    """As `balanced_labels`, the classes in a seeded order: fewer images than classes show no particular ones."""
+    order = shuffled(num_classes, seed=seed)
+    return [order[label] for label in balanced_labels(count, num_classes)]

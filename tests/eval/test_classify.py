@@ -113,6 +113,18 @@ def test_texts_of_their_own_to_choose_on_and_pruning_scales(tmp_path: Path, monk
     assert long["flops_fraction"] < short["flops_fraction"], "pruning helps long texts"
 
 
+def test_a_part_of_a_sorted_file_holds_every_class(tmp_path: Path, monkeypatch):
+    made(tmp_path, "pabee")
+    rows = [f"w{i % 20} w{i % 7}\t{i // 20}" for i in range(40)]
+    (tmp_path / "sorted.tsv").write_text("\n".join(["text\tlabel", *rows]))
+    words = f"--model {tmp_path}/model --text_files {tmp_path}/sorted.tsv --calibration_files {tmp_path}/sorted.tsv"
+    call(monkeypatch, words, f"--output_dir {tmp_path}/out --points 2 --draws 1 --max_texts 16 --risk 0.5")
+    for name in ("look", "calibration"):
+        labels = Look.load(tmp_path / "out" / f"{name}.safetensors").labels
+        assert len(labels) == 16
+        assert 3 <= int(labels.sum()) <= 13
+
+
 def test_stored_states_give_the_report_of_a_look(tmp_path: Path, monkeypatch):
     made(tmp_path, "jei_dnn")
     words = f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --points 3 --draws 1 --output_dir {tmp_path}"

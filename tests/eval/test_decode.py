@@ -277,6 +277,36 @@ def test_policies_are_calibrated_on_half_of_the_prompts(folder: Path, monkeypatc
         call(monkeypatch, folder, "--mode", "x")
 
 
+def test_prompts_in_the_order_of_their_kinds_are_drawn_before_they_are_split(folder: Path, monkeypatch):
+    """The file's first half loses everything, its second nothing: half a file would calibrate on one kind alone."""
+    (folder / "kinds.csv").write_text("mr,ref\n" + "".join(f"w{i},w{i}\n" for i in range(3, 43)))
+
+    def texts(decoder, name, chosen):
+        return ["a" if name == "full" or int(prompt[1:]) >= 23 else "b" for prompt in chosen], 1.0
+
+    monkeypatch.setattr(decode_modes, "_texts", texts)
+    words = [
+        "--policies",
+        folder / "skip.json",
+        "--mode",
+        "calibrate",
+        "--risk",
+        0.3,
+        "--delta",
+        0.1,
+        "--prompt",
+        "{mr}",
+    ]
+    found = []
+    for count, seed in ((40, 0), (20, 1), (20, 2)):
+        call(monkeypatch, folder, "--text", folder / "kinds.csv", *words, "--count", count, "--seed", seed)
+        (row,) = json.loads((folder / "out" / "decode.json").read_text())["calibration"]
+        assert 0.1 < row["loss"] < 0.9
+        assert 0.1 < row["held_out_loss"] < 0.9
+        found.append(row)
+    assert found[0]["loss"] + found[0]["held_out_loss"] == pytest.approx(1), "every prompt once"
+
+
 def test_losses_are_those_of_the_texts():
     full, said, wanted = ["a b c d", "x y"], ["a b", "x y"], [["a b c d"], ["q"]]
     assert decode_modes.text_losses(said, full, wanted, kind="consistency").tolist() == pytest.approx([1 / 3, 0])

@@ -15,7 +15,7 @@ from ee_diffusion.encoder.methods import confidence
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 
-from judging import Candidate, Judge, budgeted, by_length, candidates, guarantee
+from judging import Candidate, Judge, budgeted, by_length, candidates, guarantee, halves
 
 TEXTS, LAYERS = 400, 4
 
@@ -111,7 +111,7 @@ def offered() -> list[Candidate]:
 
 def test_the_cheapest_setting_that_keeps_the_risk():
     texts = torch.arange(1000)
-    found = guarantee(offered(), torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.25, delta=0.1)
+    found = guarantee(offered(), torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.25, delta=0.1, seed=0)
     assert (found["candidates"], found["pareto"]) == (5, 4)
     for rule in ("learn_then_test", "conformal", "naive"):
         assert (found[rule]["value"], found[rule]["risk_on_test"], found[rule]["flops_fraction"]) == (
@@ -119,7 +119,7 @@ def test_the_cheapest_setting_that_keeps_the_risk():
             pytest.approx(0.2),
             0.5,
         )
-    found = guarantee(offered(), torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.205, delta=0.1)
+    found = guarantee(offered(), torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.205, delta=0.1, seed=0)
     assert found["naive"]["value"] == 2.0, "the mean alone"
     assert found["learn_then_test"]["value"] == found["bound"]["value"] == 3.0, (
         "400 texts are too few to be sure of 0.2"
@@ -127,10 +127,13 @@ def test_the_cheapest_setting_that_keeps_the_risk():
 
 
 def test_who_proposes_does_not_decide():
-    """A setting that looked harmless on the first half and is not."""
+    """A setting that looked harmless to the half that proposes and is not."""
     texts = torch.arange(1000)
-    lucky = Candidate({"pruning_scale": 1.0, "value": 9.0}, torch.ones(1000).double(), (texts >= 400).double())
-    found = guarantee([*offered()[:2], lucky], torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.25, delta=0.1)
+    loss = torch.ones(1000).double()
+    loss[halves(texts[:800], seed=0)[0]] = 0
+    lucky = Candidate({"pruning_scale": 1.0, "value": 9.0}, torch.ones(1000).double(), loss)
+    settings = [*offered()[:2], lucky]
+    found = guarantee(settings, torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.25, delta=0.1, seed=0)
     assert found["learn_then_test"] is None, "nothing else was proposed: it beat the others in cost and mean loss"
     for rule in ("conformal", "bound", "naive"):
         assert found[rule]["value"] == 3.0
@@ -138,14 +141,46 @@ def test_who_proposes_does_not_decide():
 
 def test_bounds_share_delta_among_the_candidates():
     texts, settings = torch.arange(1000), offered()[:4]
-    deciding = settings[2].loss[400:800]
+    deciding = settings[2].loss[halves(texts[:800], seed=0)[1]]
     risk = (upper_bound(deciding, 0.1 / 4) + upper_bound(deciding, 0.1)) / 2
-    found = guarantee(settings, torch.full((1000,), 4.0), texts[:800], texts[800:], risk=risk, delta=0.1)
+    found = guarantee(settings, torch.full((1000,), 4.0), texts[:800], texts[800:], risk=risk, delta=0.1, seed=0)
     assert found["bound"]["value"] == 3.0
     assert found["learn_then_test"]["value"] == 2.0, "a fixed order shares nothing"
 
 
+def test_a_file_in_the_order_of_its_classes_breaks_no_promise():
+    """The class that stands last is the easy one: whoever splits the texts as they come decides on that class alone."""
+    ordered = torch.arange(2000)
+    hard, calibration, test = ordered < 800, ordered[:1600], ordered[1600:]
+    broken, certified = 0, 0
+    for seed in range(40):
+        draw = torch.Generator().manual_seed(seed)
+        difficult = torch.where(ordered < 1600, hard, torch.rand(2000, generator=draw) < 0.5)
+        settings = [
+            Candidate(
+                {"pruning_scale": 1.0, "value": cost},
+                torch.full((2000,), cost).double(),
+                (difficult & (torch.rand(2000, generator=draw) < share)).double(),
+            )
+            for cost, share in ((3.0, 0.01), (1.0, 0.4))  # expected losses of 0.005 and 0.2
+        ]
+        found = guarantee(settings, torch.full((2000,), 4.0), calibration, test, risk=0.05, delta=0.1, seed=seed)
+        for rule in ("learn_then_test", "bound", "conformal"):
+            certified += found[rule] is not None
+            broken += found[rule] is not None and found[rule]["value"] == 1.0
+    assert (broken, certified) == (0, 120), "the safe one every time, the other one never"
+
+
+def test_halves_are_a_seeded_draw():
+    texts = torch.arange(100) * 3
+    one, other = halves(texts, seed=1)
+    assert sorted([*one.tolist(), *other.tolist()]) == texts.tolist()
+    assert abs(one.double().mean() - other.double().mean()) < 60
+    assert torch.equal(halves(texts, seed=1)[0], one)
+    assert not torch.equal(halves(texts, seed=2)[0], one)
+
+
 def test_nothing_is_an_answer():
     texts, risky = torch.arange(1000), offered()[2:4]
-    found = guarantee(risky, torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.05, delta=0.1)
+    found = guarantee(risky, torch.full((1000,), 4.0), texts[:800], texts[800:], risk=0.05, delta=0.1, seed=0)
     assert [found[rule] for rule in ("learn_then_test", "conformal", "bound", "naive")] == [None] * 4
