@@ -43,6 +43,7 @@ class Family:
     inner: the first module inside a block that sees the hidden states; work is counted there.
     frozen: empty: rows that stopped are dropped. Else the reason why they are carried along, unused and counted as executed.
     turned: its pipeline hands the solver minus the output, and times turned around.
+    counts: config entries that say how many blocks each list has, in the order of the lists.
     outputs: how many channels the model puts out, where its attribute or config entry `out_channels` does not say so.
 
     Raises:
@@ -70,10 +71,11 @@ class Family:
     inner: str = "attn1"
     frozen: str = ""
     turned: bool = False
+    counts: tuple[str, ...] = ("num_layers", "num_single_layers")
     outputs: Callable[[nn.Module], int] | None = None
 
     def __post_init__(self) -> None:
-        names = ("block_classes", "concatenated", "row_arguments", "residuals", "plain_if", "width")
+        names = ("block_classes", "concatenated", "row_arguments", "residuals", "plain_if", "width", "counts")
         wrong = [f"{name}={getattr(self, name)!r}" for name in names if not isinstance(getattr(self, name), tuple)]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}, expected tuples of names, such as ('temb',)")
@@ -259,8 +261,13 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# The classes that the package's own tests hold against diffusers; those that users register come on top.
+TESTED = frozenset(FAMILIES)
+
+
 def register_family(family: Family) -> None:
-    """Make a transformer class known to `attach`.
+    """Make a transformer class known to `attach`. What is written down is believed: hold it against a transformer of that class with
+    `family_check.check_family`, for a forgotten row argument may be hidden by broadcasting.
 
     Raises:
         ValueError: the class is known already, or something else than a Family.

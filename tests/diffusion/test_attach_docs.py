@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import registered
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -72,6 +73,19 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
     assert "executed blocks per element and step: 2.00 of 4 (50.0 %)" in capsys.readouterr().out
     assert dataclasses.asdict(known["MyTransformer2DModel"])["frozen"] == frozen
     assert "forward" not in model.__dict__
+
+
+def test_the_worked_example_is_checked_as_it_stands(monkeypatch):
+    recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "check_family(" in block)
+    known = dict(FAMILIES)
+    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", known)
+    exec(compile(recipe, str(PAGE), "exec"), {})
+    row = known.pop("ChromaTransformer2DModel")
+    assert row == registered.RIGHT["ChromaTransformer2DModel"]
+    for argument in ("temb", "attention_mask"):
+        known.pop("ChromaTransformer2DModel", None)
+        with pytest.raises(ValueError, match=f"the length of '{argument}'"):
+            exec(compile(recipe.replace(f'"{argument}", ', "", 1), str(PAGE), "exec"), {})
 
 
 def test_the_recipes_for_memory(tmp_path, monkeypatch, capsys):
