@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import diffusers
 import pytest
+import registered
 import torch
 from diffusers.utils import is_peft_available
+from factories import uvit
 from tiny_families import TINY, exits_for, forward, inputs_of, model_named
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.attach import attach, summary
-from ee_diffusion.diffusion.families import blocks_of
+from ee_diffusion.diffusion.families import FAMILIES, blocks_of
 from ee_diffusion.diffusion.lora import add_lora
 from ee_diffusion.diffusion.truncation import truncate
 
@@ -63,6 +67,66 @@ def test_depths_that_are_none_are_refused(depth):
 def test_long_skips_are_refused(name: str):
     with pytest.raises(ValueError, match="long skips"):
         truncate(model_named(name), 2)
+
+
+def test_a_uvit_without_long_skips_is_a_shallow_uvit():
+    model, arguments = uvit(long_skips=False), inputs_of("UViTTransformer2DModel", ROWS)
+    assert len(blocks_of(truncate(model, 3, inputs=arguments))) == 3
+    with pytest.raises(ValueError, match="num_layers=2, expected an odd number"):
+        truncate(model, 2)
+
+
+@pytest.fixture
+def others(monkeypatch) -> None:
+    """Four classes are registered, as a user would."""
+    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", FAMILIES | registered.RIGHT)
+
+
+@pytest.mark.parametrize("name", ["CogView4Transformer2DModel", "AuraFlowTransformer2DModel"])
+def test_a_registered_class_is_compared_with_its_exit(name: str, others):
+    model, arguments = registered.model_named(name), registered.inputs_of(name, ROWS)
+    with pytest.raises(ValueError, match=r"registered by hand, .* give inputs="):
+        truncate(model, 1)
+    for depth in range(1, len(blocks_of(model))):
+        shallow = truncate(model, depth, inputs=arguments)
+        assert len(blocks_of(shallow)) == depth
+        assert forward(shallow, arguments).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        (
+            "ChromaTransformer2DModel",
+            "alone are .* off from the exit there, .* its forward uses how many blocks there are",
+        ),
+        (
+            "MochiTransformer3DModel",
+            "the last block of a MochiTransformer3DModel has other weights than those before it",
+        ),
+    ],
+)
+def test_first_blocks_that_are_no_model_of_their_class_are_refused(name: str, words: str, others):
+    model, arguments = registered.model_named(name), registered.inputs_of(name, ROWS)
+    for depth in (1, 3):
+        with pytest.raises(
+            ValueError, match=rf"{words}.*its first {depth} blocks are no {name}; run it with FixedDepth"
+        ):
+            truncate(model, depth, inputs=arguments)
+
+
+def test_lists_that_other_config_entries_count_are_named(monkeypatch):
+    name = "AuraFlowTransformer2DModel"
+    row = replace(registered.RIGHT[name], counts=("num_layers", "num_single_layers"))
+    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", {name: row})
+    with pytest.raises(
+        ValueError, match=r"has 2 joint_transformer_blocks, and num_layers=None in its config: name the"
+    ):
+        truncate(registered.model_named(name), 1, inputs=registered.inputs_of(name, ROWS))
+    row = replace(registered.RIGHT[name], counts=("num_mmdit_layers",))
+    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", {name: row})
+    with pytest.raises(ValueError, match=r"counts=\('num_mmdit_layers',\) .* expected a config entry for each of"):
+        truncate(registered.model_named(name), 1, inputs=registered.inputs_of(name, ROWS))
 
 
 def test_what_is_no_transformer_is_refused():
