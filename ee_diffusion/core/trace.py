@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ _FORMAT = "ee_diffusion.trace.1"
 _TENSORS = ("elements", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Work of a call beside the forwards that a trace is of: the `name` of what it was, its `forwards`; rows x blocks that `ran`, of
+    `blocks` without exits (0: they cannot be compared, or nobody counted)."""
+
+    name: str
+    forwards: int
+    ran: int
+    blocks: int
+
+
 @dataclass(frozen=True, eq=False)
 class Trace:
     """One run, step by step.
@@ -30,7 +42,7 @@ class Trace:
     ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
     evaluated on. `policy`: the policy as a dictionary; `recorded_all`: every exit was measured and nobody stopped.
     `calls`: forwards of each step, those after the first (a second call of guidance) following its depths; empty: one each.
-    `frozen`: why rows that stopped were carried along; empty: they were dropped.
+    `frozen`: why rows that stopped were carried along; empty: they were dropped. `beside`: other work of the same call.
     """
 
     elements: Tensor
@@ -47,6 +59,7 @@ class Trace:
     recorded_all: bool = False
     calls: tuple[int, ...] = ()
     frozen: str = ""
+    beside: tuple[Beside, ...] = ()
 
     def __repr__(self) -> str:
         (steps, elements), layers = self.depths.shape, self.planned.shape[1]
@@ -58,6 +71,13 @@ class Trace:
         layers = torch.arange(self.planned.shape[1])
         return self.planned[:, None, :] & (layers < self.depths[:, :, None])
 
+    @property
+    def work(self) -> tuple[int, int]:
+        """Rows x blocks that ran, and those of the same forwards without exits."""
+        steps, _, layers = self.ran.shape
+        calls = torch.tensor(self.calls or (1,) * steps)[:, None]  # (S, 1)
+        return int(self.ran.sum()), layers * int((self.rows * (self.depths >= 0) * calls).sum())
+
     def save(self, path: str | os.PathLike) -> None:
         """Write to one safetensors file, beside first, then renamed."""
         tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
@@ -66,6 +86,7 @@ class Trace:
             "recorded_all": json.dumps(self.recorded_all),
             "calls": json.dumps(self.calls),
             "frozen": json.dumps(self.frozen),
+            "beside": json.dumps([astuple(one) for one in self.beside]),
             "format": _FORMAT,
         }
         beside = Path(f"{path}.{os.getpid()}.tmp")
@@ -87,7 +108,8 @@ class Trace:
                 tensors: dict[str, Any] = {name: file.get_tensor(name) for name in _TENSORS}
             plain = {name: json.loads(metadata[name]) for name in ("policy", "recorded_all")}
             calls, frozen = json.loads(metadata.get("calls", "[]")), json.loads(metadata.get("frozen", '""'))
-            return cls(**tensors, **plain, calls=tuple(calls), frozen=frozen)
+            beside = tuple(Beside(*one) for one in json.loads(metadata.get("beside", "[]")))
+            return cls(**tensors, **plain, calls=tuple(calls), frozen=frozen, beside=beside)
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is not a readable trace: {error}") from error
 
@@ -118,7 +140,8 @@ class Trace:
         }
         same = {name: getattr(first, name) for name in ("times", "exits", "planned", "policy", "calls", "frozen")}
         merged: dict[str, Any] = joined | counts | same
-        return cls(**merged, recorded_all=all(trace.recorded_all for trace in traces))
+        beside = _summed(one for trace in traces for one in trace.beside)
+        return cls(**merged, recorded_all=all(trace.recorded_all for trace in traces), beside=beside)
 
     def report(self) -> Report:
         """The run in a few numbers."""
@@ -143,7 +166,24 @@ class Trace:
             answered_rows=int(self.answered.sum()),
             followed_calls=sum(self.calls) - len(self.calls),
             frozen=self.frozen,
+            beside=self.beside,
+            call_fraction=self._call_fraction(),
         )
+
+    def _call_fraction(self) -> float:
+        ran, blocks = self.work
+        whole = blocks + sum(one.blocks for one in self.beside)
+        return (ran + sum(one.ran for one in self.beside)) / whole if whole else 1.0
+
+
+def _summed(beside: Iterable[Beside]) -> tuple[Beside, ...]:
+    """One for each name."""
+    found: dict[str, Beside] = {}
+    for one in beside:
+        known = found.get(one.name, Beside(one.name, 0, 0, 0))
+        counts = (known.forwards + one.forwards, known.ran + one.ran, known.blocks + one.blocks)
+        found[one.name] = Beside(one.name, *counts)
+    return tuple(found.values())
 
 
 _ELEMENT_DIMS = {"elements": 0, "rows": 0, "depths": 1, "scores": 2, "ran": 1}
@@ -157,7 +197,8 @@ class Report:
     standard deviation over elements of the blocks executed at a step (0: every element alike); `depth_histogram`: depth -> number of
     (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads;
     `followed_calls`: forwards that followed the depths of another one (second calls of guidance); `frozen`: why rows that stopped were
-    carried along, empty: they were dropped.
+    carried along, empty: they were dropped; `beside`: other work of the same call; `call_fraction`: of all rows x blocks of the call,
+    those beside included, the part that ran.
     """
 
     num_steps: int
@@ -172,6 +213,8 @@ class Report:
     answered_rows: int
     followed_calls: int = 0
     frozen: str = ""
+    beside: tuple[Beside, ...] = ()
+    call_fraction: float = 1.0
 
     @property
     def fraction_executed(self) -> float:
@@ -184,6 +227,13 @@ class Report:
             f"{self.num_elements} elements x {self.num_steps} steps, {self.num_layers} blocks",
             f"executed blocks per element and step: {self.mean_executed:.2f} of {self.num_layers} ({100 * self.fraction_executed:.1f} %)",
         ]
+        counted = [f"{one.forwards} of {one.name}" for one in self.beside if one.blocks]
+        if counted:
+            share = f"{100 * self.call_fraction:.1f} %"
+            lines.append(f"of all blocks of the call: {share}, with the forwards beside: {', '.join(counted)}")
+        others = [f"{one.forwards or 'any'} forwards of {one.name}" for one in self.beside if not one.blocks]
+        if others:
+            lines.append(f"not counted in that: {', '.join(others)}")
         if self.mean_executed >= self.num_layers:
             lines.append("nothing was skipped")
         if self.mean_executed - self.mean_needed > 1e-6:

@@ -16,6 +16,7 @@ from torch import nn
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.ranks import Vote
 from ee_diffusion.diffusion.attachment import Attachment
+from ee_diffusion.diffusion.beside import Counted
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
@@ -93,10 +94,10 @@ def attach(
         _require_free(transformer)
         attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held, vote=vote)
         if policy is not None:
-            said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps}
-            if pipeline is not None:
-                said["begins"] = functools.partial(_check_run, pipeline, heads)
-            attachment.runs = Runs(policy, attachment.start, transformer, family, **said, renew=attachment.renew)
+            said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps, "renew": attachment.renew}
+            begins = functools.partial(_run_begins, attachment, pipeline)
+            attachment.runs = Runs(policy, attachment.start, transformer, family, **said, begins=begins)
+            attachment.counted = Counted(transformer, pipeline)
         transformer.__dict__["_ee_attachment"] = attachment
     return attachment
 
@@ -115,9 +116,13 @@ def _require_free(transformer: nn.Module) -> None:
     )
 
 
-def _check_run(pipeline: DiffusionPipeline, heads: DenoiserHeads, num_steps: int) -> None:
-    """When a run begins: the pipeline may have another scheduler now. Raises ValueError for one that the heads do not know, warns where
-    they were fitted to another."""
+def _run_begins(attachment: Attachment, pipeline: DiffusionPipeline | None, num_steps: int) -> None:
+    """The pipeline may have another scheduler now. Raises ValueError for one that the heads do not know, warns where they were fitted to
+    another."""
+    attachment.counted.begin()
+    if pipeline is None:
+        return
+    heads = attachment.heads
     if isinstance(heads, ScheduledHeads):
         heads.check_scheduler(pipeline.scheduler)
     warn_of_course(pipeline, num_inference_steps=num_steps, guidance_scale=None, exits=heads)

@@ -10,6 +10,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
+from ee_diffusion.diffusion.beside import Counted
 from ee_diffusion.diffusion.checkpointing import blocks_called_directly, checkpoint_of
 from ee_diffusion.diffusion.compatible import require_no_cache
 from ee_diffusion.diffusion.compiled import Compiler, bucket
@@ -43,6 +45,7 @@ class _Now(threading.local):
 
     step: StepSession | None = None
     passage: Passage | None = None
+    plain: str = ""  # why the forward that goes on runs without exits
 
 
 class Attachment:
@@ -69,6 +72,7 @@ class Attachment:
         self.compiler = compiler
         self.padded = 0  # rows x blocks that ran for no image
         self.runs: Runs | None = None
+        self.counted: Counted | None = None  # with a policy: what the call does beside
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
@@ -141,6 +145,8 @@ class Attachment:
             raise ValueError(f"these exits were detached from their {type(self.transformer).__name__} already")
         for interception in self._interceptions:
             interception.require_outermost()
+        if self.counted is not None:
+            self.counted.detach()
         if self.runs is not None:
             self.runs.detach()
         restore_all(self._interceptions)
@@ -158,7 +164,8 @@ class Attachment:
     @property
     def trace(self) -> Trace | None:
         """What happened in the run that goes on, or else in the last one; None before the first, or without a policy."""
-        return None if self.runs is None else self.runs.trace
+        trace = None if self.runs is None else self.runs.trace
+        return trace if trace is None or self.counted is None else replace(trace, beside=self.counted.seen())
 
     @property
     def report(self) -> Report | None:
@@ -212,7 +219,8 @@ class Attachment:
                 raise ValueError(f"a forward with {asked[0]} runs without exits: call it outside of use(step)")
             return self._run(now.step, original, arguments, args, kwargs)
         if asked:
-            return original(*args, **kwargs)
+            with self._plain(asked[0]):
+                return original(*args, **kwargs)
         sample = arguments["hidden_states"]
         step = self.runs.step(
             arguments, times_of(self.family, arguments["timestep"], sample), shape=sample.shape, device=sample.device
@@ -297,6 +305,17 @@ class Attachment:
             self.padded += passage.padded
         return _with(output, passage.answers) if self.heads.space == "output" else output
 
+    @contextmanager
+    def _plain(self, reason: str) -> Iterator[None]:
+        """Within, a forward of a call runs without exits; it is counted."""
+        if self.counted is not None:
+            self._now.plain = reason
+            self.counted.forward(reason)
+        try:
+            yield
+        finally:
+            self._now.plain = ""
+
     def _alone_if(self, needed: bool) -> AbstractContextManager[Any]:
         """Where it is needed, other threads' forwards of this kind wait."""
         return self._alone if needed else nullcontext()
@@ -323,6 +342,8 @@ class Attachment:
     def _block(self, layer: int, original, *args, **kwargs):
         passage = self._now.passage
         if passage is None:
+            if self._now.plain:
+                self.counted.block(self._now.plain, len(args[0] if args else kwargs[self.layers[layer].names[0]]))
             return original(*args, **kwargs)
         if self.compiler is not None:
             original = self.compiler.block(layer, original)
