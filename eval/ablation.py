@@ -20,8 +20,9 @@ from contenders import WARM_UP, classes_of, gains_of, load_memory
 from frontier_options import FrontierOptions
 from keeping import contents, kept
 from options import SamplingOptions, command, flag, load, parse, results_folder
+from real_images import ReferenceOptions, judge_of
 from together import WholeBatch
-from tradeoff import judge_of, quality
+from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.core.policy import Policy
@@ -42,9 +43,6 @@ class AblationOptions:
 
     count: int = flag("Test images.", 32)
     clock_images: int | None = flag("Test images that times are measured on; none: two batches.")
-    data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: as EE_DIFFUSION_DATA says, or go without.")
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     memory: str | None = flag("Exits of train/fit_memory.py (--states exited); none: unfitted.")
     memory_full_states: str | None = flag("The same with --states full.")
     memory_trust: str | None = flag("The same with --learn_trust.")
@@ -83,11 +81,11 @@ def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iter
 
 
 def main() -> None:
-    sampling, options = parse(SamplingOptions, AblationOptions, description=__doc__)
+    sampling, options, reference = parse(SamplingOptions, AblationOptions, ReferenceOptions, description=__doc__)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = classes_of(pipeline)
-    judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
+    judge = judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     steps, exits = sampling.num_inference_steps, {}
     some = [Candidate("full", "full", None, None, steps)]
@@ -106,12 +104,13 @@ def main() -> None:
     drawn = by_batch(some, again, chosen, labels, batch=sampling.batch_size)
     times = clocked(some, draw, images=images, batch=sampling.batch_size, num_classes=num_classes)
     rows = [quality(one, drawn[one.name], drawn["full"], judge=judge, labels=labels) | times[one.name] for one in some]
-    settings = asdict(sampling) | asdict(options) | {"clock_images": images}
-    report = {"command": command(), "settings": settings, "environment": environment(), "rows": rows}
+    settings = asdict(sampling) | asdict(options) | asdict(reference) | {"clock_images": images}
+    report = {"command": command(), "settings": settings, "figures": judge.note(), "environment": environment()}
+    report["rows"] = rows
     write_json(folder / "ablation.json", report)
     columns = ["name", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
     shown = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
-    write_text(folder / "ablation.md", markdown_table(shown, columns))
+    write_text(folder / "ablation.md", markdown_table(shown, columns) + f"\n{judge.note()}\n")
     print((folder / "ablation.md").read_text())
 
 

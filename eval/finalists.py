@@ -3,7 +3,8 @@
 python eval/finalists.py --report runs/frontier/frontier.json --names "searched 12 full" "20 steps" --output_dir runs/finalists
 
 The full model and the rows that --names name draw the same test seeds, none of which the report used, with the report's own settings.
-FD is on resnet20's features against CIFAR-10's training images. `difference` is FD minus the full model's, its interval from resamples of
+FD is on resnet20's features against CIFAR-10's training images, or those that --reference_dir, --reference_files or
+--reference_statistics names. `difference` is FD minus the full model's, its interval from resamples of
 the pairs; `block_*` the same on each of --blocks disjoint parts of the seeds. What was seen is kept in seen/: a run that was stopped goes
 on when started again. Writes finalists.json and finalists.md.
 """
@@ -19,10 +20,10 @@ from clock import candidate_of
 from contenders import base_of, check_fitted, classes_of, drawer, exits_by_kind, fitted_beside, load_memory
 from keeping import beside, contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
+from real_images import ReferenceOptions, known_reference, unfit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from tradeoff import cifar_reference
 from turns import Candidate, Draw
 
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
@@ -53,9 +54,6 @@ class FinalistOptions:
     batch_size: int | None = flag("Images per forward; none: as in the report.")
     dtype: str | None = flag("float32, bfloat16 or float16; none: as in the report.")
     device: str | None = flag("cpu, cuda, ...; none: cuda if there is one.")
-    data: str | None = flag("Data folder; none: what EE_DIFFUSION_DATA names.")
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     seed: int = flag("Seed of the resamples.", 0)
 
     def __post_init__(self):
@@ -142,7 +140,7 @@ def row_of(name: str, features: Tensor, full: Tensor, reference: Statistics, *, 
 
 
 def main() -> None:
-    (options,) = parse(FinalistOptions, description=__doc__)
+    options, against = parse(FinalistOptions, ReferenceOptions, description=__doc__)
     report, source, folder = (
         json.loads(Path(options.report).read_text()),
         Path(options.report).parent,
@@ -150,15 +148,18 @@ def main() -> None:
     )
     finalists, sampling = finalists_of(report["rows"], options.names), sampling_of(report, options)
     settings, pipeline = report["settings"], load(sampling)
-    num_classes = classes_of(pipeline)
+    num_classes, size = classes_of(pipeline), pipeline.transformer.config.sample_size
+    reason = unfit(against, size=(size, size), num_classes=num_classes)
+    if reason:
+        raise ValueError(f"no FD against {against.name}: {reason}")
     memory = load_memory(pipeline, settings["memory"])
     tracking = settings["tracking"] and TrackingExits.from_pretrained(settings["tracking"]).to(
         pipeline.transformer.device
     )
     fitted = fitted_beside(pipeline, source)
     check_fitted(finalists, fitted, source)
-    draw, network = drawer(pipeline, sampling, memory, tracking, fitted), resnet20_features(options.data)
-    reference = cifar_reference(network, data=options.data, count=options.reference_count, cache_dir=options.cache_dir)
+    draw, network = drawer(pipeline, sampling, memory, tracking, fitted), resnet20_features(against.data)
+    reference = known_reference(against, network, size=size).statistics
     chosen = seeds("test", options.count, first=settings["count"])
     labels = balanced_labels(options.count, num_classes)
     sampled = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
@@ -172,12 +173,13 @@ def main() -> None:
             folder / "finalists.json",
             {
                 "command": command(),
-                "settings": asdict(options) | asdict(sampling),
+                "settings": asdict(options) | asdict(against) | asdict(sampling),
+                "figures": f"FD: against {against.name}.",
                 "environment": environment(),
                 "rows": rows,
             },
         )
-        write_text(folder / "finalists.md", markdown_table(rows, list(rows[-1])))
+        write_text(folder / "finalists.md", markdown_table(rows, list(rows[-1])) + f"\nFD: against {against.name}.\n")
     print((folder / "finalists.md").read_text())
 
 

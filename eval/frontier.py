@@ -37,8 +37,9 @@ from keeping import contents, kept, noted
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, load, parse, results_folder
+from real_images import ReferenceOptions, judge_of
 from torch import nn
-from tradeoff import judge_of, quality
+from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.diffusion.gains import influence
@@ -97,9 +98,14 @@ def finished(folder: Path, report: dict) -> None:
     write_json(folder / "frontier.json", report)
     columns = ["name", "steps", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
     lines = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
-    write_text(folder / "frontier.md", markdown_table(lines, columns) + "\n" + report["verdict"] + "\n")
+    write_text(folder / "frontier.md", "\n".join([markdown_table(lines, columns), *_said(report)]))
     picture(rows, folder / "frontier.png")
     print((folder / "frontier.md").read_text())
+
+
+def _said(report: dict) -> list[str]:
+    """What stands under the table, each with an end of line; older reports do not say what their figures are against."""
+    return [f"{report[name]}\n" for name in ("figures", "verdict") if name in report]
 
 
 def candidates(
@@ -161,12 +167,12 @@ def gains_if_asked(
 
 
 def main() -> None:
-    sampling, options = parse(SamplingOptions, FrontierOptions, description=__doc__)
+    sampling, options, reference = parse(SamplingOptions, FrontierOptions, ReferenceOptions, description=__doc__)
     options.check_sampling(sampling)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = classes_of(pipeline)
-    judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
+    judge = judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 
     memory = load_memory(pipeline, options.memory)
@@ -199,8 +205,10 @@ def main() -> None:
         | {"policy": one.policy and one.policy.to_dict()}
         for one in (*first, *second)
     ]
-    settings = asdict(sampling) | asdict(options) | {"clock_images": images} | ({"gains": gains} if gains else {})
-    finished(folder, {"command": command(), "settings": settings, "environment": environment(), "rows": rows})
+    settings = asdict(sampling) | asdict(options) | asdict(reference) | {"clock_images": images}
+    settings |= {"gains": gains} if gains else {}
+    facts = {"command": command(), "settings": settings, "figures": judge.note(), "environment": environment()}
+    finished(folder, facts | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ WITHIN = {  # what each number of these lists may be
     "periods": (lambda x: x >= 1, "at least 1"),
     "taylor": (lambda x: x >= 1, "at least 1"),
 }
-COUNTS = ("count", "search_count", "gain_images", "gain_every", "reference_count")
+COUNTS = ("count", "search_count", "gain_images", "gain_every")
 PARTS = ("decay", "power", "search_power")
 
 
@@ -39,13 +39,8 @@ class FrontierOptions:
 
     count: int = flag("Test images.", 128)
     clock_images: int | None = flag("Test images that times are measured on, whole batches; none: two batches.")
-    data: str | None = flag(
-        "Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or go without."
-    )
     memory: str | None = flag("Folder of fitted exits that remember (train/fit_memory.py); none: unfitted.")
     tracking: str | None = flag("Folder of exits that remember at several depths (train/fit_tracking.py).")
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     errors: list[float] = _numbers("`remembered`: errors allowed per step (rms, data in [-1, 1]).")
     budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
     shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.64, 0.72)

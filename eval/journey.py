@@ -25,8 +25,9 @@ from contenders import controls as memory_controls
 from diffusers import DiTPipeline
 from journey_draw import JourneyOptions, drawer, each_by_itself, fitted_memory, load_exits
 from options import command, parse
+from real_images import ReferenceOptions, judge_of
 from safetensors.torch import load_file
-from tradeoff import Candidate, Draw, controls, in_turns, judge_of, row
+from tradeoff import Candidate, Draw, controls, in_turns, row
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
@@ -161,16 +162,18 @@ def lines_of(rows: list[dict]) -> str:
 
 
 def main() -> None:
-    (options,) = parse(JourneyOptions, description=__doc__)
+    options, reference = parse(JourneyOptions, ReferenceOptions, description=__doc__)
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     pipe = DiTPipeline.from_pretrained(options.model)
     pipe.set_progress_bar_config(disable=True)
+    names = sorted(pipe.labels, key=pipe.labels.get)[: options.num_classes]  # where the pipeline says them
+    size = (options.judged_size,) * 2
+    judge = judge_of(reference, size=size, num_classes=options.num_classes, class_names=names)
     exits, memory = load_exits(options.exits), load_memory(pipe, None)
     fitted, schedules = fitted_memory(pipe, options) if options.shares else (None, {})
     heads = {"fit_exits": exits, "memory": memory, "together": fitted, "fitted": fitted and each_by_itself(fitted)}
     draw = drawer(pipe, options, heads)
-    judge = judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir)
     policy, calibration = calibrated(options, draw)
     print(json.dumps(calibration), flush=True)
     again = reloaded(pipe, exits, policy, options)
@@ -185,15 +188,16 @@ def main() -> None:
     drawn = in_turns([first[0], *second], draw, chosen, labels, batch=options.batch_size)
     rows += [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in second]
 
-    facts = {"command": command(), "settings": asdict(options), "environment": environment()}
+    facts = {"command": command(), "settings": asdict(options) | asdict(reference), "environment": environment()}
+    facts["figures"] = judge.note()
     facts["fit"] = report_of_fit(options.fit_report)
     facts["model"] = {
         "blocks": len(pipe.transformer.transformer_blocks),
         "parameters": pipe.transformer.num_parameters(),
     }
     write_json(folder / "journey.json", facts | {"calibration": calibration, "rows": rows, "reloaded": again})
-    write_text(folder / "journey.md", lines_of(rows))
-    print(lines_of(rows))
+    write_text(folder / "journey.md", lines_of(rows) + f"\n{judge.note()}\n")
+    print((folder / "journey.md").read_text())
 
 
 if __name__ == "__main__":

@@ -59,9 +59,6 @@ class JourneyOptions:
         default_factory=list, metadata={"help": "Numbers of steps of the full model, for the curve."}
     )
     judged_size: int = flag("Pixels that images are reduced to before they are judged.", 32)
-    data: str | None = flag("Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or without.")
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     db_cache: list[float] = field(
         default_factory=list, metadata={"help": "Thresholds of cache-dit's DBCache, with and without TaylorSeer."}
     )
@@ -79,6 +76,7 @@ class JourneyOptions:
             "calibration_count",
             "period",
             "fit_count",
+            "judged_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")

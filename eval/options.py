@@ -46,12 +46,13 @@ class Explaining(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Help with the whole docstring, its lines as they are, and every default."""
 
 
-def parse(*kinds: type, description: str) -> tuple:
-    """Parse flags into frozen dataclasses; with --dry-run print them and exit."""
+def parse(*kinds: type, description: str, **defaults: object) -> tuple:
+    """Parse flags into frozen dataclasses; with --dry-run print them and exit. `defaults`: the script's own, in the place of a field's."""
     parser = HfArgumentParser(kinds, description=description, formatter_class=Explaining)
     parser.add_argument(
         "--dry_run", "--dry-run", action="store_true", help="Print the resolved options as JSON and exit."
     )
+    parser.set_defaults(**defaults)
     *options, rest = parser.parse_args_into_dataclasses()
     if rest.dry_run:
         print(json.dumps({name: value for option in options for name, value in asdict(option).items()}, indent=2))

@@ -12,7 +12,9 @@ def environment(report: dict) -> str:
 
 
 def settings(report: dict) -> str:
-    return f"Settings: {listed(report['settings'])}.\n"
+    """And, where the report says so, what its figures are against."""
+    against = f"{report['figures']}\n\n" if "figures" in report else ""
+    return f"{against}Settings: {listed(report['settings'])}.\n"
 
 
 def listed(values: dict) -> str:
@@ -28,6 +30,9 @@ def listed(values: dict) -> str:
         "cache_dir",
         "data",
         "data_files",
+        "reference_dir",
+        "reference_files",
+        "reference_statistics",
         "device",
         "parts",
     )

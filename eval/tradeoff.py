@@ -12,7 +12,6 @@ Writes tradeoff.json, tradeoff.md and tradeoff.png: the policies as soon as they
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, flag, load, parse, results_folder
+from real_images import ReferenceOptions, judge_of
 from turns import Candidate, Draw, in_turns, measured
 
 from ee_diffusion.core.calibrate import value_for_budget
@@ -32,18 +32,11 @@ from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.errors import run_script
-from ee_diffusion.measure.classifiers import data_folder, load_classifier
-from ee_diffusion.measure.features import ResNetFeatures, resnet20_features
-from ee_diffusion.measure.frechet import Statistics
 from ee_diffusion.measure.paired import PSNR_CAP
-from ee_diffusion.measure.perceptual import load_lpips
 from ee_diffusion.measure.pictures import save_figure
 from ee_diffusion.measure.quality import COLUMNS, Judge, flat
-from ee_diffusion.measure.references import reference, reference_path
 from ee_diffusion.measure.splits import balanced_labels, seeds
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
-from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import load_image_source
 
 
 @dataclass(frozen=True)
@@ -52,13 +45,8 @@ class TradeoffOptions:
 
     count: int = flag("Test images.", 256)
     calibration_count: int = flag("Calibration images.", 64)
-    data: str | None = flag(
-        "Data folder, for LPIPS, FD and accuracy; none: what EE_DIFFUSION_DATA names, or go without."
-    )
     released: str | None = flag("Folder of exits of variant 'released' for the same transformer; none: go without.")
     released_threshold: float = flag("Certainty above which the authors' code exits on CIFAR-10.", 0.92)
-    reference_count: int = flag("Real images behind the FD.", 10_000)
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
     budgets: list[float] = field(
         default_factory=lambda: [0.9, 0.8, 0.7, 0.6, 0.5, 0.4], metadata={"help": "Fractions of the blocks to aim at."}
     )
@@ -158,25 +146,6 @@ def controls(candidate: Candidate, drawn: Generated, time: float, *, seed: int) 
     return [*found, Candidate(f"fewer steps {told}", "fewer_steps", candidate.budget, None, steps)]
 
 
-def judge_of(*, data: str | None, reference_count: int, cache_dir: str) -> Judge:
-    """All figures whose networks and reference images are at hand."""
-    if data is None and "EE_DIFFUSION_DATA" not in os.environ:
-        return Judge()
-    network = resnet20_features(data)
-    known = cifar_reference(network, data=data, count=reference_count, cache_dir=cache_dir)
-    classifier = load_classifier("resnet56", folder=data)
-    return Judge(perceptual=load_lpips(data), features=network, reference=known, classifier=classifier)
-
-
-def cifar_reference(network: ResNetFeatures, *, data: str | None, count: int, cache_dir: str) -> Statistics:
-    """Statistics of CIFAR-10's first `count` training images under a feature network, computed once."""
-    print(f"FD: reading {count} reference images", flush=True)
-    files = (str(data_folder(data) / "cifar10" / "train-*.parquet"),)
-    real = load_image_source(ImageDataConfig(train_data_files=files, image_column="img"), None).images[:count]
-    path = reference_path(cache_dir, f"cifar10-train-{len(real)}", network)
-    return reference(path, real, network, keep=0, batch_size=256).statistics
-
-
 def line_of(row: dict) -> str | None:
     """The line of a picture that a row lies on; None: on none, its images are the full model's."""
     if row["psnr"]["mean"] >= PSNR_CAP:
@@ -199,12 +168,12 @@ def picture(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    sampling, options = parse(SamplingOptions, TradeoffOptions, description=__doc__)
+    sampling, options, reference = parse(SamplingOptions, TradeoffOptions, ReferenceOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
     draw, judge = (
         drawer(pipeline, sampling),
-        judge_of(data=options.data, reference_count=options.reference_count, cache_dir=options.cache_dir),
+        judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes),
     )
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     full = Candidate("full", "full", None, None, sampling.num_inference_steps)
@@ -212,12 +181,12 @@ def main() -> None:
     def keep(rows: list[dict]) -> None:
         """What is measured so far, on disk."""
         rows.sort(key=lambda r: (-(r["budget"] or 2), r["kind"]))
-        settings = asdict(sampling) | asdict(options)
-        facts = {"command": command(), "settings": settings, "environment": environment()}
+        settings = asdict(sampling) | asdict(options) | asdict(reference)
+        facts = {"command": command(), "settings": settings, "figures": judge.note(), "environment": environment()}
         write_json(folder / "tradeoff.json", facts | {"rows": rows})
         columns = ["name", "steps", "time", "executed", *(name for name in COLUMNS if name in rows[0])]
         lines = [{**r, "executed": r.get("report", {}).get("mean_executed"), **flat(r)} for r in rows]
-        write_text(folder / "tradeoff.md", markdown_table(lines, columns))
+        write_text(folder / "tradeoff.md", markdown_table(lines, columns) + f"\n{judge.note()}\n")
         picture(rows, folder / "tradeoff.png")
 
     policies = policies_of(pipeline, sampling, options, draw=draw, num_classes=num_classes)

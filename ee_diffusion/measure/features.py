@@ -115,6 +115,15 @@ def fingerprint(images: Tensor, network: ResNetFeatures | InceptionFeatures) -> 
     if images.dtype != torch.uint8:
         raise ValueError(f"images are {images.dtype}, expected uint8: a fingerprint needs exact bytes")
     parts = (f"{len(images)} images", digest({"images": images}), digest(network.state_dict()), network.preprocessing)
+    return _sha256(*parts)
+
+
+def network_fingerprint(network: ResNetFeatures | InceptionFeatures) -> str:
+    """SHA-256 of a feature network alone: its weights and its preprocessing. Statistics compare under one network only."""
+    return _sha256(digest(network.state_dict()), network.preprocessing)
+
+
+def _sha256(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -20,11 +20,26 @@ NORMAL_95 = 1.959964
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """mean (F,) and unbiased covariance (F, F) in float64 of `count` samples."""
+    """mean (F,) and unbiased covariance (F, F) in float64 of `count` samples; None: nobody said of how many.
+
+    Raises:
+        ValueError: other shapes, NaN or infinity, fewer than two samples.
+    """
 
     mean: Tensor
     covariance: Tensor
-    count: int
+    count: int | None
+
+    def __post_init__(self):
+        mean, covariance = self.mean, self.covariance
+        if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)}, expected (F,) and (F, F)"
+            )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError("mean or covariance hold NaN or infinity")
+        if self.count is not None and self.count < 2:
+            raise ValueError(f"statistics of {self.count} samples, expected at least two")
 
     @classmethod
     def of(cls, features: Tensor) -> Statistics:
@@ -42,11 +57,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class FrechetDistance:
-    """`value`, and how many samples and reference samples it was computed from."""
+    """`value`, and how many samples and reference samples it was computed from (None: the reference does not say)."""
 
     value: float
     count: int
-    reference_count: int
+    reference_count: int | None
     num_features: int
 
 
@@ -88,12 +103,12 @@ def frechet_distance(features: Tensor, reference: Statistics) -> FrechetDistance
     metric = FrechetInceptionDistance(feature=_Given(width), normalize=True).set_dtype(torch.float64)
     for part in features.cpu().double().split(CHUNK):
         metric.update(part, real=False)
-    # torchmetrics keeps sums; the reference is kept as mean and covariance, which say the same
-    count, mean = reference.count, reference.mean.cpu().double()
+    # torchmetrics keeps sums; the reference is kept as mean and covariance, which say the same, of whatever count
+    count, mean = reference.count or 2, reference.mean.cpu().double()
     metric.real_features_sum = mean * count
     metric.real_features_cov_sum = reference.covariance.cpu().double() * (count - 1) + count * torch.outer(mean, mean)
     metric.real_features_num_samples = torch.tensor(count)
-    return FrechetDistance(metric.compute().item(), len(features), count, width)
+    return FrechetDistance(metric.compute().item(), len(features), reference.count, width)
 
 
 def frechet_interval(

@@ -19,6 +19,7 @@ from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 from ee_diffusion.measure.files import to_bytes
 from ee_diffusion.measure.frechet import Statistics, frechet_distance
+from ee_diffusion.measure.references import Reference
 from ee_diffusion.measure.splits import balanced_labels, seeds
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
@@ -83,7 +84,8 @@ def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path
     call(monkeypatch, frontier, *words, "--gain_images", 2, "--fractions", 0.5, "--errors", 0.05)
     real = Statistics.of(torch.rand(50, 12, generator=torch.Generator().manual_seed(0)))
     monkeypatch.setattr(finalists, "resnet20_features", lambda _: Corners())
-    monkeypatch.setattr(finalists, "cifar_reference", lambda *_, **__: real)
+    monkeypatch.setattr(finalists, "known_reference", lambda *_, **__: Reference(real, torch.empty(0, 12), "", "given"))
+    monkeypatch.setattr(finalists, "unfit", lambda *_, **__: None)  # 16x16 pixels fit this network
     monkeypatch.setattr(finalists, "PART", 7)
     asked = ["--report", tmp_path / "frontier.json", "--count", 18, "--resamples", 20, "--output_dir", tmp_path / "out"]
     names = ["searched fitted 4 full", "4 steps"]
@@ -111,6 +113,7 @@ def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path
     assert json.loads((tmp_path / "out" / "finalists.json").read_text())["rows"] == report["rows"]
     call(monkeypatch, write_results, "--reports", tmp_path / "out", "--output", tmp_path / "RESULTS.md")
     assert "searched fitted 4 full" in (tmp_path / "RESULTS.md").read_text()
+    assert "FD: against CIFAR-10 train." in (tmp_path / "RESULTS.md").read_text()
     with pytest.raises(ValueError, match=r"no rows \['5 steps'\], expected some of"):
         call(monkeypatch, finalists, *asked, "--names", "5 steps")
     with pytest.raises(ValueError, match="deal exits out to the report's own images"):

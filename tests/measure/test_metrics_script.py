@@ -58,7 +58,7 @@ def test_test_images_against_test_images(tmp_path: Path, data_folder: Path):
         "test",
     ]
     for expected in ("computed: no file", "cache"):
-        done = run(*common, "--max_reference", 120, "--max_images", 100, "--device", "cpu", data=data_folder)
+        done = run(*common, "--reference_count", 120, "--max_images", 100, "--device", "cpu", data=data_folder)
         assert done.returncode == 0, done.stderr
         assert expected in done.stdout
     report = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -68,4 +68,6 @@ def test_test_images_against_test_images(tmp_path: Path, data_folder: Path):
     assert report["accuracy"]["value"] > 0.85
     assert report["environment"]["device"] == "cpu"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_images"] == 100
-    assert "| accuracy |" in (tmp_path / "out" / "metrics.md").read_text()
+    table = (tmp_path / "out" / "metrics.md").read_text()
+    assert "| accuracy |" in table
+    assert "CIFAR-10 test" in table

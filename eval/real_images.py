@@ -1,0 +1,188 @@
+"""What generated images are compared with, and by which networks: one set of flags for all scripts, checked before anything is drawn.
+
+Here: ReferenceOptions, the real images, their statistics, the Judge. Not here: the figures themselves (ee_diffusion.measure).
+M real images, H = W = size pixels of the generated ones.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from options import flag
+from torch import Tensor
+
+from ee_diffusion.measure.classifiers import CLASSES, DATA_VARIABLE, Progress, data_folder, load_classifier
+from ee_diffusion.measure.features import InceptionFeatures, ResNetFeatures, resnet20_features
+from ee_diffusion.measure.paired import SSIM_WINDOW
+from ee_diffusion.measure.perceptual import SMALLEST, load_lpips
+from ee_diffusion.measure.quality import Judge
+from ee_diffusion.measure.references import Reference, read_statistics, reference, reference_path
+from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.data import load_image_source
+
+CIFAR_SIZE = 32
+CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+OTHERS = ("reference_dir", "reference_files", "reference_statistics")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Real images to compare with: CIFAR-10's, unless others are named.
+
+    Raises:
+        ValueError: several references, an unknown split, too few images.
+    """
+
+    reference: str = flag("CIFAR-10 split to compare with: train or test.", "train")
+    reference_dir: str | None = flag(
+        "Folder of real images, in CIFAR-10's place; resized to the size of the generated ones."
+    )
+    reference_files: list[str] = field(
+        default_factory=list, metadata={"help": "Parquet files of real images, in CIFAR-10's place; resized, too."}
+    )
+    reference_column: str = flag("Column of the images in these files.", "image")
+    reference_statistics: str | None = flag(
+        "File of statistics of real images, in CIFAR-10's place: a .safetensors out of --cache_dir, or an .npz with mu and sigma (FID)."
+    )
+    reference_count: int | None = flag("Use only the first so many real images; none: all.", 10_000)
+    data: str | None = flag("Data folder (CIFAR-10, small networks); none: what EE_DIFFUSION_DATA names.")
+    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
+
+    def __post_init__(self):
+        others = [name for name in OTHERS if getattr(self, name)]
+        if len(others) > 1 or (others and self.reference != "train"):
+            raise ValueError(f"references {others}, CIFAR-10's split {self.reference!r}: expected one of them")
+        if self.reference not in ("train", "test"):
+            raise ValueError(f"reference={self.reference!r}, expected train or test")
+        if self.reference_count is not None and self.reference_count < 2:
+            raise ValueError(f"reference_count={self.reference_count}, expected at least 2, or none")
+
+    @property
+    def is_cifar(self) -> bool:
+        """Whether the reference is CIFAR-10."""
+        return not any(getattr(self, name) for name in OTHERS)
+
+    @property
+    def name(self) -> str:
+        """The reference in a table: of paths their last parts."""
+        if self.is_cifar:
+            return f"CIFAR-10 {self.reference}"
+        return ", ".join(
+            Path(given).name for given in self.reference_files or [self.reference_dir or self.reference_statistics]
+        )
+
+
+def real_images(options: ReferenceOptions, size: int) -> Tensor:
+    """(M, 3, H, W) uint8, H = W = size; CIFAR-10's as they are, 32x32.
+
+    Raises:
+        ValueError: no such images, or the reference is a file of statistics.
+    """
+    if options.reference_statistics is not None:
+        raise ValueError(f"{options.reference_statistics} holds statistics, expected images")
+    files, column = options.reference_files, options.reference_column
+    if options.is_cifar:
+        files, column = [str(data_folder(options.data) / "cifar10" / f"{options.reference}-*.parquet")], "img"
+    config = ImageDataConfig(
+        train_data_dir=options.reference_dir,
+        train_data_files=files or None,
+        image_column=column if files else "image",
+        label_column=None,
+        resolution=CIFAR_SIZE if options.is_cifar else size,
+        random_flip=False,
+        max_train_samples=options.reference_count,
+    )
+    return load_image_source(config, None).images
+
+
+def known_reference(
+    options: ReferenceOptions,
+    network: ResNetFeatures | InceptionFeatures,
+    *,
+    size: int,
+    keep: int = 0,
+    batch_size: int = 256,
+    progress: Progress | None = None,
+) -> Reference:
+    """Statistics of the reference under a network, computed once. `keep`: so many features are needed one by one (KID); all are kept then.
+
+    Raises:
+        ValueError: as `real_images` and `read_statistics`; fewer images than `keep`.
+    """
+    if options.reference_statistics is not None:
+        return read_statistics(options.reference_statistics, network, keep=keep)
+    print(f"reading the images of {options.name}", flush=True)
+    real = real_images(options, size)
+    own = re.sub(r"[^\w.-]+", "-", options.name)
+    name = f"cifar10-{options.reference}" if options.is_cifar else f"{own}-{size}"
+    path = reference_path(options.cache_dir, f"{name}-{len(real)}", network)
+    if len(real) < keep:
+        raise ValueError(f"{options.name} holds {len(real)} images, expected at least {keep}")
+    count = len(real) if keep else 0
+    found = reference(path, real, network, keep=count, batch_size=batch_size, progress=progress)
+    print(f"reference {path}: {found.origin}", flush=True)
+    return found
+
+
+def unfit(options: ReferenceOptions, *, size: tuple[int, int], num_classes: int | None) -> str | None:
+    """Why resnet20's FD against the reference says nothing of a model's images; None: it does.
+
+    num_classes: the model's; None: unconditional, or unknown.
+    """
+    if size != (CIFAR_SIZE, CIFAR_SIZE):
+        return f"images are {size[0]}x{size[1]} and the judging network looks at {CIFAR_SIZE}x{CIFAR_SIZE}"
+    if options.is_cifar and num_classes not in (None, CLASSES):
+        return f"the model draws {num_classes} classes, which are not the {CLASSES} of CIFAR-10"
+    return None
+
+
+def judge_of(
+    options: ReferenceOptions, *, size: tuple[int, int], num_classes: int | None, class_names: Sequence[str] = ()
+) -> Judge:
+    """All figures that fit images of `size` (H, W) and a model of `num_classes` (None: unconditional); the others are left out by name.
+
+    class_names: of the model's classes, where it says them.
+
+    Raises:
+        ValueError: a reference is named that these images cannot be compared with.
+    """
+    left_out = _left_out(options, size, num_classes, class_names)
+    if not options.is_cifar and "fd" in left_out:
+        raise ValueError(f"no FD against {options.name}: {left_out['fd']}")
+    parts = {}
+    if "lpips" not in left_out:
+        parts["perceptual"] = load_lpips(options.data)
+    if "fd" not in left_out:
+        network = resnet20_features(options.data)
+        statistics = known_reference(options, network, size=CIFAR_SIZE).statistics
+        parts |= {"features": network, "reference": statistics, "reference_name": options.name}
+    if "accuracy" not in left_out:
+        parts["classifier"] = load_classifier("resnet56", folder=options.data)
+    judge = Judge(**parts, left_out=left_out)
+    print(judge.note(), flush=True)
+    return judge
+
+
+def _left_out(
+    options: ReferenceOptions, size: tuple[int, int], num_classes: int | None, class_names: Sequence[str]
+) -> dict[str, str]:
+    """Figure -> why it says nothing of these images."""
+    came = f"images are {size[0]}x{size[1]}, at least"
+    absent = options.data is None and DATA_VARIABLE not in os.environ
+    no_data = f"no data folder (--data, {DATA_VARIABLE})" if absent else None
+    wrong = unfit(options, size=size, num_classes=num_classes)
+    if options.is_cifar and class_names and tuple(name.lower() for name in class_names) != CIFAR_NAMES:
+        wrong = wrong or f"the model's classes ({', '.join(class_names[:3])}, ...) are not CIFAR-10's"
+    alien = None if options.is_cifar else f"the classes of {options.name} are not CIFAR-10's"
+    unlabelled = "the model is unconditional" if num_classes is None else None
+    reasons = {
+        "ssim": f"{came} {SSIM_WINDOW}x{SSIM_WINDOW} are needed" if min(size) < SSIM_WINDOW else None,
+        "lpips": no_data or (f"{came} {SMALLEST}x{SMALLEST} are needed" if min(size) < SMALLEST else None),
+        "fd": no_data or wrong,
+        "accuracy": no_data or wrong or alien or unlabelled,
+    }
+    return {name: reason for name, reason in reasons.items() if reason}
