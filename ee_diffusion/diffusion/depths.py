@@ -29,6 +29,10 @@ def answer_under(transformer: nn.Module, policy: Policy, arguments: Mapping[str,
     Raises:
         ValueError: as `attach`; a forward that fails on fewer rows.
     """
+    if not isinstance(arguments.get("hidden_states"), Tensor):
+        raise ValueError(
+            f"a forward of {sorted(arguments)}, expected its arguments by name, hidden_states (R, ...) among them"
+        )
     exits = AdapterExits.for_transformer(transformer, tuple(range(len(blocks_of(transformer)))), rank=0)
     exits = exits.to(next(transformer.parameters())).eval()
     with attach(transformer, exits) as attachment:

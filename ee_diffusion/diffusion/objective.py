@@ -54,8 +54,8 @@ class DiffusionObjective(nn.Module):
     mode `backbone`: L_simple alone, no exits. `joint`: everything trains. `frozen`: the backbone is fixed, exits alone train.
 
     Exits of variant "released" train by the authors' losses (`core.losses.released_*`), with the last block among the exits where they were
-    made with `last_layer`. Deviation from their code: timesteps are those of the scheduler, where theirs are continuous (t * 999 of a
-    variance-preserving SDE).
+    made with `last_layer`. Deviation from their code: timesteps are
+    the scheduler's 0..T-1, where theirs are continuous in pixel space (t * 999 of a variance-preserving SDE) and 1..1000 in latent space.
 
     Args:
         scheduler: a training scheduler with `add_noise` (DDPM); its `prediction_type` names the target.
@@ -133,7 +133,7 @@ class DiffusionObjective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         exits = self.exits
         states = [hidden_states[depth] for depth in exits.depths]
-        if exits.config.last_layer:
+        if exits.config.get("last_layer"):
             states.append(hidden_states[-1])
         context = {"timestep": timestep}
         answers = [exits.answer(k, state, context) for k, state in enumerate(states)]

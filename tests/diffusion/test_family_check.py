@@ -107,6 +107,7 @@ WRONG = [
     ("SD3Transformer2DModel", {"width": ("hidden",)}, r"no \['hidden'\] in its config"),
     ("SD3Transformer2DModel", {"row_arguments": ("temp",)}, r"row_arguments names \['temp'\]"),
     ("SD3Transformer2DModel", {"residuals": ("block_samples",)}, r"residuals names \['block_samples'\]"),
+    ("CogView4Transformer2DModel", {"inner": "ff"}, r"'ff' of the blocks saw \[12, .* rows, expected \[6, "),
     ("FluxTransformer2DModel", {"single_blocks": None}, "an exit after|row . of a batch|fails"),
 ]
 
@@ -139,6 +140,8 @@ def test_inputs_that_could_not_show_anything_are_refused(rows):
         nn.init.zeros_(parameter)
     with pytest.raises(ValueError, match="its blocks change nothing"):
         check_family(idle, inputs("DiTTransformer2DModel"))
+    with pytest.raises(ValueError, match=r"a forward of \['sample'\], expected its arguments by name"):
+        answer_under(model, Policy(), {"sample": torch.zeros(2)})
     with pytest.raises(ValueError, match="no family for Linear"):
         check_family(nn.Linear(2, 2), right)
 

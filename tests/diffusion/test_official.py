@@ -10,6 +10,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.uvit_official import load_official, load_official_exits
 
 DIM, HEADS, HALF, PATCH, CHANNELS, SIZE = 8, 2, 2, 2, 3, 4
@@ -208,6 +209,34 @@ def test_the_exits_in_the_authors_checkpoint_say_what_their_architecture_says(tm
         with attach(model, exits, Policy(schedule=FixedDepth(depth)), branches=1, num_steps=1):
             answer = model(**inputs).sample[0]
         np.testing.assert_allclose(answer.numpy(), slow_tail(state, slow[depth - 1], SIZE), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("patience", [True, False])
+@torch.no_grad()
+def test_the_authors_rule_on_their_exits(patience: bool):
+    """Block by block: answer at a crossing, among the in-blocks (with patience) at the second; the last block answers anyhow."""
+    state = official_state(classes=5, exits=True)
+    model = load_official(state, num_attention_heads=HEADS)
+    exits = load_official_exits(state, model)
+    image = torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    slow = slow_states(state, image[0].double().numpy(), 40.0, 4)
+    certainty = []
+    for layer, tokens in enumerate(slow):
+        weight, bias = (state[f"lte_classifer.{layer}.lte.{part}"].numpy() for part in ("weight", "bias"))
+        certainty.append(float((1 / (1 + np.exp(-(tokens @ weight.T + bias)))).mean()))
+    found = []
+    for threshold in [0.0, *(value - 1e-4 for value in certainty), 1.0]:
+        expected = len(slow)
+        for layer, value in reversed(list(enumerate(certainty))):
+            before = sum(one > threshold for one in certainty[:layer])
+            if value > threshold and not (patience and layer < HALF and before == 0):
+                expected = layer + 1
+        policy = deediff_released(threshold, depths=exits.depths, num_layers=len(slow), patience=patience)
+        with attach(model, exits, policy, branches=1, num_steps=1) as attachment:
+            model(image, torch.tensor([40]), torch.tensor([4]))
+        found.append(int(attachment.trace.depths[0, 0]))
+        assert found[-1] == expected, (threshold, certainty)
+    assert (found[0], found[-1]) == (2 if patience else 1, len(slow))
 
 
 def test_exits_that_do_not_fit_are_refused():
