@@ -105,10 +105,10 @@ class _Check:
         with passing(self.transformer, 0):
             if alike(self.plain(ROWS), whole):
                 raise ValueError(f"{self.name}: its blocks change nothing (weights of zero?), expected random weights")
+        self._off(whole)
         between = {0, 1, len(getattr(self.transformer, self.family.blocks)), num_layers // 2, num_layers - 1}
         for depth in sorted(between & set(range(num_layers))):
             self._exit_after(depth)
-        self._off(whole)
         self._mixed([num_layers, 1, num_layers - 1, 0, num_layers // 2, num_layers], alone)
         if not torch.equal(self.plain(ROWS), whole):
             raise ValueError(f"{self.name}: detached, it is not what it was before")

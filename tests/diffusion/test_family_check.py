@@ -146,6 +146,31 @@ def test_inputs_that_could_not_show_anything_are_refused(rows):
         check_family(nn.Linear(2, 2), right)
 
 
+def test_what_all_rows_share_may_be_as_long_as_the_batch(rows):
+    """2 x 3 image tokens: the position codes have six entries, and go on having them with fewer rows."""
+    name = "CogView4Transformer2DModel"
+
+    def small(chosen: list[int]) -> dict:
+        given = inputs(name)(chosen)
+        return given | {"hidden_states": given["hidden_states"][:, :, :4, :6]}
+
+    check_family(tiny(name), small)
+
+
+def test_attached_and_off_is_the_model_itself():
+    """A block that notices that it is attached."""
+    model = tiny_families.model_named("DiTTransformer2DModel")
+
+    def notice(block: nn.Module, args: tuple, kwargs: dict):
+        return ((1.5 * args[0], *args[1:]), kwargs) if "forward" in vars(block) else None
+
+    model.transformer_blocks[0].register_forward_pre_hook(notice, with_kwargs=True)
+    with pytest.raises(
+        ValueError, match=r"with exits attached that nobody takes it is [0-9.]+ off from the model itself"
+    ):
+        check_family(model, inputs("DiTTransformer2DModel"))
+
+
 def test_a_uvit_without_long_skips():
     check_family(uvit(long_skips=False), functools.partial(tiny_families.inputs_of, "UViTTransformer2DModel"))
 
