@@ -7,6 +7,7 @@ S steps, E elements, K exits, L layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -70,21 +71,25 @@ def value_for_budget(
     `policy_for(value)`: the policy to judge; a larger value must not cost less (thresholds on scores are so). Search in [low, high].
 
     Raises:
-        ValueError: a budget outside (0, 1], or one that even `low` does not meet.
+        ValueError: a budget outside (0, 1], or one that even `low` does not meet; ends that are no range, or of which `high` costs less.
     """
     if not 0 < budget <= 1:
         raise ValueError(f"budget={budget}, expected a fraction of the blocks in (0, 1]")
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"low={low}, high={high}, expected low <= high, both finite")
     num_layers = trace.planned.shape[1]
 
     def fraction(value: float) -> float:
         depths = replay(trace, policy_for(value))
         return depths[depths >= 0].float().mean().item() / num_layers
 
-    cost = fraction(low)
+    cost, most = fraction(low), fraction(high)
+    if most < cost:
+        raise ValueError(f"{low} costs {cost:.3f} and {high} costs {most:.3f}, expected a larger value to be safer")
     if cost > budget:
         raise ValueError(f"no value in [{low}, {high}] meets budget {budget}: the boldest, {low}, costs {cost:.3f}")
-    if fraction(high) <= budget:
-        return BudgetChoice(high, fraction(high))
+    if most <= budget:
+        return BudgetChoice(high, most)
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if fraction(middle) <= budget else (low, middle)
@@ -95,7 +100,15 @@ def static_depths(depths: Tensor, exits: tuple[int, ...], *, num_layers: int) ->
     """A static schedule with a policy's own mean depth per step: depths (S, E) -> S depths out of the exits and L.
 
     What rounding takes from one step it gives to the next, so that the total is kept as closely as the exits allow.
+
+    Raises:
+        ValueError: a step in which no element took part.
     """
+    empty = (depths < 0).all(1).nonzero()[:, 0].tolist()
+    if empty or not len(depths):
+        raise ValueError(
+            f"of depths {tuple(depths.shape)} nobody took part in steps {empty}, expected at least one element in each"
+        )
     allowed = torch.tensor([*exits, num_layers], dtype=torch.float64)
     carried, chosen = 0.0, []
     for row in depths:

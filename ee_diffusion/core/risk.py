@@ -20,7 +20,7 @@ def p_value(losses: Tensor, risk: float) -> float:
     Raises:
         ValueError: no losses, losses outside [0, 1] or NaN, a risk outside (0, 1).
     """
-    _check(losses[None] if losses.ndim == 1 else losses, risk)
+    _check_sample(losses, risk)
     count, mean = len(losses), min(float(losses.double().mean()), 1.0)
     hoeffding = math.exp(-count * _divergence(min(mean, risk), risk))
     return min(1.0, hoeffding, math.e * _binomial_at_most(math.ceil(count * mean - 1e-9), count, risk))
@@ -32,7 +32,7 @@ def upper_bound(losses: Tensor, delta: float) -> float:
     Raises:
         ValueError: as `p_value`; a delta outside (0, 1).
     """
-    _check(losses[None] if losses.ndim == 1 else losses, 0.5, delta)
+    _check_sample(losses, 0.5, delta)
     low, high = float(losses.double().mean()), 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -84,11 +84,13 @@ def pareto_order(costs: Tensor, losses: Tensor, *, risk: float) -> Tensor:
     certain first. Test them by `certified` on other samples.
 
     Raises:
-        ValueError: shapes that do not fit; as `p_value`.
+        ValueError: shapes that do not fit, costs that are no finite numbers; as `p_value`.
     """
     _check(losses, risk)
     if costs.shape != losses.shape[:1]:
         raise ValueError(f"costs {tuple(costs.shape)} and losses {tuple(losses.shape)}, expected (K,) and (K, n)")
+    if not bool(costs.isfinite().all()):
+        raise ValueError(f"costs {costs.tolist()}, expected finite numbers")
     means = losses.double().mean(1)  # (K,)
     no_worse = (costs[None] <= costs[:, None]) & (means[None] <= means[:, None])  # (K, K): column beats row
     better = (costs[None] < costs[:, None]) | (means[None] < means[:, None])
@@ -111,6 +113,12 @@ def _binomial_at_most(most: int, count: int, probability: float) -> float:
     ways = torch.lgamma(total) - torch.lgamma(number + 1) - torch.lgamma(total - number)
     logs = ways + number * math.log(probability) + (count - number) * math.log1p(-probability)
     return min(1.0, float(logs.logsumexp(0).exp()))
+
+
+def _check_sample(losses: Tensor, risk: float, delta: float = 0.5) -> None:
+    if losses.ndim != 1 or not len(losses):
+        raise ValueError(f"losses are {tuple(losses.shape)}, expected (n,) with n >= 1: those of one candidate")
+    _check(losses[None], risk, delta)
 
 
 def _check(losses: Tensor, risk: float, delta: float = 0.5) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 from factories import LAYOUTS, driver_named, recorded, run
@@ -32,6 +35,45 @@ def test_a_budget_of_everything_takes_the_safest_and_one_of_nothing_is_refused()
             value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
     with pytest.raises(ValueError, match=r"meets budget 0\.3"):
         value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=0.3, low=0.9999, high=1.0)
+
+
+def test_a_budget_that_is_met_exactly_is_met():
+    trace = recorded("plain-output", "single")
+
+    def fraction(value: float) -> float:
+        return replay(trace, Policy(Threshold(value))).float().mean().item() / 6
+
+    for low in (0.0, 0.2):  # between the ends; the boldest itself
+        budget = fraction(0.2)
+        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=low, high=1.0)
+        assert choice.fraction == budget
+        assert choice.value >= 0.2
+
+
+def test_who_is_absent_costs_nothing():
+    trace = recorded("plain-output", "single")
+    depths = trace.depths.clone()
+    depths[1, 1:] = -1
+    some = replace(trace, depths=depths)
+    choice = value_for_budget(some, lambda value: Policy(Threshold(value)), budget=0.7, low=0.0, high=1.0)
+    ran = replay(some, Policy(Threshold(choice.value)))
+    assert (ran[1, 1:] == -1).all()
+    total = int(ran[0].sum()) + int(ran[1, 0])
+    assert choice.fraction == pytest.approx(total / (len(ran[0]) + 1) / 6)
+
+
+def test_ends_that_are_no_range_are_refused():
+    trace = recorded("plain-output", "single")
+    for low, high in ((1.0, 0.0), (math.nan, 1.0), (0.0, math.nan)):
+        with pytest.raises(ValueError, match=f"low={low}, high={high}, expected low <= high"):
+            value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=0.5, low=low, high=high)
+    with pytest.raises(ValueError, match=r"0\.0 costs .* and 1\.0 costs .*expected a larger value to be safer"):
+        value_for_budget(trace, lambda value: Policy(Threshold(1 - value)), budget=0.5, low=0.0, high=1.0)
+
+
+def test_a_step_without_elements_has_no_mean_depth():
+    with pytest.raises(ValueError, match=r"steps \[1\].*expected at least one element"):
+        static_depths(torch.tensor([[2, 5], [-1, -1]]), (0, 2), num_layers=6)
 
 
 def test_replay_of_other_rules_needs_every_score():

@@ -63,6 +63,10 @@ def test_too_few_samples_give_every_class():
         ({"num_answers": 1}, r"answers 0\.\.1"),
         ({"labels": torch.zeros(3).long()}, r"labels \(3,\)"),
         ({"answers": torch.zeros(3).long()}, r"answers \(3,\)"),
+        ({"answers": torch.zeros(20)}, r"answers torch.float32.*expected whole numbers"),
+        ({"labels": torch.zeros(20)}, r"labels torch.float32.*expected whole numbers"),
+        ({"labels": torch.full((20,), 5)}, r"labels 5\.\.5, expected 0\.\.4"),
+        ({"labels": torch.full((20,), -100)}, r"labels -100\.\.-100, expected 0\.\.4"),
     ],
 )
 def test_refused(changes, words):
@@ -70,3 +74,49 @@ def test_refused(changes, words):
     values = {"labels": labels, "answers": answers, "num_answers": 2, "miss_rate": 0.1} | changes
     with pytest.raises(ValueError, match=words):
         conformal_thresholds(probabilities, values.pop("labels"), values.pop("answers"), **values)
+
+
+def spoiled(kind: str) -> torch.Tensor:
+    probabilities = draw(20, 0)[0]
+    if kind == "nan":
+        probabilities[3, 1] = math.nan
+    if kind == "several classes at once":
+        probabilities = torch.full((20, 5), 0.9)
+    return {"logits": probabilities.log(), "integers": (probabilities > 0.5).long()}.get(kind, probabilities)
+
+
+@pytest.mark.parametrize("kind", ["nan", "logits", "several classes at once", "integers"])
+def test_what_are_no_probabilities_is_refused(kind: str):
+    """NaN gave empty sets, and of logits nobody knows what their sets would promise."""
+    _, labels, answers = draw(20, 0)
+    with pytest.raises(ValueError, match="expected probabilities"):
+        conformal_thresholds(spoiled(kind), labels, answers, num_answers=2, miss_rate=0.1)
+    with pytest.raises(ValueError, match="expected probabilities"):
+        conformal_sets(spoiled(kind), answers, thresholds=torch.full((2,), 0.5))
+
+
+@pytest.mark.parametrize("thresholds", [[math.nan, 0.5], [-0.1, 0.5], [0.5, 1.5], [[0.5, 0.5]]])
+def test_thresholds_that_are_none_are_refused(thresholds: list):
+    probabilities, _, answers = draw(20, 0)
+    with pytest.raises(ValueError, match=r"thresholds .*expected"):
+        conformal_sets(probabilities, answers * 0, thresholds=torch.tensor(thresholds))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_probabilities_of_every_precision_are_probabilities(dtype: torch.dtype):
+    logits = 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
+    probabilities, answers = logits.to(dtype).softmax(-1), torch.zeros(50, dtype=torch.int64)
+    labels = probabilities.argmax(-1)
+    thresholds = conformal_thresholds(probabilities, labels, answers, num_answers=1, miss_rate=0.1)
+    sets = conformal_sets(probabilities, answers, thresholds=thresholds)
+    assert int(sets.gather(1, labels[:, None]).sum()) >= 45
+
+
+def test_a_class_at_the_threshold_is_in_the_set():
+    """The quantile is itself a calibration sample's score: leaving it out would miss more often than promised."""
+    probabilities = torch.tensor([[0.25, 0.75], [0.5, 0.5], [0.75, 0.25], [1.0, 0.0]], dtype=torch.float64)
+    labels, answers = torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    thresholds = conformal_thresholds(probabilities, labels, answers, num_answers=1, miss_rate=0.4)
+    assert thresholds.tolist() == [0.5]  # the third of four: ceil(5 * 0.6)
+    sets = conformal_sets(probabilities, answers, thresholds=thresholds)
+    assert sets.tolist() == [[False, True], [True, True], [True, False], [True, False]]

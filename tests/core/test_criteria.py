@@ -327,5 +327,15 @@ def test_accumulated_refuses_what_makes_no_budget():
     for weights in ((), (math.nan,), (-1.0,)):
         with pytest.raises(ValueError, match="expected one finite number >= 0 for each step"):
             Accumulated(1.0, weights, 0.5)
-    with pytest.raises(ValueError, match="weights for 2 steps, this run has 3"):
-        Accumulated(1.0, (1.0, 1.0), 0.5).validate(3, 1)
+    for steps in (1, 3):
+        with pytest.raises(ValueError, match=f"weights for 2 steps, this run has {steps}"):
+            Accumulated(1.0, (1.0, 1.0), 0.5).validate(steps, 1)
+
+
+def test_accumulated_spends_its_budget_to_the_last():
+    """In numbers that float32 holds: 0.25 of 0.25, then half of it again, then what is left."""
+    criterion, previous = Accumulated(0.25, (0.5, 0.25, 1.0), 0.5), None
+    for step, (score, stops, spent) in enumerate(((0.5, True, 0.25), (0.5, True, 0.25), (0.75, False, 0.125))):
+        state = criterion.start(torch.arange(1), step=step, previous=previous)
+        stop, previous = criterion.decide(torch.tensor([score]), Where(step, 3, 0.0, 0, 0), state)
+        assert (bool(stop[0]), float(previous["spent"][0])) == (stops, spent)

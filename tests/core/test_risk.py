@@ -108,3 +108,30 @@ def test_bad_numbers_are_refused():
             certified(torch.zeros(1, 3), risk=risk, delta=delta)
     with pytest.raises(ValueError, match="at least one of each"):
         certified(torch.zeros(2, 0), risk=0.1, delta=0.1)
+
+
+@pytest.mark.parametrize("bound", [lambda losses: p_value(losses, 0.1), lambda losses: upper_bound(losses, 0.1)])
+def test_the_losses_of_several_candidates_are_no_sample(bound):
+    with pytest.raises(ValueError, match=r"losses are \(3, 50\), expected \(n,\)"):
+        bound(torch.zeros(3, 50))
+    with pytest.raises(ValueError, match=r"losses are \(0,\), expected \(n,\)"):
+        bound(torch.zeros(0))
+
+
+def test_costs_that_are_no_numbers_order_nothing():
+    with pytest.raises(ValueError, match=r"costs .*expected finite numbers"):
+        pareto_order(torch.tensor([1.0, math.nan]), torch.zeros(2, 5), risk=0.1)
+
+
+def test_after_the_first_failure_nothing_is_certified():
+    """A later candidate that would pass alone: going on would test as often as one likes."""
+    good, bad = torch.zeros(60), torch.full((60,), 0.9)
+    assert certified(torch.stack([good, bad, good]), risk=0.1, delta=0.1).tolist() == [True, False, False]
+    assert certified(torch.stack([bad, good]), risk=0.1, delta=0.1).tolist() == [False, False]
+
+
+def test_conformal_risk_control_takes_the_largest_loss_so_far():
+    losses = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.3, 0.0], [0.9, 0.0, 0.0]])
+    assert in_expectation(losses, risk=0.5) == 1, "(0.9 + 0.3 + 1) / 4 is above 0.5, without the 0.3 it would be below"
+    swapped = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert in_expectation(swapped, risk=0.5) == 0, "what the bolder gets right the safer got wrong: 3 / 4, not 2 / 4"
