@@ -20,10 +20,10 @@ from ee_diffusion.diffusion.beside import Counted
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
-from ee_diffusion.diffusion.fingerprint import warn_of_course
 from ee_diffusion.diffusion.kinds import DenoiserHeads, ScheduledHeads
 from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
+from ee_diffusion.diffusion.run_setup import Watch, is_fitted
 from ee_diffusion.diffusion.runs import Runs
 
 Target = nn.Module | DiffusionPipeline | ModularPipeline
@@ -98,6 +98,7 @@ def attach(
             begins = functools.partial(_run_begins, attachment, pipeline)
             attachment.runs = Runs(policy, attachment.start, transformer, family, **said, begins=begins)
             attachment.counted = Counted(transformer, pipeline)
+            attachment.watch = Watch(pipeline, heads) if pipeline is not None and is_fitted(heads) else None
         transformer.__dict__["_ee_attachment"] = attachment
     return attachment
 
@@ -117,15 +118,15 @@ def _require_free(transformer: nn.Module) -> None:
 
 
 def _run_begins(attachment: Attachment, pipeline: DiffusionPipeline | None, num_steps: int) -> None:
-    """The pipeline may have another scheduler now. Raises ValueError for one that the heads do not know, warns where they were fitted to
-    another."""
+    """The pipeline may have another scheduler now. Raises ValueError for one that the heads do not know."""
     attachment.counted.begin()
     if pipeline is None:
         return
-    heads = attachment.heads
+    heads, watch = attachment.heads, attachment.watch
     if isinstance(heads, ScheduledHeads):
         heads.check_scheduler(pipeline.scheduler)
-    warn_of_course(pipeline, num_inference_steps=num_steps, guidance_scale=None, exits=heads)
+    if watch is not None:
+        watch.begin(num_steps)
 
 
 def _check_arguments(

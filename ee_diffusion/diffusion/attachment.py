@@ -32,6 +32,7 @@ from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
+from ee_diffusion.diffusion.run_setup import Watch
 from ee_diffusion.diffusion.runs import Runs, times_of
 
 OF_OTHER_MODELS = frozenset(
@@ -73,6 +74,7 @@ class Attachment:
         self.padded = 0  # rows x blocks that ran for no image
         self.runs: Runs | None = None
         self.counted: Counted | None = None  # with a policy: what the call does beside
+        self.watch: Watch | None = None
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
@@ -147,6 +149,8 @@ class Attachment:
             interception.require_outermost()
         if self.counted is not None:
             self.counted.detach()
+        if self.watch is not None:
+            self.watch.detach()
         if self.runs is not None:
             self.runs.detach()
         restore_all(self._interceptions)

@@ -15,6 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
+from ee_diffusion.diffusion.fingerprint import weights_of
 from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
@@ -26,14 +27,17 @@ LONGEST = 9  # steps between two full steps, at most, that anything is fitted to
 @dataclass(frozen=True, eq=False)
 class Course:
     """`times` (S,); `clean` (S, B, ...) the clean images under guidance, `samples` (S, B, ...) what the model was asked; `clip`: what the
-    solver clips clean images to, None: nothing. `scheduler`, `guidance_scale`: what made it, None: not known."""
+    solver clips clean images to, None: nothing. `scheduler`, `guidance_scale` (of all steps or of each), `embedded_guidance`, `weights`
+    (`fingerprint.weights_of` the transformer): what made it, None: not known."""
 
     times: Tensor
     clean: Tensor
     samples: Tensor
     clip: float | None
     scheduler: str | None = None
-    guidance_scale: float | None = None
+    guidance_scale: float | Sequence[float | None] | None = None
+    embedded_guidance: float | None = None
+    weights: str | None = None
 
     def clipped(self, clean: Tensor) -> Tensor:
         """What the solver makes of clean images."""
@@ -137,6 +141,7 @@ def record(
         times.append(float(asked.time))
     clip = clip_of(pipeline.scheduler)
     made_by = {"scheduler": type(pipeline.scheduler).__name__, "guidance_scale": float(guidance_scale)}
+    made_by["weights"] = weights_of(pipeline.transformer)
     return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by)
 
 
@@ -164,7 +169,8 @@ def fit_prediction(exits: MemoryExits, course: Course, weights: Sequence[float] 
             raise ValueError(f"weights={weights!r}, expected {len(course.times)} numbers, none below 0")
         worth = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(course.times)
     whose = {"course_scheduler": course.scheduler, "course_guidance": course.guidance_scale}
-    whose["course_worth"] = None if weights is None else True
+    whose |= {"course_embedded_guidance": course.embedded_guidance, "course_shape": list(course.samples.shape[2:])}
+    whose |= {"course_worth": None if weights is None else True, "model_weights": course.weights}
     made = (
         type(exits).from_config(exits.config, course_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
     )
@@ -220,6 +226,7 @@ def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int,
             loss.backward()
             optimizer.step()
             schedule.step()
+    exits.register_to_config(model_weights=courses[0].weights)
     return float(loss.detach())
 
 

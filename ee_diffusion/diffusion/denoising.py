@@ -20,6 +20,7 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided
+from ee_diffusion.diffusion.run_setup import setup_here, warn_of_setup
 
 
 def denoise(
@@ -43,6 +44,9 @@ def denoise(
     Raises:
         ValueError: image_ids under a policy whose branches are apart; NaN uncertainty, after the step it occurred in.
     """
+    if not policy.is_off:
+        facts = {"guidance_scale": float(guidance_scale), "shape": tuple(latents.shape[1:])}
+        warn_of_setup(pipeline.exits, setup_here(pipeline, pipeline.exits, times.tolist(), **facts))
     with _exits_on(pipeline, policy) as attachment:
         rows = _rows(policy, len(latents), guided=is_guided(guidance_scale), image_ids=image_ids)
         session = (

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
 
 # settings of exits that earlier versions did not have; None says what those meant
-ADDED = ("out_channels", "course_worth")
+ADDED = ("out_channels", "course_worth", "course_embedded_guidance", "course_shape", "model_weights")
+
+CHUNK = 2**22  # numbers that are read at a time
+SOME = 16  # values of each tensor by which a change is noticed
+
+_WEIGHTS: WeakKeyDictionary[nn.Module, tuple[tuple, str]] = (
+    WeakKeyDictionary()
+)  # what they were when, and their fingerprint
 
 
 def fingerprint(*modules: nn.Module | None) -> str:
@@ -68,38 +75,47 @@ def check_made_for(
         )
 
 
-def warn_of_course(
-    pipeline: DiffusionPipeline,
-    *,
-    num_inference_steps: int | Sequence[int],
-    guidance_scale: float | None,
-    exits: object = None,
-) -> None:
-    """Warns where exits that remember are weighed for courses of another solver, number of steps or guidance than this run's.
+def weights_of(model: nn.Module) -> str | None:
+    """A fingerprint of a model's weights that half precision does not change: of what is left of them in bfloat16, and in float16. None
+    where some are not at hand as plain numbers (on the meta device, quantized, sharded).
 
-    guidance_scale: None, not known. exits: where they are not the pipeline's own.
+    All weights count. They are read where they are, and again once something wrote to them: once a tensor has another place or version, or
+    some of its values have changed (writes to `.data`, as merging adapters does them, leave no other trace).
     """
-    exits = pipeline.exits if exits is None else exits
-    config = exits.config if isinstance(exits, ConfigMixin) else {}
-    if not config.get("course_steps"):
-        return
-    steps = num_inference_steps if isinstance(num_inference_steps, int) else len(num_inference_steps)
-    here = {
-        "course_scheduler": type(pipeline.scheduler).__name__,
-        "course_steps": steps,
-        "course_guidance": None if guidance_scale is None else float(guidance_scale),
-    }
-    known = {name: config.get(name) for name in here}
-    if any(None not in (value, here[name]) and value != here[name] for name, value in known.items()):
-        told = [
-            f"{x['course_scheduler']}, {x['course_steps']} steps, guidance {x['course_guidance'] or 'not known'}"
-            for x in (known, here)
-        ]
-        warnings.warn(
-            f"what these exits remember is weighed for {told[0]}; this run has {told[1]}: fit them to it "
-            "(ee-diffusion calibrate --kind searched --fit_memory FOLDER; for stock pipelines fit_schedules)",
-            stacklevel=3,
-        )
+    state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = {name: torch.view_as_real(one) if one.is_complex() else one for name, one in state.items()}
+    if not state or any(type(tensor) is not Tensor or tensor.is_meta for tensor in state.values()):
+        return None
+    written = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in state.values())
+    written += tuple(torch.cat([_some(one) for one in state.values()]).tolist())
+    known = _WEIGHTS.get(model)
+    if known is None or known[0] != written:
+        _WEIGHTS[model] = known = written, "-".join(_halved(state, dtype) for dtype in (torch.bfloat16, torch.float16))
+    return known[1]
+
+
+def same_weights(one: str | None, other: str | None) -> bool:
+    """Whether two of `weights_of` mean the same weights, be it in half precision; what is not known is taken for the same."""
+    return None in (one, other) or any(a == b for a, b in zip(one.split("-"), other.split("-"), strict=True))
+
+
+def _some(tensor: Tensor) -> Tensor:
+    """At most SOME values of a tensor, spread over it, as whole numbers that stand for their bits."""
+    values = tensor.reshape(-1)
+    return values[:: max(1, len(values) // SOME)][:SOME].float().cpu().view(torch.int32)
+
+
+def _halved(state: Mapping[str, Tensor], dtype: torch.dtype) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in state.items():
+        digest.update(f"{name}/{tuple(tensor.shape)}/".encode())
+        total = 0
+        for start, part in enumerate(tensor.reshape(-1).split(CHUNK)):
+            number = part.to(dtype).view(torch.int16) if part.is_floating_point() else part
+            place = torch.arange(len(part), device=part.device) + start * CHUNK
+            total += int((number.long() * (2 * place + 1)).sum())  # modulo 2^64, in any order the same
+        digest.update(str(total % 2**64).encode())
+    return digest.hexdigest()[:8]
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:

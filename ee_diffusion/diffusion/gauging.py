@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.memory import Memory
 from ee_diffusion.diffusion.courses import check_run
+from ee_diffusion.diffusion.fingerprint import weights_of
 from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -24,11 +25,12 @@ STATES = ("exited", "full")
 @dataclass(frozen=True, eq=False)
 class Walk:
     """What was seen under way: `features` (n, F) of the uncertainty, `errors` (n,) the true root mean square error of the recalled clean
-    image, `steps` (n,) where."""
+    image, `steps` (n,) where; `weights`: `fingerprint.weights_of` the model, None: not known."""
 
     features: Tensor
     errors: Tensor
     steps: Tensor
+    weights: str | None = None
 
 
 @torch.no_grad()
@@ -80,7 +82,8 @@ def walk(
             output = torch.where(skipped[:, None, None, None], known["recalled"], output)
         latents = scheduler.step(guided(output, guidance_scale), time, latents, **noise).prev_sample
     steps = [torch.full((len(errors),), index) for _, errors, index in seen]
-    return Walk(torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen]), torch.cat(steps))
+    features, errors = torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen])
+    return Walk(features, errors, torch.cat(steps), weights_of(transformer))
 
 
 def fit_gauge(exits: MemoryExits, seen: Walk, *, iterations: int = 1000, learning_rate: float = 1e-2) -> None:
@@ -104,3 +107,4 @@ def fit_gauge(exits: MemoryExits, seen: Walk, *, iterations: int = 1000, learnin
             loss.backward()
             optimizer.step()
             schedule.step()
+    exits.register_to_config(model_weights=seen.weights)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from diffusers import SchedulerMixin
@@ -59,9 +59,11 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
     guidance lean on memory alike. Untrained, c = 1.
 
     `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
-    times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance`: whose courses they were;
-    a pipeline that runs something else warns. `course_worth`: True where they know what a miss at each step is worth in the final image:
-    under a static schedule all answers of a run are then weighed together (`LinearPrediction.over_run`).
+    times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance` (of all steps or of each),
+    `course_embedded_guidance`, `course_shape` (of a sample), `model_weights` (`fingerprint.weights_of` the transformer): whose courses
+    they were; a pipeline that runs something else warns (`run_setup.warn_of_setup`). `course_worth`: True where they know what a miss at
+    each step is worth in the final image: under a static schedule all answers of a run are then weighed together
+    (`LinearPrediction.over_run`).
 
     `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
     of such models drop it before the solver.
@@ -91,9 +93,12 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         terms: str = "clean",
         course_steps: int = 0,
         course_scheduler: str | None = None,
-        course_guidance: float | None = None,
+        course_guidance: float | Sequence[float | None] | None = None,
         out_channels: int | None = None,
         course_worth: bool | None = None,
+        course_embedded_guidance: float | None = None,
+        course_shape: Sequence[int] | None = None,
+        model_weights: str | None = None,
     ):
         super().__init__()
         if out_channels not in (None, in_channels, 2 * in_channels):

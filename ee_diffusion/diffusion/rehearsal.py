@@ -8,24 +8,25 @@ B images as the solver has them (DiT's: with their second rows), S steps.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, SchedulerMixin
 from torch import Tensor
 
-from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.compiled import unwrapped
 from ee_diffusion.diffusion.courses import Course, check_distinct, clip_of, fit_prediction
 from ee_diffusion.diffusion.families import blocks_of
+from ee_diffusion.diffusion.fingerprint import weights_of
 from ee_diffusion.diffusion.gains import between, gain_of, influence, rms
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.run_setup import Listener, intercept_step, steady
 from ee_diffusion.diffusion.search import gap_prices, search
 from ee_diffusion.diffusion.solver import scaled, sensitivity_along
 
@@ -53,19 +54,17 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
     exits.check_scheduler(pipeline.scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
         raise ValueError(f"{type(pipeline).__name__} has two transformers, expected one that takes all steps")
-    ready = list[SchedulerMixin]()
+    ready, scales, embedded = list[SchedulerMixin](), list[float | None](), list[float | None]()
     times, clean, samples, last = list[float](), list[Tensor](), list[Tensor](), list[Tensor]()
-    signature = inspect.signature(pipeline.scheduler.step)
 
-    def step(original, *args, **kwargs):
-        said = signature.bind(*args, **kwargs).arguments
+    def step(original: Callable[[], Any], said: Mapping[str, Any]) -> Any:
         output, time, sample = said["model_output"], torch.as_tensor(said["timestep"]), said["sample"]
         if output.shape != sample.shape:
             raise ValueError(
                 f"{type(pipeline.scheduler).__name__} got {tuple(output.shape)} for a sample of {tuple(sample.shape)}, expected as many"
             )
         if not ready:
-            ready.append(_bare_copy(pipeline.scheduler))
+            ready.append(copy.deepcopy(pipeline.scheduler))
         asked = scaled(pipeline.scheduler, sample, time)
         if isinstance(pipeline, DiTPipeline) and not torch.equal(asked.nan_to_num(), sample.nan_to_num()):
             name = type(pipeline.scheduler).__name__
@@ -76,17 +75,19 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         clean.append(exits.clean_of(asked.float(), output.float(), there).float())
         samples.append(asked.clone())
         times.append(float(time))
-        result = original(*args, **kwargs)
+        for known, now in zip((scales, embedded), listener.taken(output), strict=True):
+            known.append(now)
+        result = original()
         last[:] = [result[0].clone()]
         return result
 
-    watched = Interception(pipeline.scheduler, step, name="step")
-    taken = vars(pipeline.scheduler)["step"]
-    taken.__signature__ = signature  # pipelines look there for what else it takes: eta, generator
+    listener = Listener(pipeline.transformer)
+    watched = intercept_step(pipeline.scheduler, step)
     try:
         call()
     finally:
         watched.restore()
+        listener.remove()
     _check_times(ready, times)
     course = Course(
         torch.tensor(times, dtype=torch.float64),
@@ -94,6 +95,9 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         torch.stack(samples),
         clip_of(pipeline.scheduler),
         scheduler=type(pipeline.scheduler).__name__,
+        guidance_scale=steady(scales),
+        embedded_guidance=embedded[0],
+        weights=weights_of(unwrapped(pipeline.transformer)),
     )
     return Rehearsal(course, last[0].float(), ready[0])
 
@@ -189,15 +193,6 @@ def fit_schedules(
 def _check_every(every: int) -> None:
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
-
-
-def _bare_copy(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler as it is, without the interception of `step`."""
-    watched = scheduler.__dict__.pop("step")
-    try:
-        return copy.deepcopy(scheduler)
-    finally:
-        scheduler.__dict__["step"] = watched
 
 
 def _check_times(ready: list[SchedulerMixin], times: list[float]) -> None:

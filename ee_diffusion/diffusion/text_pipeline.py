@@ -16,7 +16,7 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.denoising import denoise
-from ee_diffusion.diffusion.fingerprint import check_made_for, warn_of_course
+from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.latents import decode
@@ -114,8 +114,6 @@ class EarlyExitTextPipeline(EarlyExitPipeline):
         )
         steps = num_inference_steps if timesteps is None else timesteps
         check_made_for(policy, self, num_inference_steps=steps, guidance_scale=guidance_scale, eta=eta)
-        if not policy.is_off:
-            warn_of_course(self, num_inference_steps=steps, guidance_scale=guidance_scale)
         self._check_callback(callback_on_step_end_tensor_inputs)
         self._guidance_scale = float(guidance_scale)
         texts = self.encode_prompt(

@@ -390,7 +390,7 @@ def test_bad_input(pipe: DiTPipeline):
 def test_settings_of_earlier_exits_keep_their_fingerprint():
     """A policy that was calibrated before exits knew of variances is still theirs."""
     exits = MemoryExits(num_train_timesteps=10, sample_size=8)
-    added = ("out_channels", "course_worth")
+    added = ("out_channels", "course_worth", "course_embedded_guidance", "course_shape", "model_weights")
     known = {name: value for name, value in exits.config.items() if name not in added}
     assert len(known) == len(exits.config) - len(added)
     assert _settings(exits.config) == _settings(known)
