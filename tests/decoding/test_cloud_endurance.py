@@ -119,12 +119,13 @@ def _fuzzed(draw: random.Random, sessions: list[str]) -> tuple[str, bytes]:
     if "session" in fields:
         whole_message.session = draw.choice(sessions)
     if name == "Open" and draw.random() < 0.2:
-        whole_message.fingerprint = parts("llama")[0][1].fingerprint
-        whole_message.width, whole_message.version = WIDTH, 1
+        whole_message.version = 2
+        for fact, value in (parts("llama")[0][1].terms | {"width": str(WIDTH)}).items():
+            whole_message.terms[fact] = value
     if name == "Upload" and draw.random() < 0.5:
         whole_message.count, whole_message.encoding = 1, wire.FLOAT32
         whole_message.payload = draw.randbytes(4 * WIDTH)  # numbers of every size, NaN among them
-    for number in ("first", "count", "position", "length", "encoding", "version", "width"):
+    for number in ("first", "count", "position", "length", "encoding", "version"):
         if number in fields and draw.random() < 0.4:
             setattr(
                 whole_message,

@@ -240,12 +240,12 @@ def test_the_time_of_day_does_not_matter(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_server_of_another_version_leaves_the_edge_alone(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ee_diffusion.decoding.cloud.remote.VERSION", 2)
+    monkeypatch.setattr("ee_diffusion.decoding.cloud.remote.VERSION", 3)
     with serving() as there, line(there.port) as transport:
         with client(transport, retry_after=60.0) as cloud:
             out = judged(edge().generate(prompt(1), Policy(), cloud, max_new_tokens=TOKENS), 1)
     assert out.sources == ["own"] * TOKENS
-    assert "version 2, expected 1" in out.losses[0][1]
+    assert "version 3, expected 2" in out.losses[0][1]
 
 
 @pytest.mark.parametrize("token,seconds", [(-1, 0.0), (61, 0.0), (3, float("nan")), (3, -1.0), (3, float("inf"))])

@@ -150,12 +150,18 @@ def test_what_is_malformed_is_refused_and_late_is_late():
         with pytest.raises(CloudLost, match="DEADLINE_EXCEEDED"):
             transport.next(session, 0, sending=sent(), timeout=0.2)
         assert time.monotonic() - begun < 3
-        wrong = wire.OpenRequest(version=2, fingerprint=transport.part.fingerprint, width=WIDTH)
-        with pytest.raises(CloudLost, match="version 2, expected 1"):
+        wrong = wire.OpenRequest(version=1, terms=transport.terms)
+        with pytest.raises(CloudLost, match="version 1, expected 2"):
             transport._call("Open", wrong, 5)
-        for print_, width in (("another", WIDTH), (transport.part.fingerprint, WIDTH + 1)):
-            wrong = wire.OpenRequest(version=1, fingerprint=print_, width=width)
-            with pytest.raises(CloudLost, match="another model"):
+        for name in transport.terms:
+            for terms in (transport.terms | {name: "x"}, {**transport.terms, name + "s": "x"}):
+                wrong = wire.OpenRequest(version=2, terms=terms)
+                with pytest.raises(CloudLost, match=f"differs from the cloud's in {name}"):
+                    transport._call("Open", wrong, 5)
+            wrong = wire.OpenRequest(
+                version=2, terms={key: transport.terms[key] for key in transport.terms if key != name}
+            )
+            with pytest.raises(CloudLost, match=rf"in {name} \(came None, expected"):
                 transport._call("Open", wrong, 5)
 
 

@@ -39,7 +39,7 @@ class RemoteTransport:
             if token is not None and not is_loopback(address.rsplit(":", 1)[0]):
                 warnings.warn(f"the token travels to {address} in clear text: give a certificate", stacklevel=2)
             self.channel = grpc.insecure_channel(address, options=options)
-        self.part, self.width = part, width
+        self.terms = part.terms | {"width": str(width)}
         self._metadata = [] if token is None else [("authorization", f"Bearer {token}")]
         self._calls = {
             name: self.channel.unary_unary(
@@ -57,7 +57,7 @@ class RemoteTransport:
         self.channel.close()
 
     def open(self, *, timeout: float) -> str:
-        request = wire.OpenRequest(version=VERSION, fingerprint=self.part.fingerprint, width=self.width)
+        request = wire.OpenRequest(version=VERSION, terms=self.terms)
         return self._call("Open", request, timeout).session
 
     def upload(self, session: str, upload: Upload, *, timeout: float) -> None:

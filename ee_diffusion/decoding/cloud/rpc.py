@@ -9,8 +9,8 @@ import grpc
 
 from ee_diffusion.decoding.cloud import wire_pb2 as wire
 
-VERSION = 1
-SERVICE = "ee_diffusion.cloud.v1.Cloud"
+VERSION = 2
+SERVICE = "ee_diffusion.cloud.v2.Cloud"
 CALLS = {
     "Open": (wire.OpenRequest, wire.OpenReply),
     "Upload": (wire.UploadRequest, wire.UploadReply),

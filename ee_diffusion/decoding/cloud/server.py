@@ -27,6 +27,7 @@ from ee_diffusion.decoding.cloud.context import Refused
 from ee_diffusion.decoding.cloud.encoding import decode
 from ee_diffusion.decoding.cloud.remote import is_loopback
 from ee_diffusion.decoding.cloud.rpc import CALLS, ENCODINGS, SERVICE, STATUS, VERSION
+from ee_diffusion.decoding.cloud.split import disagreement
 from ee_diffusion.decoding.cloud.tokens import Tokens
 from ee_diffusion.decoding.cloud.worker import LOG, Backend, Metrics
 
@@ -164,8 +165,9 @@ class CloudServer:
     def _open(self, owner: str, request: wire.OpenRequest, context) -> wire.OpenReply:
         if request.version != VERSION:
             raise Refused("invalid", f"wire version {request.version}, expected {VERSION}")
-        if request.fingerprint != self.worker.part.fingerprint or request.width != self.worker.width:
-            raise Refused("invalid", "the edge's part is of another model than the cloud's")
+        expected = self.worker.part.terms | {"width": str(self.worker.width)}
+        if differs := disagreement(dict(request.terms), expected):
+            raise Refused("invalid", f"the edge's part differs from the cloud's in {differs}")
         return wire.OpenReply(session=self.worker.open(owner))
 
     def _upload(self, owner: str, request: wire.UploadRequest, context) -> wire.UploadReply:
