@@ -18,7 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from ee_diffusion.decoding.cloud.context import ContextManager, Refused
-from ee_diffusion.decoding.cloud.encoding import decode, encode, payload_bytes
+from ee_diffusion.decoding.cloud.encoding import decode, encode, overflows, payload_bytes
 
 LARGEST = 2**21  # bytes of states in one message: a long prompt goes in several, below what servers take
 
@@ -139,17 +139,19 @@ class CloudClient:
         self._close_lost()
 
     def upload(self, first: int, hidden: Tensor) -> None:
-        """Take the states (N, D) of positions first.. and return; they are sent while the caller goes on.
+        """Take the states (N, D) of positions first.. and return; they are sent while the caller goes on. A message that the encoding
+        cannot hold goes as float32.
 
         Raises:
-            ValueError: states that are not finite, or overflow the encoding; positions that do not follow those before (a second
-                generation needs a client of its own).
+            ValueError: states that are not finite; positions that do not follow those before (a second generation needs a client of its
+                own).
         """
         if first != self._taken:
             raise ValueError(f"states from position {first} on, expected {self._taken}: one client for each generation")
         self._taken += len(hidden)
         for part in hidden.split(max(1, LARGEST // payload_bytes(1, hidden.shape[1], kind=self.kind))):
-            self._kept.append(Upload(first, len(part), self.kind, encode(part, kind=self.kind)))
+            kind = "float32" if overflows(part, kind=self.kind) else self.kind
+            self._kept.append(Upload(first, len(part), kind, encode(part, kind=kind)))
             first += len(part)
         if self.clock() >= self._not_before:
             self._sending = self._thread.submit(self._send)

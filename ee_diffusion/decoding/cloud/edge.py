@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from ee_diffusion.core.heads import ExitHeads
-from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.patched import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.session import Session
@@ -52,7 +53,10 @@ class EdgeOutput:
 
 
 class Edge:
-    """An edge part that generates. `heads`: exits at depths e1 and e2; None: the part's own norm and LM head."""
+    """An edge part that generates. `heads`: exits at depths e1 and e2; None: the part's own norm and LM head.
+
+    Threads may share one, or several of one model: their generations take turns, plain calls of the model are what they were.
+    """
 
     def __init__(self, model: PreTrainedModel, part: Part, *, heads: ExitHeads | None = None):
         if part.side != "edge" or len(layers_of(model)) != part.exits[1]:
@@ -73,21 +77,24 @@ class Edge:
         cloud: Helper | None = None,
         *,
         max_new_tokens: int,
-        eos_token_id: int | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
     ) -> EdgeOutput:
-        """Greedy search for one sequence (1, N), N >= 1. `cloud=None`: standalone. `Policy()`: no exit is ever sure.
+        """Greedy search for one sequence (1, N), N >= 1. `cloud=None`: standalone. `Policy()`: no exit is ever sure. `eos_token_id`: a
+        token that ends the answer, or several (those of the model: `part.end_tokens`).
 
         The prompt is read by all of the edge's layers. A token that leaves at e1 does not run layers e1..e2-1: their keys and values come
         from the state it left with, as in `early_exit_generate`. The cloud gets the state at e1 of every position.
 
         Raises:
             ValueError: not one sequence of one or more tokens; a policy that does not fit the exits, that was made for another model, that
-                is late or whose schedule leaves out layers below others; a cloud that is not at the first position; NaN scores.
+                is late or whose schedule leaves out layers below others; an end that is no token; a cloud that is not at the first
+                position; NaN scores; a generation from within another one of the same thread.
         """
         if input_ids.ndim != 2 or len(input_ids) != 1 or input_ids.shape[1] == 0 or max_new_tokens < 1:
             raise ValueError(
                 f"input_ids {tuple(input_ids.shape)}, max_new_tokens={max_new_tokens}, expected (1, N >= 1) and at least 1"
             )
+        ends = _ends(eos_token_id)
         check_made_for(self.model, policy, part_of=self.part.fingerprint)
         if policy.late:
             raise ValueError(
@@ -99,17 +106,17 @@ class Edge:
         session = policy.start(
             self.part.num_layers, self.part.exits, rows=torch.zeros(1, dtype=torch.int64), num_steps=max_new_tokens
         )
-        begun, ids = time.monotonic(), input_ids
+        ids = input_ids.to(self.model.device)
         output = EdgeOutput(ids, None)  # type: ignore[arg-type]  # the trace comes at the end
         with _Passage(self, session, cloud) as passage:
-            new = ids
+            begun, new = time.monotonic(), ids
             for token in range(max_new_tokens):
                 started = time.monotonic()
                 answer = passage.step(new)
                 new = torch.tensor([[self._token(passage, answer, output, token)]], device=ids.device)
                 ids = torch.cat([ids, new], dim=1)
                 output.times.append(time.monotonic() - started)
-                if eos_token_id is not None and int(new) == eos_token_id:
+                if int(new) in ends:
                     break
         output.sequences, output.trace, output.total = ids, session.trace(), time.monotonic() - begun
         output.payload = 0 if cloud is None else cloud.payload
@@ -135,8 +142,16 @@ class Edge:
         return int(passage.own().argmax(-1))
 
 
+def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
+    """The tokens that end an answer."""
+    ends = () if eos_token_id is None else (eos_token_id,) if isinstance(eos_token_id, int) else eos_token_id
+    if isinstance(ends, str) or not isinstance(ends, Iterable) or not all(isinstance(token, int) for token in ends):
+        raise ValueError(f"eos_token_id={eos_token_id!r}, expected a token's id, several of them, or None")
+    return frozenset(ends)
+
+
 class _Passage:
-    """One generation's way through the edge's layers: a context manager that leaves the model as it was."""
+    """One generation's way through the edge's layers, when it has its turn: a context manager that leaves the model as it was."""
 
     def __init__(self, edge: Edge, session: Session, cloud: Helper | None):
         self.edge, self.session, self.cloud = edge, session, cloud
@@ -144,20 +159,20 @@ class _Passage:
         self.layers = layers_of(edge.model)
         self.first, self.second = edge.part.exits
         self.top: Tensor  # (1, n, D) what the last layer said
+        self._row = torch.zeros(1, dtype=torch.int64, device=edge.model.device)  # the only one there is
         self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
-        self._interceptions: list[Interception] = []
+        by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
+        self._patched = patched(by_layer)
         self._step: StepSession
         self._lane: Lane
         self._whole = True
 
     def __enter__(self) -> _Passage:
-        for layer, module in enumerate(self.layers):
-            self._interceptions.append(Interception(module, functools.partial(self._layer, layer)))
+        self._patched.__enter__()
         return self
 
     def __exit__(self, *exception) -> None:
-        while self._interceptions:
-            self._interceptions.pop().restore()
+        self._patched.__exit__(*exception)
 
     def step(self, tokens: Tensor) -> tuple[int, Tensor] | None:
         """Read tokens (1, n) -> the exit that was sure and its logits (1, V), or None."""
@@ -194,7 +209,7 @@ class _Passage:
                 self._lane.offer(self.first, hidden)
         if self._step.finished:
             keys, values = self.edge.family.keys_values(self.layers[layer], hidden, named["position_embeddings"])
-            write_position(self.cache, layer, [(torch.zeros(1, dtype=torch.int64), keys, values)], num_rows=1)
+            write_position(self.cache, layer, [(self._row, keys, values)], num_rows=1)
             return hidden
         hidden = original(hidden, **named)
         self._step.executed(layer)

@@ -36,10 +36,14 @@ def encode(hidden: Tensor, *, kind: str) -> bytes:
     if kind == "int8":
         scale = hidden.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127  # (N, 1)
         return scale.numpy().tobytes() + (hidden / scale).round().to(torch.int8).numpy().tobytes()
-    encoded = hidden.to(KINDS[kind])
-    if not bool(encoded.isfinite().all()):
+    if overflows(hidden, kind=kind):
         raise ValueError(f"a hidden state of {float(hidden.abs().max()):.3g} overflows {kind}: use bfloat16 or int8")
-    return encoded.contiguous().view(torch.uint8).numpy().tobytes()
+    return hidden.to(KINDS[kind]).contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def overflows(hidden: Tensor, *, kind: str) -> bool:
+    """Whether finite states are too large for an encoding; int8 has a scale, nothing is."""
+    return kind != "int8" and not bool(hidden.float().to(KINDS[kind]).isfinite().all())
 
 
 def decode(payload: bytes, count: int, width: int, *, kind: str) -> Tensor:
