@@ -164,13 +164,13 @@ def test_who_goes_away_holds_no_thread():
         with line(there) as transport:
             request = wire.NextRequest(session=transport.open(timeout=5), position=3)
             waiting = transport._calls["Next"].future(request, timeout=60)
-            while not there._calls["anybody"]:
+            while not there._calls["127.0.0.1"]:
                 time.sleep(0.01)
             waiting.cancel()
             begun = time.monotonic()
-            while there._calls["anybody"] and time.monotonic() - begun < 30:
+            while there._calls["127.0.0.1"] and time.monotonic() - begun < 30:
                 time.sleep(0.01)
-            assert there._calls["anybody"] == 0
+            assert there._calls["127.0.0.1"] == 0
 
 
 def test_one_client_cannot_take_every_thread():

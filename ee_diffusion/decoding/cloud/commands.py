@@ -14,7 +14,6 @@ import os
 import sys
 from contextlib import ExitStack
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ee_diffusion.core.criteria import Threshold
@@ -44,7 +43,7 @@ def run_split(options: argparse.Namespace) -> None:
 def run_serve(options: argparse.Namespace) -> None:
     """Serve until SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    model, part = load_part(options.model, "cloud", dtype=KINDS[options.dtype])
+    model, part = load_part(options.model, "cloud", dtype=KINDS[options.dtype], device=options.device)
     manager = ContextManager(model, part, limits=limits_of(options))
     metrics = Metrics()
     serve_backend(Worker(manager, metrics, batch=options.batch, slice=options.slice), options, metrics=metrics)
@@ -53,7 +52,12 @@ def run_serve(options: argparse.Namespace) -> None:
 def limits_of(options: argparse.Namespace) -> Limits:
     """The limits that the flags say."""
     return Limits(
-        options.sessions, options.owner_sessions, options.megabytes * 10**6, options.positions, options.idle_seconds
+        sessions=options.sessions,
+        owner_sessions=options.owner_sessions,
+        total_bytes=options.megabytes * 10**6,
+        owner_bytes=options.owner_megabytes * 10**6,
+        positions=options.positions,
+        idle_seconds=options.idle_seconds,
     )
 
 
@@ -78,7 +82,7 @@ def run_generate(options: argparse.Namespace) -> None:
         raise ValueError(f"--cloud {options.cloud}, expected host:port")
     if options.always_ask and options.cloud is None:
         raise ValueError("--always_ask without --cloud, expected somebody to ask")
-    model, part = load_part(options.model, "edge", dtype=torch.float32)
+    model, part = load_part(options.model, "edge", dtype=KINDS[options.dtype], device=options.device)
     source = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer, **source)
     heads = None
@@ -90,7 +94,8 @@ def run_generate(options: argparse.Namespace) -> None:
     else:
         ids = tokenizer(options.prompt, return_tensors="pt")
     ids = ids["input_ids"]
-    limits = {"max_new_tokens": options.max_new_tokens, "eos_token_id": tokenizer.eos_token_id}
+    ends = {*part.end_tokens, tokenizer.eos_token_id} - {None}
+    limits = {"max_new_tokens": options.max_new_tokens, "eos_token_id": sorted(ends)}
     with ExitStack() as stack:
         cloud = None
         if options.cloud is not None:

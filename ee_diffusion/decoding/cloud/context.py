@@ -20,6 +20,7 @@ from ee_diffusion.decoding.cloud.split import Part
 from ee_diffusion.decoding.families import family_of
 
 NO_TOKEN = -1
+SPARED = 5.0  # seconds: who was heard of since then does not give way to others
 
 
 class Refused(ValueError):
@@ -33,14 +34,15 @@ class Refused(ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the cloud takes on before it refuses: sessions in all and per owner, bytes in all, positions of a session, idle seconds
-    until a session is forgotten."""
+    """What the cloud takes on before the idlest sessions give way, and without idle ones it refuses: sessions in all and per owner, bytes
+    in all and per owner (None: all of them), positions of a session, idle seconds until a session is forgotten."""
 
     sessions: int
     owner_sessions: int
     total_bytes: int
     positions: int
     idle_seconds: float
+    owner_bytes: int | None = None
 
 
 @dataclass
@@ -114,11 +116,12 @@ class ContextManager:
         return self.bytes_per_position * sum(context.positions for context in self.sessions.values())
 
     def open(self, owner: str, *, session: str | None = None) -> str:
-        """Begin a session -> its id, which nobody can guess (`session`: one that the caller drew). Raises Refused at the limits."""
+        """Begin a session -> its id, which nobody can guess (`session`: one that the caller drew). At the limits the idlest session makes
+        room, at the client's own one of its own. Raises Refused where none is idle."""
         self.expire()
-        mine = sum(context.owner == owner for context in self.sessions.values())
-        if len(self.sessions) >= self.limits.sessions or mine >= self.limits.owner_sessions:
-            raise Refused("limit", f"{len(self.sessions)} sessions are open, {mine} of them by this client")
+        while len(mine := self._of(owner)) >= self.limits.owner_sessions or len(self.sessions) >= self.limits.sessions:
+            if not self._evict(mine if len(mine) >= self.limits.owner_sessions else self.sessions):
+                raise Refused("limit", f"{len(self.sessions)} sessions are open, {len(mine)} of them by this client")
         session = secrets.token_hex(16) if session is None else session
         self.sessions[session] = Context(owner, self.clock())
         return session
@@ -127,7 +130,8 @@ class ContextManager:
         """Store the states (N, D) of positions first.. in any order -> how many were new; those that are there already stay.
 
         Raises:
-            Refused: an unknown session; states of another width or type or not finite; positions or bytes beyond the limits.
+            Refused: an unknown session; states of another width or type or not finite; positions or bytes beyond the limits, and no idle
+                session that makes room.
         """
         context = self._context(owner, session)
         if hidden.ndim != 2 or hidden.shape[1] != self.width or not hidden.is_floating_point():
@@ -139,12 +143,33 @@ class ContextManager:
             raise Refused("limit", f"positions {first}..{first + len(hidden) - 1}, at most {self.positions_limit} fit")
         new = {first + place: state for place, state in enumerate(hidden)}
         new = {at: state for at, state in new.items() if at >= context.processed and at not in context.pending}
-        if self.bytes + len(new) * self.bytes_per_position > self.limits.total_bytes:
-            raise Refused(
-                "limit", f"{self.bytes} bytes are held of {self.limits.total_bytes}: no room for {len(new)} more"
-            )
+        self._make_room(owner, len(new))
         context.pending |= {at: state.clone() for at, state in new.items()}
         return len(new)
+
+    def _make_room(self, owner: str, count: int) -> None:
+        """Room for so many positions more, of idle sessions where there is none. Raises Refused."""
+        limits = self.limits
+        for whose, most in ((owner, limits.owner_bytes), (None, limits.total_bytes)):
+            while most is not None:
+                there = self._of(whose)
+                held = self.bytes_per_position * sum(context.positions for context in there.values())
+                if held + count * self.bytes_per_position <= most:
+                    break
+                if not self._evict(there):
+                    raise Refused("limit", f"{held} bytes are held of {most}: no room for {count} more positions")
+
+    def _of(self, owner: str | None) -> dict[str, Context]:
+        """The sessions of an owner; None: all."""
+        return {name: context for name, context in self.sessions.items() if owner in (None, context.owner)}
+
+    def _evict(self, among: dict[str, Context]) -> bool:
+        """Forget the idlest of some sessions, unless it was heard of a moment ago -> whether it was."""
+        idlest = min(among, key=lambda session: among[session].seen, default=None)
+        if idlest is None or among[idlest].seen > self.clock() - SPARED:
+            return False
+        del self.sessions[idlest]
+        return True
 
     def ready(self, owner: str, session: str, position: int) -> bool:
         """Whether everything up to `position` has been uploaded. Raises Refused: an unknown session, a position that was passed."""

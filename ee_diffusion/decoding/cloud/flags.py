@@ -9,6 +9,7 @@ import argparse
 
 COMMANDS = "ee_diffusion.decoding.cloud.commands"
 ENCODINGS = ("bfloat16", "float16", "float32", "int8")  # the names in encoding.py
+DTYPES = ENCODINGS[:-1]
 
 
 def register(commands) -> None:
@@ -33,7 +34,8 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument(
-        "--tokens", help="JSON file: token -> client, perhaps with an expiry. Without it anybody may ask."
+        "--tokens",
+        help="JSON file: token -> client, perhaps with an expiry. Without it anybody may ask, and a client is an address.",
     )
     parser.add_argument("--certificate", help="PEM file, for TLS.")
     parser.add_argument("--key", help="PEM file, for TLS.")
@@ -41,12 +43,18 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sessions", type=int, default=256, help="Most sessions in all.")
     parser.add_argument("--owner_sessions", type=int, default=64, help="Most sessions of a client.")
     parser.add_argument("--megabytes", type=int, default=2048, help="Most memory of all sessions.")
+    parser.add_argument("--owner_megabytes", type=int, default=1024, help="Most memory of a client's sessions.")
     parser.add_argument("--positions", type=int, default=4096, help="Most positions of a session.")
     parser.add_argument("--idle_seconds", type=float, default=300.0, help="A session is forgotten after so long.")
     parser.add_argument("--batch", type=int, default=64, help="Most questions answered in one pass.")
     parser.add_argument("--quiet", action="store_true", help="No line for every call in the log.")
     parser.add_argument("--slice", type=int, default=64, help="Most positions of one prompt in one pass.")
-    parser.add_argument("--dtype", default="float32", choices=[name for name in ENCODINGS if name != "int8"])
+    _place_flags(parser)
+
+
+def _place_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="Of the states: the same at edge and cloud.")
+    parser.add_argument("--device", default="cpu", help="Where the part runs: cpu, cuda, cuda:1, ...")
 
 
 def _generate_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,5 +75,6 @@ def _generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--certificate", help="PEM file of the authority, for TLS.")
     parser.add_argument("--encoding", default="float16", choices=ENCODINGS)
     parser.add_argument("--deadline", type=float, default=2.0, help="Seconds a token may wait for the cloud.")
+    _place_flags(parser)
     parser.add_argument("--retry_after", type=float, default=5.0, help="Seconds without trying after a loss.")
     parser.set_defaults(work=f"{COMMANDS}:run_generate")

@@ -38,8 +38,8 @@ class Replica:
     """One worker with its part of the model, and what may be asked of it. Refusals come back as values: (True, value) or (False, (kind,
     message))."""
 
-    def __init__(self, folder: str, dtype: str, limits: Limits, batch: int, slice: int):
-        manager = ContextManager(*load_part(folder, "cloud", dtype=KINDS[dtype]), limits=limits)
+    def __init__(self, folder: str, dtype: str, device: str, limits: Limits, batch: int, slice: int):
+        manager = ContextManager(*load_part(folder, "cloud", dtype=KINDS[dtype], device=device), limits=limits)
         self.worker = Worker(manager, Metrics(), batch=batch, slice=slice)
 
     async def describe(self) -> tuple[Part, int]:
@@ -108,20 +108,45 @@ def _value(response: DeploymentResponse):
     return said
 
 
+def resources_of(device: str, replicas: int, *, gpus: float) -> dict[str, float]:
+    """What Ray sets aside for a replica: half a core, and with `device` "cuda" an equal share of the cluster's `gpus`, a whole one at most
+    (which one it is, Ray says).
+
+    Raises:
+        ValueError: another device than cpu and cuda; cuda on a cluster without a GPU.
+    """
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device={device!r}, expected cpu or cuda: Ray chooses each replica's GPU")
+    if device == "cpu":
+        return {"num_cpus": 0.5}
+    if not gpus:
+        raise ValueError("device='cuda', but the Ray cluster has no GPU")
+    return {"num_cpus": 0.5, "num_gpus": 1.0 if gpus >= replicas else gpus / replicas}
+
+
 def start_replicas(
-    folder: str, *, replicas: int, dtype: str, limits: Limits, batch: int, slice: int, name: str = "ee-diffusion-cloud"
+    folder: str,
+    *,
+    replicas: int,
+    dtype: str,
+    limits: Limits,
+    batch: int,
+    slice: int,
+    device: str = "cpu",
+    name: str = "ee-diffusion-cloud",
 ) -> DeploymentHandle:
-    """Deploy on the Ray cluster that `ray.init` chose (one on this machine where there is none), without any HTTP door."""
+    """Deploy on the Ray cluster that `ray.init` chose (one on this machine where there is none), without any HTTP door. Raises ValueError
+    as `resources_of`."""
     router = RequestRouterConfig(request_router_class=_ROUTER, request_router_kwargs={"num_fallback_replicas": 0})
     deployed = serve.deployment(
         num_replicas=replicas,
         max_ongoing_requests=1024,
         request_router_config=router,
         health_check_period_s=1.0,
-        ray_actor_options={"num_cpus": 0.5},
+        ray_actor_options=resources_of(device, replicas, gpus=ray.cluster_resources().get("GPU", 0.0)),
     )(Replica)
     serve.start(proxy_location="Disabled")
-    return serve.run(deployed.bind(folder, dtype, limits, batch, slice), name=name, route_prefix=None)
+    return serve.run(deployed.bind(folder, dtype, device, limits, batch, slice), name=name, route_prefix=None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -131,9 +156,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     ray.init(include_dashboard=False, ignore_reinit_error=True)
-    what = {"dtype": options.dtype, "limits": limits_of(options), "batch": options.batch, "slice": options.slice}
+    what = {"limits": limits_of(options), "replicas": options.replicas}
+    what |= {name: getattr(options, name) for name in ("dtype", "device", "batch", "slice")}
     try:
-        serve_backend(ReplicatedWorker(start_replicas(options.model, replicas=options.replicas, **what)), options)
+        serve_backend(ReplicatedWorker(start_replicas(options.model, **what)), options)
     finally:
         serve.shutdown()
         ray.shutdown()

@@ -6,6 +6,7 @@ check, store and wait. Here: calls, tokens, drain. Not here: batches (worker.py)
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import signal
 import threading
@@ -17,13 +18,14 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as Late
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import start_http_server
 
 from ee_diffusion.decoding.cloud import wire_pb2 as wire
-from ee_diffusion.decoding.cloud.context import Refused
+from ee_diffusion.decoding.cloud.context import SPARED, Refused
 from ee_diffusion.decoding.cloud.encoding import decode
 from ee_diffusion.decoding.cloud.remote import is_loopback
 from ee_diffusion.decoding.cloud.rpc import CALLS, ENCODINGS, SERVICE, STATUS, VERSION
@@ -33,12 +35,12 @@ from ee_diffusion.decoding.cloud.worker import LOG, Backend, Metrics
 
 
 class CloudServer:
-    """A gRPC server before a worker. `tokens`: who may ask (None: anybody, all as one client); `port` 0: any free one; `metrics`: the
-    worker's own, if it has some.
+    """A gRPC server before a worker. `tokens`: who may ask (None: anybody, each address is a client); `port` 0: any free one; `metrics`:
+    the worker's own, if it has some.
 
     host: loopback unless told otherwise; certificate and key: files for TLS. `largest`: bytes of a message; `owner_calls`: calls of one
-    client at once, below `threads`, so that none can take them all. A context manager: leaving drains for `grace` seconds and ends the
-    worker.
+    client at once, below `threads`, so that none can take them all; beyond them its question that has waited longest gives way. A context
+    manager: leaving drains for `grace` seconds and ends the worker. Warns where it can be reached from elsewhere without tokens or TLS.
 
     Raises:
         ValueError: one of certificate and key without the other; an address that cannot be had.
@@ -62,12 +64,15 @@ class CloudServer:
     ):
         if (certificate is None) != (key is None):
             raise ValueError(f"certificate={certificate}, key={key}, expected both or neither")
-        if certificate is None and tokens is not None and not is_loopback(host):
-            warnings.warn(f"tokens travel to {host} in clear text: give a certificate and a key", stacklevel=2)
+        lacking = [] if tokens is not None else ["tokens (anybody may ask)"]
+        lacking += [] if certificate is not None else ["a certificate (states and tokens travel in clear text)"]
+        if lacking and not is_loopback(host):
+            warnings.warn(f"listening at {host}, beyond this machine, without {' and '.join(lacking)}", stacklevel=2)
         self.log_calls = log_calls
         self.worker, self.tokens, self.grace = worker, tokens, grace
         self.metrics = Metrics() if metrics is None else metrics
         self._calls, self._counting, self.owner_calls = Counter[str](), threading.Lock(), owner_calls
+        self._waiting: dict[str, dict[threading.Event, float]] = {}  # by owner: what ends a question's wait, since when
         options = [("grpc.max_receive_message_length", largest), ("grpc.so_reuseport", 0)]
         self._server = grpc.server(ThreadPoolExecutor(threads), options=options, maximum_concurrent_rpcs=2 * threads)
         self._health = health.HealthServicer()
@@ -145,15 +150,16 @@ class CloudServer:
 
     @contextmanager
     def _owner(self, context: grpc.ServicerContext) -> Iterator[str]:
-        """Who calls, counted while the call lasts. Raises PermissionError, or Refused where the client has too many calls already."""
-        owner: str | None = "anybody"
+        """Who calls, counted while the call lasts. Raises PermissionError, or Refused where the client has too many calls already and none
+        gives way."""
+        owner: str | None = client_of(context.peer())
         if self.tokens is not None:
             said = dict(context.invocation_metadata()).get("authorization", "")
             owner = self.tokens.owner(said.removeprefix("Bearer "))
         if owner is None:
             raise PermissionError
         with self._counting:
-            if self._calls[owner] >= self.owner_calls:
+            if self._calls[owner] >= self.owner_calls and not self._give_way(owner):
                 raise Refused("limit", f"{self._calls[owner]} calls of this client are under way")
             self._calls[owner] += 1
         try:
@@ -161,6 +167,18 @@ class CloudServer:
         finally:
             with self._counting:
                 self._calls[owner] -= 1
+                if not self._calls[owner]:
+                    del self._calls[owner]
+
+    def _give_way(self, owner: str) -> bool:
+        """End the client's question that has waited longest, unless it began a moment ago -> whether it was ended."""
+        waiting = self._waiting.get(owner, {})
+        longest = min(waiting, key=waiting.__getitem__, default=None)
+        if longest is None or waiting[longest] > time.monotonic() - SPARED:
+            return False
+        del waiting[longest]
+        longest.set()
+        return True
 
     def _open(self, owner: str, request: wire.OpenRequest, context) -> wire.OpenReply:
         if request.version != VERSION:
@@ -186,9 +204,20 @@ class CloudServer:
         answer = self.worker.ask(owner, request.session, request.position)
         if not context.add_callback(answer.cancel):  # whoever goes away holds no thread
             answer.cancel()
+        done = threading.Event()
+        answer.add_done_callback(lambda _: done.set())
+        with self._counting:
+            self._waiting.setdefault(owner, {})[done] = time.monotonic()
         left = context.time_remaining()
+        done.wait(timeout=60.0 if left is None else min(left, 60.0))
+        with self._counting:
+            gave_way = self._waiting[owner].pop(done, None) is None
+            if not self._waiting[owner]:
+                del self._waiting[owner]
+        if gave_way and answer.cancel():
+            raise Refused("limit", f"{self.owner_calls} calls of this client are under way: this one waited longest")
         try:
-            token, seconds = answer.result(timeout=60.0 if left is None else min(left, 60.0))
+            token, seconds = answer.result(timeout=0)
         except Late:
             answer.cancel()
             raise
@@ -201,6 +230,19 @@ class CloudServer:
     def _close(self, owner: str, request: wire.CloseRequest, context) -> wire.Empty:
         self.worker.close(owner, request.session)
         return wire.Empty()
+
+
+def client_of(peer: str) -> str:
+    """Who is at the other end, by gRPC's name of it: an IPv4 address, or the network of an IPv6 address (its first 64 bits, of which a
+    client has all the others); ports are left out."""
+    kind, _, place = unquote(peer).partition(":")
+    if kind not in ("ipv4", "ipv6"):
+        return peer
+    address = ipaddress.ip_address(place.rpartition(":")[0].strip("[]").partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    if address.version == 4 or mapped is not None:
+        return str(mapped or address)
+    return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 def serve(server: CloudServer, *, metrics_port: int | None = None) -> None:
