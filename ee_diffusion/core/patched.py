@@ -42,7 +42,7 @@ def patched(wrappers: Sequence[tuple[nn.Module, Wrapper]]) -> Iterator[None]:
     me = threading.get_ident()
     if turn.thread == me:
         raise ValueError(
-            f"this thread is using {type(first).__name__} with exits already (a call from a processor, a criterion or a streamer?), "
+            f"exits are attached to this {type(first).__name__} by this thread already (a call from a processor or a streamer?), "
             "expected that to be over first"
         )
     with turn.lock:

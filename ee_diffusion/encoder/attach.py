@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Planned, Sampled
-from ee_diffusion.core.intercept import Interception
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.patched import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.rows import content_ids
 from ee_diffusion.core.trace import Trace
@@ -38,36 +38,30 @@ def attach(
     pruning: tuple[float, ...] | None = None,
     token_traces: list[TokenTrace] | None = None,
 ) -> Iterator[list[Trace]]:
-    """Within, every forward of `model` runs under `policy`; yields a list to which each forward appends its trace.
+    """Within, every forward of `model` in this thread runs under `policy`; yields a list to which each forward appends its trace.
 
-    Outside the model computes exactly what it did before. `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1, for
-    drawn exits made of what a row holds (`content_ids`): equal inputs draw alike, all others independently, in every batch.
+    Outside, and in other threads, the model computes exactly what it did before; another thread that attaches exits to it waits.
+    `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1, for drawn exits made of what a row holds (`content_ids`):
+    equal inputs draw alike, all others independently, in every batch.
     Labels given to a forward are compared with the answers of all rows, early or not. `pruning`: saliency below which a token is removed,
     one threshold per layer (tokens.py); what was removed is appended to `token_traces`.
 
     Raises:
-        ValueError: an unknown class; exits of another model, or attached already; a score that these exits cannot give; thresholds of
-            the wrong number or range, or a class whose tokens cannot be removed; in a forward: an input longer than the model, hidden
-            states or attentions asked for while rows may leave, attention masks that cannot be cut by rows, labels that are no class.
+        ValueError: an unknown class; exits of another model, or attached by this thread already; a score that these exits cannot give;
+            thresholds of the wrong number or range, or a class whose tokens cannot be removed; in a forward: an input longer than the
+            model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows, labels that
+            are no class.
     """
     exits.check_fits(model)
     check_policy(policy, exits)
     if pruning is not None:
         check_pruning(model, pruning)
-    if "_ee_attached" in model.__dict__:
-        raise ValueError(f"exits are attached to this {type(model).__name__} already")
     run = _Run(model, exits, policy, elements, pruning=pruning)
     run.token_traces = token_traces
     blocks = run.family.blocks(model)
-    interceptions = [Interception(block, functools.partial(run.block, block)) for block in blocks]
-    interceptions.append(Interception(model, run.forward))
-    model.__dict__["_ee_attached"] = True
-    try:
+    by_block = [(block, functools.partial(run.block, block)) for block in blocks]
+    with patched([*by_block, (model, run.forward)]):
         yield run.traces
-    finally:
-        del model.__dict__["_ee_attached"]
-        for interception in reversed(interceptions):
-            interception.restore()
 
 
 def check_policy(policy: Policy, exits: ClassifierExits) -> None:

@@ -8,6 +8,7 @@ B rows of the batch, r running rows, N tokens, M packed tokens, D width, H heads
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -99,12 +100,13 @@ def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
 
 @contextmanager
 def projected(block: nn.Module) -> Iterator[list[Tensor]]:
-    """Within, the block runs once; yields a list that then holds its own queries and keys, (r, M, D) each."""
+    """Within, the block runs once in this thread; yields a list that then holds its own queries and keys, (r, M, D) each."""
     modules = PARTS[type(block).__name__].projections(block)
     found: list[Tensor] = [torch.empty(0)] * len(modules)
+    me = threading.get_ident()
 
     def keeping(place: int) -> Callable[..., None]:
-        return lambda module, args, output: found.__setitem__(place, output)
+        return lambda module, args, output: found.__setitem__(place, output) if threading.get_ident() == me else None
 
     handles = [one.register_forward_hook(keeping(place)) for place, one in enumerate(modules)]
     try:

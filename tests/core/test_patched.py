@@ -49,7 +49,7 @@ def test_another_thread_waits_and_the_same_one_is_refused():
     with patched([(module, doubled)]):
         thread.start()
         with (
-            pytest.raises(ValueError, match="this thread is using Linear with exits already"),
+            pytest.raises(ValueError, match="attached to this Linear by this thread already"),
             patched([(module, doubled)]),
         ):
             pass

@@ -141,7 +141,7 @@ def test_a_generation_within_a_generation_is_refused(way: str):
             run(model, inputs=alone(0))
             return scores
 
-    with pytest.raises(ValueError, match="with exits already"):
+    with pytest.raises(ValueError, match="by this thread already"):
         run(model, inputs=alone(0), logits_processor=LogitsProcessorList([Asking()]))
     assert not is_patched(model)
     assert len(new_tokens(generate(model, policy_named("softmax", NAME), alone(0)))) == 1
