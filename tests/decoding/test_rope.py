@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.cloud.context import ContextManager
-from ee_diffusion.decoding.cloud.split import Part, load_part, split_model
+from ee_diffusion.decoding.cloud.split import load_part, split_model
 from ee_diffusion.decoding.families import family_of
 from ee_diffusion.decoding.lossless import lossless_generate
 
@@ -97,7 +97,8 @@ def test_in_the_cloud_a_short_session_beside_a_long_one(kind: str, tmp_path):
     if kind not in FIXED:
         with pytest.raises(ValueError, match=f"'{kind}'"):
             split_model(model, tmp_path, exits=exits)
-        part = Part("cloud", exits, LAYERS, "")
+        split_model(model_with("default"), tmp_path, exits=exits)
+        _, part = load_part(tmp_path, "cloud", dtype=torch.float64)
         with pytest.raises(ValueError, match=f"'{kind}'"):
             ContextManager(model, part, limits=LIMITS)
         return
