@@ -29,6 +29,7 @@ class Threshold(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self.threshold, self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -61,9 +62,10 @@ class Patience(Criterion):
     consecutive: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self.threshold, self.score)
         counts = self.patience if isinstance(self.patience, tuple) else (self.patience,)
-        if not counts or not all(isinstance(count, int) for count in counts) or min(counts) < 1:
+        if not counts or min(counts) < 1:
             raise ValueError(f"patience={self.patience}, expected 1 or more crossings")
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -97,6 +99,7 @@ class Cumulative(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.q <= 1.0:
             raise ValueError(f"q={self.q}, expected a quantile in [0, 1]")
         score_named(self.score)
@@ -129,6 +132,7 @@ class Sampled(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         score_named(self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -161,6 +165,7 @@ class Gate(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self.threshold, self.score)
 
     def validate(self, num_steps: int, num_exits: int) -> None:
@@ -195,6 +200,7 @@ class Planned(Criterion):
     every_step: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         lengths = {len(row) for row in self.depths}
         if len(lengths) != 1 or lengths == {0} or min(min(row) for row in self.depths) < 0:
             raise ValueError(
@@ -235,11 +241,12 @@ class DecayingThreshold(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_range(self.threshold, self.score)
-        if isinstance(self.threshold, tuple):
-            raise ValueError(f"threshold={self.threshold}, expected one number: it falls with the step")
-        if not isinstance(self.horizon, int) or self.horizon < 1 or not self.rate >= 0:
-            raise ValueError(f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a rate >= 0")
+        if self.horizon < 1 or not 0 <= self.rate < math.inf:
+            raise ValueError(
+                f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a finite rate >= 0"
+            )
 
     def validate(self, num_steps: int, num_exits: int) -> None:
         """Any number of steps and exits fits one threshold."""
@@ -272,6 +279,7 @@ class Accumulated(Criterion):
     score: str = "certainty"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         score_named(self.score)
         if not (self.budget > 0 and math.isfinite(self.budget) and 0 <= self.decay <= 1):
             raise ValueError(

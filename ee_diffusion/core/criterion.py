@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.scores import Observation
 
 State = dict[str, Tensor]
@@ -28,7 +29,10 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class Criterion(ABC):
-    """Says when an element stops. A NaN score never stops anything."""
+    """Says when an element stops. A NaN score never stops anything. One with a `__post_init__` of its own calls this one first."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def validate(self, num_steps: int, num_exits: int) -> None:

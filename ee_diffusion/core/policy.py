@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import CRITERIA, Planned
 from ee_diffusion.core.criterion import Criterion
+from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
@@ -35,8 +36,8 @@ class Policy:
     between, so that neither waits for the other, and everybody leaves an exit later than without. Not worth it on a CPU.
 
     Raises:
-        ValueError: exits not ascending; record_all or late without a criterion that measures; late with a single exit; an unknown
-            guidance.
+        ValueError: a field of another type; exits not ascending; record_all or late without a criterion that measures; late with a
+            single exit.
     """
 
     criterion: Criterion | None = None
@@ -48,25 +49,9 @@ class Policy:
     late: bool = False
 
     def __post_init__(self) -> None:
-        for name, kinds in (
-            ("criterion", Criterion | None),
-            ("schedule", Schedule),
-            ("record_all", bool),
-            ("late", bool),
-        ):
-            if not isinstance(value := getattr(self, name), kinds):
-                raise ValueError(f"{name}={value!r}, expected {getattr(kinds, '__name__', kinds)}")
         if isinstance(self.exits, list):
             object.__setattr__(self, "exits", tuple(self.exits))
-        if self.exits is not None and not (
-            isinstance(self.exits, tuple)
-            and all(isinstance(depth, int) and not isinstance(depth, bool) for depth in self.exits)
-        ):
-            raise ValueError(f"exits={self.exits!r}, expected a tuple of depths, whole numbers")
-        if not isinstance(self.made_for, tuple) or not all(
-            isinstance(fact, tuple) and len(fact) == 2 for fact in self.made_for
-        ):
-            raise ValueError(f"made_for={self.made_for!r}, expected pairs (name, value)")
+        check_fields(self)
         if self.exits is not None and (
             list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)
         ):
@@ -78,8 +63,6 @@ class Policy:
             raise ValueError("late=True with nothing to measure, expected a criterion that decides on scores")
         if self.late and self.exits is not None:
             self._check_late(self.exits)
-        if self.guidance not in ("together", "apart"):
-            raise ValueError(f"guidance={self.guidance!r}, expected 'together' or 'apart'")
 
     @property
     def is_off(self) -> bool:
@@ -208,7 +191,7 @@ class Policy:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: a truncated file, or one that is no policy.
+            ValueError: a truncated file, or one that is no policy; the file is named.
         """
         try:
             values = json.loads(Path(path).read_text())
@@ -216,7 +199,10 @@ class Policy:
             raise ValueError(f"{path} is not a readable policy: {error}") from error
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is no policy: expected a JSON object with format {_FORMAT!r}")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _built(kinds: Mapping[str, type], values: dict[str, Any]) -> Any:

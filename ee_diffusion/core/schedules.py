@@ -11,10 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 
+from ee_diffusion.core.fields import check_fields
+
 
 @dataclass(frozen=True)
 class Schedule(ABC):
-    """Says which of L layers may run at a step."""
+    """Says which of L layers may run at a step. One with a `__post_init__` of its own calls this one first."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @abstractmethod
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
@@ -43,7 +48,8 @@ class FixedDepth(Schedule):
     depth: int
 
     def __post_init__(self) -> None:
-        _whole("depth", self.depth)
+        super().__post_init__()
+        _at_least_0("depth", self.depth)
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return _first(self.depth, num_layers)
@@ -59,9 +65,10 @@ class DepthPerStep(Schedule):
     depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.depths, tuple):
-            raise ValueError(f"depths={self.depths!r}, expected a tuple: one depth for each step")
-        _whole("depths", *self.depths)
+        super().__post_init__()
+        if not self.depths:
+            raise ValueError("depths=(), expected one for each step")
+        _at_least_0("depths", *self.depths)
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return _first(self.depths[step], num_layers)
@@ -83,9 +90,9 @@ class PiecewiseDepth(Schedule):
     depths: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _whole("depths", *self.depths)
-        known = all(edge == edge for edge in self.edges)  # not NaN, which compares with nothing
-        if len(self.depths) != len(self.edges) + 1 or not known or list(self.edges) != sorted(self.edges):
+        super().__post_init__()
+        _at_least_0("depths", *self.depths)
+        if len(self.depths) != len(self.edges) + 1 or list(self.edges) != sorted(self.edges):
             raise ValueError(
                 f"{len(self.depths)} depths for edges {self.edges}, expected ascending edges and one depth more"
             )
@@ -109,7 +116,8 @@ class Periodic(Schedule):
     depth: int = 0
 
     def __post_init__(self) -> None:
-        _whole("period, warm_up, depth", self.period, self.warm_up, self.depth)
+        super().__post_init__()
+        _at_least_0("depth", self.depth)
         if self.period < 1 or self.warm_up < 0:
             raise ValueError(f"period={self.period}, warm_up={self.warm_up}, expected at least 1 and at least 0")
 
@@ -132,9 +140,10 @@ class FixedLayers(Schedule):
     of: int | None = None
 
     def __post_init__(self) -> None:
-        _whole("keep", *self.keep)
-        if self.of is not None:
-            _whole("of", self.of)
+        super().__post_init__()
+        _at_least_0("keep", *self.keep)
+        if self.of is not None and max(self.keep, default=-1) >= self.of:
+            raise ValueError(f"keep={self.keep} of={self.of} layers, expected layers within 0..{self.of - 1}")
 
     def layers(self, step: int, time: float, *, num_steps: int, num_layers: int) -> tuple[bool, ...]:
         return tuple(layer in self.keep for layer in range(num_layers))
@@ -162,7 +171,8 @@ class LinearDecay(Schedule):
     bottom: int | None
 
     def __post_init__(self) -> None:
-        _whole("most, least, horizon", self.most, self.least, self.horizon)
+        super().__post_init__()
+        _at_least_0("least", self.least)
         if self.horizon < 2:
             raise ValueError(f"horizon={self.horizon}, expected at least 2 steps from the most layers to the least")
         if self.least > self.most:
@@ -191,8 +201,9 @@ class PowerDecay(Schedule):
     bottom: int | None
 
     def __post_init__(self) -> None:
-        _whole("least", self.least)
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha <= 1:
+        super().__post_init__()
+        _at_least_0("least", self.least)
+        if not 0 < self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha!r}, expected a number in (0, 1]")
         _check_bottom(self.bottom, self.least)
 
@@ -259,10 +270,9 @@ def depth_of(layers: tuple[bool, ...]) -> int | None:
     return depth if all(layers[:depth]) else None
 
 
-def _whole(names: str, *values: int) -> None:
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{value!r} among {names}, expected whole numbers")
+def _at_least_0(name: str, *values: int) -> None:
+    if min(values, default=0) < 0:
+        raise ValueError(f"{min(values)} among {name}, expected numbers of layers, at least 0")
 
 
 def _first(depth: int, num_layers: int) -> tuple[bool, ...]:
@@ -272,8 +282,6 @@ def _first(depth: int, num_layers: int) -> tuple[bool, ...]:
 
 
 def _check_bottom(bottom: int | None, least: int) -> None:
-    if bottom is not None:
-        _whole("bottom", bottom)
     if bottom is not None and not 1 <= bottom < least:
         raise ValueError(f"bottom={bottom} warm-up layers and least={least}, expected 1 <= bottom < least")
 

@@ -5,8 +5,6 @@ K exits of the policy, S steps.
 
 from __future__ import annotations
 
-import math
-
 from ee_diffusion.core.scores import score_named
 
 Thresholds = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
@@ -21,20 +19,16 @@ def threshold_at(thresholds: Thresholds, step: int, exit: int) -> float:
 
 
 def check_range(thresholds: Thresholds, name: str) -> None:
-    """Raises ValueError for anything but numbers (or tuples of them, or of their rows) in the range of the score of that name."""
+    """Raises ValueError for no numbers, rows of several lengths, or numbers outside the range of the score of that name."""
     score = score_named(name)
     rows = thresholds if isinstance(thresholds, tuple) else (thresholds,)
-    if len({isinstance(row, tuple) for row in rows}) > 1:
-        raise ValueError(f"thresholds {thresholds} mix numbers and rows of numbers")
-    values = [value for row in rows for value in (row if isinstance(row, tuple) else (row,))]
-    if not values:
-        raise ValueError("thresholds are empty, expected one number, one per exit, or one per step and exit")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(
-                f"threshold {value!r} is no number; expected numbers, or tuples of them (to be off, give no criterion)"
-            )
-        if math.isnan(value) or not score.low <= value <= score.high:
+    lengths = {len(row) if isinstance(row, tuple) else 1 for row in rows}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(
+            f"thresholds in rows of lengths {sorted(lengths)}, expected one number, one per exit, or one per step and exit"
+        )
+    for value in (value for row in rows for value in (row if isinstance(row, tuple) else (row,))):
+        if not score.low <= value <= score.high:
             raise ValueError(f"threshold {value} is outside [{score.low}, {score.high}], the range of score {name!r}")
 
 

@@ -62,7 +62,7 @@ class EarlyExitClassifier(PreTrainedModel):
     With the policy off (`Policy()`) it computes exactly what the stock classifier does.
 
     Raises:
-        ValueError: a config without a base or exits, a base outside of the family table, exits of another model.
+        ValueError: a config without a base or exits, a base outside of the family table, exits of another model, a policy that cannot run.
     """
 
     config_class = EarlyExitConfig
@@ -77,6 +77,7 @@ class EarlyExitClassifier(PreTrainedModel):
         self.model = _stock(config.base, config._attn_implementation)
         self.exits = ClassifierExits(**config.exits)
         self.exits.check_fits(self.model)
+        check_policy(self.policy, self.exits)
         self.main_input_name = self.model.main_input_name
         self._traces: list[Trace] | None = None
         self.post_init()
@@ -175,10 +176,16 @@ class EarlyExitClassifier(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers' `from_pretrained`, but a checkpoint with missing, foreign or misshapen weights is a ValueError."""
+        """As transformers' `from_pretrained`, but a checkpoint with missing, foreign or misshapen weights, or a policy that cannot run, is
+        a ValueError."""
         check_folder(pretrained_model_name_or_path)
         wants_facts = kwargs.pop("output_loading_info", False)
-        model, facts = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, facts = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from error
         kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
         wrong = {kind: sorted(map(str, facts[kind]))[:3] for kind in kinds if facts[kind]}
         if wrong:

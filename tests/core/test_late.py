@@ -140,7 +140,7 @@ def test_a_policy_says_in_its_file_that_it_is_late(tmp_path):
     [
         (lambda: Policy(late=True), "late=True with nothing to measure"),
         (lambda: Policy(Planned(((1,),)), late=True), "late=True with nothing to measure"),
-        (lambda: Policy(Threshold(0.5), late=1), "late=1, expected bool"),
+        (lambda: Policy(Threshold(0.5), late=1), r"Policy\.late=1, expected True or False"),
         (
             lambda: Policy(Threshold(0.5), exits=(2,), late=True),
             r"late=True with exits at \(2,\), expected two or more",

@@ -95,13 +95,16 @@ def test_files_that_are_no_policies_are_refused(text: str, tmp_path):
         ('"criterion": [], "schedule": {"kind": "FullDepth"}', "not the description of a policy"),
         (
             '"criterion": null, "schedule": {"kind": "FullDepth"}, "record_all": "false"',
-            "record_all='false', expected bool",
+            r"Policy\.record_all='false', expected True or False",
         ),
         (
             '"criterion": null, "schedule": {"kind": "FixedDepth", "depth": "3"}',
-            "'3' among depth, expected whole numbers",
+            r"FixedDepth\.depth='3', expected a whole number",
         ),
-        ('"criterion": null, "schedule": {"kind": "DepthPerStep", "depths": 3}', "depths=3, expected a tuple"),
+        (
+            '"criterion": null, "schedule": {"kind": "DepthPerStep", "depths": 3}',
+            r"DepthPerStep\.depths=3, expected a tuple of whole numbers",
+        ),
     ],
 )
 def test_files_with_values_of_another_kind_are_refused(rest: str, message: str, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -116,6 +117,22 @@ class TestRefused:
     def test_a_policy_that_these_exits_cannot_follow(self):
         with pytest.raises(ValueError, match="no learned judge"):
             classifier_named("Bert").policy = palbert(0.5)
+
+    @pytest.mark.parametrize(
+        "criterion, words",
+        [
+            ({"kind": "Gate", "threshold": [0.5, 0.6]}, r"Gate\.threshold=\(0\.5, 0\.6\)"),
+            ({"kind": "Threshold", "threshold": 0.5, "score": "judged"}, "no learned judge"),
+        ],
+    )
+    def test_a_folder_whose_policy_cannot_run(self, tmp_path: Path, criterion: dict, words: str):
+        classifier_named("Bert").save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["policy"]["criterion"] = criterion
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        for kind in (EarlyExitClassifier, AutoModelForSequenceClassification):
+            with pytest.raises(ValueError, match=f"{tmp_path}.*{words}"):
+                kind.from_pretrained(tmp_path)
 
     def test_an_empty_config(self):
         with pytest.raises(ValueError, match="from_classifier"):
