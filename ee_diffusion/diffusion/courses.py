@@ -19,7 +19,7 @@ from ee_diffusion.diffusion.fingerprint import weights_of
 from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
-from ee_diffusion.diffusion.solver import accepted
+from ee_diffusion.diffusion.solver import accepted, check_step
 
 LONGEST = 9  # steps between two full steps, at most, that anything is fitted to or searched for
 
@@ -59,6 +59,7 @@ def check_run(
 ) -> None:
     """Raises ValueError for numbers, or labels (B,), with which no run of this model begins; guidance needs a null class."""
     check_numbers(guidance_scale, num_inference_steps=num_inference_steps)
+    check_step(pipeline.scheduler)
     pipeline.check_labels(class_labels)
     if is_guided(guidance_scale) and pipeline.transformer.config.null_class is None:
         raise ValueError(f"guidance_scale={guidance_scale} of a model with null_class=None, expected one that has it")
@@ -76,7 +77,7 @@ def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> 
     if len(set(times)) < len(times):
         raise ValueError(
             f"{name} asks the model {len(times)} times in {run}, at times that repeat; courses and searched schedules need a solver with "
-            "one question per step"
+            "one question per step, such as DDIMScheduler or DPMSolverMultistepScheduler"
         )
 
 

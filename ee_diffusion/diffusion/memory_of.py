@@ -21,6 +21,11 @@ DRAW_WITH_VARIANCE = (
     UnCLIPScheduler,
 )  # where variance_type is "learned" or "learned_range"
 
+BACKWARD = {  # from images to noise, and the scheduler that takes the same steps the other way
+    "DDIMInverseScheduler": "DDIMScheduler",
+    "DPMSolverMultistepInverseScheduler": "DPMSolverMultistepScheduler",
+}
+
 
 def sizes_of(transformer: nn.Module) -> dict[str, Any]:
     """What exits take over of a transformer: `in_channels`, `sample_size` (None: not a number) and `out_channels` (None: as many).
@@ -59,10 +64,16 @@ def noise_of(scheduler: SchedulerMixin) -> dict[str, Any]:
     """
     table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
     if kind is None or (kind != "flow" and table is None):
+        told = {"prediction_type": scheduler.config.get("prediction_type")}
+        told |= {name: True for name in ("use_flow_sigmas", "invert_sigmas") if scheduler.config.get(name)}
         raise ValueError(
-            f"{type(scheduler).__name__} with prediction_type={scheduler.config.get('prediction_type')!r}, use_flow_sigmas="
-            f"{scheduler.config.get('use_flow_sigmas', False)}: expected a variance-preserving scheduler (alphas_cumprod) or "
-            "FlowMatchEulerDiscreteScheduler"
+            f"{type(scheduler).__name__} with {', '.join(f'{name}={value!r}' for name, value in told.items())}: expected "
+            "FlowMatchEulerDiscreteScheduler (sigmas not inverted) for flow matching, or a variance-preserving scheduler (alphas_cumprod) "
+            "such as DDIMScheduler or DPMSolverMultistepScheduler"
+        )
+    if (forward := BACKWARD.get(type(scheduler).__name__)) is not None:
+        raise ValueError(
+            f"{type(scheduler).__name__} goes from images to noise, expected {forward}, which draws images"
         )
     count = scheduler.config.num_train_timesteps if kind == "flow" else len(table)
     return {"num_train_timesteps": count, "prediction_type": kind}

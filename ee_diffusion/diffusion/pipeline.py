@@ -31,7 +31,7 @@ from ee_diffusion.diffusion.kinds import ScheduledHeads
 from ee_diffusion.diffusion.loading import keep_exits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.diffusion.solver import accepted
+from ee_diffusion.diffusion.solver import accepted, check_step
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 
 OUTPUT_TYPES = ("pil", "np", "pt")
@@ -247,6 +247,7 @@ class EarlyExitPipeline(DiffusionPipeline):
             raise ValueError("timesteps is empty, expected at least one")
         if output_type not in output_types:
             raise ValueError(f"output_type={output_type!r}, expected one of {output_types}")
+        check_step(self.scheduler)
         return policy
 
     def _check_callback(self, names: tuple[str, ...]) -> None:

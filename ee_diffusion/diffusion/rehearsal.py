@@ -54,6 +54,11 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
     exits.check_scheduler(pipeline.scheduler)
     if getattr(pipeline, "transformer_2", None) is not None:
         raise ValueError(f"{type(pipeline).__name__} has two transformers, expected one that takes all steps")
+    if getattr(pipeline.scheduler, "order", None) is None:
+        raise ValueError(
+            f"{type(pipeline.scheduler).__name__} does not say its order, which pipelines ask for, expected a scheduler such as "
+            "DDIMScheduler or DPMSolverMultistepScheduler"
+        )
     ready, scales, embedded = list[SchedulerMixin](), list[float | None](), list[float | None]()
     times, clean, samples, last = list[float](), list[Tensor](), list[Tensor](), list[Tensor]()
 

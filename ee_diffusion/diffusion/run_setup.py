@@ -161,7 +161,14 @@ def intercept_step(scheduler: SchedulerMixin, wrapper: Callable[..., Any]) -> In
     signature = inspect.signature(scheduler.step)
 
     def step(original, *args, **kwargs):
-        return wrapper(partial(original, *args, **kwargs), signature.bind(*args, **kwargs).arguments)
+        try:
+            arguments = signature.bind(*args, **kwargs).arguments
+        except TypeError as unfit:
+            raise ValueError(
+                f"this pipeline cannot drive {type(scheduler).__name__} ({unfit}), expected one of its own schedulers, or DDIMScheduler "
+                "or DPMSolverMultistepScheduler"
+            ) from unfit
+        return wrapper(partial(original, *args, **kwargs), arguments)
 
     made = Interception(scheduler, step, name="step")
     vars(scheduler)["step"].__signature__ = signature

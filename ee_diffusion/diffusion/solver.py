@@ -42,12 +42,14 @@ def sensitivity_along(exits: MemoryExits, ready: SchedulerMixin) -> tuple[float,
     """`step_sensitivity` along the times that a scheduler is set to, before its first step; it is left as it is."""
     walked = copy.deepcopy(ready)
     zero, there, found = torch.zeros(1, 1, 1, 1), exits.alphas_cumprod.device, []
+    before: dict[str, Any] = {"old_pred_original_sample": None, "timestep_back": None}  # what some want to be told
     for index, time in enumerate(walked.timesteps):
         erred = copy.deepcopy(walked)
         probe = torch.full_like(zero, PROBE, device=there)
         wrong = exits.output_of(zero.to(there), probe, time.reshape(1).to(there)).to(zero)
-        right = _step(walked, zero, time)
-        moved = _step(erred, wrong, time) - right
+        right = _step(walked, zero, time, before)
+        moved = _step(erred, wrong, time, before)[0] - right[0]
+        before = {"old_pred_original_sample": right[-1], "timestep_back": time}
         after = walked.timesteps[index + 1] if index + 1 < len(walked.timesteps) else None
         if after is not None:
             moved = scaled(walked, moved, after)
@@ -55,12 +57,28 @@ def sensitivity_along(exits: MemoryExits, ready: SchedulerMixin) -> tuple[float,
     return tuple(found)
 
 
+def check_step(scheduler: SchedulerMixin) -> None:
+    """Raises ValueError for a scheduler whose `step` wants more than an output, a time and a sample."""
+    more = [
+        name
+        for name, one in inspect.signature(scheduler.step).parameters.items()
+        if one.default is one.empty and name not in ("model_output", "timestep", "sample")
+    ]
+    if more:
+        raise ValueError(
+            f"the step of {type(scheduler).__name__} wants {', '.join(more)} too, which only pipelines made for it give, expected a "
+            "scheduler that takes an output, a time and a sample, such as DDIMScheduler or DPMSolverMultistepScheduler"
+        )
+
+
 def scaled(scheduler: SchedulerMixin, sample: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     """What the model sees of a sample. Some schedulers find their place by this call; those of flow matching have none."""
     return scheduler.scale_model_input(sample, time) if hasattr(scheduler, "scale_model_input") else sample
 
 
-def _step(scheduler: SchedulerMixin, output: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    scaled(scheduler, torch.zeros_like(output), time)
-    noise = accepted(scheduler, generator=torch.Generator().manual_seed(0))
-    return scheduler.step(output, time, torch.zeros_like(output), **noise).prev_sample
+def _step(scheduler: SchedulerMixin, output: torch.Tensor, time: torch.Tensor, before: dict[str, Any]) -> tuple:
+    """The next sample first; what a solver carries on, the clean image, last."""
+    sample = torch.zeros_like(output)
+    scaled(scheduler, sample, time)
+    more = accepted(scheduler, generator=torch.Generator().manual_seed(0), **before)
+    return scheduler.step(model_output=output, timestep=time, sample=sample, return_dict=False, **more)
