@@ -235,7 +235,8 @@ def main() -> None:
         trained.trained().save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
 
-    trainer = Trainer(objective, source, train, save=save, identity=asdict(config))
+    units = objective.units if config.method == "magic_soft" else None
+    trainer = Trainer(objective, source, train, save=save, units=units, identity=asdict(config))
     report = asdict(trainer.fit())
     if trainer.accelerator.is_main_process:
         write_reports(Path(train.output_dir), resolved, report, trainer.accelerator.num_processes)

@@ -180,7 +180,8 @@ def run(config: SkipConfig, data: PromptDataConfig, train: TrainConfig) -> dict:
 
     if policy.is_off and PartialState().is_main_process:
         print("no schedule was given: plain fine-tuning, every layer runs")
-    trainer = Trainer(objective, config.source(tokenizer, data), train, save=export, identity=identity)
+    source = config.source(tokenizer, data)
+    trainer = Trainer(objective, source, train, save=export, units=objective.units, identity=identity)
     report = trainer.fit()
     if not trainer.accelerator.is_main_process:
         return {}

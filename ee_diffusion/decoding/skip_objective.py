@@ -72,8 +72,8 @@ class SkipObjective(nn.Module):
     """The loss of a model on prompts with answers under the schedule of `policy`, as SkipDecode trains (arXiv 2307.02628, sec. 3.3).
 
     Prompts run at full depth; the t-th token of the answer (t = 0: the first one that is read) runs the layers of step t. The loss is the
-    mean negative log-likelihood of the answers' tokens over a batch. `num_steps`: the longest answer. Only weights that require a gradient
-    train and are in checkpoints.
+    mean negative log-likelihood of the answers' tokens over a batch, or over all parts of a step (`units`). `num_steps`: the longest
+    answer. Only weights that require a gradient train and are in checkpoints.
 
     With a `teacher`, a frozen model that runs every layer, the loss is `(1 - teacher_weight) NLL + teacher_weight KL(teacher || model)`
     over the same tokens (word-level distillation, Kim and Rush, arXiv 1606.07947, sec. 3.1, at temperature 1).
@@ -124,31 +124,40 @@ class SkipObjective(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """batch: `input_ids`, `attention_mask` (B, N, padded on the right), `prompt_length` (B,). Scalars: `loss`, `accuracy` (the share of
         the answers' tokens that are the best ones), `depth` (mean layers of an answer's token that is read); with a teacher `teacher_gap`,
-        the divergence from it."""
+        the divergence from it. `units`, if it is there: what sums are divided by in the place of the batch's own."""
         ids, mask, lengths = batch["input_ids"], batch["attention_mask"], batch["prompt_length"]
         runs = self.pattern(mask, lengths)  # (B, N, L)
         says = answer_places(mask, lengths)  # (B, N - 1)
-        logits = self.head(self.states(ids, runs)[:, :-1][says])  # (m, V): the LM head is a good part of the cost
+        logits = _exact(
+            self.head(self.states(ids, runs)[:, :-1][says])
+        )  # (m, V): the LM head is a good part of the cost
         labels = ids[:, 1:][says]  # (m,)
-        read = (torch.arange(ids.shape[1] - 1, device=ids.device) >= lengths[:, None]) & mask[:, 1:].bool()
+        said, read = batch.get("units", self.units(batch)).to(logits.dtype)
+        ran = runs[:, :-1][read_places(mask, lengths)].sum()
         terms = {
-            "loss": nn.functional.cross_entropy(logits, labels),
-            "accuracy": (logits.argmax(-1) == labels).float().mean(),
-            "depth": runs[:, :-1][read].float().sum(-1).mean() if bool(read.any()) else self.table[0].float().sum(),
+            "loss": nn.functional.cross_entropy(logits, labels, reduction="sum") / said,
+            "accuracy": (logits.argmax(-1) == labels).sum() / said,
+            "depth": torch.where(read > 0, ran / read, self.table[0].sum()),
         }
         if self._teacher:
-            gap, weight = self.teacher_gap(logits, ids, says), self.teacher_weight
+            gap, weight = self.teacher_gap(logits, ids, says) / said, self.teacher_weight
             terms |= {"loss": (1 - weight) * terms["loss"] + weight * gap, "teacher_gap": gap}
         return terms
 
+    @staticmethod
+    def units(batch: Mapping[str, Tensor]) -> Tensor:
+        """(2,) the answers' tokens of a batch: those that are said, those that are read."""
+        mask, lengths = batch["attention_mask"], batch["prompt_length"]
+        return torch.stack([answer_places(mask, lengths).sum(), read_places(mask, lengths).sum()])
+
     def teacher_gap(self, logits: Tensor, ids: Tensor, says: Tensor) -> Tensor:
-        """KL(teacher || model) of the next token, mean over the places `says` (B, N - 1) whose logits are (m, V)."""
+        """KL(teacher || model) of the next token, summed over the places `says` (B, N - 1) whose logits are (m, V)."""
         teacher = self._teacher[0]
         with torch.no_grad():
             hidden = teacher.base_model(ids, use_cache=False).last_hidden_state[:, :-1][says]  # (m, D)
-            known = teacher.get_output_embeddings()(hidden).float().log_softmax(-1)  # (m, V)
-        own = logits.float().log_softmax(-1)
-        return nn.functional.kl_div(own, known, log_target=True, reduction="batchmean")
+            known = _exact(teacher.get_output_embeddings()(hidden)).log_softmax(-1)  # (m, V)
+        own = logits.log_softmax(-1)
+        return nn.functional.kl_div(own, known, log_target=True, reduction="sum")
 
     def pattern(self, mask: Tensor, prompt_length: Tensor) -> Tensor:
         """(B, N, L) bool: which layers each position runs; padding runs none."""
@@ -166,6 +175,16 @@ class SkipObjective(nn.Module):
         right."""
         with contextlib.nullcontext() if self.off else SkippingForward(self.model, runs):
             return self.model.base_model(ids, use_cache=False).last_hidden_state
+
+
+def read_places(mask: Tensor, prompt_length: Tensor) -> Tensor:
+    """(B, N - 1) bool: the positions of the answer whose next token is of it, too: those that generation reads; as `answer_places`."""
+    return answer_places(mask, prompt_length + 1)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """Logits in float32 or better, so that sums over many tokens are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def schedule_table(schedule: Schedule, *, num_steps: int, num_layers: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -107,13 +107,21 @@ class ClassifierObjective(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """batch: `input_ids` and `attention_mask` (B, N), or `pixel_values`; `labels` (B,). Returns scalars: `loss`, its terms, the
-        accuracy of the first and last answer."""
+        accuracy of the first and last answer. `units`, if it is there: what sums over tokens are divided by in the place of the batch's
+        own."""
         seen = self._see(batch)
+        if "units" in batch and seen.real is not None:
+            seen = replace(seen, real=batch["units"][0].to(seen.kept))
         terms = LOSSES[self.method](self, seen)
         if self.training:
             self.batches += 1
         facts = {name: term.detach() for name, term in terms.items() if name != "loss"}
         return {"loss": terms["loss"]} | facts | self._accuracies(seen)
+
+    @staticmethod
+    def units(batch: dict[str, Tensor]) -> Tensor:
+        """(1,) the tokens of a batch of texts, which the mean of magic_soft's gates is over; all other means are over samples."""
+        return batch["attention_mask"].sum()[None]
 
     def _see(self, batch: dict[str, Tensor]) -> Seen:
         if "vectors" in batch:

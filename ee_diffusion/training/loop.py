@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from accelerate.logging import get_logger
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, ProjectConfiguration
 from diffusers.optimization import SchedulerType
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ee_diffusion.training import checkpoints
@@ -30,6 +30,8 @@ from ee_diffusion.training.draws import Stream, sample_keys, scalar_key
 from ee_diffusion.training.journal import Clock, Journal
 from ee_diffusion.training.learner import Learner
 from ee_diffusion.training.order import Order
+
+Batch = dict[str, Tensor]
 
 logger = get_logger(__name__)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -55,11 +57,15 @@ class Trainer:
     """Trains `objective` on `source` as `config` says.
 
     Args:
-        objective: `objective(batch) -> dict` of scalars; "loss" is minimised and must be a mean over the batch, the others are
-            logged. Only its parameters with `requires_grad` train; all of its state goes into checkpoints.
+        objective: `objective(batch) -> dict` of scalars; "loss" is minimised and must be a mean over the batch (see `units`), the
+            others are logged. Only its parameters with `requires_grad` train; all of its state goes into checkpoints.
         save: `save(directory, objective)` writes the result (averaged weights applied) into an empty directory; each entry it
             wrote is then moved into `output_dir`, whole. Main process only. A stopped run exports too.
         validate: `validate(step, objective)`, every `validation_steps`, in eval mode with averaged weights. Main process only.
+        units: `units(batch) -> (U,)`, for an objective whose means are over something that batches hold different numbers of (tokens).
+            It then gets `batch["units"]` (U,) float64, the mean of these numbers over all parts of a step (ranks and micro-steps), and
+            divides its sums by that: the mean over the parts is the mean over all units of the step. None: over samples. So a run may be
+            resumed with another split of the same global batch (docs/architecture.md says what a split changes).
         identity: further facts (JSON values) that a checkpoint must share with the run that resumes from it.
 
     Raises:
@@ -74,10 +80,11 @@ class Trainer:
         *,
         save: Callable[[Path, nn.Module], None],
         validate: Callable[[int, nn.Module], None] | None = None,
+        units: Callable[[Batch], Tensor] | None = None,
         identity: dict | None = None,
     ):
         _check(objective, source, config, validate)
-        self.source, self.config, self.save, self.validate = source, config, save, validate
+        self.source, self.config, self.save, self.validate, self.units = source, config, save, validate, units
         self.directory = Path(config.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
@@ -168,12 +175,24 @@ class Trainer:
         """One optimiser step on the global batch number `step`."""
         seed, rank, micro_steps = self.config.seed, self.accelerator.process_index, self.order.micro_steps
         torch.manual_seed(scalar_key(seed, Stream.STEP, step * self.order.ranks + rank))
-        for micro_step in range(micro_steps):
-            positions = self.order.positions(step, micro_step, rank)  # (B,)
-            keys = sample_keys(positions, seed).to(self.accelerator.device)
-            batch = self.source.batch(self.order.indices(positions), keys)
+        batches: Iterable[Batch] = (self._batch(step, micro_step) for micro_step in range(micro_steps))
+        if self.units is not None:
+            batches = self._with_units(list(batches), self.units)
+        for micro_step, batch in enumerate(batches):
             self.journal.add(self.learner.accumulate(batch, last=micro_step + 1 == micro_steps))
         self.learner.update()
+
+    def _batch(self, step: int, micro_step: int) -> Batch:
+        """This rank's samples of a micro-step."""
+        positions = self.order.positions(step, micro_step, self.accelerator.process_index)  # (B,)
+        keys = sample_keys(positions, self.config.seed).to(self.accelerator.device)
+        return self.source.batch(self.order.indices(positions), keys)
+
+    def _with_units(self, batches: list[Batch], units: Callable[[Batch], Tensor]) -> list[Batch]:
+        """The batches of a step, told how many units a part of it holds in the mean."""
+        mine = torch.stack([units(batch) for batch in batches]).sum(0)  # (U,)
+        mean = self.accelerator.reduce(mine, reduction="sum").double() / (len(batches) * self.order.ranks)
+        return [batch | {"units": mean} for batch in batches]
 
     def _time_is_up(self, done: int, begun: float) -> bool:
         """Whether `max_train_minutes` have passed; ranks decide together, every few steps, so that they stop at the same one."""
