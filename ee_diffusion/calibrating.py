@@ -11,6 +11,7 @@ import torch
 from diffusers.utils.logging import tqdm
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.certify import Live, live_losses, marked
@@ -43,7 +44,7 @@ def calibrate(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{options.model} has no null class (null_class in its config), expected a class-conditional model"
         )
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu").set_progress_bar_config(disable=True)
+    pipeline.to(device_named(None)).set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
     print(

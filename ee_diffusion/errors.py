@@ -12,14 +12,14 @@ INTERRUPTED = 128 + 2  # SIGINT
 
 
 def said_in_one_line(name: str, work: Callable[[], int | None]) -> int:
-    """Do the work. Returns its exit status (None: 0), or 2 for a ValueError or OSError, which is printed on stderr in one line; 130 for
-    Ctrl-C, as a shell has it.
+    """Do the work. Returns its exit status (None: 0), or 2 for a ValueError, an OSError or a loss that is not finite
+    (FloatingPointError), which is printed on stderr in one line; 130 for Ctrl-C, as a shell has it.
 
     With the environment variable EE_DIFFUSION_TRACEBACK set it is raised instead.
     """
     try:
         return work() or 0
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get(TRACEBACK):
             raise
         print(f"{name}: error: {error} ({TRACEBACK}=1 shows where)", file=sys.stderr)

@@ -25,6 +25,7 @@ from together import WholeBatch
 from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
+from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.gains import influence
 from ee_diffusion.diffusion.generation import Generated, generate
@@ -34,7 +35,7 @@ from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 
 @dataclass(frozen=True)

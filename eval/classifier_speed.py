@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, HfArgumentParser
 
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.errors import run_script
@@ -71,7 +72,7 @@ class SpeedConfig:
 
 def settings(config: SpeedConfig) -> dict[str, EarlyExitClassifier]:
     """Each setting's classifier, as it will be called."""
-    found, device = {}, config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    found, device = {}, device_named(config.device)
     for name, folder, policy, pruning in zip(config.names, config.models, config.policies, config.pruning, strict=True):
         classifier = EarlyExitClassifier.from_pretrained(folder).to(device).eval()
         if policy != "own":

@@ -34,6 +34,7 @@ from judging import (
 )
 from transformers import AutoTokenizer, HfArgumentParser
 
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.evaluate import NOTHING, Look, look
@@ -233,7 +234,7 @@ def main() -> None:
         return
     if not config.model or not config.output_dir:
         raise ValueError(f"model={config.model!r}, output_dir={config.output_dir!r}, expected two folders")
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(config.device)
     classifier = EarlyExitClassifier.from_pretrained(config.model).to(device)
     if classifier.config.num_labels == 1 and config.risk is not None:
         raise ValueError(f"risk={config.risk} of a regression, expected none: the loss of a guarantee is a wrong class")

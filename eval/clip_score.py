@@ -18,12 +18,14 @@ from options import flag, parse
 from prompting import draw, load_text_pipeline
 from transformers import CLIPModel, CLIPProcessor
 
+from ee_diffusion.core.devices import device_named
+from ee_diffusion.core.io import write_tensors
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clip_score import clip_scores, cut_prompts, read_prompts
 from ee_diffusion.measure.paired import summary
 from ee_diffusion.measure.splits import seeds
-from ee_diffusion.measure.tables import write_json, write_report, write_tensors
+from ee_diffusion.measure.tables import write_json, write_report
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def main() -> None:
     (options,) = parse(ClipOptions, description=__doc__)
     check(options)
     prompts = read_prompts(options.prompts, column=options.prompt_column)[: options.count]
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(options.device)
     folder = Path(options.output_dir)
     write_json(folder / "config.json", asdict(options))
     judge = {

@@ -28,11 +28,12 @@ from decoder import DecodeOptions, Decoder, parts_of, read_meanings, work_of
 from options import parse
 from torch import Tensor
 
+from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.attach import running_modules
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 from ee_diffusion.measure.texts import agreement, perplexity, rouge_each, text_scores
 
 

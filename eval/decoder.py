@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.families import layers_of
@@ -97,7 +98,7 @@ class Decoder:
             )
         else:
             model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype], **source)
-        self.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device_named(options.device)
         self.model: PreTrainedModel = model.eval().to(self.device)
         self.options, self.num_layers = options, len(layers_of(self.model))
         self.heads: LearnedExits | None = None

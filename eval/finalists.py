@@ -26,13 +26,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from turns import Candidate, Draw
 
+from ee_diffusion.core.io import write_text
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.features import ResNetFeatures, extract, resnet20_features
 from ee_diffusion.measure.files import to_bytes
 from ee_diffusion.measure.frechet import Statistics, frechet_distance, paired_difference
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 PART = 500  # images between two files of seen/
 

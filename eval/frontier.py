@@ -42,6 +42,7 @@ from torch import nn
 from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
+from ee_diffusion.core.io import write_text
 from ee_diffusion.diffusion.gains import influence
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -51,7 +52,7 @@ from ee_diffusion.errors import run_script
 from ee_diffusion.measure.pictures import save_figure
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 COLOURS = [
     colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2)) if place not in (14, 15)

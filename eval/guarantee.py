@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.risk import certified, in_expectation
 from ee_diffusion.diffusion.certify import live_losses
 from ee_diffusion.diffusion.fingerprint import made_for_of
@@ -34,7 +35,7 @@ from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.paired import relative_squared_error
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_tensors, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 DRAWN_UNDER = "drawn_under"  # in the metadata of losses.safetensors, as JSON
 

@@ -31,6 +31,7 @@ from tradeoff import Candidate, Draw, controls, in_turns, row
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.adapters import AdapterExits
@@ -42,7 +43,7 @@ from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.quality import COLUMNS, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 RELOADED = """
 import sys, torch

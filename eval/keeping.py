@@ -14,17 +14,17 @@ from pathlib import Path
 import diffusers
 import torch
 from diffusers import ConfigMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from turns import Candidate, Draw
 
+from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.fingerprint import fingerprint, settings_of
 from ee_diffusion.diffusion.generation import Generated
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.prediction import ALONE, FLOOR
-from ee_diffusion.measure.tables import write_text
 
 
 def contents(pipeline: EarlyExitPipeline, exits: nn.Module | None) -> dict:
@@ -54,8 +54,7 @@ def kept(draw: Draw, folder: Path, settings: dict, made_with: Callable[[Candidat
         drawn = draw(candidate, chosen, labels, first)
         if drawn.trace is not None:
             drawn.trace.save(trace)
-        save_file({"images": drawn.images.cpu()}, beside(path))
-        beside(path).replace(path)
+        write_tensors(path, {"images": drawn.images})
         return Generated(drawn.images.cpu(), drawn.trace, ())
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +68,6 @@ def noted(folder: Path, what: list, make: Callable[[], object]) -> object:
     if not path.exists():
         write_text(path, json.dumps(make()))
     return json.loads(path.read_text())
-
-
-def beside(path: Path) -> Path:
-    """Where a file is written before it is moved to its place."""
-    return path.with_suffix(".tmp")
 
 
 def name_of(what: list) -> str:

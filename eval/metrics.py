@@ -22,6 +22,8 @@ from real_images import ReferenceOptions, known_reference, unfit
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ee_diffusion.core.devices import device_named
+from ee_diffusion.core.io import write_text
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.classifiers import CLASSES, class_accuracy, load_classifier
 from ee_diffusion.measure.features import (
@@ -34,7 +36,7 @@ from ee_diffusion.measure.features import (
 from ee_diffusion.measure.files import read_images
 from ee_diffusion.measure.frechet import frechet_distance, kernel_distance
 from ee_diffusion.measure.references import Reference
-from ee_diffusion.measure.tables import markdown_table, write_json, write_report, write_text
+from ee_diffusion.measure.tables import markdown_table, write_json, write_report
 
 METRICS = ("fd", "fid", "kid", "accuracy")
 
@@ -162,7 +164,7 @@ def lines(found: dict[str, object], against: ReferenceOptions) -> list[dict]:
 def main() -> None:
     options, against = parse(MetricsOptions, ReferenceOptions, description=__doc__, reference_count=None)
     check(options)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(options.device)
     images, labels = read_images(options.images)
     images = images[: options.max_images]
     labels = labels if labels is None else labels[: options.max_images]

@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 
@@ -86,6 +87,6 @@ def load(options: SamplingOptions) -> EarlyExitPipeline:
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
     pipeline.set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_named(options.device)
     pipeline = pipeline.to(device)
     return pipeline if options.dtype == "float32" else pipeline.to(DTYPES[options.dtype])

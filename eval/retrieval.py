@@ -19,6 +19,8 @@ from options import flag, parse
 from prompting import draw, load_text_pipeline
 from torch import Tensor
 
+from ee_diffusion.core.devices import device_named
+from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.generation import controls_of
 from ee_diffusion.diffusion.latents import decode, encode
@@ -28,7 +30,7 @@ from ee_diffusion.measure.classifiers import in_batches
 from ee_diffusion.measure.files import to_bytes
 from ee_diffusion.measure.matching import ImageTower, load_tower, retrieval, shown
 from ee_diffusion.measure.splits import seeds
-from ee_diffusion.measure.tables import markdown_table, write_json, write_report, write_tensors, write_text
+from ee_diffusion.measure.tables import markdown_table, write_json, write_report
 from ee_diffusion.training.captions import CaptionConfig, Captioned, load_captioned, subject
 from ee_diffusion.training.config import ImageDataConfig
 
@@ -123,7 +125,7 @@ def row(
 def main() -> None:
     (options,) = parse(RetrievalOptions, description=__doc__)
     check(options)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(options.device)
     folder = Path(options.output_dir)
     write_json(folder / "config.json", asdict(options))
     tower, facts = load_tower(options.tower)

@@ -20,6 +20,8 @@ from diffusers import DiTTransformer2DModel
 from options import DTYPES, flag, parse
 from torch import Tensor, nn
 
+from ee_diffusion.core.devices import device_named
+from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.adapters import AdapterExits
@@ -27,7 +29,7 @@ from ee_diffusion.diffusion.attach import attach, detach
 from ee_diffusion.diffusion.truncation import truncate
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 TIME, CLASSES = 500, 1000
 
@@ -74,7 +76,7 @@ class ShapeOptions:
 def build(options: ShapeOptions) -> tuple[DiTTransformer2DModel, AdapterExits, dict[float, int]]:
     """A DiT of random weights, exits through its own tail, and the depth of every part."""
     torch.manual_seed(options.seed)
-    place = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_named(options.device)
     transformer = DiTTransformer2DModel(
         num_attention_heads=options.num_attention_heads,
         attention_head_dim=options.attention_head_dim,

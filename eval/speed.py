@@ -31,12 +31,13 @@ from torch import Tensor
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from turns import Candidate, Draw, in_turns, measured
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import Generated, controls_of, generate
@@ -36,7 +37,7 @@ from ee_diffusion.measure.paired import PSNR_CAP
 from ee_diffusion.measure.pictures import save_figure
 from ee_diffusion.measure.quality import COLUMNS, Judge, flat
 from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_text
+from ee_diffusion.measure.tables import environment, markdown_table, write_json
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.encoder.attach import positions
 from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
@@ -204,7 +205,7 @@ def stored(objective: ClassifierObjective, source: Source, path: Path, size: int
     if path.exists():
         states = StoredStates.load(path, origin=origin_of(heads, pruning, source.fingerprint()))
     else:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device_named(None)
         classifier.to(device)
         states = stored_states(heads, once(source, size, device), pruning=pruning, data=source.fingerprint())
         states.save(path)

@@ -17,6 +17,7 @@ import torch
 from walk_flags import check_walk
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.courses import Course, fit_prediction, fit_trust, record
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
 from ee_diffusion.diffusion.memory_exits import TERMS, MemoryExits
@@ -83,7 +84,7 @@ def figures(exits: MemoryExits, seen: Walk) -> dict[str, float | int | None]:
 def main() -> None:
     options = flags()
     check(options)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(None)
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     if pipeline.transformer.config.null_class is None:
         raise ValueError("this script walks under guidance: expected a transformer with a null class")

@@ -17,6 +17,7 @@ import torch
 from walk_flags import check_walk
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.gauging import STATES
 from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -93,7 +94,7 @@ def table(exits: TrackingExits, seen: Moments, num_steps: int) -> list[dict]:
 def main() -> None:
     options = flags()
     check(options)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(None)
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     beside = options.memory or (None if options.model else checkpoint() / "memory")
     memory = None if beside is None else MemoryExits.from_pretrained(beside)

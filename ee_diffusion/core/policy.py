@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from ee_diffusion.core.criteria import CRITERIA, Planned
 from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.fields import check_fields
+from ee_diffusion.core.io import read_json, write_text
 from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
@@ -175,16 +175,12 @@ class Policy:
             raise ValueError(f"not the description of a policy: {error!r} in {values}") from error
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to a JSON file, beside first, then renamed.
+        """Write to a JSON file, whole or not at all.
 
         Raises:
             ValueError: a path that is a folder, or no path at all.
         """
-        if not isinstance(path, str | os.PathLike) or Path(path).is_dir():
-            raise ValueError(f"path={path!r}, expected the name of a file")
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        beside.write_text(json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1) + "\n")
-        os.replace(beside, path)
+        write_text(path, json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Policy:
@@ -193,10 +189,7 @@ class Policy:
         Raises:
             ValueError: a truncated file, or one that is no policy; the file is named.
         """
-        try:
-            values = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a readable policy: {error}") from error
+        values = read_json(path, "policy")
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} is no policy: expected a JSON object with format {_FORMAT!r}")
         try:

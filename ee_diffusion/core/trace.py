@@ -9,13 +9,12 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ee_diffusion.core.io import read_tensors, write_tensors
 
 _FORMAT = "ee_diffusion.trace.1"
 _TENSORS = ("elements", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
@@ -79,8 +78,7 @@ class Trace:
         return int(self.ran.sum()), layers * int((self.rows * (self.depths >= 0) * calls).sum())
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, beside first, then renamed."""
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
+        """Write to one safetensors file, whole or not at all. Raises as `io.write_whole`."""
         metadata = {
             "policy": json.dumps(self.policy),
             "recorded_all": json.dumps(self.recorded_all),
@@ -89,9 +87,7 @@ class Trace:
             "beside": json.dumps([astuple(one) for one in self.beside]),
             "format": _FORMAT,
         }
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        save_file(tensors, beside, metadata=metadata)
-        os.replace(beside, path)
+        write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Trace:
@@ -100,17 +96,14 @@ class Trace:
         Raises:
             ValueError: a truncated file, or one that is no trace.
         """
+        tensors, metadata = read_tensors(path, "trace", names=_TENSORS, format=_FORMAT)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"it is no trace: format {metadata.get('format')!r}, expected {_FORMAT!r}")
-                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in _TENSORS}
             plain = {name: json.loads(metadata[name]) for name in ("policy", "recorded_all")}
             calls, frozen = json.loads(metadata.get("calls", "[]")), json.loads(metadata.get("frozen", '""'))
             beside = tuple(Beside(*one) for one in json.loads(metadata.get("beside", "[]")))
-            return cls(**tensors, **plain, calls=tuple(calls), frozen=frozen, beside=beside)
-        except (SafetensorError, KeyError, ValueError) as error:
+            facts: dict[str, Any] = tensors | plain
+            return cls(**facts, calls=tuple(calls), frozen=frozen, beside=beside)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a readable trace: {error}") from error
 
     @classmethod

@@ -11,14 +11,12 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.decoding.heads import LearnedExits
 
 TEACHERS = ("model", "labels")
@@ -55,23 +53,17 @@ class TokenStates:
         return first, last
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, beside first, then renamed."""
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        tensors = {part: getattr(self, part).contiguous() for part in _PARTS}
-        save_file(tensors, beside, metadata={"format": _FORMAT, "name": json.dumps(self.name)})
-        os.replace(beside, path)
+        """Write to one safetensors file, whole or not at all."""
+        tensors = {part: getattr(self, part) for part in _PARTS}
+        write_tensors(path, tensors, {"format": _FORMAT, "name": json.dumps(self.name)})
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, name: str) -> TokenStates:
         """Read what `save` wrote. Raises ValueError for another file, or states of another name."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                came = json.loads(metadata["name"]) if metadata.get("format") == _FORMAT else None
-                if came == name:
-                    return cls(*(file.get_tensor(part) for part in _PARTS), name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} holds no states: {error}") from error
+        tensors, metadata = read_tensors(path, "store of states", names=_PARTS)
+        came = json.loads(metadata["name"]) if metadata.get("format") == _FORMAT else None
+        if came == name:
+            return cls(**tensors, name=name)
         raise ValueError(f"{path} holds the states {came!r}, expected {name!r}: remove it to collect them anew")
 
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ee_diffusion.core.heads import ExitHeads, Space
+from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 
@@ -185,16 +184,14 @@ class LearnedExits(nn.Module):
         self._tail[0].check_fits(model)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, beside first, then renamed."""
+        """Write to one safetensors file, whole or not at all."""
         said = {"depths": self.depths, "width": self.width, "adapter_width": self.adapter_width}
         metadata = {
             "format": _FORMAT,
             "made_for": self.made_for,
             **{name: json.dumps(one) for name, one in said.items()},
         }
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, beside, metadata=metadata)
-        os.replace(beside, path)
+        write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> LearnedExits:
@@ -205,15 +202,12 @@ class LearnedExits(nn.Module):
         """
         if Path(path).is_dir():
             raise ValueError(f"{path} is a folder, expected the file of the exits (exits.safetensors)")
+        tensors, metadata = read_tensors(path, "file of exits", format=_FORMAT)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-                depths, width, inner = (json.loads(metadata[name]) for name in ("depths", "width", "adapter_width"))
-                exits = cls(tuple(depths), width, adapter_width=inner, made_for=metadata["made_for"])
-                exits.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            depths, width, inner = (json.loads(metadata[name]) for name in ("depths", "width", "adapter_width"))
+            exits = cls(tuple(depths), width, adapter_width=inner, made_for=metadata["made_for"])
+            exits.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} holds no exits: {error}") from error
         return exits
 

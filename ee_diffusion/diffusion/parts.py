@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from ee_diffusion.core.io import write_tensors
 
 _FORMAT = "ee_diffusion.parts.1"
 
@@ -43,21 +44,15 @@ class Parts:
         return [number for number in range(self.count) if number not in there]
 
     def write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write one part, beside first, then renamed.
+        """Write one part, whole or not at all.
 
         Raises:
             ValueError: a number out of range.
         """
-        path = self._path(number)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.partial")
         metadata = {
             _FORMAT: json.dumps(self.identity, sort_keys=True)
         }  # one entry: the order of several is left to chance
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=metadata)
-        with beside.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(beside, path)
+        write_tensors(self._path(number), tensors, metadata)
 
     def read(self) -> list[dict[str, Tensor]]:
         """All parts in order.

@@ -10,15 +10,13 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.scores import score_named
 from ee_diffusion.core.trace import Trace
@@ -31,6 +29,7 @@ from ee_diffusion.encoder.seeing import INPUTS, look_through, masks_at, text_len
 from ee_diffusion.encoder.tokens import TokenTrace
 
 _FORMAT = "ee_diffusion.look.1"
+PLAIN = ("answers", "full", "labels", "tokens")
 NOTHING = "nothing"  # the name, among costs, of a rule that looks at no score
 
 
@@ -136,14 +135,12 @@ class Look:
         return replace(first, answers=torch.cat([one.answers for one in looks], dim=1), **dicts, **flat)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, beside first, then renamed."""
-        tensors = {name: getattr(self, name) for name in ("answers", "full", "labels", "tokens")}
+        """Write to one safetensors file, whole or not at all."""
+        tensors = {name: getattr(self, name) for name in PLAIN}
         for kind in ("scores", "costs"):
             tensors |= {f"{kind}.{name}": value for name, value in getattr(self, kind).items()}
         facts = {"format": _FORMAT, "depths": json.dumps(self.depths), "num_layers": json.dumps(self.num_layers)}
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, beside, metadata=facts)
-        os.replace(beside, path)
+        write_tensors(path, tensors, facts)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Look:
@@ -152,14 +149,9 @@ class Look:
         Raises:
             ValueError: no such file, or one that is no look.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable look: {error}") from error
-        if facts.get("format") != _FORMAT:
-            raise ValueError(f"{path} is no look: format {facts.get('format')!r}, expected {_FORMAT!r}")
+        tensors, facts = read_tensors(path, "look", format=_FORMAT)
+        if missing := [name for name in PLAIN if name not in tensors]:
+            raise ValueError(f"{path} is not a readable look: it lacks the tensors {missing}")
         kinds: dict[str, dict[str, Tensor]] = {"scores": {}, "costs": {}}
         for name in [name for name in tensors if "." in name]:
             kind, own = name.split(".")

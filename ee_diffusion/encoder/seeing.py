@@ -10,13 +10,11 @@ import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.scores import Observation
 from ee_diffusion.encoder.attach import attach, watching
@@ -87,6 +85,9 @@ def masks_at(depths: Sequence[int], mask: Tensor | None, tokens: TokenTrace | No
     return [tokens.keys[depth - 1] if depth else mask for depth in depths]
 
 
+STORED = ("vectors", "own", "labels", "tokens")
+
+
 @dataclass(frozen=True, eq=False)
 class StoredStates:
     """What exits look at of a text's states at their depths, vectors (n, K, D): first tokens, or means; the model's own answers (n, C);
@@ -103,16 +104,11 @@ class StoredStates:
         return len(self.labels)
 
     def __getitem__(self, samples: Tensor) -> dict[str, Tensor]:
-        names = ("vectors", "own", "labels", "tokens")
-        return {name: getattr(self, name)[samples] for name in names}
+        return {name: getattr(self, name)[samples] for name in STORED}
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write to one safetensors file, beside first, then renamed."""
-        beside = Path(f"{path}.{os.getpid()}.tmp")
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {name: getattr(self, name).contiguous() for name in ("vectors", "own", "labels", "tokens")}
-        save_file(tensors, beside, metadata={"origin": self.origin})
-        os.replace(beside, path)
+        """Write to one safetensors file, whole or not at all."""
+        write_tensors(path, {name: getattr(self, name) for name in STORED}, {"origin": self.origin})
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, origin: str) -> StoredStates:
@@ -121,13 +117,8 @@ class StoredStates:
         Raises:
             ValueError: no such store, or one of another model or other data than `origin`.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                written = (file.metadata() or {}).get("origin")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} holds no stored states: {error}") from error
-        if written != origin:
+        tensors, metadata = read_tensors(path, "store of states", names=STORED)
+        if (written := metadata.get("origin")) != origin:
             raise ValueError(f"{path} holds states of {written!r}, expected {origin!r}")
         return cls(**tensors, origin=origin)
 

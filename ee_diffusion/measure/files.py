@@ -1,6 +1,6 @@
-"""Files on disk: written whole or not at all, and image sets read as bytes.
+"""Image sets on disk, read as bytes, and the digest of tensors.
 
-Here: atomic writers, the digest of tensors, `read_images`, `check_images`. Not here: what a report holds (tables.py), cached statistics
+Here: `read_images`, `check_images`, `digest`. Not here: writing (core/io.py), what a report holds (tables.py), cached statistics
 (references.py).
 M images, C = 3 channels, H x W pixels.
 """
@@ -9,50 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ee_diffusion.pixels import named, rgb
-
-
-def write_whole(path: str | os.PathLike, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write a file beside `path`, flush it to disk and rename it: `path` is the old file or the new one, never a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    beside = Path(name)
-    try:
-        fill(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o666 & ~_umask())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
-    write_whole(path, lambda beside: _write_utf8(beside, text))
-
-
-def write_tensors(
-    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write one safetensors file, whole or not at all."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda beside: save_file(ready, beside, metadata=dict(metadata) if metadata else None))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -158,13 +127,3 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _write_utf8(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

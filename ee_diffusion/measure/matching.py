@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ee_diffusion.measure.files import write_tensors
+from ee_diffusion.core.io import write_tensors
 
 SIZE = 32  # pixels that the tower looks at: what a coarse autoencoder spoils, it does not see
 _FORMAT = "ee_diffusion.tower.1"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ee_diffusion.core.io import write_whole
 from ee_diffusion.core.trace import Trace
 
 DPI = 110
@@ -55,7 +55,5 @@ def image_grid(images: Tensor, *, columns: int = 8, scale: int = 2) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike) -> None:
-    """Write a PNG, beside first, then renamed."""
-    beside = Path(f"{path}.{os.getpid()}.tmp")
-    figure.savefig(beside, format="png", dpi=DPI)
-    os.replace(beside, path)
+    """Write a PNG, whole or not at all."""
+    write_whole(path, lambda beside: figure.savefig(beside, format="png", dpi=DPI))

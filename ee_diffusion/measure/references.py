@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ee_diffusion.core.io import write_tensors
 from ee_diffusion.measure.classifiers import Progress
 from ee_diffusion.measure.features import InceptionFeatures, ResNetFeatures, extract, fingerprint, network_fingerprint
-from ee_diffusion.measure.files import digest, write_tensors
+from ee_diffusion.measure.files import digest
 from ee_diffusion.measure.frechet import Statistics
 
 FORMAT = "ee_diffusion.reference.1"

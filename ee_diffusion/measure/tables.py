@@ -1,6 +1,6 @@
 """Reports: JSON with the environment it came from, and Markdown tables. Whole files or none, and no dates: equal runs give equal files.
 
-Here: what a report holds. Not here: atomic writing itself (files.py).
+Here: what a report holds. Not here: atomic writing itself (core/io.py).
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ee_diffusion.core.io import write_text
 from ee_diffusion.measure.clocks import describe
-from ee_diffusion.measure.files import write_tensors, write_text
-
-__all__ = ["environment", "markdown_table", "write_json", "write_report", "write_tensors", "write_text"]
 
 PACKAGES = ("ee-diffusion", "torch", "diffusers", "transformers", "accelerate", "torchmetrics", "numpy")
 

@@ -5,6 +5,7 @@ Here: what lies on disk. Not here: what goes into a checkpoint and when (loop.py
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -16,9 +17,15 @@ from pathlib import Path
 
 import torch
 
+from ee_diffusion.core.io import disk_errors, flush, read_json, write_text
+
 PREFIX = "checkpoint-"
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 STATE_FILE, RUN_FILE = "state.pt", "run.json"
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not whole, or not as it was written."""
 
 
 def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
@@ -29,39 +36,37 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
     partial, replaced = _sibling(final, _PARTIAL), _sibling(final, _REPLACED)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    fill(partial)
+    try:
+        with disk_errors(partial):
+            fill(partial)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)  # a disk that is full is to be full of whole things
+        raise
     _flush(partial)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(final, replaced)
     os.replace(partial, final)
-    _flush_one(final.parent)
+    flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_entries(directory: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write folders and files into an empty temporary folder, then move each entry into `directory`, whole."""
     with tempfile.TemporaryDirectory(prefix=".export", suffix=_PARTIAL, dir=directory) as scratch:
-        fill(Path(scratch))
+        with disk_errors(directory):
+            fill(Path(scratch))
         for entry in sorted(Path(scratch).iterdir()):
             if entry.is_dir():
                 write_folder(directory / entry.name, lambda partial, entry=entry: _move_into(entry, partial))
             else:
-                _flush_one(entry)
+                flush(entry)
                 os.replace(entry, directory / entry.name)
 
 
 def write_json(path: Path, content: dict) -> None:
     """Write JSON, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    partial = _sibling(path, _PARTIAL)
-    partial.write_text(text)
-    _flush_one(partial)
-    os.replace(partial, path)
 
 
 def clean(directory: Path) -> list[str]:
@@ -88,11 +93,16 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(directory: Path, step: int, state: dict, *, run: dict, keep: int | None) -> Path:
-    """Write `checkpoint-{step}` (tensors in state.pt, the run's identity in run.json), then prune to `keep`."""
+    """Write `checkpoint-{step}` (tensors in state.pt, the run's identity and the digest of state.pt in run.json), then prune to `keep`.
+
+    Raises:
+        OSError: it cannot be written (a full disk); older checkpoints stay.
+    """
 
     def fill(partial: Path) -> None:
-        torch.save(state, partial / STATE_FILE)
-        write_json(partial / RUN_FILE, {"step": step} | run)
+        with (partial / STATE_FILE).open("wb") as file:
+            torch.save(state, file)
+        write_json(partial / RUN_FILE, {"step": step, "digest": _digest(partial / STATE_FILE)} | run)
 
     path = directory / f"{PREFIX}{step}"
     write_folder(path, fill)
@@ -135,22 +145,52 @@ def load_checkpoint(path: Path, identity: dict) -> tuple[dict, dict]:
     """Read a checkpoint: (state on the CPU, run). `identity` is that of the run which wants it.
 
     Raises:
-        ValueError: the checkpoint is of another run (every difference is named), or not whole.
+        Damaged: it is not whole, or not as it was written.
+        ValueError: the checkpoint is of another run (every difference is named).
     """
     try:
-        run = json.loads((path / RUN_FILE).read_text())
-        theirs = run["identity"]
-    except (json.JSONDecodeError, KeyError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path / RUN_FILE} is not the record of a checkpoint of this trainer: {error!r}") from error
+        run = read_json(path / RUN_FILE, "record of a checkpoint of this trainer")
+        theirs = dict(run["identity"])
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise Damaged(f"{path / RUN_FILE} is damaged: {error!r}") from error
     ours = json.loads(json.dumps(identity, default=str))
     differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if differ:
         told = "; ".join(f"{name}: came {ours.get(name)!r}, the checkpoint has {theirs.get(name)!r}" for name in differ)
         raise ValueError(f"{path} is of another run, resuming would change its maths: {told}")
     try:
+        if run["digest"] != (found := _digest(path / STATE_FILE)):
+            raise Damaged(f"{path / STATE_FILE} is not as it was written: digest {found}, expected {run['digest']}")
         return torch.load(path / STATE_FILE, map_location="cpu", weights_only=True), run
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, KeyError) as error:
-        raise ValueError(f"{path / STATE_FILE} is truncated or no checkpoint of this trainer: {error!r}") from error
+        raise Damaged(f"{path / STATE_FILE} is truncated or no checkpoint of this trainer: {error!r}") from error
+
+
+def resume(directory: Path, resume_from: str | None, identity: dict) -> tuple[Path | None, dict, dict, list[str]]:
+    """(the checkpoint to go on from, its state, its run, what was passed over): where `latest` is asked for and the newest is damaged,
+    the one before it. (None, {}, {}, []) to start anew.
+
+    Raises:
+        Damaged: the checkpoint that is named is damaged, or all are.
+        ValueError: as `find_checkpoint`, or a checkpoint of another run.
+    """
+    path = find_checkpoint(directory, resume_from)
+    if path is None:
+        return None, {}, {}, []
+    candidates = [path] if resume_from != "latest" else list_checkpoints(directory)[::-1]
+    passed: list[str] = []
+    for candidate in candidates:
+        try:
+            return candidate, *load_checkpoint(candidate, identity), passed
+        except Damaged as damage:
+            passed.append(str(damage))
+    raise Damaged("; ".join(passed))
+
+
+def _digest(path: Path) -> str:
+    """SHA-256 (hexadecimal) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sibling(path: Path, suffix: str) -> Path:
@@ -168,13 +208,5 @@ def _remove(path: Path) -> None:
 
 def _flush(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        _flush_one(path)
-    _flush_one(folder)
-
-
-def _flush_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path)
+    flush(folder)

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ee_diffusion.training.checkpoints import write_text
+from ee_diffusion.core.io import write_text
 
 LOG_FILE = "log.jsonl"
 
@@ -80,8 +80,9 @@ class Journal:
         scalars = means | {"lr": learning_rate, "samples_per_second": rate}
         line = {"step": step} | {name: float(f"{value:.6g}") for name, value in scalars.items()}
         if self.accelerator.is_main_process:
+            known = {name: value if math.isfinite(value) else None for name, value in line.items()}  # JSON has no NaN
             with self.path.open("a") as log:
-                log.write(json.dumps(line) + "\n")
+                log.write(json.dumps(known, allow_nan=False) + "\n")
         self.accelerator.log(scalars, step=step)
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(

@@ -155,10 +155,11 @@ class Trainer:
             for name in checkpoints.clean(self.directory):
                 print(f"cleaned up {name}, left by a killed run")
         accelerator.wait_for_everyone()
-        path = checkpoints.find_checkpoint(self.directory, config.resume_from_checkpoint)
+        path, state, run, damaged = checkpoints.resume(self.directory, config.resume_from_checkpoint, self.identity)
         step, line, seconds = 0, {}, 0.0
         if path is not None:
-            state, run = checkpoints.load_checkpoint(path, self.identity)
+            if damaged:
+                accelerator.print(f"going on from {path.name}: {'; '.join(damaged)}")
             step, line, seconds = run["step"], run["line"], run["seconds"]
             if step > config.max_train_steps:
                 raise ValueError(f"{path} is at step {step}, beyond max_train_steps={config.max_train_steps}")

@@ -114,7 +114,7 @@ def test_learned_exits_are_saved_and_loaded(tmp_path: Path):
         assert torch.equal(loaded.certainty(exit, hidden, {}), exits.certainty(exit, hidden, {}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exits.safetensors"]
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="holds no exits"):
+    with pytest.raises(ValueError, match="is not a readable file of exits: it is no file of exits"):
         LearnedExits.load(tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is a folder"):
         LearnedExits.load(tmp_path)

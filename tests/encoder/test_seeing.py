@@ -113,7 +113,7 @@ def test_a_store_is_read_for_its_own_model_and_data_alone(tmp_path: Path):
             StoredStates.load(tmp_path / "deep" / "states", origin=origin)
     (tmp_path / "broken").write_bytes(b"no tensors")
     for path in (tmp_path / "none", tmp_path / "broken"):
-        with pytest.raises(ValueError, match="holds no stored states"):
+        with pytest.raises(ValueError, match="is not a readable store of states"):
             StoredStates.load(path, origin="")
 
 

@@ -212,7 +212,7 @@ def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "file.txt"
     path.write_text("old")
     code = (
-        "import os, sys; from ee_diffusion.measure.files import write_whole\n"
+        "import os, sys; from ee_diffusion.core.io import write_whole\n"
         "def fill(beside):\n    beside.write_text('half'); os._exit(9)\n"
         "write_whole(sys.argv[1], fill)\n"
     )

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ee_diffusion.measure.files import write_tensors
+from ee_diffusion.core.io import write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ee_diffusion.measure.files import digest, read_images, to_bytes, write_tensors, write_whole
+from ee_diffusion.core.io import write_tensors, write_whole
+from ee_diffusion.measure.files import digest, read_images, to_bytes
 from ee_diffusion.measure.tables import environment, markdown_table, write_json, write_report
 
 

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -54,11 +55,11 @@ def arm(at: int, folder: Path, counted: Path | None = None) -> None:
         if (here or below) and happens():
             die()
 
-    def save(state: dict, path: Path) -> None:
-        torch_save(state, path)
+    def save(state: dict, file: BinaryIO) -> None:
+        torch_save(state, file)
         if happens():
-            whole = path.read_bytes()
-            path.write_bytes(whole[: len(whole) // 2])
+            file.truncate(file.tell() // 2)
+            file.flush()
             die()
 
     torch_save, torch.save = torch.save, save

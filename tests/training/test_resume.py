@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -165,17 +166,87 @@ def test_more_steps_are_no_other_maths_where_the_rate_is_constant(tmp_path: Path
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_a_truncated_or_foreign_checkpoint_is_refused(tmp_path: Path):
+def damages(whole: bytes) -> list[bytes]:
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    return [whole[:middle], b"", b"not a checkpoint", flipped]
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
     run(tmp_path)
     state = tmp_path / "checkpoint-7" / checkpoints.STATE_FILE
     whole = state.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+    for content in damages(whole):
         state.write_bytes(content)
-        with pytest.raises(ValueError, match="truncated or no checkpoint"):
-            run(tmp_path, resume_from_checkpoint="latest")
-    (state.parent / checkpoints.RUN_FILE).write_text("{}")
-    with pytest.raises(ValueError, match="not the record of a checkpoint"):
-        run(tmp_path, resume_from_checkpoint="latest")
+        with pytest.raises(ValueError, match=r"state\.pt is not as it was written: digest [0-9a-f]{64}, expected"):
+            run(tmp_path, resume_from_checkpoint="checkpoint-7")
+    state.unlink()
+    with pytest.raises(ValueError, match="truncated or no checkpoint"):
+        run(tmp_path, resume_from_checkpoint="checkpoint-7")
+    for record in ("{}", "{", "[" * 100_000, '{"identity": 3}'):
+        (state.parent / checkpoints.RUN_FILE).write_text(record)
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            run(tmp_path, resume_from_checkpoint="checkpoint-7")
+
+
+def test_the_checkpoint_before_a_damaged_one_takes_its_place(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run(tmp_path / "whole", checkpointing_steps=3)
+    run(tmp_path / "hurt", checkpointing_steps=3)
+    names = [path.name for path in checkpoints.list_checkpoints(tmp_path / "hurt")]
+    newest, before = names[-1], names[-2]
+    state = tmp_path / "hurt" / newest / checkpoints.STATE_FILE
+    state.write_bytes(damages(state.read_bytes())[-1])
+    report = run(tmp_path / "hurt", checkpointing_steps=3, resume_from_checkpoint="latest")
+    assert f"{report.resumed_from}" == before.removeprefix("checkpoint-")
+    said = capsys.readouterr().out
+    assert f"going on from {before}" in said
+    assert newest in said
+    ours, theirs = weights(tmp_path / "hurt"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    checkpoints.load_checkpoint(tmp_path / "hurt" / newest, tiny_identity(tmp_path / "hurt"))  # written anew, whole
+
+    for path in checkpoints.list_checkpoints(tmp_path / "hurt"):
+        (path / checkpoints.STATE_FILE).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{before}.*not as it was written"):
+        run(tmp_path / "hurt", checkpointing_steps=3, resume_from_checkpoint="latest")
+
+
+def tiny_identity(folder: Path) -> dict:
+    return tiny_trainer(folder).identity
+
+
+def test_a_full_disk_is_an_error_of_the_disk_and_leaves_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """torch.save hides the OSError of its file in a RuntimeError of its own."""
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            self.file.close()
+
+        def write(self, content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    whole = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda self, mode="r", *rest, **others: (
+            Full(whole(self, mode)) if mode == "wb" else whole(self, mode, *rest, **others)
+        ),
+    )
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        run(tmp_path)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.glob(".*"))
+    assert not checkpoints.list_checkpoints(tmp_path)
 
 
 def test_a_fresh_run_does_not_write_into_another(tmp_path: Path):
@@ -191,4 +262,6 @@ def test_a_loss_that_is_not_finite_stops_before_a_checkpoint(tmp_path: Path):
     trainer.source.images = trainer.source.images.float() * float("nan")
     with pytest.raises(FloatingPointError, match=r"steps 1\.\.2 is nan"):
         trainer.fit()
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines] == [None]
     assert not checkpoints.list_checkpoints(tmp_path)
