@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it.
 _HOMES = {
     "checkpoint": "checkpoints",
+    "custom_pipeline": "custom_pipelines",
     "Accumulated": "core.criteria",
     "Criterion": "core.criterion",
     "Cumulative": "core.criteria",
@@ -114,6 +115,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     )
     from ee_diffusion.core.session import Session
     from ee_diffusion.core.trace import Report, Trace
+    from ee_diffusion.custom_pipelines import custom_pipeline
     from ee_diffusion.decoding.generate import early_exit_generate
     from ee_diffusion.decoding.heads import LearnedExits
     from ee_diffusion.decoding.lossless import lossless_generate

@@ -1,4 +1,4 @@
-"""For `DiffusionPipeline.from_pretrained(dir, custom_pipeline="pipelines/early_exit_pipeline.py", trust_remote_code=True)`."""
+"""For `DiffusionPipeline.from_pretrained(dir, custom_pipeline=custom_pipeline("EarlyExitPipeline"), trust_remote_code=True)`."""
 
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 

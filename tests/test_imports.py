@@ -33,6 +33,7 @@ TABLE = {
     "training": SIDE | {"accelerate", "datasets", "tqdm", "diffusers.optimization", "diffusers.training_utils"},
     "measure": SIDE | {"torchmetrics", "matplotlib"},
     "checkpoints": set(),
+    "custom_pipelines": {"ee_diffusion.diffusion"},
 }
 # Folders and files that need extras of pyproject.toml; all others run on what `pip install ee-diffusion` brings.
 EXTRAS = {

@@ -96,3 +96,18 @@ def test_the_readme_runs_from_the_wheel(installed: Path, tmp_path: Path):
 def test_every_public_name_comes_from_the_wheel(installed: Path, tmp_path: Path):
     code = "import ee_diffusion\nfor name in ee_diffusion.__all__: getattr(ee_diffusion, name)"
     _run(installed, "-I", "-c", code, cwd=tmp_path)
+
+
+def test_custom_pipelines_load_from_the_wheel(installed: Path, tmp_path: Path):
+    """Outside of the checkout, where no path below its root exists."""
+    code = f"""
+import os
+os.environ["HF_MODULES_CACHE"] = {str(tmp_path / "modules")!r}
+from diffusers import DiffusionPipeline
+from ee_diffusion import EarlyExitPipeline, checkpoint, custom_pipeline
+path = custom_pipeline("EarlyExitPipeline")
+pipe = DiffusionPipeline.from_pretrained(str(checkpoint()), custom_pipeline=path, trust_remote_code=True)
+assert type(pipe) is EarlyExitPipeline, type(pipe)
+assert pipe.exits is not None
+"""
+    _run(installed, "-I", "-c", code, cwd=tmp_path)
