@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from language import model_named
-from split_parts import EXITS, LIMITS, TOKENS, client, edge, parts, prompt, whole
+from split_parts import EXITS, LIMITS, TOKENS, client, prompt, whole
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 pytest.importorskip("grpc", reason="needs the extra cloud")
@@ -17,18 +18,24 @@ from ray import serve  # noqa: E402
 
 from ee_diffusion.core.policy import Policy  # noqa: E402
 from ee_diffusion.decoding.cloud.context import Refused  # noqa: E402
+from ee_diffusion.decoding.cloud.edge import Edge  # noqa: E402
 from ee_diffusion.decoding.cloud.ray_serve import ReplicatedWorker, start_replicas  # noqa: E402
 from ee_diffusion.decoding.cloud.remote import RemoteTransport  # noqa: E402
 from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: E402
-from ee_diffusion.decoding.cloud.split import split_model  # noqa: E402
+from ee_diffusion.decoding.cloud.split import load_part, split_model  # noqa: E402
 
 WIDTH = 32
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ReplicatedWorker]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("parts")
     split_model(model_named("llama"), folder, exits=EXITS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worker(folder: Path) -> Iterator[ReplicatedWorker]:
     ray.init(num_cpus=4, include_dashboard=False, logging_level="error", log_to_driver=False)
     try:
         handle = start_replicas(str(folder), replicas=2, dtype="float32", limits=LIMITS, batch=16, slice=64)
@@ -49,7 +56,7 @@ def states(row: int) -> torch.Tensor:
         return model_named("llama").model(ids, output_hidden_states=True).hidden_states[EXITS[0]][0]
 
 
-def test_two_replicas_answer_and_losing_one_costs_no_token(worker: ReplicatedWorker):
+def test_two_replicas_answer_and_losing_one_costs_no_token(worker: ReplicatedWorker, folder: Path):
     assert len(replicas()) == 2
     hidden, end = states(0).float(), len(states(0)) - 1
     sessions = [worker.open("a") for _ in range(12)]
@@ -73,10 +80,11 @@ def test_two_replicas_answer_and_losing_one_costs_no_token(worker: ReplicatedWor
     assert set(refused) <= {"unknown", "unavailable"}
     assert len(told) + len(refused) == len(sessions)
 
+    model, part = load_part(folder, "edge", dtype=torch.float32)
     server = CloudServer(worker, port=0, tokens=None)
-    with server, RemoteTransport(f"127.0.0.1:{server.port}", parts("llama")[0][1], width=WIDTH) as line:
+    with server, RemoteTransport(f"127.0.0.1:{server.port}", part, width=WIDTH) as line:
         for row in range(4):
             with client(line, deadline=90.0) as cloud:
-                out = edge().generate(prompt(row), Policy(), cloud, max_new_tokens=TOKENS)
+                out = Edge(model, part).generate(prompt(row), Policy(), cloud, max_new_tokens=TOKENS)
             assert out.sources == ["cloud"] * TOKENS
             assert tuple(out.sequences[0].tolist()) == whole(row)

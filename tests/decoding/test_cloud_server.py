@@ -34,7 +34,7 @@ from ee_diffusion.decoding.cloud.encoding import encode  # noqa: E402
 from ee_diffusion.decoding.cloud.remote import RemoteTransport  # noqa: E402
 from ee_diffusion.decoding.cloud.rpc import SERVICE  # noqa: E402
 from ee_diffusion.decoding.cloud.server import CloudServer  # noqa: E402
-from ee_diffusion.decoding.cloud.split import split_model  # noqa: E402
+from ee_diffusion.decoding.cloud.split import load_part, split_model  # noqa: E402
 from ee_diffusion.decoding.cloud.tokens import Entry, Tokens  # noqa: E402
 from ee_diffusion.decoding.heads import LearnedExits  # noqa: E402
 
@@ -234,7 +234,8 @@ def test_the_command_serves_and_drains_on_sigterm(tmp_path: Path):
     try:
         lines = iter(process.stderr.readline, "")
         port = next(json.loads(line)["listening"] for line in lines if line.startswith('{"listening"'))
-        with line(port) as transport:
+        part = load_part(tmp_path, "edge", dtype=torch.float32)[1]  # the server's default
+        with RemoteTransport(f"127.0.0.1:{port}", part, width=WIDTH) as transport:
             assert len(transport.open(timeout=10)) == 32
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
