@@ -170,7 +170,7 @@ def build_model(config: ClassifierConfig, *, images: bool) -> tuple[PreTrainedMo
     return auto.from_pretrained(config.init_from, config=described, dtype=torch.float32), None
 
 
-def build_objective(config: ClassifierConfig, *, images: bool = False) -> ClassifierObjective:
+def build_objective(config: ClassifierConfig, *, images: bool = False, micro_steps: int = 1) -> ClassifierObjective:
     model, pruning = build_model(config, images=images)
     if config.num_layers is not None:
         if pruning is not None:
@@ -183,7 +183,8 @@ def build_objective(config: ClassifierConfig, *, images: bool = False) -> Classi
     exits = ClassifierExits.for_model(model, depths, head=head, judge=judge, pooling=config.pooling)
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = pruning
-    return ClassifierObjective(classifier, method=config.method, weights=config.weights(), parts=config.length_parts)
+    counts = {"parts": config.length_parts, "micro_steps": micro_steps}
+    return ClassifierObjective(classifier, method=config.method, weights=config.weights(), **counts)
 
 
 def text_source(objective: ClassifierObjective, data: TextDataConfig, tokenizer) -> Source:
@@ -222,7 +223,7 @@ def main() -> None:
     resolved |= asdict(config)
     set_seed(train.seed)
     images = bool(pictures.sources())
-    objective = build_objective(config, images=images)
+    objective = build_objective(config, images=images, micro_steps=train.gradient_accumulation_steps)
     if images:
         processor = ViTImageProcessorPil(size={"height": pictures.resolution, "width": pictures.resolution})
         source = load_labelled_images(pictures, num_labels=config.num_labels)

@@ -70,20 +70,24 @@ class ClassifierObjective(nn.Module):
     `plain`: all tokens run; `magic_soft`: tokens fade and thresholds are learned; `magic_hard`: tokens are removed as the classifier's
     `pruning` says. Exits trained on a classifier with `pruning` see its removed tokens removed. Those three, `palbert`, `pondernet`,
     `pabee` and `berxit` train everything; `deebert` and `fastbert` exits on a frozen fine-tuned model; `jei_dnn` exits on a frozen model,
-    heads and gates in turn. The number of batches seen in training is a buffer, so that a resumed run is in the phase it was in.
+    heads and gates in turn. The number of batches seen in training is a buffer, so that a resumed run is in the phase it was in;
+    `micro_steps` forwards in training are one batch, that of a step whose gradient is accumulated.
     `parts`: a batch of texts runs in so many parts of like length, with less padding; the loss is that of the whole batch.
 
     Raises:
-        ValueError: an unknown method, exits that are not the method's, a number that the method needs and has no default,
-            magic_hard on a classifier without pruning.
+        ValueError: an unknown method, parts or micro-steps below 1, exits that are not the method's, a number that the method needs and
+            has no default, magic_hard on a classifier without pruning.
     """
 
-    def __init__(self, classifier: EarlyExitClassifier, *, method: str, weights: Weights, parts: int = 1):
+    def __init__(
+        self, classifier: EarlyExitClassifier, *, method: str, weights: Weights, parts: int = 1, micro_steps: int = 1
+    ):
         super().__init__()
         _check(classifier, method, weights)
-        if parts < 1:
-            raise ValueError(f"parts={parts}, expected at least 1")
+        if min(parts, micro_steps) < 1:
+            raise ValueError(f"parts={parts}, micro_steps={micro_steps}, expected at least 1")
         self.classifier, self.method, self.weights, self.parts = classifier, method, weights, parts
+        self.micro_steps, self._forwards = micro_steps, 0
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         if method == "magic_soft":
             layers = family_of(classifier.model).num_layers(classifier.model)
@@ -114,7 +118,8 @@ class ClassifierObjective(nn.Module):
             seen = replace(seen, real=batch["units"][0].to(seen.kept))
         terms = LOSSES[self.method](self, seen)
         if self.training:
-            self.batches += 1
+            self._forwards = (self._forwards + 1) % self.micro_steps
+            self.batches += not self._forwards
         facts = {name: term.detach() for name, term in terms.items() if name != "loss"}
         return {"loss": terms["loss"]} | facts | self._accuracies(seen)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,12 +69,30 @@ def soft() -> tuple[nn.Module, Source]:
     return objective, TextSource(tokens, torch.tensor([0, 1, 2, 1]), pad=0)
 
 
-RUNS = {"skip": lambda: skip(False), "taught": lambda: skip(True), "exits": exits, "soft": soft}
+def turns(micro_steps: int) -> tuple[nn.Module, Source]:
+    """BERxiT: the first step trains the model's own answer alone, in all its parts, the next one all answers."""
+    model = classifier_named("Bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="correctness"))
+    for module in classifier.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    objective = ClassifierObjective(classifier, method="berxit", weights=Weights(), micro_steps=micro_steps)
+    return objective, soft()[1]
+
+
+RUNS: dict[str, Callable[[int], tuple[nn.Module, Source]]] = {
+    "skip": lambda _: skip(False),
+    "taught": lambda _: skip(True),
+    "exits": lambda _: exits(),
+    "soft": lambda _: soft(),
+    "turns": turns,
+}
+MASKED = ("skip", "taught", "soft")  # the others' means are over samples (of "exits": a sample is a token)
 
 
 def run(name: str, folder: Path, *, micro_steps: int = 1, ranks: int = 1, units: bool = True) -> dict[str, Tensor]:
     """The gradient of the step, by parameter, and the log's scalars; written to step.safetensors, too."""
-    objective, source = RUNS[name]()
+    objective, source = RUNS[name](micro_steps)
     config = TrainConfig(
         output_dir=str(folder),
         train_batch_size=TEXTS // micro_steps // ranks,
@@ -82,7 +101,7 @@ def run(name: str, folder: Path, *, micro_steps: int = 1, ranks: int = 1, units:
         logging_steps=1,
         use_ema=False,
     )
-    asked = objective.units if units and name != "exits" else None  # its samples are tokens
+    asked = objective.units if units and name in MASKED else None
     trainer = Trainer(objective, source, config, save=lambda to, trained: None, units=asked)
     update, found, journal = trainer.learner.update, {}, trainer.journal.add
 
