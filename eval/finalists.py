@@ -18,15 +18,15 @@ from pathlib import Path
 import torch
 from clock import candidate_of
 from contenders import base_of, check_fitted, classes_of, drawer, exits_by_kind, fitted_beside, load_memory
-from keeping import beside, contents, name_of
+from keeping import contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
 from real_images import ReferenceOptions, known_reference, unfit
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from turns import Candidate, Draw
 
-from ee_diffusion.core.io import write_text
+from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.features import ResNetFeatures, extract, resnet20_features
@@ -119,8 +119,7 @@ def seen(
                 )
                 for first in range(some.start, some.stop, batch)
             ]
-            save_file({"features": extract(network, torch.cat(images), batch_size=256)}, beside(path))
-            beside(path).replace(path)
+            write_tensors(path, {"features": extract(network, torch.cat(images), batch_size=256)})
         parts.append(load_file(path)["features"])
     return torch.cat(parts)
 
