@@ -17,7 +17,7 @@ from ee_diffusion.core.risk import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.certify import Live, live_losses, marked
 from ee_diffusion.diffusion.courses import check_distinct_times, fit_prediction, record
 from ee_diffusion.diffusion.gains import influence, step_gains
-from ee_diffusion.diffusion.generation import use_sampler
+from ee_diffusion.diffusion.generation import classes_of, use_sampler
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, searched
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -27,6 +27,8 @@ from ee_diffusion.measure.paired import relative_squared_error
 from ee_diffusion.measure.splits import balanced_labels, seeds, shuffled_labels
 
 POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
+
+GAIN_IMAGES = 8  # on which gains are measured
 
 TUNED = 1000  # calibration seeds at the beginning, on which these powers and other defaults were chosen: they vouch for nothing
 
@@ -40,10 +42,7 @@ def calibrate(options: argparse.Namespace) -> int:
             f"{options.model} is a model by itself, expected a pipeline's folder; classifiers: eval/classify.py --risk"
         )
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
-    if pipeline.transformer.config.null_class is None:
-        raise ValueError(
-            f"{options.model} has no null class (null_class in its config), expected a class-conditional model"
-        )
+    num_classes = classes_of(pipeline, options.guidance_scale)
     pipeline.to(device_named(None)).set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
     settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
@@ -59,7 +58,7 @@ def calibrate(options: argparse.Namespace) -> int:
         pipeline,
         policies,
         seeds("calibrate", options.count, first=TUNED),
-        class_labels=shuffled_labels(options.count, pipeline.transformer.config.null_class, seed=0),
+        class_labels=shuffled_labels(options.count, num_classes, seed=0),
         loss=lambda images, full: (relative_squared_error(images, full) / cap).clamp(max=1),
         batch_size=options.batch_size,
         progress=partial(tqdm, desc="full model, then candidates"),
@@ -93,15 +92,18 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
     if options.kind == "remembered":
         return partial(remembered, sensitivity=sensitivity)
-    labels = balanced_labels(8, transformer.config.null_class)
+    num_classes = classes_of(pipeline, options.guidance_scale)
+    labels = balanced_labels(GAIN_IMAGES, num_classes)
     generator = torch.Generator().manual_seed(seeds("fit", 1)[0])
     call = {"num_inference_steps": steps, "guidance_scale": options.guidance_scale}
-    gains = step_gains(pipeline, pipeline.exits, labels, every=4, generator=generator, **call)
+    gains = step_gains(
+        pipeline, pipeline.exits, labels, batch_size=1 if labels else GAIN_IMAGES, every=4, generator=generator, **call
+    )
     power = POWERS[options.kind] if options.power is None else options.power
     weights = influence(sensitivity, gains, power=power)
     if options.kind == "budgeted":
         return partial(budgeted, weights=weights, decay=options.decay)
-    labels = balanced_labels(options.search_count, transformer.config.null_class)
+    labels = balanced_labels(options.search_count, num_classes)
     course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
     if options.fit_memory is not None:
         pipeline.exits = fit_prediction(pipeline.exits, course, weights)

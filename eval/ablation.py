@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
-from contenders import WARM_UP, classes_of, gains_of, load_memory
+from contenders import WARM_UP, gains_of, load_memory
 from frontier_options import FrontierOptions
 from keeping import contents, kept
 from options import SamplingOptions, command, flag, load, parse, results_folder
@@ -28,7 +28,7 @@ from turns import Candidate, by_batch, clock_images_of, clocked
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.gains import influence
-from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.generation import Generated, classes_of, generate
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
 from ee_diffusion.diffusion.solver import step_sensitivity
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
@@ -85,7 +85,7 @@ def main() -> None:
     sampling, options, reference = parse(SamplingOptions, AblationOptions, ReferenceOptions, description=__doc__)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
-    num_classes = classes_of(pipeline)
+    num_classes = classes_of(pipeline, sampling.guidance_scale)
     judge = judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     steps, exits = sampling.num_inference_steps, {}

@@ -14,12 +14,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from contenders import check_fitted, classes_of, drawer, fitted_beside, load_memory
+from contenders import check_fitted, drawer, fitted_beside, load_memory
 from frontier import finished
 from options import SamplingOptions, command, load
 from turns import Candidate, clock_images_of, clocked
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.tables import environment
@@ -52,7 +53,7 @@ def main() -> None:
     sampling = replace(sampling, batch_size=options.batch_size or sampling.batch_size)
     images = clock_images_of(options.images, count=options.images, batch=sampling.batch_size)
     pipeline = load(sampling)
-    num_classes = classes_of(pipeline)
+    num_classes = classes_of(pipeline, sampling.guidance_scale)
     memory = load_memory(pipeline, known["memory"])
     tracking = known["tracking"] and TrackingExits.from_pretrained(known["tracking"]).to(pipeline.transformer.device)
     some = sorted((candidate_of(row) for row in report["rows"]), key=lambda one: one.kind != "full")

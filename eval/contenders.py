@@ -17,13 +17,14 @@ from frontier_options import FrontierOptions
 from options import SamplingOptions, load
 from peers import PEERS, Peer
 from torch import nn
-from turns import Candidate, Draw
+from turns import Candidate, Draw, Labels
 
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.courses import fit_prediction, record
 from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.gains import step_gains
-from ee_diffusion.diffusion.generation import Generated, controls_of, generate
+from ee_diffusion.diffusion.generation import Generated, classes_of, controls_of, generate
+from ee_diffusion.diffusion.guidance import row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered, searched
 from ee_diffusion.diffusion.oracle import OracleExits
@@ -37,18 +38,6 @@ OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted
 FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together
 DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
-
-
-def classes_of(pipeline: EarlyExitPipeline) -> int:
-    """Number of classes that images are drawn of.
-
-    Raises:
-        ValueError: a model without a null class: guidance, gains and searches need it.
-    """
-    null = pipeline.transformer.config.null_class
-    if not null:
-        raise ValueError(f"the model has null_class={null}, expected one trained with a null class after its classes")
-    return null
 
 
 def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> MemoryExits:
@@ -102,7 +91,7 @@ def fitted_memory(
         if wanted | known != wanted or known.keys() | {"weights"} != wanted.keys():
             raise ValueError(f"{folder} holds exits fitted under {known}, expected {wanted}, or another --output_dir")
         return load_memory(pipeline, str(folder))
-    labels = balanced_labels(options.search_count, pipeline.transformer.config.null_class)
+    labels = balanced_labels(options.search_count, classes_of(pipeline, sampling.guidance_scale))
     call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
     exits = noise_memory(whole)
     made = fit_prediction(exits, record(whole, exits, seeds("fit", options.search_count), labels, **call), weights)
@@ -153,7 +142,7 @@ def drawer(
     peers, oracle = dict[str, Peer](), OracleExits(memory, pipeline.transformer)
     kinds = exits_by_kind(pipeline, memory, tracking, fitted) | {"oracle": oracle}
 
-    def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
+    def draw(candidate: Candidate, chosen: list[int], labels: Labels, first: int) -> Generated:
         call = {"num_inference_steps": candidate.steps, "guidance_scale": sampling.guidance_scale}
         call |= {"batch_size": sampling.batch_size, "first_id": first}
         if candidate.kind in PEERS:
@@ -165,8 +154,8 @@ def drawer(
         pipeline.exits = kinds.get(base_of(candidate.kind))
         if candidate.kind != "oracle":
             return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
-        null = pipeline.transformer.config.null_class
-        oracle.labels = torch.tensor([*labels, *[null] * len(labels)], device=pipeline.transformer.device)
+        rows = {"guidance_scale": sampling.guidance_scale, "device": pipeline.transformer.device}
+        oracle.labels = row_labels(labels, pipeline.transformer.config.null_class, **rows)
         oracle.seconds = 0.0
         drawn = generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
         return replace(drawn, seconds=(sum(drawn.seconds) - oracle.seconds,))
@@ -178,10 +167,12 @@ def gains_of(
     pipeline: EarlyExitPipeline, memory: MemoryExits, sampling: SamplingOptions, options: FrontierOptions
 ) -> tuple[float, ...]:
     """What becomes of an error of each step (S,), measured on fitting seeds, in float32."""
+    labels = balanced_labels(options.gain_images, classes_of(pipeline, sampling.guidance_scale))
     return step_gains(
         in_float32(pipeline, sampling),
         memory,
-        balanced_labels(options.gain_images, pipeline.transformer.config.null_class),
+        labels,
+        batch_size=1 if labels else options.gain_images,
         num_inference_steps=sampling.num_inference_steps,
         guidance_scale=sampling.guidance_scale,
         every=options.gain_every,
@@ -200,7 +191,7 @@ def schedules_of(
     """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory; priced in float32. In half
     precision the last step is a full one (`search`)."""
     steps, count = sampling.num_inference_steps, options.search_count
-    labels = balanced_labels(count, pipeline.transformer.config.null_class)
+    labels = balanced_labels(count, classes_of(pipeline, sampling.guidance_scale))
     call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale}
     course = record(in_float32(pipeline, sampling), memory, seeds("fit", count), labels, **call)
     found = search(gap_prices(memory, course, weights), steps, last_full=sampling.dtype != "float32")

@@ -17,16 +17,17 @@ from pathlib import Path
 
 import torch
 from clock import candidate_of
-from contenders import base_of, check_fitted, classes_of, drawer, exits_by_kind, fitted_beside, load_memory
+from contenders import base_of, check_fitted, drawer, exits_by_kind, fitted_beside, load_memory
 from keeping import contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
 from real_images import ReferenceOptions, known_reference, unfit
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from turns import Candidate, Draw
+from turns import Candidate, Draw, Labels
 
 from ee_diffusion.core.io import write_tensors, write_text
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.features import ResNetFeatures, extract, resnet20_features
@@ -96,7 +97,7 @@ def seen(
     network: ResNetFeatures,
     chosen: list[int],
     *,
-    labels: list[int],
+    labels: Labels,
     store: Path,
     known: dict,
 ) -> Tensor:
@@ -106,14 +107,14 @@ def seen(
     for start in tqdm(range(0, len(chosen), PART), desc=candidate.name, mininterval=10):
         some = slice(start, min(start + PART, len(chosen)))
         own = asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}
-        path = store / f"{name_of([known, own, chosen[some], labels[some]])}.safetensors"
+        path = store / f"{name_of([known, own, chosen[some], labels and labels[some]])}.safetensors"
         if not path.exists():
             images = [
                 to_bytes(
                     draw(
                         candidate,
                         chosen[first : min(first + batch, some.stop)],
-                        labels[first : min(first + batch, some.stop)],
+                        labels and labels[first : min(first + batch, some.stop)],
                         first,
                     ).images
                 )
@@ -148,7 +149,7 @@ def main() -> None:
     )
     finalists, sampling = finalists_of(report["rows"], options.names), sampling_of(report, options)
     settings, pipeline = report["settings"], load(sampling)
-    num_classes, size = classes_of(pipeline), pipeline.transformer.config.sample_size
+    num_classes, size = classes_of(pipeline, sampling.guidance_scale), pipeline.transformer.config.sample_size
     reason = unfit(against, size=(size, size), num_classes=num_classes)
     if reason:
         raise ValueError(f"no FD against {against.name}: {reason}")

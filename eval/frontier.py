@@ -22,7 +22,6 @@ from contenders import (
     OURS,
     base_of,
     candidates_of,
-    classes_of,
     controls,
     drawer,
     exits_by_kind,
@@ -44,6 +43,7 @@ from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.core.io import write_text
 from ee_diffusion.diffusion.gains import influence
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.solver import step_sensitivity
@@ -169,10 +169,9 @@ def gains_if_asked(
 
 def main() -> None:
     sampling, options, reference = parse(SamplingOptions, FrontierOptions, ReferenceOptions, description=__doc__)
-    options.check_sampling(sampling)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
-    num_classes = classes_of(pipeline)
+    num_classes = classes_of(pipeline, sampling.guidance_scale)
     judge = judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 

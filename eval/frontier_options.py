@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from options import SamplingOptions, flag
+from options import flag
 
 WITHIN = {  # what each number of these lists may be
     "shares": (lambda x: 0 < x < 1, "between 0 and 1"),
@@ -80,10 +80,3 @@ class FrontierOptions:
         for name in PARTS:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}, expected a number from 0 to 1")
-
-    def check_sampling(self, sampling: SamplingOptions) -> None:
-        """Raises ValueError for an oracle without guidance: its shadow of the model runs both branches."""
-        if self.oracles and not sampling.guidance_scale > 1:
-            raise ValueError(
-                f"oracles={self.oracles} with guidance_scale={sampling.guidance_scale}, expected guidance above 1, or no oracles"
-            )

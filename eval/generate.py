@@ -20,7 +20,7 @@ from options import SamplingOptions, flag, load, parse, results_folder
 from ee_diffusion.core.io import write_tensors
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.generation import Generated, classes_of, generate
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
@@ -71,8 +71,7 @@ def main() -> None:
         PartialState(cpu=sampling.device == "cpu"),
     )
     pipeline = load(sampling)
-    num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
-    labels = None if num_classes is None else balanced_labels(options.count, num_classes)
+    labels = balanced_labels(options.count, classes_of(pipeline, sampling.guidance_scale))
     begun = time.perf_counter()
     with state.split_between_processes(list(range(options.count))) as mine:
         part = mine and generate(

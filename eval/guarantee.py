@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-from contenders import classes_of
 from options import SamplingOptions, flag, load, parse, results_folder
 from safetensors import safe_open
 from torch import Tensor
@@ -28,6 +27,7 @@ from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.risk import certified, in_expectation
 from ee_diffusion.diffusion.certify import live_losses
 from ee_diffusion.diffusion.fingerprint import made_for_of
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -123,7 +123,7 @@ def line(name: str, found: list[tuple[int | None, float]], costs: Tensor, *, ris
 def prepared(sampling: SamplingOptions, options: GuaranteeOptions) -> EarlyExitPipeline:
     """The pipeline with the exits that remember. Raises ValueError for a model without a null class."""
     pipeline = load(sampling)
-    classes_of(pipeline)
+    classes_of(pipeline, sampling.guidance_scale)
     pipeline.exits = MemoryExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
     return pipeline
 
@@ -142,7 +142,7 @@ def drawn(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: Guara
         pipeline,
         [budgeted(value, weights=sensitivity, decay=options.decay) for value in options.values],
         seeds("test", options.count),
-        class_labels=balanced_labels(options.count, classes_of(pipeline)),
+        class_labels=balanced_labels(options.count, classes_of(pipeline, sampling.guidance_scale)),
         loss=lambda images, full: (relative_squared_error(images, full) / options.cap).clamp(max=1),
         batch_size=sampling.batch_size,
         progress=partial(tqdm, desc="candidates"),

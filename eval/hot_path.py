@@ -18,6 +18,7 @@ import torch
 from options import SamplingOptions, command, load, parse, results_folder
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.splits import balanced_labels
@@ -59,12 +60,12 @@ def shares(profile: cProfile.Profile) -> dict[str, float | str]:
 
 def profiled(pipeline, sampling: SamplingOptions, policy: Policy | None) -> dict[str, float | str]:
     """One call under the profiler, after one to warm up."""
-    config = pipeline.transformer.config
-    labels = balanced_labels(sampling.batch_size, config.null_class or config.num_classes)
+    labels = balanced_labels(sampling.batch_size, classes_of(pipeline, sampling.guidance_scale))
 
     def call() -> None:
         pipeline(
             class_labels=labels,
+            batch_size=1 if labels else sampling.batch_size,
             num_inference_steps=sampling.num_inference_steps,
             guidance_scale=sampling.guidance_scale,
             exit_policy=policy,

@@ -25,7 +25,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models import CacheMixin
 
 from ee_diffusion.diffusion.families import family_of
-from ee_diffusion.diffusion.generation import Generated, generate
+from ee_diffusion.diffusion.generation import Generated, classes_of, generate
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.uvit import UViTBlock
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -45,7 +45,7 @@ class Peer:
         self.pipeline = EarlyExitPipeline(copy.deepcopy(pipeline.transformer), pipeline.scheduler, None)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def generate(self, chosen: Sequence[int], labels: Sequence[int], **call) -> Generated:
+    def generate(self, chosen: Sequence[int], labels: Sequence[int] | None, **call) -> Generated:
         """As `generate`, with the cache on."""
         transformer = self.pipeline.transformer
         HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
@@ -95,7 +95,7 @@ def mag_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guid
     call = {"batch_size": 8, "num_inference_steps": num_steps, "guidance_scale": guidance_scale}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # it prints its ratios and keeps them nowhere
-        measured.generate(seeds("fit", 8), balanced_labels(8, pipeline.transformer.config.null_class), **call)
+        measured.generate(seeds("fit", 8), balanced_labels(8, classes_of(pipeline, guidance_scale)), **call)
     lines = [line for line in said.getvalue().splitlines() if line.startswith("[") and "MagCache" not in line]
     made = Peer(pipeline)
     ratios = ast.literal_eval(lines[-1])

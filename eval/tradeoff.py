@@ -21,14 +21,14 @@ import torch
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, flag, load, parse, results_folder
 from real_images import ReferenceOptions, judge_of
-from turns import Candidate, Draw, in_turns, measured
+from turns import Candidate, Draw, Labels, in_turns, measured
 
 from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, controls_of, generate
+from ee_diffusion.diffusion.generation import Generated, classes_of, controls_of, generate
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -54,7 +54,7 @@ class TradeoffOptions:
 
 
 def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
-    def draw(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
+    def draw(candidate: Candidate, chosen: list[int], labels: Labels, first: int) -> Generated:
         pipeline.exits = candidate.exits
         return generate(
             pipeline,
@@ -70,15 +70,15 @@ def drawer(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> Draw:
     return draw
 
 
-def quality(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: list[int]) -> dict:
+def quality(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: Labels) -> dict:
     """One line of the table without its times: what was executed, and how the images are beside the full model's."""
     facts = {"name": candidate.name, "kind": candidate.kind, "budget": candidate.budget, "steps": candidate.steps}
     if drawn.trace is not None:
         facts |= {"report": asdict(drawn.trace.report())}
-    return facts | judge(drawn.images, full.images, torch.tensor(labels))
+    return facts | judge(drawn.images, full.images, None if labels is None else torch.tensor(labels))
 
 
-def row(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: list[int]) -> dict:
+def row(candidate: Candidate, drawn: Generated, full: Generated, *, judge: Judge, labels: Labels) -> dict:
     """One line of the table: cost and quality of a candidate against the full model of the same phase."""
     return quality(candidate, drawn, full, judge=judge, labels=labels) | measured(drawn, full)
 
@@ -93,7 +93,7 @@ def recorded(
     options: TradeoffOptions,
     *,
     draw: Draw,
-    num_classes: int,
+    num_classes: int | None,
 ) -> Trace:
     """All exits measured on the calibration seeds, nobody stopping."""
     chosen, policy = seeds("calibrate", options.calibration_count), replace(rule(1.0), record_all=True)
@@ -114,7 +114,12 @@ def calibrated(
 
 
 def policies_of(
-    pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: TradeoffOptions, *, draw: Draw, num_classes: int
+    pipeline: EarlyExitPipeline,
+    sampling: SamplingOptions,
+    options: TradeoffOptions,
+    *,
+    draw: Draw,
+    num_classes: int | None,
 ) -> list[Candidate]:
     """DeeDiff as written and, if its exits are given, as released, at every budget."""
     exits, layers = pipeline.exits, len(pipeline.transformer.transformer_blocks)
@@ -171,7 +176,7 @@ def picture(rows: list[dict], path: Path) -> None:
 def main() -> None:
     sampling, options, reference = parse(SamplingOptions, TradeoffOptions, ReferenceOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
-    num_classes = pipeline.transformer.config.null_class or pipeline.transformer.config.num_classes
+    num_classes = classes_of(pipeline, sampling.guidance_scale)
     draw, judge = (
         drawer(pipeline, sampling),
         judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes),

@@ -30,11 +30,12 @@ class Candidate:
     exits: DenoisingExits | None = None
 
 
-Draw = Callable[[Candidate, list[int], list[int], int], Generated]
+Labels = list[int] | None  # None: of an unconditional model
+Draw = Callable[[Candidate, list[int], Labels, int], Generated]
 
 
 def by_batch(
-    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: list[int], *, batch: int
+    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: Labels, *, batch: int
 ) -> dict[str, Generated]:
     """Name -> what it draws: all candidates over all seeds, batch by batch, each time beginning with the next one.
 
@@ -49,18 +50,18 @@ def by_batch(
         for turn, start in enumerate(range(0, len(chosen), batch)):
             shift = turn % len(candidates)
             for candidate in candidates[shift:] + candidates[:shift]:
-                part = draw(candidate, chosen[start : start + batch], labels[start : start + batch], start)
+                part = draw(candidate, chosen[start : start + batch], labels and labels[start : start + batch], start)
                 parts[candidate.name].append(part)
                 progress.update()
     return {name: joined(several) for name, several in parts.items()}
 
 
 def in_turns(
-    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: list[int], *, batch: int
+    candidates: list[Candidate], draw: Draw, chosen: list[int], labels: Labels, *, batch: int
 ) -> dict[str, Generated]:
     """`by_batch` with times that count: every candidate first draws the first batch once, which is discarded."""
     for candidate in candidates:
-        draw(candidate, chosen[:batch], labels[:batch], 0)
+        draw(candidate, chosen[:batch], labels and labels[:batch], 0)
     return by_batch(candidates, draw, chosen, labels, batch=batch)
 
 
@@ -71,7 +72,7 @@ def measured(drawn: Generated, full: Generated) -> dict[str, float]:
 
 
 def clocked(
-    candidates: list[Candidate], draw: Draw, *, images: int, batch: int, num_classes: int
+    candidates: list[Candidate], draw: Draw, *, images: int, batch: int, num_classes: int | None
 ) -> dict[str, dict[str, float]]:
     """Name -> what `measured` says of it on the first test images. `draw` must draw anew; "full" is among the candidates."""
     drawn = in_turns(candidates, draw, seeds("test", images), balanced_labels(images, num_classes), batch=batch)

@@ -17,7 +17,7 @@ from ee_diffusion.core.calibrate import value_for_budget
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import generate, use_sampler
+from ee_diffusion.diffusion.generation import classes_of, generate, use_sampler
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.errors import run_script
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -58,6 +58,7 @@ def main() -> None:
     options = flags()
     folder = Path(options.output_dir)
     pipeline = EarlyExitPipeline.from_pretrained(options.model)
+    num_classes = classes_of(pipeline, options.guidance_scale)
     use_sampler(pipeline, "ddim")
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=options.max_shard_size)
@@ -70,7 +71,7 @@ def main() -> None:
     trace = generate(
         pipeline,
         seeds("calibrate", options.count),
-        balanced_labels(options.count, pipeline.transformer.config.null_class),
+        balanced_labels(options.count, num_classes),
         batch_size=min(64, options.count),
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.guidance_scale,

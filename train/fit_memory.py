@@ -20,6 +20,7 @@ from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.courses import Course, fit_prediction, fit_trust, record
 from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.memory_exits import TERMS, MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.errors import run_script
@@ -62,7 +63,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def course_of(
-    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int]
+    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int] | None
 ) -> Course:
     """The full model's courses of fitting seeds."""
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
@@ -70,7 +71,7 @@ def course_of(
 
 
 def fit_own_trust(
-    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int]
+    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int] | None
 ) -> float:
     """Fit the trust along full courses of fitting seeds; -> the squared error left, of 1 for repeating the newest prediction."""
     return fit_trust(exits, [course_of(pipeline, exits, options, labels)], iterations=options.iterations)
@@ -86,12 +87,11 @@ def main() -> None:
     check(options)
     device = device_named(None)
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
-    if pipeline.transformer.config.null_class is None:
-        raise ValueError("this script walks under guidance: expected a transformer with a null class")
     made = {"length": options.length, "learned_trust": options.learn_trust, "terms": options.terms}
     exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
-    labels = balanced_labels(options.count, pipeline.transformer.config.null_class)
+    call |= {} if pipeline.transformer.config.num_classes is not None else {"batch_size": options.count}
+    labels = balanced_labels(options.count, classes_of(pipeline, options.guidance_scale))
     begun = time.perf_counter()
     left = fit_own_trust(pipeline, exits, options, labels) if options.learn_trust else None
     if options.linear_prediction:

@@ -19,6 +19,7 @@ from walk_flags import check_walk
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.gauging import STATES
+from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
@@ -67,13 +68,13 @@ def check(options: argparse.Namespace) -> None:
 def walked(pipeline: EarlyExitPipeline, exits: TrackingExits, options: argparse.Namespace, purpose: str) -> Moments:
     """The moments of all images of a purpose, some at a time."""
     count = options.count if purpose == "fit" else options.test_count
-    labels = balanced_labels(count, pipeline.transformer.config.null_class)
+    labels = balanced_labels(count, classes_of(pipeline, options.guidance_scale))
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
     chosen, parts = seeds(purpose, count), []
     for start in range(0, count, options.walk_batch_size):
         some = slice(start, start + options.walk_batch_size)
         generator = torch.Generator().manual_seed(chosen[start])
-        parts.append(walk_tracks(pipeline, exits, chosen[some], labels[some], generator=generator, **call))
+        parts.append(walk_tracks(pipeline, exits, chosen[some], labels and labels[some], generator=generator, **call))
     return Moments.concatenate(parts)
 
 

@@ -33,7 +33,7 @@ def live_losses(
     policies: Sequence[Policy],
     seeds: Sequence[int],
     *,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     loss: Loss,
     batch_size: int,
     progress: Callable = lambda runs: runs,

@@ -55,9 +55,10 @@ class Asked:
 
 
 def check_run(
-    pipeline: EarlyExitPipeline, class_labels: Sequence[int], *, num_inference_steps: int, guidance_scale: float
+    pipeline: EarlyExitPipeline, class_labels: Sequence[int] | None, *, num_inference_steps: int, guidance_scale: float
 ) -> None:
-    """Raises ValueError for numbers, or labels (B,), with which no run of this model begins; guidance needs a null class."""
+    """Raises ValueError for numbers, or labels (B,), with which no run of this model begins; guidance needs a null class, and an
+    unconditional model None for labels."""
     check_numbers(guidance_scale, num_inference_steps=num_inference_steps)
     check_step(pipeline.scheduler)
     pipeline.check_labels(class_labels)
@@ -85,7 +86,7 @@ def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> 
 def full_steps(
     pipeline: EarlyExitPipeline,
     seeds: Sequence[int],
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
     num_inference_steps: int,
     guidance_scale: float,
@@ -96,7 +97,7 @@ def full_steps(
     Raises:
         ValueError: another number of labels than of seeds; as `check_run`.
     """
-    if len(seeds) != len(class_labels):
+    if class_labels is not None and len(seeds) != len(class_labels):
         raise ValueError(f"{len(seeds)} seeds, {len(class_labels)} labels, expected as many")
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
@@ -120,7 +121,7 @@ def record(
     pipeline: EarlyExitPipeline,
     exits: MemoryExits,
     seeds: Sequence[int],
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
     num_inference_steps: int,
     guidance_scale: float,

@@ -37,8 +37,9 @@ class _Branch:
 def step_gains(
     pipeline: EarlyExitPipeline,
     exits: MemoryExits,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
+    batch_size: int = 1,
     num_inference_steps: int,
     guidance_scale: float,
     every: int,
@@ -47,14 +48,15 @@ def step_gains(
     """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one
     (`step_sensitivity` times its true error). Above 1 the model makes it grow, below 1 it mends it.
 
-    Measured at every `every`-th step on images of the given classes, one branch each, run to the end; between them log-linear. Where a
+    Measured at every `every`-th step on images of the given classes (of an unconditional model, None: `batch_size` images), one branch
+    each, run to the end; between them log-linear. Where a
     solver draws noise, all runs draw the same at a step, from `generator`: what is measured is the error alone.
 
     Raises:
         ValueError: every below 1, a run too short to remember two steps and be put to the test, exits that know another noise schedule;
             as `courses.check_run`.
     """
-    check_numbers(guidance_scale, every=every)
+    check_numbers(guidance_scale, every=every, batch_size=batch_size)
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     sensitivity = step_sensitivity(exits, pipeline.scheduler, num_inference_steps)
     scheduler, device = copy.deepcopy(pipeline.scheduler), pipeline.transformer.device
@@ -63,7 +65,8 @@ def step_gains(
     if len(scheduler.timesteps) <= first:
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected more than {first} steps")
     config = pipeline.transformer.config
-    size = (len(class_labels), config.in_channels, config.sample_size, config.sample_size)
+    count = batch_size if class_labels is None else len(class_labels)
+    size = (count, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
     memory: Memory | None = None
     branches: list[_Branch] = []
@@ -108,7 +111,7 @@ def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: fl
 def _asked(
     pipeline: EarlyExitPipeline,
     samples: list[Tensor],
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
     scheduler: SchedulerMixin,
     time: Tensor,
@@ -118,8 +121,9 @@ def _asked(
     transformer, call = pipeline.transformer, {"guidance_scale": guidance_scale}
     rows = torch.cat([asked_of(scheduler, one, time, dtype=transformer.dtype, **call) for one in samples])
     labels = row_labels(class_labels, transformer.config.null_class, device=rows.device, **call)  # (R,)
-    output = transformer(rows, time.expand(len(rows)), labels.repeat(len(samples))).sample  # (runs R, C, H, W)
-    return rows.unflatten(0, (-1, len(labels))), output.unflatten(0, (-1, len(labels)))
+    labels = labels if labels is None else labels.repeat(len(samples))
+    output = transformer(rows, time.expand(len(rows)), labels).sample  # (runs R, C, H, W)
+    return rows.unflatten(0, (len(samples), -1)), output.unflatten(0, (len(samples), -1))
 
 
 def _stepped(

@@ -16,7 +16,7 @@ from ee_diffusion.diffusion.courses import check_run
 from ee_diffusion.diffusion.fingerprint import weights_of
 from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
 from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.solver import accepted
 
 STATES = ("exited", "full")
@@ -37,8 +37,9 @@ class Walk:
 def walk(
     pipeline: EarlyExitPipeline,
     exits: MemoryExits,
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
+    batch_size: int = 1,
     num_inference_steps: int,
     guidance_scale: float,
     skip: float,
@@ -46,6 +47,8 @@ def walk(
     generator: torch.Generator,
 ) -> Walk:
     """Draw images with the full model at every step and compare each recalled clean image with the model's.
+
+    `batch_size`: how many images of an unconditional model (class_labels None).
 
     A row remembers a step with probability 1 - `skip` (the rows of an image alike), so that all distances to the last full step occur.
     `states="exited"`: the steps not remembered are answered from memory, so later states are those that exits lead to; "full": all
@@ -57,7 +60,9 @@ def walk(
     if not 0 <= skip < 1 or states not in STATES:
         raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-    transformer, scheduler, count = pipeline.transformer, pipeline.scheduler, len(class_labels)
+    check_numbers(guidance_scale, batch_size=batch_size)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    count = batch_size if class_labels is None else len(class_labels)
     exits.check_scheduler(scheduler)
     device, call = transformer.device, {"guidance_scale": guidance_scale}
     labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
@@ -69,14 +74,14 @@ def walk(
     seen: list[tuple[Tensor, Tensor, int]] = []
     for index, time in enumerate(scheduler.timesteps):
         sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
-        timestep = time.expand(len(labels))
+        timestep = time.expand(len(sample))
         output = transformer(sample, timestep, labels).sample
         known = exits.recall(memory, sample, timestep)
         ready = known["features"][:, 0].isfinite()  # (R,)
         wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
         seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
         images = torch.rand(count, generator=generator) < skip  # (B,)
-        skipped = images.repeat(len(labels) // count).to(device) & ready  # (R,)
+        skipped = images.repeat(len(sample) // count).to(device) & ready  # (R,)
         memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
         if states == "exited":
             output = torch.where(skipped[:, None, None, None], known["recalled"], output)

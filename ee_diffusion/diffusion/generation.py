@@ -28,6 +28,7 @@ from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
@@ -56,6 +57,21 @@ def sampler(name: str, *, like: SchedulerMixin, **changes: Any) -> SchedulerMixi
 def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:
     """Give the pipeline another scheduler with the noise schedule of its present one. Raises ValueError as `sampler` does."""
     pipeline.scheduler = sampler(name, like=pipeline.scheduler)
+
+
+def classes_of(pipeline: EarlyExitPipeline, guidance_scale: float) -> int | None:
+    """How many classes images are drawn of, the first ones: those before the null class, or all; None of an unconditional model.
+
+    Raises:
+        ValueError: guidance of a model without a null class.
+    """
+    config = pipeline.transformer.config
+    if is_guided(guidance_scale) and config.null_class is None:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} of a model with null_class=None, expected one trained with a null class, or "
+            "guidance_scale=1"
+        )
+    return config.null_class or config.num_classes
 
 
 @dataclass(frozen=True, eq=False)

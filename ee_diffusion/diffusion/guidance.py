@@ -34,8 +34,10 @@ def guided(answer: Tensor, guidance_scale: float) -> Tensor:
 
 
 def row_labels(
-    class_labels: Sequence[int], null_class: int | None, *, guidance_scale: float, device: torch.device
-) -> Tensor:
-    """The class of every row (R,)."""
+    class_labels: Sequence[int] | None, null_class: int | None, *, guidance_scale: float, device: torch.device
+) -> Tensor | None:
+    """The class of every row (R,); None of an unconditional model."""
+    if class_labels is None:
+        return None
     null = [null_class] * len(class_labels) if is_guided(guidance_scale) else []
     return torch.tensor([*class_labels, *null], device=device)

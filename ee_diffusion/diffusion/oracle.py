@@ -22,8 +22,9 @@ class OracleExits:
     """`exits` with `certainty = 1 - min(rms(clean image of the answer - clean image of the full model), 1)` at every exit.
 
     At every step where an exit is possible, a copy of the model says in full what it would have said, for all rows. `seconds` adds up what
-    that took, to be taken off a measured time. `labels` (R,): the class of every row of the run that comes, set by whoever starts it. It
-    knows nothing of later steps: an upper bound for a rule that knows the error of this step, not for one that plans.
+    that took, to be taken off a measured time. `labels` (R,): the class of every row of the run that comes, set by whoever starts it (of
+    an unconditional model None). It knows nothing of later steps: an upper bound for a rule that knows the error of this step, not for one
+    that plans.
     """
 
     def __init__(self, exits: MemoryExits | TrackingExits, transformer: nn.Module):
@@ -57,7 +58,8 @@ class OracleExits:
         Raises:
             ValueError: labels of another number than rows.
         """
-        if self.labels is None or len(self.labels) != len(sample):
+        labelled = self._model.config.num_classes is not None
+        if labelled and (self.labels is None or len(self.labels) != len(sample)):
             came = None if self.labels is None else len(self.labels)
             raise ValueError(f"{came} labels for {len(sample)} rows, expected one each: set `labels` before a run")
         begun = seconds_on(sample.device)

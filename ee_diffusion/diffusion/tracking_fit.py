@@ -48,7 +48,7 @@ def walk_tracks(
     pipeline: EarlyExitPipeline,
     exits: TrackingExits,
     seeds: Sequence[int],
-    class_labels: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
     num_inference_steps: int,
     guidance_scale: float,
@@ -66,7 +66,7 @@ def walk_tracks(
     """
     if not 0 <= skip < 1 or states not in STATES:
         raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
-    count, memory, seen = len(class_labels), None, []
+    count, memory, seen = len(seeds), None, []
     exits.check_scheduler(pipeline.scheduler)
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     run = full_steps(pipeline, seeds, class_labels, **call)
@@ -82,7 +82,7 @@ def walk_tracks(
         if bool(ready.any()):
             seen.append(_moments(exits, context, hidden, asked, ready))
         images = torch.rand(count, generator=generator) < skip  # (B,)
-        skipped = images.repeat(len(labels) // count).to(device) & ready  # (R,)
+        skipped = images.repeat(len(asked.sample) // count).to(device) & ready  # (R,)
         facts = {"sample": asked.sample, "timestep": timestep, "output": asked.output}
         used = asked.output
         if states == "exited" and bool(skipped.any()):

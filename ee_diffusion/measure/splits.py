@@ -32,9 +32,10 @@ def seeds(purpose: str, count: int, *, first: int = 0) -> list[int]:
     return list(chosen)
 
 
-def balanced_labels(count: int, num_classes: int) -> list[int]:
-    """Class i % num_classes for image i: every class equally often, and the same classes for the same seeds."""
-    return [index % num_classes for index in range(count)]
+def balanced_labels(count: int, num_classes: int | None) -> list[int] | None:
+    """Class i % num_classes for image i: every class equally often, and the same classes for the same seeds. None of an unconditional
+    model, which has None."""
+    return None if num_classes is None else [index % num_classes for index in range(count)]
 
 
 def shuffled(count: int, *, seed: int) -> list[int]:
@@ -43,7 +44,9 @@ def shuffled(count: int, *, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def shuffled_labels(count: int, num_classes: int, *, seed: int) -> list[int]:
+def shuffled_labels(count: int, num_classes: int | None, *, seed: int) -> list[int] | None:
     """As `balanced_labels`, the classes in a seeded order: fewer images than classes show no particular ones."""
+    if num_classes is None:
+        return None
     order = shuffled(num_classes, seed=seed)
     return [order[label] for label in balanced_labels(count, num_classes)]

@@ -256,7 +256,6 @@ def test_a_model_without_a_null_class_is_refused_before_work(copied, tmp_path: P
         ["--decay", "nan"],
         ["--power", 1.5],
         ["--search_power", -1],
-        ["--oracles", 0.1, "--guidance_scale", 1],
         ["--clock_images", 3, "--batch_size", 2],
         ["--clock_images", 0],
     ],

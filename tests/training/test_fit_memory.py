@@ -89,6 +89,8 @@ def test_flags_that_do_not_fit_are_refused_before_work(
 
 def test_a_model_without_a_null_class_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipeline("unconditional").save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="expected a transformer with a null class"):
+    with pytest.raises(
+        ValueError, match="null_class=None, expected one trained with a null class, or guidance_scale=1"
+    ):
         call(monkeypatch, "--model", tmp_path / "model", "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()

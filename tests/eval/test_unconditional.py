@@ -1,0 +1,209 @@
+"""Models without classes, and with classes but no class for "none", through the whole journey: fitted, exported, drawn, traded off,
+calibrated, put on the frontier. At tiny size and without guidance, which they cannot have."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors.torch import load_file
+from tree import ROOT
+
+from ee_diffusion import cli
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.generation import classes_of
+from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.oracle import OracleExits
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.measure.splits import balanced_labels, shuffled_labels
+
+sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
+sys.path.insert(0, str(ROOT / "train"))
+
+import ablation
+import clock
+import export
+import fit_memory
+import fit_tracking
+import frontier
+import generate
+import guarantee
+import hot_path
+import tradeoff
+
+STEPS = 6
+KINDS = {"unconditional": {}, "classes": {"num_classes": 4}, "one": {"num_classes": 1, "null_class": 0}}
+LABELS = {"unconditional": None, "classes": [0, 1, 2, 3], "one": [0, 0, 0, 0]}
+CALL = ("--guidance_scale", 1, "--num_inference_steps", STEPS)
+
+
+def made(kind: str) -> EarlyExitPipeline:
+    torch.manual_seed(0)
+    sizes = {"sample_size": 16, "patch_size": 4, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
+    transformer = UViTTransformer2DModel(**sizes, **KINDS[kind])
+    exits = DenoisingExits.for_transformer(transformer, (1, 2))
+    for module in exits.uncertainty_modules:
+        torch.nn.init.normal_(module.weight, std=1.0)
+    pipe = EarlyExitPipeline(transformer, DDIMScheduler(), exits)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(kind) / "model"
+    made(kind).save_pretrained(folder)
+    return folder
+
+
+def run(script, *words: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("EE_DIFFUSION_DATA", raising=False)
+        patch.setattr(sys, "argv", ["script", *(str(word) for word in words)])
+        script.main()
+
+
+def test_the_classes_that_are_drawn(kind: str):
+    count = classes_of(made(kind), 1.0)
+    assert balanced_labels(4, count) == LABELS[kind]
+    assert (shuffled_labels(4, count, seed=0) is None) == (LABELS[kind] is None)
+    if kind == "one":
+        assert classes_of(made(kind), 2.0) == 1, "its class is none, and guidance leads nowhere"
+        return
+    with pytest.raises(ValueError, match=r"guidance_scale=2.0 .* null_class=None, expected .*, or guidance_scale=1"):
+        classes_of(made(kind), 2.0)
+
+
+def test_it_is_exported_with_policies(model: Path, tmp_path: Path):
+    run(export, "--model", model, "--output_dir", tmp_path / "out", *CALL, "--count", 4, "--budgets", 0.7)
+    pipe = EarlyExitPipeline.from_pretrained(tmp_path / "out")
+    policy = Policy.load(tmp_path / "out" / "policies" / "blocks-70.json")
+    assert pipe.transformer.config.num_classes == made_config(model)["num_classes"]
+    assert 0 < policy.criterion.threshold < 1
+
+
+def made_config(model: Path) -> dict:
+    return {"num_classes": None, **json.loads((model / "transformer" / "config.json").read_text())}
+
+
+def test_images_are_drawn_and_kept(model: Path, kind: str, tmp_path: Path):
+    words = ["--model", model, "--output_dir", tmp_path, *CALL, "--count", 4, "--batch_size", 3, "--device", "cpu"]
+    run(generate, *words, "--exit_threshold", 0.5)
+    found = load_file(tmp_path / "samples.safetensors")
+    assert found["images"].shape == (4, 3, 16, 16)
+    assert (found["labels"].tolist() if "labels" in found else None) == LABELS[kind]
+    assert Trace.load(tmp_path / "trace.safetensors").rows.tolist() == [1] * 4
+
+
+def test_it_is_traded_off(model: Path, tmp_path: Path):
+    words = ["--model", model, "--output_dir", tmp_path, *CALL, "--count", 4, "--calibration_count", 4]
+    run(tradeoff, *words, "--batch_size", 2, "--budgets", 0.7)
+    rows = {row["name"]: row for row in json.loads((tmp_path / "tradeoff.json").read_text())["rows"]}
+    assert rows["full"]["psnr"]["mean"] == 100
+    assert rows["deediff 0.7"]["report"]["num_elements"] == 4
+    assert {"static 0.7", "fewer steps 0.7"} <= rows.keys()
+
+
+GOALS = {
+    "searched": ("--kind", "searched", "--values", 0.3, 0.5, "--search_count", 2),
+    "budgeted": ("--kind", "budgeted", "--values", 0.01, 1.0),
+    "deediff": ("--kind", "deediff", "--values", 0.1, 0.9),
+}
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_it_is_calibrated(goal: str, model: Path, kind: str, tmp_path: Path):
+    policy, memory = tmp_path / "policy.json", tmp_path / "memory"
+    fit = ("--fit_memory", memory) if goal == "searched" else ()
+    words = ["calibrate", "--model", model, *CALL, "--count", 4, "--batch_size", 2, "--output", policy]
+    words += [*GOALS[goal], *fit, "--budget", 0.99]
+    assert cli.main([str(word) for word in words]) == 0
+    pipe = EarlyExitPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    if fit:
+        pipe.exits = MemoryExits.from_pretrained(memory)
+    elif goal == "budgeted":
+        pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    size = {"batch_size": 2} if LABELS[kind] is None else {"class_labels": LABELS[kind][:2]}
+    drawn = pipe(**size, num_inference_steps=STEPS, exit_policy=Policy.load(policy), output_type="pt")
+    assert drawn.report.fraction_executed < 1
+    with pytest.raises(ValueError, match="the policy was calibrated for"):
+        pipe(**size, num_inference_steps=STEPS + 1, exit_policy=Policy.load(policy))
+
+
+def test_it_is_put_on_the_frontier_and_clocked_again(model: Path, kind: str, tmp_path: Path):
+    if kind == "one":
+        pytest.skip("takes seconds, and is as the one with classes")
+    pipe = EarlyExitPipeline.from_pretrained(model)
+    tracking = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1, 2))
+    tracking.save_pretrained(tmp_path / "tracking")
+    words = ["--model", model, "--output_dir", tmp_path / "out", *CALL, "--count", 2, "--batch_size", 1]
+    words += ["--search_count", 2, "--gain_images", 2, "--periods", 2, "--shares", 0.5, "--together_shares", 0.5]
+    words += ["--tracking", tmp_path / "tracking", "--tracked", 0.05, "--oracles", 0.05, "--budgets", 0.05]
+    run(frontier, *words, "--fractions", 0.5, "--mag", 0.06)
+    report = json.loads((tmp_path / "out" / "frontier.json").read_text())
+    kinds = {row["kind"] for row in report["rows"]}
+    assert {"full", "oracle", "tracked", "searched", "searched together", "budgeted", "mag"} <= kinds
+    assert all(torch.tensor(row["psnr"]["mean"]).isfinite() for row in report["rows"])
+    run(clock, "--report", tmp_path / "out" / "frontier.json", "--images", 1)
+
+
+def test_what_else_is_fitted_and_measured(model: Path, tmp_path: Path):
+    words = ["--model", model, *CALL, "--skip", 0.5, "--iterations", 2]
+    run(fit_memory, *words, "--output_dir", tmp_path / "memory", "--count", 2, "--linear_prediction")
+    memory = tmp_path / "memory" / "exits"
+    plain = MemoryExits.for_pipeline(made("classes").transformer, DDIMScheduler())
+    plain.save_pretrained(tmp_path / "plain")
+    tracks = ("--memory", tmp_path / "plain", "--deeper", 1, 2, "--train_batch_size", 2)
+    run(fit_tracking, *words, "--output_dir", tmp_path / "tracking", "--count", 2, "--test_count", 2, *tracks)
+    sampling = ["--model", model, *CALL, "--batch_size", 2]
+    run(ablation, *sampling, "--output_dir", tmp_path / "ablation", "--count", 2)
+    run(hot_path, *sampling, "--output_dir", tmp_path / "hot")
+    words = [
+        "--memory",
+        memory,
+        "--count",
+        8,
+        "--values",
+        0.01,
+        0.1,
+        "--cap",
+        1,
+        "--calibration_count",
+        4,
+        "--delta",
+        0.5,
+    ]
+    run(guarantee, *sampling, "--output_dir", tmp_path / "guarantee", *words, "--resamplings", 2, "--risks", 0.5)
+
+
+def test_guidance_is_refused_before_work(model: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if kind == "one":
+        pytest.skip("has a null class")
+    monkeypatch.setattr(UViTTransformer2DModel, "forward", lambda *_, **__: pytest.fail("the model was asked"))
+    for script in (export, generate, tradeoff, frontier, ablation, fit_memory, fit_tracking):
+        deeper = ("--deeper", 1) if script is fit_tracking else ()
+        with pytest.raises(ValueError, match=r"null_class=None, expected .* or guidance_scale=1"):
+            run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4, *deeper)
+
+
+def test_an_oracle_of_an_unconditional_model_asks_without_labels():
+    pipe = made("unconditional")
+    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    sample, time = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
+    found = OracleExits(memory, pipe.transformer).recall(None, sample, time)
+    said = pipe.transformer(sample, time).sample
+    torch.testing.assert_close(found["true"], memory.clean_of(sample, said, time))
