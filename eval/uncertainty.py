@@ -38,7 +38,7 @@ class UncertaintyOptions:
 
 
 def observe(
-    pipeline: EarlyExitPipeline, images: Tensor, labels: Tensor, time: int, *, seed: int
+    pipeline: EarlyExitPipeline, images: Tensor, labels: Tensor | None, time: int, *, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """images (n, C, H, W) in [-1, 1] at one timestep -> u, error to the noise, error to the full model; each (K, n)."""
     transformer, exits = pipeline.transformer, pipeline.exits
@@ -59,8 +59,8 @@ def observe(
     return torch.stack(said), torch.stack(to_noise), torch.stack(to_full)
 
 
-def held_out(options: UncertaintyOptions, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The first `count` images of the held-out test positions: (n, C, H, W) in [-1, 1] and labels (n,)."""
+def held_out(options: UncertaintyOptions, num_classes: int | None) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images of the held-out test positions: (n, C, H, W) in [-1, 1] and labels (n,), None of an unconditional model."""
     source = load_image_source(
         ImageDataConfig(
             train_data_files=[options.data_files],
@@ -72,7 +72,7 @@ def held_out(options: UncertaintyOptions, num_classes: int) -> tuple[Tensor, Ten
     )
     positions = torch.tensor(list(HELD_OUT["test"][: options.count]))
     batch = source.batch(positions, positions)
-    return batch["images"], batch["class_labels"]
+    return batch["images"], batch.get("class_labels")
 
 
 def table(said: Tensor, error: Tensor, times: list[int], depths: tuple[int, ...]) -> list[dict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from presets import ValidationConfig
 
-from ee_diffusion.diffusion.generation import generate, sampler
+from ee_diffusion.diffusion.generation import classes_of, generate, sampler
 from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
@@ -20,7 +20,8 @@ def draw(step: int, objective: DiffusionObjective, config: ValidationConfig, *, 
     pipeline.set_progress_bar_config(disable=True)
     null_class = objective.transformer.config.null_class
     seeds = range(config.validation_images)
-    labels = None if null_class is None else [seed % null_class for seed in seeds]
+    num_classes = classes_of(pipeline, 1.0)
+    labels = None if num_classes is None else [seed % num_classes for seed in seeds]
     call = {"num_inference_steps": config.validation_inference_steps, "batch_size": config.validation_images}
     if null_class is not None:
         call["guidance_scale"] = config.validation_guidance_scale

@@ -19,11 +19,13 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.objective import DiffusionObjective
 from ee_diffusion.diffusion.oracle import OracleExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
 from ee_diffusion.measure.splits import balanced_labels, shuffled_labels
+from ee_diffusion.training.data import ImageSource
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 sys.path.insert(0, str(ROOT / "train"))
@@ -37,7 +39,10 @@ import frontier
 import generate
 import guarantee
 import hot_path
+import presets
 import tradeoff
+import uncertainty
+import validation
 
 STEPS = 6
 KINDS = {"unconditional": {}, "classes": {"num_classes": 4}, "one": {"num_classes": 1, "null_class": 0}}
@@ -198,6 +203,20 @@ def test_guidance_is_refused_before_work(model: Path, kind: str, tmp_path: Path,
         deeper = ("--deeper", 1) if script is fit_tracking else ()
         with pytest.raises(ValueError, match=r"null_class=None, expected .* or guidance_scale=1"):
             run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4, *deeper)
+
+
+def test_uncertainty_is_looked_at_and_training_draws(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pipe, images = made(kind), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    known = ImageSource(images, None if LABELS[kind] is None else torch.tensor(LABELS[kind]), random_flip=False)
+    monkeypatch.setattr(uncertainty, "load_image_source", lambda config, num_classes: known)
+    monkeypatch.setattr(uncertainty, "HELD_OUT", {"test": range(4)})
+    seen, labels = uncertainty.held_out(uncertainty.UncertaintyOptions(), pipe.transformer.config.num_classes)
+    assert (None if labels is None else labels.tolist()) == LABELS[kind]
+    assert uncertainty.observe(pipe, seen, labels, 500, seed=0)[0].shape == (2, 4)
+    objective = DiffusionObjective(pipe.transformer, pipe.exits, pipe.scheduler, mode="frozen", class_drop=0.0)
+    config = presets.ValidationConfig(validation_images=2, validation_inference_steps=2, validation_guidance_scale=1.0)
+    validation.draw(3, objective, config, folder=tmp_path)
+    assert (tmp_path / "step-000003-full.png").is_file()
 
 
 def test_an_oracle_of_an_unconditional_model_asks_without_labels():
