@@ -31,9 +31,9 @@ from transformers import (
 )
 
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.encoder.attach import positions
 from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
+from ee_diffusion.encoder.families import family_of
 from ee_diffusion.encoder.methods import EXITS
 from ee_diffusion.encoder.objective import FROZEN, PLAIN, ClassifierObjective, Weights
 from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
@@ -188,8 +188,9 @@ def build_objective(config: ClassifierConfig, *, images: bool = False, micro_ste
 
 
 def text_source(objective: ClassifierObjective, data: TextDataConfig, tokenizer) -> Source:
-    longest = positions(objective.classifier.model)
-    if data.max_length > longest:
+    model = objective.classifier.model
+    longest = family_of(model).positions(model)
+    if longest is not None and data.max_length > longest:
         raise ValueError(f"max_length={data.max_length}, expected at most the model's {longest} positions")
     return load_text_source(
         data,

@@ -6,6 +6,7 @@ Here: the driver of sessions for classifiers; one forward is one run of one step
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from ee_diffusion.encoder.tokens import TokenLane, TokenTrace, check_pruning
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 EXTRAS = ("output_hidden_states", "output_attentions")
+IGNORED = -100  # the label of rows that a loss leaves out, in torch and transformers
 
 
 @contextmanager
@@ -121,7 +123,7 @@ class _Run:
         labels, as_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
         self._check(arguments)
         if labels is not None:
-            check_labels(self.model, labels)
+            labels = counted_labels(self.model, labels)
         given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
         mask = arguments.get("attention_mask")
         session = self.policy.start(
@@ -146,7 +148,10 @@ class _Run:
             self.token_traces.append(tokens.trace())
         self.traces.append(session.trace())
         if labels is not None:
-            loss = self.model.loss_function(labels, output.logits, self.model.config)
+            config = copy.copy(
+                self.model.config
+            )  # the loss writes the kind of problem that it takes labels for into it
+            loss = self.model.loss_function(labels, output.logits, config)
             output = type(output)(**dict(output) | {"loss": loss})
         return output.to_tuple() if as_dict is False else output
 
@@ -211,27 +216,27 @@ def check_length(model: nn.Module, arguments: dict) -> None:
         return
     if not tokens.shape[1]:
         raise ValueError(f"texts of no tokens: input_ids are {tuple(tokens.shape)}, expected at least one token each")
-    most = positions(model)
-    if tokens.shape[1] > most:
+    most = family_of(model).positions(model)
+    if most is not None and tokens.shape[1] > most:
         raise ValueError(
             f"texts of {tokens.shape[1]} tokens, the model takes at most {most}: truncate them (truncation=True)"
         )
 
 
-def check_labels(model: nn.Module, labels: Tensor) -> None:
-    """Raise ValueError if a class is none of the model's; floating labels (values, several classes at once) are not looked at."""
+def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
+    """Labels (R,) as transformers' loss counts them: -100 where the class's own loss leaves a row out; floating labels (values, several
+    classes at once) as they are. Raises ValueError if a class is none of the model's."""
     classes = model.config.num_labels
-    if labels.is_floating_point() or classes == 1 or not labels.numel():
-        return
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"labels span {low}..{high}, this model has the classes 0..{classes - 1}")
-
-
-def positions(model: nn.Module) -> int:
-    """The longest text of a text model, in tokens."""
-    most = model.config.max_position_embeddings
-    return most - model.config.pad_token_id - 1 if type(model).__name__.startswith("Roberta") else most
+    if labels.is_floating_point() or classes == 1:
+        return labels
+    if family_of(model).uncounted == "negative" and model.config.problem_type is None:
+        labels = labels.masked_fill(labels < 0, IGNORED)
+    known = labels[labels != IGNORED]
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < classes:
+        raise ValueError(
+            f"labels span {int(known.min())}..{int(known.max())}, this model has the classes 0..{classes - 1} ({IGNORED}: not counted)"
+        )
+    return labels
 
 
 def _names(module: nn.Module) -> list[str]:

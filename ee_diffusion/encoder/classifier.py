@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.encoder.attach import attach, check_labels, check_length, check_policy
+from ee_diffusion.encoder.attach import attach, check_length, check_policy, counted_labels
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import FAMILIES, family_of
 from ee_diffusion.encoder.tokens import check_pruning
@@ -87,10 +87,16 @@ class EarlyExitClassifier(PreTrainedModel):
         """A stock classifier and exits that fit it, as one model; both are taken over, not copied. The policy is off.
 
         Raises:
-            ValueError: an unknown class, exits of another model.
+            ValueError: an unknown class, exits of another model or in another precision.
         """
         family_of(model)
         exits.check_fits(model)
+        kinds = {value.dtype for value in exits.parameters()}
+        if kinds - {model.dtype}:
+            kind = ", ".join(sorted(map(str, kinds)))
+            raise ValueError(
+                f"exits in {kind} on a model in {model.dtype}, expected one precision: exits.to(model.dtype)"
+            )
         base = model.config.to_dict() | {"architectures": [type(model).__name__]}
         task = {name: getattr(model.config, name) for name in TASK}
         base.pop("_name_or_path", None)
@@ -159,7 +165,7 @@ class EarlyExitClassifier(PreTrainedModel):
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         check_length(self.model, arguments)
         if labels is not None:
-            check_labels(self.model, labels)
+            counted_labels(self.model, labels)
         if self.policy.is_off and self.pruning is None:
             return self.model(**arguments)
         with attach(self.model, self.exits, self.policy, elements=elements, pruning=self.pruning) as traces:

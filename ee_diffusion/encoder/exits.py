@@ -118,7 +118,8 @@ class ClassifierExits(nn.Module):
         dropout: float = 0.1,
         pooling: str = "first",
     ) -> ClassifierExits:
-        """Untrained exits that fit a classifier of the family table; depths None: after every layer but the last.
+        """Untrained exits that fit a classifier of the family table, in its precision and on its device; depths None: after every layer but
+        the last.
 
         Raises:
             ValueError: an unknown class, or depths that do not fit it.
@@ -128,7 +129,8 @@ class ClassifierExits(nn.Module):
         sizes = (model.config.hidden_size, model.config.num_labels)
         exits = cls(chosen, *sizes, head=head, judge=judge, dropout=dropout, pooling=pooling)
         exits.check_fits(model)
-        return exits
+        like = next(model.parameters())
+        return exits.to(like.device, like.dtype)
 
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another model's sizes."""
@@ -203,7 +205,7 @@ class ClassifierHeads:
         """hidden (R, N, D) -> logits (R, C)."""
         if self.exits.head == "shared":
             return self.family.classify(self.model, self.pool(hidden, context))
-        return self.exits.heads[exit](self.vector(hidden, context))
+        return self.exits.heads[exit](self._own(self.vector(hidden, context)))
 
     def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """As `judge`, of a judge without a memory. Raises ValueError for `halting`, which has one: use the score 'judged'."""
@@ -226,12 +228,16 @@ class ClassifierHeads:
             raise ValueError("these exits have no learned judge (judge='none'), but the policy's score asks for one")
         if kind == "statistics":
             facts = answer_statistics(observation.answer)  # (R, 4)
-            return judges[observation.exit](facts)[:, 0]
+            return judges[observation.exit](self._own(facts))[:, 0]
         if kind == "correctness":
-            return judges[0](self.vector(observation.hidden, observation.context).detach())[:, 0]
-        pooled = self.pool(observation.hidden, observation.context)  # (R, D)
+            return judges[0](self._own(self.vector(observation.hidden, observation.context).detach()))[:, 0]
+        pooled = self._own(self.pool(observation.hidden, observation.context))  # (R, D)
         if kind == "linear_halting":
             return judges[0](pooled)[:, 0]
         observation.carried["pooled"] = pooled
         before = observation.context.get("pooled", torch.zeros_like(pooled))
         return judges[0](torch.cat([pooled, before], dim=-1))[:, 0]  # (R, 2D) -> (R,)
+
+    def _own(self, values: Tensor) -> Tensor:
+        """In the exits' precision: what they are asked may come in the model's, or in float32."""
+        return values.to(next(self.exits.parameters()).dtype)

@@ -7,12 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ee_diffusion.core.registry import add_row, family_row
 
 Mask = Tensor | None
+
+
+def _table_length(model: nn.Module) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class Family:
     first_exit: the smallest depth at which rows may leave.
     inner: the module inside a block that sees the hidden states first; work is counted there.
     repeats: name of the config's number of blocks in what it counts as one hidden layer; None: one.
+    positions: (model) -> the longest text that it takes, in tokens; None: any, since its positions are relative (or those of images).
+    uncounted: labels that its loss leaves out: -100 alone, as everywhere, or `negative`: every label below 0, unless
+        the config names a problem_type.
     """
 
     class_name: str
@@ -40,6 +48,8 @@ class Family:
     first_exit: int = 0
     inner: str = "attention"
     repeats: str | None = None
+    positions: Callable[[nn.Module], int | None] = _table_length
+    uncounted: Literal["-100", "negative"] = "-100"
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The block modules, each once."""
@@ -84,6 +94,7 @@ FAMILIES: dict[str, Family] = {
             "RobertaLayer",
             pool=_roberta_pool,
             classify=lambda model, pooled: model.classifier.out_proj(model.classifier.dropout(pooled)),
+            positions=lambda model: model.config.max_position_embeddings - model.config.pad_token_id - 1,
         ),
         Family(
             "AlbertForSequenceClassification",
@@ -105,6 +116,8 @@ FAMILIES: dict[str, Family] = {
             classify=_dropped_classifier,
             row_arguments=("attention_mask",),
             returns_tuple=True,
+            positions=lambda model: _table_length(model) if model.config.position_biased_input else None,
+            uncounted="negative",
             first_exit=1,  # a convolution behind the first block combines its input and output
         ),
         Family(
@@ -114,6 +127,7 @@ FAMILIES: dict[str, Family] = {
             classify=lambda model, pooled: model.classifier(model.drop(pooled)),
             row_arguments=("attention_mask", "position_embeddings", "position_ids"),
             tail_takes_all=True,
+            positions=lambda model: None,  # rotary
             inner="attn",
         ),
         Family(
@@ -121,6 +135,7 @@ FAMILIES: dict[str, Family] = {
             "ViTLayer",
             pool=lambda model, hidden, mask: model.vit.layernorm(hidden)[:, 0],
             classify=lambda model, pooled: model.classifier(pooled),
+            positions=lambda model: None,
         ),
     )
 }

@@ -272,3 +272,11 @@ def test_training_sees_what_inference_sees():
             observation = Observation(heads, exit, states[depth], context)
             torch.testing.assert_close(heads.judge(observation), everything.scores[0, exit])
             context |= observation.carried
+
+
+def test_labels_leave_no_kind_of_problem_behind():
+    """transformers' loss writes the kind of problem into the config it is given: not into the model's own."""
+    model, exits, policy = fixture("DebertaV2", "palbert")
+    with attach(model, exits, policy):
+        model(**batch_for("DebertaV2"), labels=torch.arange(ROWS) % CLASSES)
+    assert model.config.problem_type is None

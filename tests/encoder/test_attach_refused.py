@@ -16,7 +16,7 @@ from tiny_classifiers import batch_for, exits_for, model_named
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.encoder import methods
-from ee_diffusion.encoder.attach import attach, positions
+from ee_diffusion.encoder.attach import attach
 from ee_diffusion.encoder.classifier import EarlyExitClassifier
 from ee_diffusion.encoder.exits import ClassifierExits
 from ee_diffusion.encoder.families import Family, family_of, register_family
@@ -101,10 +101,10 @@ class TestRefused:
     def test_longer_than_the_model(self, model, exits):
         with attach(model, exits, Policy()), pytest.raises(ValueError, match="17 tokens, the model takes at most 16"):
             model(input_ids=torch.ones(1, 17, dtype=torch.long))
-        assert positions(model_named("Roberta")) == 17
+        assert family_of(model_named("Roberta")).positions(model_named("Roberta")) == 17
 
     @pytest.mark.parametrize(
-        "labels, words", [([0, 3], r"0\.\.3, this model has the classes 0\.\.2"), ([-100, 1], r"-100\.\.1")]
+        "labels, words", [([0, 3], r"0\.\.3, this model has the classes 0\.\.2"), ([-1, -100], r"-1\.\.-1, this model")]
     )
     def test_labels_that_are_no_class(self, model, exits, labels, words):
         batch = batch_for("Bert", [0, 1]) | {"labels": torch.tensor(labels)}

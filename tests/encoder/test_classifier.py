@@ -165,6 +165,38 @@ class TestRefused:
             classifier(input_ids=torch.ones(1, 17, dtype=torch.long))
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "ViT"])
+def test_labels_that_the_stock_class_leaves_out(name: str):
+    classifier, stock, batch = classifier_named(name), model_named(name), batch_for(name)
+    left_out = (-100, -1) if name == "DebertaV2" else (-100,)
+    for label in left_out:
+        labels = torch.tensor([0, label, 2, 1, label, 0])
+        expected = stock(**batch, labels=labels).loss
+        for policy in (Policy(), confidence(1.0)):  # off; on, and nobody leaves
+            classifier.policy = policy
+            torch.testing.assert_close(classifier(**batch, labels=labels).loss, expected)
+    classifier.policy = fastbert(0.6)
+    output = classifier(**batch, labels=torch.tensor([0, -100, 2, 1, -100, 0]))
+    kept = [0, 2, 3, 5]
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.cross_entropy(output.logits[kept], torch.tensor([0, 2, 1, 0]))
+    )
+
+
+@pytest.mark.parametrize(("name", "changes"), [("ModernBert", {}), ("DebertaV2", {"position_biased_input": False})])
+def test_texts_longer_than_positions_that_are_relative(name: str, changes: dict):
+    """`max_position_embeddings` is 16 here and bounds nothing: the stock class takes any length."""
+    classifier, stock = classifier_named(name, **changes), model_named(name, **changes)
+    tokens = {"input_ids": torch.randint(3, WORDS, (2, 40), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        expected = stock(**tokens).logits
+        for policy in (Policy(), confidence(1.0)):
+            classifier.policy = policy
+            assert torch.equal(classifier(**tokens).logits, expected)
+        with pytest.raises(ValueError, match="no tokens"):
+            classifier(input_ids=torch.ones(2, 0, dtype=torch.long))
+
+
 class TestDrawnExits:
     """PonderNet's draws belong to the text: independent of one another, alike for a seed, whatever the batch."""
 
