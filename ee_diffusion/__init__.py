@@ -77,6 +77,7 @@ _HOMES = {
     "EarlyExitClassifier": "encoder.classifier",
     "ClassifierExits": "encoder.exits",
     "berxit": "encoder.methods",
+    "confidence": "encoder.methods",
     "deebert": "encoder.methods",
     "fastbert": "encoder.methods",
     "jei_dnn": "encoder.methods",
@@ -159,7 +160,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
     from ee_diffusion.encoder.classifier import EarlyExitClassifier
     from ee_diffusion.encoder.exits import ClassifierExits
-    from ee_diffusion.encoder.methods import berxit, deebert, fastbert, jei_dnn, pabee, palbert, pondernet
+    from ee_diffusion.encoder.methods import berxit, confidence, deebert, fastbert, jei_dnn, pabee, palbert, pondernet
 
 
 def __getattr__(name: str) -> Any:

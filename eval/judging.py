@@ -42,7 +42,15 @@ JUDGED: dict[str, dict[str, Rule]] = {
 
 
 def rules(classifier: EarlyExitClassifier) -> dict[str, Rule]:
-    """The rules with a threshold in [0, 1], larger is safer, that these exits can follow."""
+    """The rules with a threshold in [0, 1], larger is safer, that these exits can follow.
+
+    Raises:
+        ValueError: a model that gives several classes at once, of which nothing is judged here.
+    """
+    if classifier.config.problem_type == "multi_label_classification":
+        raise ValueError(
+            "problem_type='multi_label_classification', expected a model that gives one class or one value"
+        )
     if classifier.config.num_labels == 1:  # no class probabilities to look at
         return JUDGED[classifier.exits.judge]
     plain = {"confidence": confidence, "fastbert": lambda value: fastbert(1 - value)}

@@ -27,6 +27,9 @@ from ee_diffusion.encoder.tokens import TokenLane, TokenTrace, check_pruning
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 EXTRAS = ("output_hidden_states", "output_attentions")
+JUDGED = ("judged", "certainty")  # scores of a learned judge
+OF_CLASSES = ("margin", "low_entropy", "max_probability", "agreement")  # scores of one softmax
+OF_DECODING = ("saturation", "pruned_probability")
 IGNORED = -100  # the label of rows that a loss leaves out, in torch and transformers
 
 
@@ -55,7 +58,7 @@ def attach(
             are no class.
     """
     exits.check_fits(model)
-    check_policy(policy, exits)
+    check_policy(policy, exits, problem_of(model, None))
     if pruning is not None:
         check_pruning(model, pruning)
     run = _Run(model, exits, policy, elements, pruning=pruning)
@@ -66,16 +69,33 @@ def attach(
         yield run.traces
 
 
-def check_policy(policy: Policy, exits: ClassifierExits) -> None:
-    """Raise ValueError if the policy asks for a score that these exits cannot give."""
+def check_policy(policy: Policy, exits: ClassifierExits, problem: str | None) -> None:
+    """Raise ValueError if the policy asks for a score that these exits cannot give; `problem`: the config's problem_type."""
     criterion = policy.criterion
     if isinstance(criterion, Planned | None):
         return
-    if criterion.score in ("judged", "certainty") and exits.judge == "none":
-        raise ValueError(f"the policy looks at the score {criterion.score!r}, these exits have no learned judge")
-    if criterion.score in ("margin", "low_entropy", "max_probability", "agreement") and exits.num_labels < 2:
-        raise ValueError(f"score {criterion.score!r} is about classes, this model has {exits.num_labels} output")
+    score = criterion.score
+    if score in JUDGED and exits.judge == "none":
+        raise ValueError(f"the policy looks at the score {score!r}, these exits have no learned judge")
+    if score in OF_DECODING:
+        raise ValueError(f"score {score!r} is about decoding, expected another for a classifier")
+    if score in OF_CLASSES and exits.num_labels < 2:
+        raise ValueError(f"score {score!r} is about classes, this model has {exits.num_labels} output")
+    if score == "closeness" and exits.num_labels != 1:
+        raise ValueError(f"score 'closeness' is about one value, this model has {exits.num_labels} outputs")
+    of_classes = score in OF_CLASSES or (score in JUDGED and exits.judge == "statistics")
+    if of_classes and problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"score {score!r} takes one class of several to be right, this model's problem_type is {problem!r}; expected a score of a "
+            "learned judge other than 'statistics'"
+        )
     criterion.validate(1, len(exits.depths if policy.exits is None else policy.exits))
+
+
+def problem_of(model: nn.Module, labels: Tensor | None) -> str | None:
+    """The problem_type of a model's config; where it names none, what transformers takes floating labels (R, C) for."""
+    several = labels is not None and labels.is_floating_point() and model.config.num_labels > 1
+    return model.config.problem_type or ("multi_label_classification" if several else None)
 
 
 @contextmanager
@@ -124,6 +144,7 @@ class _Run:
         self._check(arguments)
         if labels is not None:
             labels = counted_labels(self.model, labels)
+            check_policy(self.policy, self.heads.exits, problem_of(self.model, labels))
         given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
         mask = arguments.get("attention_mask")
         session = self.policy.start(

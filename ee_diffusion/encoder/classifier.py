@@ -77,7 +77,7 @@ class EarlyExitClassifier(PreTrainedModel):
         self.model = _stock(config.base, config._attn_implementation)
         self.exits = ClassifierExits(**config.exits)
         self.exits.check_fits(self.model)
-        check_policy(self.policy, self.exits)
+        check_policy(self.policy, self.exits, config.problem_type)
         self.main_input_name = self.model.main_input_name
         self._traces: list[Trace] | None = None
         self.post_init()
@@ -115,7 +115,7 @@ class EarlyExitClassifier(PreTrainedModel):
     def policy(self, policy: Policy) -> None:
         if not isinstance(policy, Policy):
             raise TypeError(f"policy={policy!r}, expected a Policy; Policy() is off")
-        check_policy(policy, self.exits)
+        check_policy(policy, self.exits, self.config.problem_type or self.model.config.problem_type)
         self.config.policy = policy.to_dict()
 
     @property

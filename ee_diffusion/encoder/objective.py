@@ -193,7 +193,11 @@ class ClassifierObjective(nn.Module):
 
 
 def _check(classifier: EarlyExitClassifier, method: str, weights: Weights) -> None:
-    exits = classifier.exits
+    exits, problem = classifier.exits, classifier.config.problem_type
+    if problem == "multi_label_classification":
+        raise ValueError(
+            f"problem_type={problem!r}, expected a model that gives one class or one value: the losses are of those"
+        )
     if method not in PLAIN and method not in EXITS:
         raise ValueError(f"method={method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
     if method in EXITS and (exits.head, exits.judge) != EXITS[method]:

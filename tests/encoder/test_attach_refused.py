@@ -90,6 +90,45 @@ class TestRefused:
         with pytest.raises(ValueError, match="about classes"), attach(model, exits, methods.fastbert(0.5)):
             pass
 
+    @pytest.mark.parametrize(
+        "judge, policy",
+        [
+            ("none", methods.confidence(0.5)),
+            ("none", methods.pabee(1)),
+            ("none", methods.fastbert(0.5)),
+            ("none", Policy(methods.Threshold(0.5, score="margin"))),
+            ("statistics", methods.jei_dnn(0.5)),
+        ],
+    )
+    def test_one_softmax_of_several_classes_at_once(self, judge: str, policy: Policy):
+        words = r"takes one class of several to be right.*'multi_label_classification'"
+        model = model_named("Bert", problem_type="multi_label_classification")
+        exits = exits_for(model, head="pooled", judge=judge)
+        classifier = EarlyExitClassifier.from_classifier(model, exits)
+        with pytest.raises(ValueError, match=words):
+            classifier.policy = policy
+        with pytest.raises(ValueError, match=words), attach(model, exits, policy):
+            pass
+        unnamed, labels = model_named("Bert"), torch.ones(2, 3)
+        with attach(unnamed, exits, policy), pytest.raises(ValueError, match=words):
+            unnamed(**batch_for("Bert", [0, 1]), labels=labels)
+
+    def test_a_judge_may_speak_for_several_classes_at_once(self):
+        model = model_named("Bert", problem_type="multi_label_classification")
+        exits, labels = (
+            exits_for(model, head="shared", judge="halting"),
+            torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]]),
+        )
+        with attach(model, exits, methods.palbert(0.5)):
+            found = model(**batch_for("Bert", [0, 1]), labels=labels)
+        torch.testing.assert_close(found.loss, nn.functional.binary_cross_entropy_with_logits(found.logits, labels))
+
+    @pytest.mark.parametrize("score", ["closeness", "saturation", "pruned_probability"])
+    def test_scores_of_other_outputs(self, model, exits, score: str):
+        policy = Policy(methods.Threshold(0.5, score=score))
+        with pytest.raises(ValueError, match=f"score '{score}' is about"), attach(model, exits, policy):
+            pass
+
     def test_exits_attached_twice(self, model, exits):
         with attach(model, exits, Policy()):
             with pytest.raises(ValueError, match="attached"), attach(model, exits, Policy()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, BertTokenizer, ViTImageProcessorPil, pipeline
+from tree import ROOT, python_blocks
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -94,6 +96,21 @@ def test_text_classification_pipeline(tokenizer: BertTokenizer, batch_size: int,
             p = classifier(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert {entry["label"] for entry in row} == {f"LABEL_{i}" for i in range(CLASSES)}
         assert row[0]["score"] == pytest.approx(float(p.max()), abs=1e-5)
+
+
+def test_a_folder_in_a_fresh_process_as_the_docs_load_it(tokenizer: BertTokenizer, tmp_path: Path):
+    classifier = classifier_named("Bert")
+    classifier.policy = confidence(0.6)
+    classifier.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    folder = 'model="runs/palbert/model")'
+    blocks = python_blocks((ROOT / "docs" / "classifiers.md").read_text(encoding="utf-8"))
+    (block,) = [block for block in blocks if f'"text-classification", {folder}' in block]
+    code = block.replace("runs/palbert/model", str(tmp_path)) + "print(classify.model.policy, classify('w1 w2'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "max_probability" in done.stdout
+    assert "LABEL_" in done.stdout
 
 
 def test_image_classification_pipeline(caplog):

@@ -278,3 +278,10 @@ def test_images_and_regression():
 def test_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+def test_a_model_that_gives_several_classes_at_once_is_refused():
+    model = model_named("Bert", problem_type="multi_label_classification")
+    classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="none"))
+    with pytest.raises(ValueError, match="problem_type='multi_label_classification', expected"):
+        ClassifierObjective(classifier, method="pabee", weights=Weights())

@@ -188,3 +188,12 @@ def test_what_was_found_is_printed_and_the_side_of_a_fold_named(tmp_path: Path, 
     assert "| full model |" in said
     assert said.count("| confidence |") == 2
     assert "certified by learn then test: none" in said
+
+
+def test_a_model_that_gives_several_classes_at_once_is_refused(tmp_path: Path, monkeypatch):
+    made(tmp_path, "pabee")
+    classifier = EarlyExitClassifier.from_pretrained(tmp_path / "model")
+    classifier.config.problem_type = "multi_label_classification"
+    classifier.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="problem_type='multi_label_classification', expected"):
+        call(monkeypatch, f"--model {tmp_path}/model --text_files {tmp_path}/texts.tsv --output_dir {tmp_path}/out")
