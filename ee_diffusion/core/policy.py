@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import CRITERIA, Planned
+from ee_diffusion.core.criteria import CRITERIA, Planned, Sampled
 from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.io import read_json, write_text
 from ee_diffusion.core.ranks import Vote
+from ee_diffusion.core.rows import content_ids
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
 
@@ -68,6 +69,11 @@ class Policy:
     def is_off(self) -> bool:
         """True if a run under this policy is the plain model."""
         return self.criterion is None and isinstance(self.schedule, FullDepth)
+
+    def ids_of(self, content: Tensor, mask: Tensor | None = None) -> Tensor | None:
+        """Ids (E,) for `start` where the criterion draws by them, made of what each element holds: content (E, N, ...), of it the places
+        where mask (E, N) is not 0. Equal content draws alike, all other independently, in every batch. None: places do as ids."""
+        return content_ids(content, mask) if isinstance(self.criterion, Sampled) else None
 
     def start(
         self,

@@ -136,11 +136,13 @@ def early_exit_generate(
     if exit_missing == "recompute":
         check_deferrable(exit_policy, heads.depths, model_kwargs)
         attach, frozen = DeferredAttachment, FROZEN
+    embeds = model_kwargs.get("inputs_embeds")
     session = exit_policy.start(
         len(layers_of(model)),
         heads.depths,
         rows=torch.arange(len(input_ids)),
         num_steps=num_steps,
+        elements=exit_policy.ids_of(input_ids if embeds is None else embeds, model_kwargs.get("attention_mask")),
         device=model.device,
         frozen=frozen,
     )

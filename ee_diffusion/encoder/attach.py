@@ -15,11 +15,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.criteria import Planned, Sampled
+from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.patched import patched
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.rows import content_ids
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.encoder.families import family_of
@@ -46,8 +45,7 @@ def attach(
     """Within, every forward of `model` in this thread runs under `policy`; yields a list to which each forward appends its trace.
 
     Outside, and in other threads, the model computes exactly what it did before; another thread that attaches exits to it waits.
-    `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1, for drawn exits made of what a row holds (`content_ids`):
-    equal inputs draw alike, all others independently, in every batch.
+    `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1, for drawn exits `Policy.ids_of` the inputs.
     Labels given to a forward are compared with the answers of all rows, early or not. `pruning`: saliency below which a token is removed,
     one threshold per layer (tokens.py); what was removed is appended to `token_traces`.
 
@@ -152,7 +150,7 @@ class _Run:
             self.heads.depths,
             rows=torch.arange(len(given)),
             num_steps=1,
-            elements=self._ids(given, mask),
+            elements=self.policy.ids_of(given, mask) if self.elements is None else self.elements,
             device=given.device,
         )
         step = session.step(0, 0.0)
@@ -175,12 +173,6 @@ class _Run:
             loss = self.model.loss_function(labels, output.logits, config)
             output = type(output)(**dict(output) | {"loss": loss})
         return output.to_tuple() if as_dict is False else output
-
-    def _ids(self, given: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The ids (R,) of the rows; None: their places."""
-        if self.elements is None and isinstance(self.policy.criterion, Sampled):
-            return content_ids(given, mask)
-        return self.elements
 
     def _check(self, arguments: dict) -> None:
         asked = [name for name in EXTRAS if arguments.get(name, getattr(self.model.config, name))]

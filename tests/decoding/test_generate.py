@@ -31,7 +31,7 @@ from language import (
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from ee_diffusion.core.calibrate import replay
-from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.criteria import Sampled, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.attach import running_modules
@@ -128,6 +128,19 @@ def test_batch_mates_do_not_matter(name: str, policy: str):
         one = generate(model_named(name), by_request, alone(row))
         assert torch.equal(one.trace.depths[:, 0], together.trace.depths[:, row])
         assert torch.equal(new_tokens(one)[0], new_tokens(together)[row])
+
+
+def test_drawn_exits_belong_to_the_prompt():
+    """Alone as in a batch, and one prompt's draws are not another's."""
+    model, rule = model_named("llama"), Policy(Sampled(3, "max_probability"), exits=EXITS)
+    together = generate(model, rule, prompts()).trace
+    assert len(set(together.elements.tolist())) == len(LENGTHS)
+    for row in range(len(LENGTHS)):
+        one = generate(model, rule, alone(row)).trace
+        assert one.elements.tolist() == [together.elements[row]]
+        assert torch.equal(one.depths[:, 0], together.depths[:, row])
+    state = rule.criterion.start(together.elements, step=0, previous=None)
+    assert len(state["drawn"].unique()) == len(LENGTHS)
 
 
 # --- laws 3, 6, 7

@@ -104,7 +104,11 @@ class Edge:
         if any(depth_of(plan) is None for plan in plans):
             raise ValueError(f"the schedule {policy.schedule} leaves out layers below others, expected one that stops")
         session = policy.start(
-            self.part.num_layers, self.part.exits, rows=torch.zeros(1, dtype=torch.int64), num_steps=max_new_tokens
+            self.part.num_layers,
+            self.part.exits,
+            rows=torch.zeros(1, dtype=torch.int64),
+            num_steps=max_new_tokens,
+            elements=policy.ids_of(input_ids),
         )
         ids = input_ids.to(self.model.device)
         output = EdgeOutput(ids, None)  # type: ignore[arg-type]  # the trace comes at the end
