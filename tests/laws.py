@@ -166,7 +166,7 @@ def skipped_work_is_not_executed(driver: Driver, policy: Policy, layout: Layout)
 def step_work_is(driver: Driver, seen: Work, trace: Trace, index: int, *, measures: bool, late: bool = False) -> None:
     """One step of law 7: what was counted is what the trace says, and no more than the decisions made necessary. Where they are late,
     nothing is measured of rows that leave there, nor at the last exit."""
-    depths, rows = trace.depths[index], trace.rows  # (E,)
+    depths, rows = trace.depths[index], trace.rows[index]  # (E,)
     blocks = [int(trace.ran[index, :, layer].sum()) for layer in range(driver.num_layers)]
     assert seen.blocks == [count * driver.tokens for count in blocks]
     assert blocks == [int(rows[depths > layer].sum()) for layer in range(driver.num_layers)]

@@ -65,10 +65,14 @@ def write_tensors(
 
 
 def read_tensors(
-    path: str | os.PathLike[str], what: str, *, names: Sequence[str] | None = None, format: str | None = None
+    path: str | os.PathLike[str],
+    what: str,
+    *,
+    names: Sequence[str] | None = None,
+    format: str | tuple[str, ...] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file and its metadata. names: those it must hold, and which are read; None: all.
-    format: what the metadata must name under "format"; None: that is not asked.
+    format: what the metadata must name under "format" (of several: this, or an earlier one that is understood); None: that is not asked.
 
     Raises:
         ValueError: no such file, a folder, a damaged file, one of another format or without these tensors; `what` was expected is said.
@@ -76,8 +80,9 @@ def read_tensors(
     try:
         with safe_open(path, framework="pt") as file:
             there, metadata = list(file.keys()), file.metadata() or {}
-            if format is not None and metadata.get("format") != format:
-                raise ValueError(f"it is no {what}: format {metadata.get('format')!r}, expected {format!r}")
+            known = (format,) if isinstance(format, str | None) else format
+            if format is not None and metadata.get("format") not in known:
+                raise ValueError(f"it is no {what}: format {metadata.get('format')!r}, expected {known[0]!r}")
             missing = [name for name in names or () if name not in there]
             if missing:
                 raise ValueError(f"it lacks the tensors {missing}, it holds {there}")

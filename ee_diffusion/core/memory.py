@@ -5,6 +5,7 @@ Here: remembering and extrapolating. Not here: in which terms a model's output i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,17 @@ class Memory:
         """
         full = (self.count == self.times.shape[1]) & (time != self.times[:, 0])
         return torch.where(full, self.bend * self.remainder(time), torch.nan)
+
+    def regrouped(self, sources: Sequence[int | None]) -> Memory:
+        """The memory of a batch whose row i goes on from row `sources[i]` of this one; None: a row that remembers nothing yet."""
+        device = self.values.device
+        taken = torch.tensor([0 if source is None else source for source in sources], device=device)
+        new = torch.tensor([source is None for source in sources], device=device)
+        values, times, bend = (tensor.index_select(0, taken) for tensor in (self.values, self.times, self.bend))
+        wide = new.reshape(-1, *[1] * (values.ndim - 1))
+        return Memory(
+            values.masked_fill(wide, 0.0), times.masked_fill(new[:, None], torch.nan), bend.masked_fill(new, torch.nan)
+        )
 
     def remember(self, rows: Tensor, value: Tensor, time: Tensor) -> Memory:
         """The memory after rows (r,) said value (r, ...) at time (r,). The others keep what they remember.

@@ -1,11 +1,12 @@
 """Session: a policy applied to one run. What is kept from step to step, and the trace of it all. Not here: who stops (step_session.py).
 
-E elements, R rows (R >= E: guidance gives an image two), K exits of the policy, L layers, S steps.
+E elements, R rows (R >= E: guidance gives an image two; how many may change between steps), K exits of the policy, L layers, S steps.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,11 +45,8 @@ class Session:
         self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
         self.next_exits = dict(itertools.pairwise(exits))  # depth -> depth of the exit that follows
-        self.rows = rows  # (R,) element of each row
-        self.elements_of_rows: list[int] = rows.tolist()
-        num_elements = 1 + max(self.elements_of_rows)
-        self.places, self.all_rows, self.no_rows = list(range(len(rows))), torch.arange(len(rows)), torch.arange(0)
-        self.rows_per_element = torch.bincount(rows, minlength=num_elements).tolist()  # (E,)
+        num_elements = 1 + int(rows.max())
+        self._seat(rows, num_elements)
         self.no_scores = torch.full((num_elements,), torch.nan)
         self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
         if self.elements.shape != (num_elements,):
@@ -57,6 +55,29 @@ class Session:
         self.memories: dict[int, Memory] = {}  # for heads that remember: what the rows' last full steps said, by call
         self.finished: list[StepSession] = []
         self._open: StepSession | None = None
+
+    def _seat(self, rows: Tensor, num_elements: int) -> None:
+        self.rows = rows  # (R,) element of each row
+        self.elements_of_rows: list[int] = rows.tolist()
+        self.places, self.all_rows, self.no_rows = list(range(len(rows))), torch.arange(len(rows)), torch.arange(0)
+        self.rows_per_element: list[int] = torch.bincount(rows, minlength=num_elements).tolist()  # (E,)
+
+    def regroup(self, rows: Tensor, sources: Sequence[int | None]) -> None:
+        """From the next step on the batch has other rows (guidance that ends in mid-run): rows (R,), the element of each, among those of
+        the run. An element without a row is absent. Row i remembers what row `sources[i]` of the batch before did, None: nothing; rows
+        that are no source take their memory along.
+
+        Raises:
+            ValueError: a step is going on, or elements that the run does not have.
+        """
+        num_elements = len(self.elements)
+        if self._open is not None or len(sources) != len(rows) or int(rows.max()) >= num_elements:
+            raise ValueError(
+                f"rows of elements {rows.tolist()} that go on from {list(sources)}: expected elements below {num_elements}, a source for "
+                "each row, and no step that is going on"
+            )
+        self._seat(rows, num_elements)
+        self.memories = {call: memory.regrouped(sources) for call, memory in self.memories.items()}
 
     def step(self, index: int, time: float, *, absent: Tensor | None = None) -> StepSession:
         """Begin step `index` at `time` (timestep or sigma). Steps come in order; the one before must be closed.
@@ -90,6 +111,10 @@ class Session:
         self._open = StepSession(self, leader.index, leader.time, leader=leader)
         return self._open
 
+    def miss(self, other: StepSession) -> None:
+        """A step that another session of the run took, and no element of this one (a call of guidance that was not made)."""
+        self.step(other.index, other.time, absent=torch.ones(len(self.elements), dtype=torch.bool)).close()
+
     def require_open(self, step: StepSession) -> None:
         """Raise ValueError unless `step` is the one that is going on."""
         if self._open is not step:
@@ -103,18 +128,18 @@ class Session:
             step.leader.add_work_of(step)
         self._open = None
 
-    def trace(self) -> Trace:
-        """Everything that happened in the closed steps.
+    def trace(self, beside: Session | None = None) -> Trace:
+        """Everything that happened in the closed steps; `beside`: a session of the same run, elements are absent from its further steps.
 
         Raises:
             ValueError: no step was closed.
         """
-        if not self.finished:
+        steps = [*self.finished, *map(self._missed, beside.finished[len(self.finished) :] if beside else ())]
+        if not steps:
             raise ValueError("no step has been closed: there is nothing to trace")
-        steps = self.finished
         return Trace(
             elements=self.elements,
-            rows=torch.tensor(self.rows_per_element),
+            rows=torch.tensor([step.rows_per_element for step in steps]),
             times=torch.tensor([step.time for step in steps], dtype=torch.float64),
             exits=torch.tensor(list(self.exits), dtype=torch.int64),
             planned=torch.tensor([step.layers for step in steps]),
@@ -128,3 +153,9 @@ class Session:
             calls=tuple(step.calls for step in steps),
             frozen=self.frozen,
         )
+
+    def _missed(self, other: StepSession) -> StepSession:
+        """The same step without anybody of this session, which does not take note of it."""
+        made = StepSession(self, other.index, other.time)
+        made.leave_out([True] * len(self.elements))
+        return made

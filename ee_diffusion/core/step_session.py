@@ -38,9 +38,9 @@ class StepSession:
         self.measured, self.answered = [0] * num_exits, [0] * num_exits  # rows
         self._places = session.places  # (r,) the same; lists are replaced, never written to
         self._elements = session.elements_of_rows  # (r,) element of each running row
-        self._counts = session.rows_per_element  # (E,) running rows of each element
+        self.rows_per_element = self._counts = session.rows_per_element  # (E,) running rows of each element
         self.work = [[0] * len(self._counts)] * num_layers  # (L, E) rows that each layer was executed on
-        self.left = [num_layers] * len(self._counts)  # (E,)
+        self.left = [num_layers if count else -1 for count in self._counts]  # (E,)
         self._scores: dict[int, list[float]] = {}  # exit -> (E,), NaN where not measured
         self._unsound: list[int] = []  # depths where an element that was running has no number
         self._arriving: Arriving | None = None  # scores that decide at the next exit
@@ -91,7 +91,7 @@ class StepSession:
 
     def executed(self, layer: int) -> None:
         """The driver says: the layer ran on the running rows (on all rows, where those that stopped are carried along)."""
-        self.work[layer] = self.session.rows_per_element if self.session.frozen else self._counts
+        self.work[layer] = self.rows_per_element if self.session.frozen else self._counts
 
     def add_work_of(self, follower: StepSession) -> None:
         """Count what a following forward executed as this step's."""

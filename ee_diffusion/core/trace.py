@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ee_diffusion.core.io import read_tensors, write_tensors
 
-_FORMAT = "ee_diffusion.trace.1"
+_FORMAT = "ee_diffusion.trace.2"
+_FIRST_FORMAT = "ee_diffusion.trace.1"  # the same, but for rows (E,): every step's
 _TENSORS = ("elements", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
 
 
@@ -35,7 +36,8 @@ class Beside:
 class Trace:
     """One run, step by step.
 
-    elements (E,) ids; rows (E,) rows per element; times (S,); exits (K,) depths; planned (S, L) layers that the schedule allowed;
+    elements (E,) ids; rows (S, E) rows per element (guidance may end in mid-run); times (S,); exits (K,) depths; planned (S, L) layers
+    that the schedule allowed;
     depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail; -1: absent from the step);
     scores (S, K, E), NaN where not measured;
     ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
@@ -96,8 +98,10 @@ class Trace:
         Raises:
             ValueError: a truncated file, or one that is no trace.
         """
-        tensors, metadata = read_tensors(path, "trace", names=_TENSORS, format=_FORMAT)
+        tensors, metadata = read_tensors(path, "trace", names=_TENSORS, format=(_FORMAT, _FIRST_FORMAT))
         try:
+            if metadata["format"] == _FIRST_FORMAT:
+                tensors["rows"] = tensors["rows"].expand(len(tensors["times"]), -1)
             plain = {name: json.loads(metadata[name]) for name in ("policy", "recorded_all")}
             calls, frozen = json.loads(metadata.get("calls", "[]")), json.loads(metadata.get("frozen", '""'))
             beside = tuple(Beside(*one) for one in json.loads(metadata.get("beside", "[]")))
@@ -179,7 +183,7 @@ def _summed(beside: Iterable[Beside]) -> tuple[Beside, ...]:
     return tuple(found.values())
 
 
-_ELEMENT_DIMS = {"elements": 0, "rows": 0, "depths": 1, "scores": 2, "ran": 1}
+_ELEMENT_DIMS = {"elements": 0, "rows": 1, "depths": 1, "scores": 2, "ran": 1}
 
 
 @dataclass(frozen=True)

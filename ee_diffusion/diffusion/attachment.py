@@ -297,7 +297,8 @@ class Attachment:
                 output, answer = self.compiler.whole(step, original, places, **given)
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
         keep = self.heads.keeps if self._keeping and step.last == step.session.num_layers else ()
-        lane, rows_for = Lane(step, heads, context, keep=keep), None if self.compiler is None else bucket
+        padding = self.compiler is not None and (self.runs is None or not self.runs.perturbed)
+        lane, rows_for = Lane(step, heads, context, keep=keep), bucket if padding else None
         passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for, checkpoint=checkpoint)
         self._now.passage = passage
         with self._alone_if(self.compiler is not None or checkpoint is not None):

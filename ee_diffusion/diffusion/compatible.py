@@ -49,6 +49,11 @@ def require_no_cache(transformer: nn.Module) -> None:
             )
 
 
+def perturbs_attention(transformer: nn.Module) -> bool:
+    """Whether attention takes the rows of an image together (diffusers' processors for perturbed attention guidance)."""
+    return any(type(module.__dict__.get("processor")).__name__.startswith("PAG") for module in transformer.modules())
+
+
 def _require_known(block: nn.Module, place: str, family: Family) -> None:
     if _is_sharded(block):
         raise ValueError(

@@ -1,11 +1,12 @@
 """What a model is asked at a step and what guidance makes of its answer: one place, so that fits and gains see what the pipelines run.
 
-B images, R rows: 2B under guidance (conditional first), B without; C, H, W image.
+B images, R rows: 2B under guidance (conditional first; stock pipelines: last), B without; C, H, W image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
@@ -31,6 +32,28 @@ def guided(answer: Tensor, guidance_scale: float) -> Tensor:
         return answer
     conditional, unconditional = answer.chunk(2)
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def condition_of(arguments: Mapping[str, Any]) -> Tensor | None:
+    """What the rows (R, ...) of a forward with these arguments are asked: the text, or the class."""
+    text = arguments.get("encoder_hidden_states")
+    return arguments.get("class_labels") if text is None else text
+
+
+def sources_of_rows(now: Tensor | None, before: Tensor | None, *, num_rows: int, num_images: int) -> list[int | None]:
+    """For each of R rows, in stacks of all B images, the row of the forward before that was asked the same; None: none was.
+
+    now (R, ...) and before (R', ...): what they were asked. Where two stacks were asked the same (perturbed attention guidance), the first
+    that is left goes on from the first: pipelines put the perturbed one last.
+    """
+    if now is None or before is None:
+        return [None] * num_rows
+    old, sources = list(enumerate(before.split(num_images))), list[int | None]()
+    for asked in now.split(num_images):
+        same = next((place for place, one in old if torch.equal(one, asked)), None)
+        old = [(place, one) for place, one in old if place != same]
+        sources += [None if same is None else same * num_images + image for image in range(num_images)]
+    return sources
 
 
 def row_labels(

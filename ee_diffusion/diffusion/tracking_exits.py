@@ -6,7 +6,7 @@ R rows, r running rows, M remembered steps, K deeper exits, P patches, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,10 @@ class Tracks:
 
     clean: Memory
     read: Memory
+
+    def regrouped(self, sources: Sequence[int | None]) -> Tracks:
+        """As `Memory.regrouped`: row i goes on from row `sources[i]`."""
+        return Tracks(self.clean.regrouped(sources), self.read.regrouped(sources))
 
 
 class Correction(nn.Module):

@@ -59,7 +59,7 @@ class Look:
         n, layers, exits = len(self.labels), self.num_layers, len(self.depths)
         return Trace(
             elements=torch.arange(n),
-            rows=torch.ones(n, dtype=torch.int64),
+            rows=torch.ones(1, n, dtype=torch.int64),
             times=torch.zeros(1, dtype=torch.float64),
             exits=torch.tensor(self.depths),
             planned=torch.ones(1, layers, dtype=torch.bool),

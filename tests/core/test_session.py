@@ -76,7 +76,7 @@ def test_a_decision_by_hand():
     assert trace.depths.tolist() == [[4, 0, 0]]
     assert trace.ran[0].tolist() == [[2, 2, 2, 2, 0], [0] * 5, [0] * 5]
     assert trace.measured.tolist() == [[5, 2, 2]]
-    assert trace.rows.tolist() == [2, 2, 1]
+    assert trace.rows.tolist() == [[2, 2, 1]]
     expected = torch.tensor([[[0.1, 0.7, 0.6], [0.5, torch.nan, torch.nan], [0.8, torch.nan, torch.nan]]])
     torch.testing.assert_close(trace.scores, expected, equal_nan=True)
 

@@ -303,7 +303,7 @@ def test_an_image_of_the_null_class_is_no_branch_of_another():
             assert attachment.trace.depths.shape == (2, elements)
     with attach(pipe, exits, Policy(Threshold(0.5))) as attachment:
         pipe([5], guidance_scale=4.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-        assert attachment.trace.rows.tolist() == [2]
+        assert attachment.trace.rows.tolist() == [[2], [2]]
 
 
 def test_a_row_whose_tokens_have_times_of_their_own_is_at_its_latest():

@@ -125,7 +125,7 @@ def test_misuse_is_refused_before_work():
 def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
     one = pipe("pixart")
     with attach(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
-        patch.setattr(one, "encode_prompt", functools.partial(type(one).encode_prompt, one))
+        patch.setattr(one, "prepare_latents", functools.partial(type(one).prepare_latents, one))
         with pytest.raises(ValueError, match="does not say whether it guides: attach with branches="):
             images_of(one, call_of("pixart", IMAGES))
 
@@ -133,12 +133,28 @@ def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
 # --- forwards without a model: which steps and branches they are taken for
 
 
-class Forwards:
-    """Runs of a family whose guidance is a second call, under a scheduler with these timesteps; forwards at times, of named branches."""
+class Solver:
+    """What is read of a scheduler: its timesteps, and how many steps it took."""
 
-    def __init__(self, times: list[float], dtype: torch.dtype = torch.float32):
+    def __init__(self, times: list[float]):
+        self.timesteps, self.taken = torch.tensor(times), None
+
+    @property
+    def step_index(self) -> int | None:
+        return self.taken
+
+    def step(self) -> None:
+        self.taken = 1 + (self.taken or 0)
+
+
+class Forwards:
+    """Runs of a family whose guidance is a second call, under a solver with these timesteps, or in a loop of one's own (`solver=False`);
+    forwards at times, of named branches, at a sample."""
+
+    def __init__(self, times: list[float], dtype: torch.dtype = torch.float32, *, solver: bool = True, **policy):
+        self.solver = Solver(times)
         pipeline = SimpleNamespace(
-            scheduler=SimpleNamespace(timesteps=torch.tensor(times)),
+            scheduler=self.solver,
             progress_bar=lambda *args: None,
             maybe_free_model_hooks=lambda: None,
         )
@@ -148,13 +164,16 @@ class Forwards:
             return policy.start(4, (1,), rows=rows, num_steps=num_steps)
 
         said = {"pipeline": pipeline, "branches": None, "num_steps": None, "renew": lambda: None}
-        self.runs = Runs(Policy(Threshold(0.5)), start, model, family_of(model), **said)
+        if not solver:
+            said |= {"pipeline": None, "branches": 1, "num_steps": len(times)}
+        self.runs = Runs(Policy(Threshold(0.5), **policy), start, model, family_of(model), **said)
 
-    def __call__(self, time: float, branch: str | None = None) -> None:
-        arguments, shape = {"timestep": torch.tensor([time], dtype=self.dtype)}, torch.Size((1, 2))
+    def __call__(self, time: float, branch: str | None = None, sample: float = 0.0, rows: int = 1) -> None:
+        seen = torch.tensor(time).to(self.dtype).expand(rows)
+        arguments = {"timestep": seen, "hidden_states": torch.full((rows, 2), sample)}
         named = nullcontext() if branch is None else self.runs._cache_context(nullcontext, branch)
         with named:
-            step = self.runs.step(arguments, torch.tensor([time]), shape=shape, device=torch.device("cpu"))
+            step = self.runs.step(arguments, seen.float(), shape=torch.Size((rows, 2)), device=torch.device("cpu"))
             step.close()
 
     @property
@@ -163,23 +182,41 @@ class Forwards:
         return self.runs.trace.times.tolist(), list(self.runs.trace.calls)
 
 
-def test_named_branches_of_a_solver_with_two_stages():
-    forwards = Forwards([900.0, 600.0, 600.0, 300.0])
-    for time in (900.0, 600.0, 600.0, 300.0):
-        forwards(time, "cond")
-        forwards(time, "uncond")
-    assert forwards.seen == ([900, 600, 600, 300], [2, 2, 2, 2])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_second_call_is_one_before_the_solver_moved_on(named: bool):
+    """A solver of two stages asks twice at one time."""
+    times = [900.0, 600.0, 600.0, 300.0]
+    for calls in (["cond"], ["cond", "uncond"]):
+        forwards = Forwards(times)
+        for time in times:
+            for name in calls:
+                forwards(time, name if named else None)
+            forwards.solver.step()
+        assert forwards.seen == (times, [len(calls)] * 4)
 
 
-def test_without_names_the_scheduler_says_whether_a_time_comes_twice():
-    forwards = Forwards([900.0, 600.0, 600.0, 300.0])
-    for time in (900.0, 600.0, 600.0, 300.0):
-        forwards(time)
+@pytest.mark.parametrize("calls", [1, 2])
+def test_neighbouring_times_that_half_precision_rounds_to_the_same(calls: int):
+    times = [float(time) for time in range(1000, 900, -1)]
+    forwards = Forwards(times, torch.bfloat16)
+    for time in times:
+        for _ in range(calls):
+            forwards(time)
+        forwards.solver.step()
+    assert forwards.seen == (times, [calls] * 100)
+
+
+def test_in_a_loop_of_ones_own_a_second_call_is_named_or_asks_about_the_same_sample():
+    for names in ((None, None), ("cond", "uncond")):
+        forwards = Forwards([0.0] * 4, torch.bfloat16, solver=False)
+        for place, time in enumerate((999.0, 998.0, 997.0, 300.0)):
+            for name in names:
+                forwards(time, name, sample=float(place))
+        assert forwards.seen[1] == [2, 2, 2, 2]
+    forwards = Forwards([0.0] * 4, solver=False)
+    for place, time in enumerate((900.0, 600.0, 600.0, 300.0)):
+        forwards(time, sample=float(place))
     assert forwards.seen == ([900, 600, 600, 300], [1, 1, 1, 1])
-    forwards = Forwards([900.0, 600.0])
-    for time in (900.0, 900.0, 600.0, 600.0):
-        forwards(time)
-    assert forwards.seen == ([900, 600], [2, 2])
 
 
 def test_a_branch_has_its_name_only_as_long_as_the_pipeline_says():
@@ -199,3 +236,39 @@ def test_a_time_that_the_model_sees_rounded_is_found_among_the_schedulers():
     assert forwards.seen == ([501, 300], [1, 1])
     with pytest.raises(ValueError, match="forward 3 of a run of 2 steps"):
         forwards(200.0)
+
+
+def test_where_a_run_begins_among_times_that_are_rounded_to_the_same_the_scheduler_says():
+    forwards = Forwards([999.0, 998.0, 997.0, 996.0], torch.bfloat16)
+    forwards.solver.begin_index = 2
+    forwards(997.0)
+    forwards.solver.step()
+    forwards(996.0)
+    assert forwards.seen == ([997, 996], [1, 1])
+
+
+# --- calls of guidance that are not made at every step, each with exits of its own
+
+
+def test_a_branch_that_ends_begins_late_or_comes_again():
+    """Guidance in an interval: at the other steps the second call's images have no part."""
+    forwards, times = Forwards([900.0, 700.0, 500.0, 300.0], guidance="apart"), [900, 700, 500, 300]
+    for _ in range(2):
+        for time, calls in zip(times, (1, 2, 1, 2), strict=True):
+            for _ in range(calls):
+                forwards(float(time), rows=2)
+            forwards.solver.step()
+        trace = forwards.runs.trace
+        assert trace.times.tolist() == times
+        assert trace.depths.tolist() == [[4, 4, -1, -1], [4, 4, 4, 4], [4, 4, -1, -1], [4, 4, 4, 4]]
+        assert trace.rows.tolist() == [[1, 1, 1, 1]] * 4
+
+
+def test_a_call_that_ends_between_two_calls_of_a_step_is_nobodys_business():
+    forwards = Forwards([900.0, 600.0], guidance="apart")
+    for time in (900.0, 900.0, 600.0):
+        forwards(time)
+    assert forwards.runs.trace.depths.tolist() == [[4, 4], [4, -1]]
+    for time in (900.0, 900.0, 600.0, 600.0):
+        forwards(time)
+    assert forwards.runs.trace.depths.tolist() == [[4, 4], [4, 4]]

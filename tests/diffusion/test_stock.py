@@ -80,7 +80,7 @@ def test_an_image_in_a_batch_is_the_image_alone_and_work_is_counted(name: str):
     for hook in hooks:
         hook.remove()
     assert trace.elements.tolist() == IMAGES
-    assert trace.rows.tolist() == [STOCK[name].rows] * len(IMAGES)
+    assert trace.rows.tolist() == [[STOCK[name].rows] * len(IMAGES)] * STEPS
     assert trace.calls == (STOCK[name].calls,) * STEPS
     assert trace.times.tolist() == pipe(name).scheduler.timesteps.double().tolist()
     assert sum(rows) == int(trace.ran.sum())

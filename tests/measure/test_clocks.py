@@ -133,7 +133,7 @@ def trace_of(ran: torch.Tensor, measured: torch.Tensor, answered: torch.Tensor) 
     zeros = torch.zeros(steps, elements)
     return Trace(
         elements=torch.arange(elements),
-        rows=torch.ones(elements, dtype=torch.long),
+        rows=torch.ones(steps, elements, dtype=torch.long),
         times=torch.arange(steps),
         exits=torch.tensor([1]),
         planned=torch.ones(steps, layers, dtype=torch.bool),
