@@ -44,7 +44,7 @@ def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: flo
     exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
     with attach(pipe, exits, policy) as attachment:
         attached = call_of(pipe, kind, scale)()
-        assert attachment.trace.rows.tolist() == [2 if scale > 1 else 1] * len(SEEDS)
+        assert attachment.trace.rows.unique().tolist() == [2 if scale > 1 else 1]
     pipe.exits = exits
     torch.testing.assert_close(attached, call_of(pipe, kind, scale, exit_policy=policy)(), rtol=0, atol=0)
 
@@ -55,7 +55,7 @@ def test_two_calls_of_other_guidance_have_rows_of_their_own():
     with attach(pipe, exits, periodic_cache(2, warm_up=2)) as attachment:
         for scale, rows in ((2.0, 2), (1.0, 1), (3.0, 2)):
             call_of(pipe, "class", scale)()
-            assert attachment.trace.rows.tolist() == [rows] * len(SEEDS)
+            assert attachment.trace.rows.unique().tolist() == [rows]
 
 
 def test_a_call_says_its_guidance_as_pipelines_of_diffusers_do():
