@@ -248,7 +248,8 @@ def candidates_of(
         found.append(Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer))
     for threshold in options.thresholds:
         found.append(Candidate(f"deediff {threshold}", "deediff", None, deediff(threshold), steps))
-    for kind, values in (("first_block", options.first_block), ("taylor", options.taylor), ("mag", options.mag)):
+    for kind in PEERS:
+        values = getattr(options, kind)
         found += [Candidate(f"{kind.replace('_', ' ')} {value}", kind, value, None, steps) for value in values]
     return [Candidate("full", "full", None, None, steps), *found]
 

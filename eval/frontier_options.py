@@ -20,6 +20,7 @@ WITHIN = {  # what each number of these lists may be
     ),
     "periods": (lambda x: x >= 1, "at least 1"),
     "taylor": (lambda x: x >= 1, "at least 1"),
+    "taylor_second_order": (lambda x: x >= 1, "at least 1"),
 }
 COUNTS = ("count", "search_count", "gain_images", "gain_every")
 PARTS = ("decay", "power", "search_power")
@@ -64,6 +65,9 @@ class FrontierOptions:
     thresholds: list[float] = _numbers("DeeDiff's thresholds on u; none: leave it out.")
     first_block: list[float] = _numbers("Thresholds of diffusers' FirstBlockCache.")
     taylor: list[int] = field(default_factory=lambda: [3], metadata={"help": "Intervals of diffusers' TaylorSeer."})
+    taylor_second_order: list[int] = field(
+        default_factory=list, metadata={"help": "The same where it expands to the second order."}
+    )
     mag: list[float] = _numbers("Thresholds of diffusers' MagCache.")
     controls: bool = flag("Static and random controls made of the traces of the policies that decide.", True)
 

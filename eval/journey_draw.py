@@ -110,8 +110,8 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
         }
         begun, ended = time.perf_counter(), None
         if candidate.kind.startswith("db_cache"):
-            taylor = candidate.kind.endswith("taylor")
-            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor=taylor) as cached:
+            order = int(candidate.kind.endswith("taylor"))
+            with db_cache(pipe, candidate.budget, num_steps=candidate.steps, taylor_order=order) as cached:
                 begun = time.perf_counter()
                 images, trace = cached(**call).images, None
                 ended = time.perf_counter()

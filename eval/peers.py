@@ -1,7 +1,7 @@
 """diffusers' own caches as contenders: FirstBlockCache, TaylorSeer, MagCache. They decide for whole batches.
 
 Each works on a copy of the transformer, so that the hooks of one disturb nobody. What is not set here is as diffusers has it by default.
-Not here: who takes part (contenders.py).
+tests/eval/test_peers_readings.py holds them against slow readings of what was published. Not here: who takes part (contenders.py).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
+import functools
 import io
 from collections.abc import Sequence
 
@@ -23,9 +24,10 @@ from diffusers.hooks import (
 )
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models import CacheMixin
+from torch import nn
 
-from ee_diffusion.diffusion.families import family_of
-from ee_diffusion.diffusion.generation import Generated, classes_of, generate
+from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.generation import Generated, classes_of, generate, joined
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.uvit import UViTBlock
 from ee_diffusion.measure.splits import balanced_labels, seeds
@@ -38,19 +40,43 @@ TransformerBlockRegistry.register(
 )
 
 
+# What TaylorSeer predicts: the last module of a forward, behind which nothing but the order of pixels changes. Not every class's last
+# child is that (PixArt's is an embedder), and what predicts an earlier one would predict from blocks that said nothing.
+LAST_MODULES = {"UViTTransformer2DModel": "conv_out", "DiTTransformer2DModel": "proj_out_2"}
+
+
 class Peer:
-    """A pipeline whose transformer has one of diffusers' caches on it. Its state is forgotten before every batch."""
+    """A pipeline whose transformer has one of diffusers' caches on it. Its state is forgotten before every batch.
+
+    Raises:
+        ValueError: a transformer of one block: diffusers' caches want a first and a last one (MagCache would lose count of its steps).
+    """
 
     def __init__(self, pipeline: EarlyExitPipeline):
+        blocks = len(blocks_of(pipeline.transformer))
+        if blocks < 2:
+            raise ValueError(f"a transformer of {blocks} block, expected at least 2 for diffusers' caches")
         self.pipeline = EarlyExitPipeline(copy.deepcopy(pipeline.transformer), pipeline.scheduler, None)
         self.pipeline.set_progress_bar_config(disable=True)
 
-    def generate(self, chosen: Sequence[int], labels: Sequence[int] | None, **call) -> Generated:
+    def generate(
+        self,
+        chosen: Sequence[int],
+        labels: Sequence[int] | None,
+        *,
+        batch_size: int,
+        first_id: int = 0,
+        **call,
+    ) -> Generated:
         """As `generate`, with the cache on."""
-        transformer = self.pipeline.transformer
-        HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
-        with CacheMixin.cache_context(transformer, CONTEXT):
-            return generate(self.pipeline, chosen, labels, **call)
+        transformer, parts = self.pipeline.transformer, []
+        for start in range(0, len(chosen), batch_size):
+            HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
+            batch = slice(start, start + batch_size)
+            with CacheMixin.cache_context(transformer, CONTEXT):
+                own = {"batch_size": batch_size, "first_id": first_id + start, **call}
+                parts.append(generate(self.pipeline, chosen[batch], labels and labels[batch], **own))
+        return joined(parts)
 
 
 def first_block_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
@@ -63,44 +89,79 @@ def first_block_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: i
     return made
 
 
-def taylorseer(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
-    """TaylorSeer of order 1 on the model's output, every `value`-th step in full after three at the beginning: in between no block runs.
+def taylorseer(
+    pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float, order: int = 1
+) -> Peer:
+    """TaylorSeer on the model's output, every `value`-th step in full: in between no block runs. Full are three steps at the beginning,
+    the fifth, and from there every `value`-th.
 
-    Set: `cache_interval`; which modules are predicted (the last) and which then do nothing (the blocks), as diffusers' lite mode has it
-    for models whose names it knows: its default predicts every attention and runs all else, which saves less time; and the factors' dtype,
-    the model's own: in bfloat16, the default, a float32 model's output would be rounded to 8 bits at predicted steps.
+    order: of the expansion, 1 (diffusers' default) or more.
     """
     made = Peer(pipeline)
-    transformer = made.pipeline.transformer
-    last = [name for name, _ in transformer.named_children()][-1]
+    apply_taylorseer(made.pipeline.transformer, int(value), order=order)
+    return made
+
+
+def apply_taylorseer(transformer: nn.Module, interval: int, *, order: int) -> None:
+    """Put TaylorSeer on a transformer.
+
+    Set: `cache_interval`; `max_order`; which modules are predicted (the last) and which then do nothing (the blocks), as diffusers' lite
+    mode has it for models whose names it knows: its default predicts every attention and runs all else, which saves less time; and the
+    factors' dtype, the model's own: in bfloat16, the default, a float32 model's output would be rounded to 8 bits at predicted steps.
+
+    Raises:
+        ValueError: a class whose last module is not known here; an order below 1.
+    """
+    name = type(transformer).__name__
+    if name not in LAST_MODULES:
+        raise ValueError(
+            f"TaylorSeer on a {name}, whose last module is not known: expected one of {sorted(LAST_MODULES)}"
+        )
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+        raise ValueError(f"TaylorSeer of order={order!r}, expected an integer of at least 1")
     config = TaylorSeerCacheConfig(
-        cache_interval=int(value),
+        cache_interval=interval,
+        max_order=order,
         taylor_factors_dtype=transformer.dtype,
         skip_predict_identifiers=[rf"{family_of(transformer).blocks}\.\d+"],
-        cache_identifiers=[last],
+        cache_identifiers=[LAST_MODULES[name]],
     )
     apply_taylorseer_cache(transformer, config)
-    return made
 
 
 def mag_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
     """MagCache with accumulated error `value`; its ratios are measured first, by its own calibration on eight fitting seeds.
 
-    Set: `threshold`, `num_inference_steps`, `mag_ratios`. By default it runs the first fifth of the steps in full and then skips at most
-    three in a row.
+    Set: `threshold`, `mag_ratios`, and `num_inference_steps`, the number of times that the model is called: Heun's method calls it twice
+    a step. By default it runs the first fifth of the steps in full and then skips at most three in a row. Unlike in the authors' code
+    both branches of guidance have one count and one mean ratio, for they come in one batch.
     """
-    config = {"num_inference_steps": num_steps}
+    made = Peer(pipeline)
+    ratios = ratios_of(pipeline, num_steps=num_steps, guidance_scale=guidance_scale)
+    config = MagCacheConfig(threshold=value, mag_ratios=ratios, num_inference_steps=len(ratios))
+    apply_mag_cache(made.pipeline.transformer, config)
+    return made
+
+
+def ratios_of(pipeline: EarlyExitPipeline, *, num_steps: int, guidance_scale: float) -> list[float]:
+    """MagCache's ratio of each call of the model in a run: the mean over rows and tokens of how long the residual of all blocks is
+    beside that of the call before."""
+    scheduler = copy.deepcopy(pipeline.scheduler)
+    scheduler.set_timesteps(num_steps)
     measured = Peer(pipeline)
-    apply_mag_cache(measured.pipeline.transformer, MagCacheConfig(calibrate=True, **config))
+    config = MagCacheConfig(calibrate=True, num_inference_steps=len(scheduler.timesteps))
+    apply_mag_cache(measured.pipeline.transformer, config)
     call = {"batch_size": 8, "num_inference_steps": num_steps, "guidance_scale": guidance_scale}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):  # it prints its ratios and keeps them nowhere
         measured.generate(seeds("fit", 8), balanced_labels(8, classes_of(pipeline, guidance_scale)), **call)
     lines = [line for line in said.getvalue().splitlines() if line.startswith("[") and "MagCache" not in line]
-    made = Peer(pipeline)
-    ratios = ast.literal_eval(lines[-1])
-    apply_mag_cache(made.pipeline.transformer, MagCacheConfig(threshold=value, mag_ratios=ratios, **config))
-    return made
+    return ast.literal_eval(lines[-1])
 
 
-PEERS = {"first_block": first_block_cache, "taylor": taylorseer, "mag": mag_cache}
+PEERS = {
+    "first_block": first_block_cache,
+    "taylor": taylorseer,
+    "taylor_second_order": functools.partial(taylorseer, order=2),
+    "mag": mag_cache,
+}

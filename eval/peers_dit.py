@@ -17,11 +17,12 @@ WARM_UP = 3  # full steps before anything is taken from the cache
 
 
 @contextmanager
-def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor: bool) -> Iterator[DiTPipeline]:
+def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor_order: int = 0) -> Iterator[DiTPipeline]:
     """A copy of the pipeline for one call with DBCache (F1B0: the first block decides for the whole batch, the rest is cached), its state
     fresh. A copy, for cache-dit leaves modules behind in the transformer that it worked on.
 
-    threshold: relative change of the first block's residual above which all blocks run. taylor: predict what is cached, order 1.
+    threshold: relative change of the first block's residual above which all blocks run. taylor_order: of TaylorSeer, which predicts what is
+    cached; 0: it is taken as it is.
 
     Raises:
         ValueError: cache-dit is not installed.
@@ -35,7 +36,7 @@ def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor: boo
         max_warmup_steps=WARM_UP,
         num_inference_steps=num_steps,
     )
-    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=taylor_order) if taylor_order else None
     cached = DiTPipeline(copy.deepcopy(pipe.transformer), pipe.vae, copy.deepcopy(pipe.scheduler))
     cached.set_progress_bar_config(disable=True)
     cache_dit.enable_cache(cached, cache_config=config, calibrator_config=calibrator)

@@ -248,6 +248,7 @@ def test_a_model_without_a_null_class_is_refused_before_work(copied, tmp_path: P
         ["--first_block", "nan"],
         ["--mag", 0],
         ["--taylor", 0],
+        ["--taylor_second_order", 0],
         ["--count", 0],
         ["--search_count", 0],
         ["--gain_images", 0],

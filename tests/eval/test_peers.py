@@ -102,9 +102,9 @@ def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest
     plain = draw(pipe)
     layers, names = len(pipe.transformer.transformer_blocks), list(pipe.transformer.state_dict())
     monkeypatch.setattr(peers_dit.copy, "deepcopy", copying)
-    for taylor in (False, True):
+    for order in (0, 1, 2):
         seen.clear()
-        with peers_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor=taylor) as cached:
+        with peers_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor_order=order) as cached:
             draw(cached)
         assert 0 < len(copied[-1]) < STEPS * layers
     assert list(pipe.transformer.state_dict()) == names
@@ -118,6 +118,6 @@ def test_without_cache_dit_it_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(peers_dit, "cache_dit", None)
     with (
         pytest.raises(ValueError, match="expected the extra `peers`"),
-        peers_dit.db_cache(None, 0.1, num_steps=4, taylor=False),
+        peers_dit.db_cache(None, 0.1, num_steps=4),
     ):
         pass
