@@ -60,8 +60,8 @@ class TokenStates:
     @classmethod
     def load(cls, path: str | os.PathLike, *, name: str) -> TokenStates:
         """Read what `save` wrote. Raises ValueError for another file, or states of another name."""
-        tensors, metadata = read_tensors(path, "store of states", names=_PARTS)
-        came = json.loads(metadata["name"]) if metadata.get("format") == _FORMAT else None
+        tensors, metadata = read_tensors(path, "store of states", names=_PARTS, format=_FORMAT)
+        came = json.loads(metadata["name"])
         if came == name:
             return cls(**tensors, name=name)
         raise ValueError(f"{path} holds the states {came!r}, expected {name!r}: remove it to collect them anew")

@@ -172,9 +172,9 @@ def test_an_exit_may_be_anywhere_below_the_models_end():
 @pytest.mark.parametrize("content", [b"{}", b"", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_what_is_no_file_of_exits_or_states_is_told(content: bytes, tmp_path: Path):
     (tmp_path / "junk").write_bytes(content)
-    with pytest.raises(ValueError, match="holds no exits"):
+    with pytest.raises(ValueError, match="junk is not a readable file of exits"):
         LearnedExits.load(tmp_path / "junk")
-    with pytest.raises(ValueError, match="holds"):
+    with pytest.raises(ValueError, match="junk is not a readable store of states"):
         TokenStates.load(tmp_path / "junk", name="x")
 
 
