@@ -33,7 +33,8 @@ from ee_diffusion.diffusion.families import Family, blocks_of
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
 from ee_diffusion.diffusion.run_setup import Watch
-from ee_diffusion.diffusion.runs import Runs, times_of
+from ee_diffusion.diffusion.runs import Runs
+from ee_diffusion.diffusion.step_times import times_of
 
 OF_OTHER_MODELS = frozenset(
     ["max_probability", "margin", "low_entropy", "saturation", "judged", "agreement", "closeness", "pruned_probability"]

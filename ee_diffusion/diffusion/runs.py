@@ -24,6 +24,7 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.compatible import perturbs_attention
 from ee_diffusion.diffusion.families import Family
 from ee_diffusion.diffusion.guidance import condition_of, sources_of_rows
+from ee_diffusion.diffusion.step_times import times_from
 
 
 class Runs:
@@ -213,19 +214,10 @@ class Runs:
         return 1 + bool(guided) + bool(getattr(self._pipeline, "do_perturbed_attention_guidance", False))
 
     def _times_from(self, time: float, precision: torch.dtype) -> list[float | None]:
-        """The scheduler's timesteps that the pipeline goes through (image to image begins in the middle). Where neither says which, those
-        from the first one seen on; the model sees them rounded to `precision`."""
         if self._given_steps is not None:
             return [None] * self._given_steps
-        scheduler = self._pipeline.scheduler
-        planned = [float(one) for one in scheduler.timesteps]
         count = getattr(self._pipeline, "num_timesteps", None) if self._looping else None
-        tolerance = 1e-3 + (1000 * torch.finfo(precision).eps if precision.is_floating_point else 0)
-        near = [place for place, one in enumerate(planned) if abs(one - time) <= tolerance]
-        said = [getattr(scheduler, "begin_index", None), None if count is None else len(planned) - count]
-        nearest = min(near, key=lambda place: abs(planned[place] - time), default=0)
-        begin = next((place for place in said if place in near), nearest)
-        return planned[begin:][:count]
+        return list(times_from(self._pipeline.scheduler, time, precision, count))
 
     def _is_another_call(self, arguments: Mapping[str, Any], time: float) -> bool:
         """Whether a forward at the time of the last one is the second call of guidance, not the next stage of a solver or a time that is
@@ -303,21 +295,3 @@ class Runs:
                 yield
         finally:
             self._branch = before
-
-
-def times_of(family: Family, timestep: Any, sample: Tensor) -> Tensor:
-    """A forward's `timestep` for sample (R, ...) -> (R,) in the scheduler's units. Where every token has a time of its own, a row's is its
-    latest (noisiest). One time for all rows stays one (`expand`).
-
-    Raises:
-        ValueError: neither one time nor one a row.
-    """
-    times = torch.as_tensor(timestep, device=sample.device)
-    if times.ndim != 1:
-        times = times.amax(-1) if times.ndim > 1 else times.reshape(-1)
-    if len(times) not in (1, len(sample)):
-        raise ValueError(f"{len(times)} timesteps for {len(sample)} rows, expected one or one a row")
-    if family.time != (1.0, 0.0):
-        shared = len(times) > 1 and times.stride(0) == 0
-        times = (times[:1] if shared else times).float() * family.time[0] + family.time[1]
-    return times if len(times) == len(sample) else times.expand(len(sample))

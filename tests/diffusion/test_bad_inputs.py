@@ -27,8 +27,8 @@ from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.lora import add_lora
 from ee_diffusion.diffusion.passage import take_rows
 from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
-from ee_diffusion.diffusion.runs import times_of
 from ee_diffusion.diffusion.states import States, row_inputs
+from ee_diffusion.diffusion.step_times import times_of
 from ee_diffusion.diffusion.trajectories import Exited, FreshStates, walk
 from ee_diffusion.diffusion.truncation import truncate
 

@@ -133,6 +133,16 @@ def test_perturbed_attention_takes_the_rows_of_an_image_together():
     one.transformer.set_attn_processor(before)  # diffusers does so at the end of a call that succeeds
 
 
+def test_compiled_blocks_under_perturbed_attention_get_no_padding():
+    """Which would shift its rows."""
+    one, plan = perturbing("sd3"), Policy(Planned(((1, 4, 5), (5, 0, 5), (2, 5, 5), (5, 1, 5))))
+    arguments = functools.partial(call, "sd3", [0, 1, 2], pag_scale=3.0)
+    expected, _ = under(one, plan, arguments())
+    with attach(one, exits_for(one.transformer), plan, compile_options={"backend": "eager"}) as attachment:
+        torch.testing.assert_close(images_of(one, arguments()), expected)
+        assert attachment.padded == 0
+
+
 @pytest.mark.parametrize("guidance", ["together", "apart"])
 def test_truncated_guidance(guidance: str):
     """Lumina2 leaves the second call out at the last steps."""

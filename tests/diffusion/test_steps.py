@@ -16,13 +16,16 @@ from diffusers import (
     FluxInpaintPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
 )
 from factories import randomise
 from tiny_families import TINY, exits_for
 from tiny_pipelines import STOCK, call_of, images_of, pipe
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.attach import attach
@@ -76,6 +79,20 @@ def test_a_step_is_one_of_the_solver(name: str, guided: bool, dtype: torch.dtype
     assert trace.times.tolist() == times[len(times) - one.num_timesteps :]
     assert trace.calls == (2 if guided else 1,) * one.num_timesteps
     assert trace.depths.shape == (one.num_timesteps, 2)
+
+
+def test_a_scheduler_with_a_time_after_the_last_step():
+    """SCM's timesteps end with 0, at which nothing is asked; Sana's model is told other times than the scheduler's."""
+    config = TINY["SanaTransformer2DModel"].config | {"guidance_embeds": True}
+    transformer = randomise(SanaTransformer2DModel(**config), seed=2).eval()
+    one = SanaSprintPipeline(**STOCK["sana"].make() | {"scheduler": SCMScheduler(), "transformer": transformer})
+    one.set_progress_bar_config(disable=True)
+    with attach(one, exits_for(transformer), Policy(Planned(((1, 2), (3, 0))))) as attachment:
+        arguments = call_of("sana", [0, 1], guided=False, steps=2)
+        arguments.pop("negative_prompt")
+        images_of(one, arguments)
+        assert attachment.trace.depths.tolist() == [[1, 2], [3, 0]]
+        assert attachment.trace.times.tolist() == one.scheduler.timesteps.double().tolist()[:2]
 
 
 # --- a call that is lost
