@@ -6,6 +6,7 @@ E elements, R rows, r running rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TypeVar
@@ -43,6 +44,16 @@ def rows_of(values: Shareable, places: Tensor) -> Shareable:
     if isinstance(values, tuple):
         return values
     return values[: len(places)] if values.stride(0) == 0 else values.index_select(0, places)
+
+
+def require_rows(returned: Iterable[Tensor], rows: int, *, class_name: str, row_arguments: tuple[str, ...]) -> None:
+    """Raises ValueError if a block returned another number of rows than it got: broadcasting, over an argument of all rows."""
+    for part in returned:
+        if len(part) != rows:
+            raise ValueError(
+                f"a block of {class_name} returned {len(part)} rows for {rows}: an argument with one entry per row is not among "
+                f"row_arguments={row_arguments} of its family; see check_family"
+            )
 
 
 def content_ids(values: Tensor, mask: Tensor | None = None) -> Tensor:

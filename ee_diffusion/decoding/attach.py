@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ee_diffusion.core.heads import ExitHeads
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.patched import patched
+from ee_diffusion.core.rows import require_rows
 from ee_diffusion.core.schedules import last_steps
 from ee_diffusion.core.session import Session
 from ee_diffusion.decoding.cache import Part, RowsOfCache, close_layer, write_position
@@ -92,7 +93,9 @@ class DecodeAttachment:
             close_layer(named[self.family.cache], layer)
         elif lane.step.runs(layer):
             lane.context["previous"] = hidden
-            hidden = original(hidden, **self._arguments(lane, layer, named))
+            given, hidden = len(hidden), original(hidden, **self._arguments(lane, layer, named))
+            names = {"class_name": self.family.class_name, "row_arguments": self.family.row_arguments}
+            require_rows((hidden,), given, **names)
             lane.step.executed(layer)
         else:
             self._write(lane, layer, named, passing=hidden)

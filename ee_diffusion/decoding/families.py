@@ -5,8 +5,10 @@ Here: facts. Not here: what is done with them (attach.py). R rows, N tokens, D w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb  # rotates whole heads and parts of them
 
 from ee_diffusion.core.registry import add_row, family_row
+from ee_diffusion.core.row_check import FEWER, ROWS, following, lengths_of
 
 Rotary = tuple[Tensor, Tensor] | None
 
@@ -173,12 +176,14 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
 
 @torch.no_grad()
 def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
-    """Hold a model's row of the table against the model itself, on tokens (R, N) without padding: `layers`, `inner`, `keys_values`, `norm`.
-    `cache` and `row_arguments` are names that a generation under a policy needs.
+    """Hold a model's row of the table against the model itself, on tokens (R, N) without padding, N at least 2: `layers`, `inner`,
+    `keys_values`, `norm`; and in a decode step of padded rows `cache` and `row_arguments`: every argument of a layer whose length follows
+    the number of rows must be named.
 
     Raises:
         ValueError: as `family_of`; an inner module that does not see every token once; layers whose keys and values, or a tail whose
-            logits, are not what the row says.
+            logits, are not what the row says; a layer that does not get the cache by that name, gets an argument of all rows that is not
+            named, or returns something else than hidden states of its shape.
     """
     family, layers, name = family_of(model), layers_of(model), type(model).__name__
     states: list[tuple[Tensor, Rotary]] = []
@@ -215,6 +220,63 @@ def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
                 raise ValueError(f"{name}: keys_values makes other {part} than layer {index} puts into the cache")
     if not _alike(model.get_output_embeddings()(family.norm(model, last[0])), logits):
         raise ValueError(f"{name}: norm and the LM head make other logits than the model")
+    _check_arguments(model, family, input_ids)
+
+
+def _check_arguments(model: PreTrainedModel, family: Family, input_ids: Tensor) -> None:
+    """Whether layers get the cache and what follows the rows by the names of the row, and return hidden states of their shape."""
+    name, many, few = type(model).__name__, *(_step(model, family, input_ids, len(rows)) for rows in (ROWS, FEWER))
+    for layer, (seen, fewer) in enumerate(zip(many, few, strict=True)):
+        caches = [argument for argument, value in seen.named.items() if value is seen.cache]
+        if caches != [family.cache]:
+            raise ValueError(f"{name}: layer {layer} gets the cache as {caches}, expected cache={family.cache!r}")
+        others = [dict(lengths_of(one.named)) for one in (seen, fewer)]
+        unnamed = [path for path in following(*others) if path.split(".")[0] not in family.row_arguments]
+        if unnamed:
+            raise ValueError(
+                f"{name}: the length of {unnamed[0]!r}, an argument of layer {layer}, follows the number of rows, and "
+                f"row_arguments={family.row_arguments} do not name it"
+            )
+        if not isinstance(seen.returned, Tensor) or seen.returned.shape != seen.hidden.shape:
+            kind = tuple(seen.returned.shape) if isinstance(seen.returned, Tensor) else type(seen.returned).__name__
+            raise ValueError(f"{name}: layer {layer} returns {kind}, expected hidden states {tuple(seen.hidden.shape)}")
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One call of a layer: its hidden states (R, 1, D), its other arguments, what it returned; and the model's cache."""
+
+    hidden: Tensor
+    named: dict[str, Any]
+    returned: Any
+    cache: DynamicCache
+
+
+def _step(model: PreTrainedModel, family: Family, input_ids: Tensor, rows: int) -> list[_Seen]:
+    """Each layer's call in the step that reads the last of the tokens, for so many rows; every second one begins with padding."""
+    ids = input_ids[torch.arange(rows) % len(input_ids)]  # (R, N)
+    mask = torch.ones_like(ids)
+    mask[1::2, 0] = 0
+    places, cache, seen = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=model.config), list[_Seen]()
+    takes_places = "position_ids" in inspect.signature(type(model).forward).parameters
+
+    def read(start: int, end: int) -> None:
+        given = {"position_ids": places[:, start:end]} if takes_places else {}
+        model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **given)
+
+    def keep(layer: nn.Module, args: tuple, kwargs: dict, returned: Any) -> None:
+        names = [*inspect.signature(type(layer).forward).parameters][1:]
+        named = dict(zip(names, args, strict=False)) | kwargs
+        seen.append(_Seen(named.pop(names[0]), named, returned, cache))
+
+    read(0, ids.shape[1] - 1)
+    handles = [layer.register_forward_hook(keep, with_kwargs=True) for layer in model.get_submodule(family.layers)]
+    try:
+        read(ids.shape[1] - 1, ids.shape[1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def _alike(one: Tensor, two: Tensor) -> bool:

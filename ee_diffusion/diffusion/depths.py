@@ -7,7 +7,6 @@ R rows.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -76,13 +75,3 @@ def streams(facts: Layer, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Tenso
     """What a block gets of image (or text and image) and of text."""
     given = dict(zip(facts.names, args, strict=False)) | dict(kwargs)
     return given[facts.names[0]], given.get(TEXT) if facts.text else None
-
-
-def alike(one: Tensor, other: Tensor) -> bool:
-    """Equal up to rounding in float32: batches of another size add up in another order."""
-    return apart(one, other) <= 1e-4 * max(1e-3, float(other.abs().max()))
-
-
-def apart(one: Tensor, other: Tensor) -> float:
-    """The largest difference; infinite where shapes differ."""
-    return float((one - other).abs().max()) if one.shape == other.shape else math.inf

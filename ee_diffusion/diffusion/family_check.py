@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.row_check import FEWER, ROWS, alike, apart, following, lengths_of
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.depths import alike, answer_under, apart, forward_of, passing, streams
+from ee_diffusion.diffusion.depths import answer_under, forward_of, passing, streams
 from ee_diffusion.diffusion.families import Family, blocks_of, family_of, width_of
 from ee_diffusion.diffusion.passage import Layer, layers_of, signature_of
 
 Inputs = Callable[[list[int]], Mapping[str, Any]]
-
-ROWS, FEWER = [0, 1, 2, 3, 4, 5], [0, 1, 2, 3]
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class _Check:
         named = {*self.family.row_arguments, *self.family.earlier}
         for layer, (seen, fewer) in enumerate(zip(many, few, strict=True)):
             self._check_streams(layer, seen)
-            following = [path for path, length in seen.lengths.items() if _follows(length, fewer.lengths.get(path, 0))]
-            unnamed = [path for path in following if path.split(".")[0] not in named]
+            unnamed = [one for one in following(seen.lengths, fewer.lengths) if one.split(".")[0] not in named]
             if unnamed and not self.family.frozen:
                 raise ValueError(
                     f"{self.name}: the length of {unnamed[0]!r}, an argument of {type(self.blocks[layer]).__name__}, follows the number of "
@@ -186,7 +184,7 @@ class _Check:
                 image.shape,
                 None if text is None else text.shape,
                 tuple(None if part is None else part.shape for part in parts),
-                dict(_lengths(others)),
+                dict(lengths_of(others)),
             )
 
         handles = [
@@ -262,24 +260,6 @@ def _check_known(kinds: Any, named: Mapping[str, tuple[str, ...]]) -> None:
         if unknown:
             takes = ", ".join(sorted(kind.__name__ for kind in kinds))
             raise ValueError(f"{field} names {unknown}, which no forward of {takes} takes")
-
-
-def _follows(many: int, few: int) -> bool:
-    """Whether a length with ROWS and one with FEWER rows are the same multiple of the number of rows."""
-    times, rest = divmod(many, len(ROWS))
-    return times > 0 and not rest and few == times * len(FEWER)
-
-
-def _lengths(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Dotted names and lengths of the tensors, tuples and lists in arguments."""
-    for name, value in values.items():
-        if isinstance(value, tuple | list | dict):
-            if not isinstance(value, dict):
-                yield f"{name}.len", len(value)
-            inside = value.items() if isinstance(value, dict) else enumerate(value)
-            yield from _lengths({f"{name}.{key}": one for key, one in inside})
-        elif isinstance(value, Tensor) and value.ndim:
-            yield name, len(value)
 
 
 def _words(shapes: tuple[torch.Size | None, ...]) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core.loop import Lane
+from ee_diffusion.core.rows import require_rows
 from ee_diffusion.diffusion.checkpointing import Checkpoint, checkpointed
 from ee_diffusion.diffusion.families import Family
 
@@ -97,7 +98,9 @@ class Passage:
             return original(*args, **kwargs)
         new = {names[0]: self._padded(running_hidden)} | ({} if text is None else {TEXT: self._padded(running_text)})
         output = original(*self._arguments(layer, names, args, new), **self._keywords(layer, kwargs, new))
-        self._require_rows(output, len(new[names[0]]))
+        parts = (output,) if isinstance(output, Tensor) else tuple(part for part in output if part is not None)
+        rows = len(new[names[0]])
+        require_rows(parts, rows, class_name=self.family.class_name, row_arguments=self.family.row_arguments)
         output = self._unpadded(output)
         if not self.whole:
             return output
@@ -128,16 +131,6 @@ class Passage:
         if not missing:
             return output
         return output[:rows] if isinstance(output, Tensor) else tuple(None if o is None else o[:rows] for o in output)
-
-    def _require_rows(self, output: Any, rows: int) -> None:
-        """Raises ValueError if a block returned another number of rows than it got: broadcasting, over an argument of all rows."""
-        parts = (output,) if isinstance(output, Tensor) else tuple(part for part in output if part is not None)
-        returned = [len(part) for part in parts if len(part) != rows]
-        if returned:
-            raise ValueError(
-                f"a block of {self.family.class_name} returned {returned[0]} rows for {rows}: an argument with one entry per row is not "
-                f"among row_arguments={self.family.row_arguments} of its family; see family_check.check_family"
-            )
 
     def _missing(self) -> int:
         rows = len(self.lane.step.rows)

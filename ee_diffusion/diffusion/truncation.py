@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.row_check import alike, apart
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.attach import transformer_of
-from ee_diffusion.diffusion.depths import alike, answer_under, apart, forward_of
+from ee_diffusion.diffusion.depths import answer_under, forward_of
 from ee_diffusion.diffusion.families import TESTED, Family, blocks_of, family_of
 
 

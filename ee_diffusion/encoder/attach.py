@@ -19,6 +19,7 @@ from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.loop import Lane
 from ee_diffusion.core.patched import patched
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.rows import require_rows
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.encoder.families import family_of
@@ -197,8 +198,10 @@ class _Run:
         if lane.step.runs(layer):
             arguments = {name: self._rows_of(name, value) for name, value in arguments.items()}
             if self.tokens is None:
-                hidden = original(hidden, **arguments)
+                given, hidden = len(hidden), original(hidden, **arguments)
                 hidden = hidden[0] if self.family.returns_tuple else hidden
+                names = {"class_name": self.family.class_name, "row_arguments": self.family.row_arguments}
+                require_rows((hidden,), given, **names)
             else:
                 hidden = self.tokens.layer(
                     layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows.tolist()

@@ -14,9 +14,10 @@ from torch import nn
 
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.depths import answer_under, apart
+from ee_diffusion.core.row_check import ROWS, apart
+from ee_diffusion.diffusion.depths import answer_under
 from ee_diffusion.diffusion.families import FAMILIES, Family, blocks_of, register_family
-from ee_diffusion.diffusion.family_check import ROWS, check_family
+from ee_diffusion.diffusion.family_check import check_family
 
 ALL = dict.fromkeys(tiny_families.TINY, tiny_families) | dict.fromkeys(registered.RIGHT, registered)
 # Row arguments that these inputs do not give, or that only other kinds of the class have.

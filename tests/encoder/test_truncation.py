@@ -42,7 +42,32 @@ def test_all_layers_are_the_model():
     )
 
 
-@pytest.mark.parametrize("num_layers", [0, LAYERS + 1])
+def test_weights_that_are_not_the_classes_own_are_refused():
+    model = model_named("Bert")
+    model.bert.encoder.layer[0].adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"not those of its class \(bert.encoder.layer.0.adapter.bias, in all 2\); merge"
+    ):
+        first_layers(model, 2)
+    model = model_named("Bert")
+    del model.bert.embeddings.token_type_embeddings
+    with pytest.raises(
+        ValueError, match=r"not those of its class .bert.embeddings.token_type_embeddings.weight, in all 1"
+    ):
+        first_layers(model, 2)
+    model = model_named("Bert")
+    model.bert.encoder.layer[3].adapter = torch.nn.Linear(2, 2)  # of a layer that is left out
+    first_layers(model, 2)
+
+
+def test_an_albert_whose_groups_would_be_dealt_out_anew_is_refused():
+    model, batch = model_named("Albert", num_hidden_groups=2), batch_for("Albert")
+    with pytest.raises(ValueError, match="of 2 groups deals them out over all its layers"):
+        first_layers(model, 2)
+    torch.testing.assert_close(first_layers(model, LAYERS)(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("num_layers", [0, LAYERS + 1, True, 2.0])
 def test_refused(num_layers: int):
     with pytest.raises(
         ValueError, match=f"num_layers={num_layers} of a BertForSequenceClassification, expected 1..{LAYERS}"
