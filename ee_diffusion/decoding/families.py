@@ -181,11 +181,13 @@ def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
     the number of rows must be named.
 
     Raises:
-        ValueError: as `family_of`; an inner module that does not see every token once; layers whose keys and values, or a tail whose
-            logits, are not what the row says; a layer that does not get the cache by that name, gets an argument of all rows that is not
-            named, or returns something else than hidden states of its shape.
+        ValueError: as `family_of`; other tokens; an inner module that does not see every token once; layers whose keys and values, or a
+            tail whose logits, are not what the row says; a layer that does not get the cache by that name, gets an argument of all rows
+            that is not named, or returns something else than hidden states of its shape.
     """
     family, layers, name = family_of(model), layers_of(model), type(model).__name__
+    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+        raise ValueError(f"tokens {tuple(input_ids.shape)}, expected (R, N) with N at least 2")
     states: list[tuple[Tensor, Rotary]] = []
     passed, last = [0] * len(layers), []
 

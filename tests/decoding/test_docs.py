@@ -101,6 +101,11 @@ def test_one_row_broadcast_to_all_is_refused_in_a_run_too(monkeypatch):
         generate(model, one_goes_on)
 
 
+def test_a_single_token_is_too_few():
+    with pytest.raises(ValueError, match=r"tokens \(2, 1\), expected \(R, N\) with N at least 2"):
+        check_family(model_named("llama"), TOKENS[:, :1])
+
+
 def test_layers_that_return_more_than_hidden_states_are_told(monkeypatch):
     model = copy.deepcopy(model_named("llama"))
     layer = layers_of(model)[-1]
