@@ -110,7 +110,7 @@ def test_images_are_drawn_and_kept(model: Path, kind: str, tmp_path: Path):
     found = load_file(tmp_path / "samples.safetensors")
     assert found["images"].shape == (4, 3, 16, 16)
     assert (found["labels"].tolist() if "labels" in found else None) == LABELS[kind]
-    assert Trace.load(tmp_path / "trace.safetensors").rows.tolist() == [1] * 4
+    assert Trace.load(tmp_path / "trace.safetensors").rows.tolist() == [[1] * 4] * STEPS
 
 
 def test_it_is_traded_off(model: Path, tmp_path: Path):
