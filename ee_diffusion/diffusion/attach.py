@@ -20,6 +20,7 @@ from ee_diffusion.diffusion.beside import Counted
 from ee_diffusion.diffusion.compatible import require_attachable
 from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.in_use import OneCall
 from ee_diffusion.diffusion.kinds import DenoiserHeads, ScheduledHeads
 from ee_diffusion.diffusion.parallel import require_parallel, vote_of
 from ee_diffusion.diffusion.passage import layers_of
@@ -96,9 +97,10 @@ def attach(
         if policy is not None:
             said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps, "renew": attachment.renew}
             begins = functools.partial(_run_begins, attachment, pipeline)
-            attachment.runs = Runs(policy, attachment.start, transformer, family, **said, begins=begins)
-            attachment.counted = Counted(transformer, pipeline)
+            runs = Runs(policy, attachment.start, transformer, family, **said, begins=begins)
+            counted = Counted(transformer, pipeline)
             attachment.watch = Watch(pipeline, heads) if pipeline is not None and is_fitted(heads) else None
+            attachment.run_under(runs, counted, None if pipeline is None else OneCall(pipeline))
         transformer.__dict__["_ee_attachment"] = attachment
     return attachment
 
@@ -113,13 +115,13 @@ def _require_free(transformer: nn.Module) -> None:
         raise ValueError(f"exits are attached to this {kind} already; detach first")
     raise ValueError(
         f"this {kind} is in use: another thread attached exits to it (a pipeline with exits inside does so in each call); "
-        "make one call at a time, or give each thread a pipeline and a transformer of its own"
+        "make one call at a time, detach there, or give each thread a pipeline and a transformer of its own"
     )
 
 
 def _run_begins(attachment: Attachment, pipeline: DiffusionPipeline | None, num_steps: int) -> None:
     """The pipeline may have another scheduler now. Raises ValueError for one that the heads do not know."""
-    attachment.counted.begin()
+    attachment.counted.begin(attachment.runs)
     if pipeline is None:
         return
     heads, watch = attachment.heads, attachment.watch

@@ -30,6 +30,7 @@ from ee_diffusion.diffusion.checkpointing import blocks_called_directly, checkpo
 from ee_diffusion.diffusion.compatible import require_no_cache
 from ee_diffusion.diffusion.compiled import Compiler, bucket
 from ee_diffusion.diffusion.families import Family, blocks_of
+from ee_diffusion.diffusion.in_use import OneCall
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
 from ee_diffusion.diffusion.passage import Passage, layers_of, signature_of
 from ee_diffusion.diffusion.run_setup import Watch
@@ -73,9 +74,11 @@ class Attachment:
         self.layers = layers_of(transformer, family)
         self.compiler = compiler
         self.padded = 0  # rows x blocks that ran for no image
-        self.runs: Runs | None = None
+        self._runs: Runs | None = None
+        self._latest: Runs | None = None  # in which the last forward ran
         self.counted: Counted | None = None  # with a policy: what the call does beside
         self.watch: Watch | None = None
+        self.one_call: OneCall | None = None  # with a policy on a pipeline
         self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
@@ -137,6 +140,16 @@ class Attachment:
         finally:
             self._now.step, self._now.passage = None, None
 
+    @property
+    def runs(self) -> Runs | None:
+        """This thread's; None without a policy."""
+        return None if self._runs is None else self._runs.of_this_thread()
+
+    def run_under(self, runs: Runs, counted: Counted, one_call: OneCall | None) -> None:
+        """From now on every forward runs under a policy. Called by `attach`."""
+        self._runs = self._latest = runs
+        self.counted, self.one_call = counted, one_call
+
     def detach(self) -> None:
         """Restore the transformer (and pipeline) as it was.
 
@@ -148,12 +161,9 @@ class Attachment:
             raise ValueError(f"these exits were detached from their {type(self.transformer).__name__} already")
         for interception in self._interceptions:
             interception.require_outermost()
-        if self.counted is not None:
-            self.counted.detach()
-        if self.watch is not None:
-            self.watch.detach()
-        if self.runs is not None:
-            self.runs.detach()
+        for part in (self.one_call, self.watch, self.counted, self._runs):
+            if part is not None:
+                part.detach()
         restore_all(self._interceptions)
         self._interceptions = []
         for module, call in self._suspended.items():
@@ -169,8 +179,12 @@ class Attachment:
     @property
     def trace(self) -> Trace | None:
         """What happened in the run that goes on, or else in the last one; None before the first, or without a policy."""
-        trace = None if self.runs is None else self.runs.trace
-        return trace if trace is None or self.counted is None else replace(trace, beside=self.counted.seen())
+        runs = self.runs
+        if runs is None:
+            return None
+        if runs.trace is None and self._latest is not None:  # another thread's
+            runs = self._latest
+        return None if runs.trace is None else replace(runs.trace, beside=self.counted.seen(runs))
 
     @property
     def report(self) -> Report | None:
@@ -185,12 +199,12 @@ class Attachment:
             f"exits after {', '.join(map(str, self.heads.depths))} of {lists} blocks of {type(self.transformer).__name__}, "
             f"answers in space {self.heads.space!r}; rows that stop are {stopped}",
         ]
-        if self.runs is None:
+        if self._runs is None:
             lines.append("no policy: only forwards inside use(step) run with exits")
         else:
             if self.compiler is not None:
                 lines.append(f"compiled; {self.padded} rows x blocks were padding since it was attached")
-            lines.append(f"policy: {self.runs.policy}")
+            lines.append(f"policy: {self._runs.policy}")
             lines.append("no run yet" if self.trace is None else self.trace.report().summary())
         return "\n".join(lines)
 
@@ -214,7 +228,7 @@ class Attachment:
     def _forward(self, original, *args, **kwargs):
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
         now = self._now
-        if now.step is None and (self.runs is None or not self._interceptions or now.passage is not None):
+        if now.step is None and (self._runs is None or not self._interceptions or now.passage is not None):
             with self._alone_if(self.compiler is not None and not torch.compiler.is_compiling()):
                 return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
@@ -223,14 +237,17 @@ class Attachment:
             if asked:
                 raise ValueError(f"a forward with {asked[0]} runs without exits: call it outside of use(step)")
             return self._run(now.step, original, arguments, args, kwargs)
+        if self.one_call is not None:
+            self.one_call.enter()
+        runs = self._latest = self.runs
         if asked:
             with self._plain(asked[0]):
                 return original(*args, **kwargs)
         sample = arguments["hidden_states"]
-        step = self.runs.step(
+        step = runs.step(
             arguments, times_of(self.family, arguments["timestep"], sample), shape=sample.shape, device=sample.device
         )
-        with self.runs.forgotten_if_it_fails():
+        with runs.forgotten_if_it_fails():
             try:
                 return self._run(step, original, arguments, args, kwargs)
             finally:
@@ -244,7 +261,9 @@ class Attachment:
         sample = arguments["hidden_states"]
         self._check(step, sample)
         timestep = times_of(self.family, arguments["timestep"], sample)  # (R,)
-        if self._remembering and self.runs is not None:  # the scheduler's own: the model's is rounded in half precision
+        if (
+            self._remembering and self._runs is not None
+        ):  # the scheduler's own: the model's is rounded in half precision
             timestep = torch.full_like(timestep, step.time, dtype=torch.float32)
         heads = self._heads_of(step.session, sample)
         context = self._context(heads, step, sample, timestep)
@@ -316,7 +335,7 @@ class Attachment:
         """Within, a forward of a call runs without exits; it is counted."""
         if self.counted is not None:
             self._now.plain = reason
-            self.counted.forward(reason)
+            self.counted.forward(self.runs, reason)
         try:
             yield
         finally:
@@ -342,14 +361,16 @@ class Attachment:
 
     def _wrapper(self, original, *args, **kwargs):
         """What `torch.compile` returned is called: exits are on the module inside; without exits, as compiled as ever."""
-        idle = self._now.step is None and self.runs is None
+        idle = self._now.step is None and self._runs is None
         return original(*args, **kwargs) if idle else self.transformer(*args, **kwargs)
 
     def _block(self, layer: int, original, *args, **kwargs):
         passage = self._now.passage
         if passage is None:
             if self._now.plain:
-                self.counted.block(self._now.plain, len(args[0] if args else kwargs[self.layers[layer].names[0]]))
+                self.counted.block(
+                    self.runs, self._now.plain, len(args[0] if args else kwargs[self.layers[layer].names[0]])
+                )
             return original(*args, **kwargs)
         if self.compiler is not None:
             original = self.compiler.block(layer, original)

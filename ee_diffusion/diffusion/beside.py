@@ -7,6 +7,7 @@ Here: counting them. Not here: the share that they have in the call (core/trace.
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -16,6 +17,7 @@ from ee_diffusion.core.intercept import Interception, restore_all
 from ee_diffusion.core.trace import Beside
 from ee_diffusion.diffusion.compiled import unwrapped
 from ee_diffusion.diffusion.families import FAMILIES, blocks_of
+from ee_diffusion.diffusion.runs import Runs
 
 
 class Counted:
@@ -23,7 +25,8 @@ class Counted:
 
     def __init__(self, transformer: nn.Module, pipeline: DiffusionPipeline | None):
         self._transformer, self._pipeline = transformer, pipeline
-        self._plain: dict[str, list[int]] = {}  # what was asked for -> forwards, rows x blocks
+        # runs -> what was asked for -> forwards, rows x blocks
+        self._plain: WeakKeyDictionary[Runs, dict[str, list[int]]] = WeakKeyDictionary()
         self._others: dict[str, _Forwards] = {}
         self._uncounted: list[str] = []
         self._handles: list[RemovableHandle] = []
@@ -36,21 +39,21 @@ class Counted:
             ]
         )
 
-    def begin(self) -> None:
+    def begin(self, runs: Runs) -> None:
         """A run begins: what this transformer did without exits before is not its own."""
-        self._plain = {}
+        self._plain[runs] = {}
 
-    def forward(self, reason: str) -> None:
+    def forward(self, runs: Runs, reason: str) -> None:
         """A forward without exits, because of the argument `reason`."""
-        self._plain.setdefault(reason, [0, 0])[0] += 1
+        self._plain.setdefault(runs, {}).setdefault(reason, [0, 0])[0] += 1
 
-    def block(self, reason: str, rows: int) -> None:
+    def block(self, runs: Runs, reason: str, rows: int) -> None:
         """Within it a block runs on so many rows."""
-        self._plain[reason][1] += rows
+        self._plain[runs][reason][1] += rows
 
-    def seen(self) -> tuple[Beside, ...]:
+    def seen(self, runs: Runs) -> tuple[Beside, ...]:
         """Since the last run began."""
-        plain = [Beside(name, forwards, ran, ran) for name, (forwards, ran) in self._plain.items()]
+        plain = [Beside(name, forwards, ran, ran) for name, (forwards, ran) in self._plain.get(runs, {}).items()]
         others = [one.seen() for one in self._others.values() if one.forwards]
         return (*plain, *others, *(Beside(name, 0, 0, 0) for name in self._uncounted))
 

@@ -27,6 +27,7 @@ from ee_diffusion.diffusion.denoising import denoise
 from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.in_use import in_turn
 from ee_diffusion.diffusion.kinds import ScheduledHeads
 from ee_diffusion.diffusion.loading import keep_exits
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -102,6 +103,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         """Whether an image of that call has a second row, as diffusers' pipelines say it."""
         return is_guided(self._guidance_scale)
 
+    @in_turn
     @torch.no_grad()
     def __call__(
         self,

@@ -15,6 +15,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.adapters import AdapterExits
 from ee_diffusion.diffusion.attach import attach
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.in_use import in_turn
 from ee_diffusion.diffusion.loading import keep_exits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipelineOutput
 
@@ -50,6 +51,7 @@ class EarlyExitDiTPipeline(DiTPipeline):
         given = inspect.signature(DiTPipeline.__init__).bind(self, *args, **kwargs).arguments
         self.register_to_config(id2label=given.get("id2label"))  # the stock pipeline loses it when it is saved
 
+    @in_turn
     def __call__(self, *args, exit_policy: Policy | None = None, **kwargs) -> EarlyExitPipelineOutput | tuple:
         """As `DiTPipeline`, under `exit_policy` (None: the plain model). Returns images and, with exits, the trace."""
         return _call(super().__call__, self, exit_policy, args, kwargs)
@@ -67,6 +69,7 @@ class EarlyExitPixArtPipeline(PixArtAlphaPipeline):
         super().__init__(*args, **kwargs)
         self.register_modules(exits=exits)
 
+    @in_turn
     def __call__(self, *args, exit_policy: Policy | None = None, **kwargs) -> EarlyExitPipelineOutput | tuple:
         """As `PixArtAlphaPipeline`, under `exit_policy` (None: the plain model). Returns images and, with exits, the trace."""
         return _call(super().__call__, self, exit_policy, args, kwargs)
@@ -84,6 +87,7 @@ class EarlyExitSD3Pipeline(StableDiffusion3Pipeline):
         super().__init__(*args, **kwargs)
         self.register_modules(exits=exits)
 
+    @in_turn
     def __call__(self, *args, exit_policy: Policy | None = None, **kwargs) -> EarlyExitPipelineOutput | tuple:
         """As `StableDiffusion3Pipeline`, under `exit_policy` (None: the plain model). Returns images and, with exits, the trace."""
         return _call(super().__call__, self, exit_policy, args, kwargs)
@@ -101,6 +105,7 @@ class EarlyExitFluxPipeline(FluxPipeline):
         super().__init__(*args, **kwargs)
         self.register_modules(exits=exits)
 
+    @in_turn
     def __call__(self, *args, exit_policy: Policy | None = None, **kwargs) -> EarlyExitPipelineOutput | tuple:
         """As `FluxPipeline`, under `exit_policy` (None: the plain model). Returns images and, with exits, the trace."""
         return _call(super().__call__, self, exit_policy, args, kwargs)

@@ -7,9 +7,12 @@ Here: from forwards to step sessions. Not here: how a forward runs under one (at
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import DiffusionPipeline
@@ -52,16 +55,29 @@ class Runs:
         self._said_images: int | None = None  # B, seen where the pipeline draws its latents
         self._looping = False  # inside the loop of the pipeline
         self._branch: str | None = None  # the name the pipeline gives to the forward that comes ("cond", "uncond")
+        self._threads: WeakKeyDictionary[threading.Thread, Runs] = WeakKeyDictionary()
         self._interceptions: list[Interception] = []
         self._forget()
         if isinstance(transformer, CacheMixin):
-            self._interceptions.append(Interception(transformer, self._cache_context, name="cache_context"))
+            named = Interception(transformer, self._cache_context_of_this_thread, name="cache_context")
+            self._interceptions.append(named)
         if pipeline is not None:
             self._interceptions.append(Interception(pipeline, self._loop_begins, name="progress_bar"))
             self._interceptions.append(Interception(pipeline, self._call_ends, name="maybe_free_model_hooks"))
             for name, wrapper in (("check_inputs", self._call_begins), ("prepare_latents", self._latents_drawn)):
                 if callable(getattr(pipeline, name, None)):
                     self._interceptions.append(Interception(pipeline, wrapper, name=name))
+
+    def of_this_thread(self) -> Runs:
+        """A bare transformer runs for each thread by itself; a pipeline's calls come one at a time."""
+        if self._pipeline is not None:
+            return self
+        thread = threading.current_thread()
+        if thread not in self._threads:
+            self._threads[thread] = made = copy.copy(self)
+            made._last, made._branch = None, None
+            made._forget()
+        return self._threads[thread]
 
     @property
     def trace(self) -> Trace | None:
@@ -286,6 +302,9 @@ class Runs:
         self._said_images, self._looping = None, False
         original(*args, **kwargs)
         self._renew()
+
+    def _cache_context_of_this_thread(self, original, *args, **kwargs):
+        return self.of_this_thread()._cache_context(original, *args, **kwargs)
 
     @contextmanager
     def _cache_context(self, original, name: str, *args, **kwargs) -> Iterator[None]:

@@ -19,6 +19,7 @@ from ee_diffusion.diffusion.denoising import denoise
 from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.in_use import in_turn
 from ee_diffusion.diffusion.latents import decode
 from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput, check_numbers
@@ -66,6 +67,7 @@ class EarlyExitTextPipeline(EarlyExitPipeline):
             tokenizer=tokenizer,
         )
 
+    @in_turn
     @torch.no_grad()
     def __call__(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -330,26 +329,6 @@ def test_another_threads_forward_is_the_plain_model_and_harms_nobody(pipe):
             assert torch.equal(other.submit(pipe.transformer, *inputs).result().sample, plain)
             assert not torch.equal(pipe.transformer(*inputs).sample, plain)
     assert session.trace().depths.tolist() == [[2]]
-
-
-def test_two_threads_in_one_pipeline_are_told_so(pipe):
-    """The second is refused before anything is patched, the first does not notice, and afterwards the second is welcome."""
-    asked, answered, alone = threading.Event(), threading.Event(), call(pipe, exit_threshold=0.3)
-
-    def wait(*args) -> dict:
-        asked.set()
-        assert answered.wait(60)
-        return {}
-
-    with ThreadPoolExecutor(1) as other:
-        first = other.submit(call, pipe, exit_threshold=0.3, callback_on_step_end=wait)
-        assert asked.wait(60)
-        with pytest.raises(ValueError, match="UViTTransformer2DModel is in use: another thread attached exits"):
-            call(pipe, exit_threshold=0.3)
-        answered.set()
-        assert torch.equal(torch.as_tensor(first.result().images), torch.as_tensor(alone.images))
-    assert "forward" not in pipe.transformer.__dict__
-    assert torch.equal(torch.as_tensor(call(pipe, exit_threshold=0.3).images), torch.as_tensor(alone.images))
 
 
 def test_autocast_runs_with_exits(pipe):
