@@ -66,6 +66,13 @@ class _Replaced(functools.partial):
         return _itself, (self.args[-1],)
 
 
+class Uncopied(functools.partial):
+    """A hook of a module that copies come without (where nothing is intercepted: with one that does nothing)."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (_nothing,)
+
+
 def restore_all(interceptions: Iterable[Interception]) -> None:
     """Restore them in reverse order: all, or none.
 
@@ -83,6 +90,10 @@ def _itself(value: Any) -> Any:
     return value
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
+
+
 def _reduced_plain(target: object, protocol: int) -> Any:
     """What `copy.deepcopy` and `pickle` ask an object for, without what interceptions and attachments put into the instance."""
     made = type(target).__reduce_ex__(target, protocol)
@@ -95,4 +106,8 @@ def _reduced_plain(target: object, protocol: int) -> Any:
             state[name] = value
         if value is _ABSENT:
             del state[name]
+    hooks = {name: value for name, value in state.items() if name.startswith("_forward_") and isinstance(value, dict)}
+    ours = {key for value in hooks.values() for key, hook in value.items() if isinstance(hook, Uncopied)}
+    for name, value in hooks.items():
+        state[name] = type(value)((key, hook) for key, hook in value.items() if key not in ours)
     return (*made[:2], state, *made[3:])

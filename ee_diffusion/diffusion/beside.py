@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ee_diffusion.core.intercept import Interception, restore_all
+from ee_diffusion.core.intercept import Interception, Uncopied, restore_all
 from ee_diffusion.core.trace import Beside
 from ee_diffusion.diffusion.compiled import unwrapped
 from ee_diffusion.diffusion.families import FAMILIES, blocks_of
@@ -74,7 +74,7 @@ class Counted:
                 self._uncounted += [f"{name} ({type(model).__name__}, compiled)"] if _denoises(model) else []
                 continue
             self._others[name] = counter = _Forwards(name, model)
-            self._handles.append(component.register_forward_pre_hook(counter, with_kwargs=True))
+            self._handles.append(component.register_forward_pre_hook(Uncopied(counter), with_kwargs=True))
         return original(*args, **kwargs)
 
     def _call_ends(self, original, *args, **kwargs):

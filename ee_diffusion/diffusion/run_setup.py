@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.intercept import Interception, Uncopied
 from ee_diffusion.diffusion.compiled import unwrapped
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
 from ee_diffusion.diffusion.memory_exits import MemoryExits
@@ -185,7 +185,7 @@ class Listener:
         if vars(transformer).get("_compiled_call_impl") is not None:  # a hook would be compiled, too
             self.remove = Interception(transformer, self._called, name="_compiled_call_impl").restore
         else:
-            self.remove = transformer.register_forward_hook(self._hooked, with_kwargs=True).remove
+            self.remove = transformer.register_forward_hook(Uncopied(self._hooked), with_kwargs=True).remove
 
     def forget(self) -> None:
         """Of a step that did not come to its end."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ee_diffusion.core.intercept import Interception, restore_all
+from ee_diffusion.core.intercept import Interception, Uncopied, restore_all
 
 
 def doubled(original, *args):
@@ -103,3 +103,26 @@ def test_a_copy_is_plain_and_the_original_is_not_touched(made):
     restore_all(ours)
     assert torch.equal(module(x), plain)
     assert [set(one.__dict__) for one in module.modules()] == attributes
+
+
+@pytest.mark.parametrize("made", COPIES.values(), ids=COPIES)
+def test_a_copy_comes_without_our_hooks_and_with_theirs(made):
+    module, x, heard = nn.Linear(2, 2), torch.randn(3, 2), []
+    module.register_forward_hook(_twice)
+    plain = module(x)
+    handle = module.register_forward_hook(Uncopied(lambda *args: heard.append(1)), with_kwargs=True)
+    elsewhere = made(module)
+    interception = Interception(module, doubled)
+    copied = made(module)
+    assert torch.equal(copied(x), plain)
+    assert torch.equal(elsewhere(x), plain)
+    assert heard == []
+    assert [len(copied._forward_hooks), len(copied._forward_hooks_with_kwargs)] == [1, 0]
+    interception.restore()
+    assert torch.equal(module(x), plain)
+    assert heard == [1]
+    handle.remove()
+
+
+def _twice(module, args, output):
+    return 2 * output
