@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,7 +14,8 @@ class Interception:
     """`target.forward(*args)` (or the method `name`) becomes `wrapper(original, *args)` until `restore()`.
 
     The class is not touched, parameters and state_dict keys do not change, and whatever stood in the instance before (an offload
-    hook's forward, say) stands there again afterwards. `copy.deepcopy` and `pickle` make a plain one: a copy with none of this on it.
+    hook's forward, say) stands there again afterwards. `inspect.signature` says what it said.
+    `copy.deepcopy` and `pickle` make a plain one: a copy with none of this on it.
     """
 
     def __init__(self, target: object, wrapper: Callable[..., Any], *, name: str = "forward"):
@@ -61,6 +63,10 @@ class _Replaced(functools.partial):
     """What stands in the place of a method. Copied or pickled (in somebody else's reference to it), it is the method itself."""
 
     interception: Interception
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.args[-1])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _itself, (self.args[-1],)

@@ -82,6 +82,7 @@ class OneCall:
 
     def _begins(self, original, *args, **kwargs):
         self.enter()
+        self._free_scheduler()  # of a call that failed
         return original(*args, **kwargs)
 
     def _loop_begins(self, original, *args, **kwargs):

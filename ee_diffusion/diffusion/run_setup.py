@@ -157,7 +157,7 @@ def steady(values: Sequence[float | None]) -> Guidance:
 
 
 def intercept_step(scheduler: SchedulerMixin, wrapper: Callable[..., Any]) -> Interception:
-    """`scheduler.step(...)` becomes `wrapper(original, arguments by name)`. Its signature stays: pipelines look there for what it takes."""
+    """`scheduler.step(...)` becomes `wrapper(original, arguments by name)`."""
     signature = inspect.signature(scheduler.step)
 
     def step(original, *args, **kwargs):
@@ -170,9 +170,7 @@ def intercept_step(scheduler: SchedulerMixin, wrapper: Callable[..., Any]) -> In
             ) from unfit
         return wrapper(partial(original, *args, **kwargs), arguments)
 
-    made = Interception(scheduler, step, name="step")
-    vars(scheduler)["step"].__signature__ = signature
-    return made
+    return Interception(scheduler, step, name="step")
 
 
 class Listener:

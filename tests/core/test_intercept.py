@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -58,6 +59,7 @@ def test_any_method_of_any_object():
     one = Pipeline()
     interception = Interception(one, doubled, name="bar")
     assert (one.bar(3), Pipeline().bar(3)) == (6, 3)
+    assert inspect.signature(one.bar) == inspect.signature(Pipeline().bar)
     interception.restore()
     assert one.bar(3) == 3
     assert one.__dict__ == {}

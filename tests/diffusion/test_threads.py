@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,8 @@ def test_a_call_that_failed_holds_up_nobody():
         alone = first.submit(images_of, pipe, call_of("sd3", IMAGES)).result()
         with pytest.raises(KeyError, match="in between"):
             first.submit(images_of, pipe, call_of("sd3", IMAGES, callback_on_step_end=broken)).result()
+        assert "sigmas" in inspect.signature(pipe.scheduler.set_timesteps).parameters
+        pipe.scheduler.set_timesteps(5)  # from a third one
         assert torch.equal(second.submit(images_of, pipe, call_of("sd3", IMAGES)).result(), alone)
     assert "set_timesteps" not in pipe.scheduler.__dict__
 
