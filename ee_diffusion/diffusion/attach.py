@@ -18,7 +18,7 @@ from ee_diffusion.core.ranks import Vote
 from ee_diffusion.diffusion.attachment import Attachment
 from ee_diffusion.diffusion.beside import Counted
 from ee_diffusion.diffusion.compatible import require_attachable
-from ee_diffusion.diffusion.compiled import compiler_for, unwrapped
+from ee_diffusion.diffusion.compiled import compiler_for, is_compiled, unwrapped
 from ee_diffusion.diffusion.families import blocks_of, family_of
 from ee_diffusion.diffusion.in_use import OneCall
 from ee_diffusion.diffusion.kinds import DenoiserHeads, ScheduledHeads
@@ -81,11 +81,8 @@ def attach(
     if pipeline is not None and isinstance(heads, ScheduledHeads):
         heads.check_scheduler(pipeline.scheduler)
     require_attachable(transformer, family)
-    compiled = wrapper is not transformer or any(
-        one._compiled_call_impl is not None for one in (transformer, *blocks_of(transformer))
-    )
     compiler = None
-    if compiled or compile_options is not None:
+    if is_compiled(wrapper, blocks_of(transformer)) or compile_options is not None:
         options = {} if compile_options is None else compile_options
         compiler = compiler_for(transformer, heads, family, layers=layers_of(transformer, family), options=options)
     require_parallel(transformer, blocks_of(transformer), heads, compiled=compiler is not None)
@@ -100,7 +97,9 @@ def attach(
             runs = Runs(policy, attachment.start, transformer, family, **said, begins=begins)
             counted = Counted(transformer, pipeline)
             attachment.watch = Watch(pipeline, heads) if pipeline is not None and is_fitted(heads) else None
-            attachment.run_under(runs, counted, None if pipeline is None else OneCall(pipeline))
+            attachment.run_under(
+                runs, counted, None if pipeline is None else OneCall(pipeline, attachment.require_not_compiled_since)
+            )
         transformer.__dict__["_ee_attachment"] = attachment
     return attachment
 

@@ -28,7 +28,7 @@ from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.beside import Counted
 from ee_diffusion.diffusion.checkpointing import blocks_called_directly, checkpoint_of
 from ee_diffusion.diffusion.compatible import require_no_cache
-from ee_diffusion.diffusion.compiled import Compiler, bucket
+from ee_diffusion.diffusion.compiled import Compiler, bucket, is_compiled, refuse_compiling_after_attaching, unwrapped
 from ee_diffusion.diffusion.families import Family, blocks_of
 from ee_diffusion.diffusion.in_use import OneCall
 from ee_diffusion.diffusion.kinds import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
@@ -72,7 +72,7 @@ class Attachment:
         self.transformer, self.heads, self.family, self.vote = transformer, heads, family, vote
         self.blocks = blocks_of(transformer)
         self.layers = layers_of(transformer, family)
-        self.compiler = compiler
+        self.compiler, self._held = compiler, wrapper
         self.padded = 0  # rows x blocks that ran for no image
         self._runs: Runs | None = None
         self._latest: Runs | None = None  # in which the last forward ran
@@ -84,6 +84,7 @@ class Attachment:
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
         self._now = _Now()
+        self._uses = 0  # contexts of `use` that are open: a compiled forward guards on this, but not on what a thread keeps for itself
         self.thread = threading.get_ident()  # which attached them
         self._alone = threading.RLock()  # for forwards that replace more than we did: compiled or checkpointed ones
         self._signature = signature_of(type(transformer))
@@ -135,15 +136,25 @@ class Attachment:
         if not isinstance(step, StepSession):
             raise ValueError(f"use({step!r}), expected a step session: session.step(index, time)")
         self._now.step = step
+        with self._alone:
+            self._uses += 1
         try:
             yield
         finally:
+            with self._alone:
+                self._uses -= 1
             self._now.step, self._now.passage = None, None
 
     @property
     def runs(self) -> Runs | None:
         """This thread's; None without a policy."""
         return None if self._runs is None else self._runs.of_this_thread()
+
+    def require_not_compiled_since(self, held: nn.Module) -> None:
+        """Raises ValueError if the transformer that a pipeline holds was compiled after the exits were attached."""
+        around = held is not self.transformer and unwrapped(held) is self.transformer and held is not self._held
+        if around or is_compiled(self.transformer, self.blocks):
+            refuse_compiling_after_attaching()
 
     def run_under(self, runs: Runs, counted: Counted, one_call: OneCall | None) -> None:
         """From now on every forward runs under a policy. Called by `attach`."""
@@ -227,6 +238,8 @@ class Attachment:
 
     def _forward(self, original, *args, **kwargs):
         """The transformer's forward: open a passage, let the parent run, put the answers back."""
+        if torch.compiler.is_compiling() and (self._uses or self._runs is not None):
+            refuse_compiling_after_attaching()
         now = self._now
         if now.step is None and (self._runs is None or not self._interceptions or now.passage is not None):
             with self._alone_if(self.compiler is not None and not torch.compiler.is_compiling()):
@@ -372,6 +385,8 @@ class Attachment:
                     self.runs, self._now.plain, len(args[0] if args else kwargs[self.layers[layer].names[0]])
                 )
             return original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            refuse_compiling_after_attaching()
         if self.compiler is not None:
             original = self.compiler.block(layer, original)
         return passage.block(layer, original, args, kwargs)

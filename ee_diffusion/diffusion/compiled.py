@@ -44,6 +44,25 @@ def unwrapped(module: nn.Module) -> nn.Module:
     return module._orig_mod if isinstance(module, OptimizedModule) else module
 
 
+@torch.compiler.disable
+def refuse_compiling_after_attaching() -> None:
+    """Called where torch compiles, from outside, a forward whose exits are decided on the host (anew for each step, up to its limit).
+
+    Raises:
+        ValueError: always; where whole graphs are asked for, torch raises an error of its own with this function's name.
+    """
+    raise ValueError(
+        "this transformer was compiled after exits were attached: detach, then attach to the compiled one, or attach with "
+        "compile_options={}"
+    )
+
+
+def is_compiled(held: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether a transformer was compiled, by `torch.compile` (what it returned is held), `.compile()`, or its blocks alone."""
+    inner = unwrapped(held)
+    return held is not inner or any(one._compiled_call_impl is not None for one in (inner, *blocks))
+
+
 class Compiler:
     """Compiled forwards of one transformer with its exits; made by `compiler_for`.
 

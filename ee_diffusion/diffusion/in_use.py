@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from ee_diffusion.core.intercept import Interception, restore_all
 
@@ -40,7 +41,9 @@ class OneCall:
     """One thread at a time in the call of a pipeline. Whose call it is follows from that thread's stack, so that one which failed holds up
     nobody."""
 
-    def __init__(self, pipeline: DiffusionPipeline):
+    def __init__(self, pipeline: DiffusionPipeline, check: Callable[[nn.Module], None]):
+        """check: is shown the pipeline's transformer before a call."""
+        self._check = check
         self._pipeline, self._code = pipeline, inspect.unwrap(type(pipeline).__call__).__code__
         self._lock, self._thread = threading.Lock(), 0
         checks = callable(getattr(pipeline, "check_inputs", None))  # first of all, but not every class has it
@@ -83,11 +86,13 @@ class OneCall:
     def _begins(self, original, *args, **kwargs):
         self.enter()
         self._free_scheduler()  # of a call that failed
+        self._check(self._pipeline.transformer)
         return original(*args, **kwargs)
 
     def _loop_begins(self, original, *args, **kwargs):
         self.enter()
         self._free_scheduler()
+        self._check(self._pipeline.transformer)
         self._scheduler = Interception(self._pipeline.scheduler, self._steps_set, name="set_timesteps")
         return original(*args, **kwargs)
 

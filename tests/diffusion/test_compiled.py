@@ -265,3 +265,49 @@ def test_generated_code_says_the_same():
         again, record, _ = generate(model, exits, policy, {})
         torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)
         assert same(record, trace)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("kind", ["wrapped", "in place", "by block"])
+def test_compiling_after_attaching_is_refused_and_the_way_is_said(kind: str, fullgraph: bool):
+    pipe = dit_pipeline()
+    exits, call = exits_for(pipe.transformer), {"num_inference_steps": 2, "output_type": "np"}
+    plain = pipe([1], generator=torch.Generator().manual_seed(0), **call).images
+    inner, policy = pipe.transformer, Policy(Threshold(0.5))
+    attachment = attach(pipe, exits, policy)
+    options = {"backend": "eager", "fullgraph": fullgraph}
+    if kind == "wrapped":
+        pipe.transformer = torch.compile(inner, **options)
+    else:
+        for module in [inner] if kind == "in place" else blocks_of(inner):
+            module.compile(**options)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"compiled after exits were attached: detach, then attach to the compiled one"
+        ):
+            pipe([1], **call)
+    detach(pipe)
+    assert attachment.trace is None
+    again = pipe([1], generator=torch.Generator().manual_seed(0), **call).images
+    torch.testing.assert_close(torch.from_numpy(again), torch.from_numpy(plain))
+    with attach(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
+        attachment.compiler.options |= COUNTED
+        pipe([1], **call)
+        assert attachment.report.mean_executed == 1
+
+
+def test_a_bare_transformer_compiled_after_attaching():
+    name = "DiTTransformer2DModel"
+    model = model_named(name)
+    off = forward(model, inputs_of(name, ROWS))
+    with attach(model, exits_for(model)) as attachment:
+        held = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
+        assert graphs() == (1, 0), "without a step it is the plain model, in one graph"
+        held = torch.compile(model, backend="eager")
+        session = attachment.start(Policy(Threshold(0.5)), rows=torch.arange(len(ROWS)), num_steps=1)
+        with (
+            attachment.use(session.step(0, 700.0)),
+            pytest.raises(ValueError, match="compiled after exits were attached"),
+        ):
+            forward(held, inputs_of(name, ROWS))
