@@ -217,7 +217,8 @@ class Watch:
         self._listener = Listener(pipeline.transformer, self._heard)
 
     def begin(self, num_steps: int) -> None:
-        """A run begins: its first forward is under way."""
+        """A run begins: its first forward is under way. One that broke off may have left its scheduler intercepted."""
+        self._leave()
         times = self._pipeline.scheduler.timesteps.tolist()[-num_steps:]
         self._here = setup_here(self._pipeline, self._exits, times)
         self._index = 0
@@ -230,7 +231,9 @@ class Watch:
 
     def _heard(self) -> None:
         """After a forward the solver's step follows, or the forward of another row."""
-        if self._here is not None and self._interception is None:
+        if self._here is None:
+            self._listener.forget()
+        elif self._interception is None:
             self._interception = intercept_step(self._pipeline.scheduler, self._step)
 
     def _step(self, original: Callable[[], Any], arguments: Mapping[str, Any]) -> Any:

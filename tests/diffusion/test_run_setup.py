@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable
 
@@ -92,6 +93,42 @@ def test_guidance_that_a_callback_changes_is_told_from_there_on():
     (said,) = told(pipe, changed, lambda: draw(pipe, "sd3"))
     assert "guidance 1.5; this run has" in said
     assert "guidance 3.0 at step 3" in said
+
+
+def test_a_call_that_broke_off_leaves_no_scheduler_unwatched():
+    pipe, exits = fitted("sd3")
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    def broken_then_another() -> None:
+        handle = pipe.transformer.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            draw(pipe, "sd3")
+        handle.remove()
+        before, pipe.scheduler = pipe.scheduler, FlowMatchEulerDiscreteScheduler(shift=3.0)
+        draw(pipe, "sd3")
+        assert "step" not in vars(before)
+
+    (said,) = told(pipe, exits, broken_then_another)
+    assert "a step at time 800.2; this run has" in said
+
+
+def test_what_was_said_is_not_kept_once_a_run_was_warned_of():
+    pipe, exits = fitted("sd3")
+    alive = []
+
+    def count(module: torch.nn.Module, args: tuple, output: tuple) -> None:
+        shape = output[0].shape
+        alive.append(sum(type(one) is torch.Tensor and one.shape == shape for one in gc.get_objects()))
+
+    def call() -> None:
+        handle = pipe.transformer.register_forward_hook(count)
+        draw(pipe, "sd3", guidance_scale=1.5)
+        handle.remove()
+
+    assert len(told(pipe, exits, call)) == 1
+    assert alive[-1] == alive[-2], "outputs of earlier steps are gone"
 
 
 def test_other_times_of_one_solver_are_told():
