@@ -20,7 +20,7 @@ from contenders import WARM_UP, gains_of, load_memory
 from frontier_options import FrontierOptions
 from keeping import contents, kept
 from options import SamplingOptions, command, flag, load, parse, results_folder
-from real_images import ReferenceOptions, judge_of
+from real_images import ReferenceOptions, judge_of, shape_of
 from together import WholeBatch
 from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
@@ -86,7 +86,7 @@ def main() -> None:
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
-    judge = judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes)
+    judge = judge_of(reference, **shape_of(pipeline), num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     steps, exits = sampling.num_inference_steps, {}
     some = [Candidate("full", "full", None, None, steps)]

@@ -20,7 +20,7 @@ from clock import candidate_of
 from contenders import base_of, check_fitted, drawer, exits_by_kind, fitted_beside, load_memory
 from keeping import contents, name_of
 from options import DTYPES, SamplingOptions, command, flag, load, parse
-from real_images import ReferenceOptions, known_reference, unfit
+from real_images import ReferenceOptions, known_reference, shape_of, unfit
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -150,7 +150,7 @@ def main() -> None:
     finalists, sampling = finalists_of(report["rows"], options.names), sampling_of(report, options)
     settings, pipeline = report["settings"], load(sampling)
     num_classes, size = classes_of(pipeline, sampling.guidance_scale), pipeline.transformer.config.sample_size
-    reason = unfit(against, size=(size, size), num_classes=num_classes)
+    reason = unfit(against, **shape_of(pipeline), num_classes=num_classes)
     if reason:
         raise ValueError(f"no FD against {against.name}: {reason}")
     memory = load_memory(pipeline, settings["memory"])

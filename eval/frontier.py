@@ -36,7 +36,7 @@ from keeping import contents, kept, noted
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, load, parse, results_folder
-from real_images import ReferenceOptions, judge_of
+from real_images import ReferenceOptions, judge_of, shape_of
 from torch import nn
 from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
@@ -172,7 +172,7 @@ def main() -> None:
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
-    judge = judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes)
+    judge = judge_of(reference, **shape_of(pipeline), num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 
     memory = load_memory(pipeline, options.memory)

@@ -11,10 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from options import flag
 from torch import Tensor
 
+from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.measure.classifiers import CLASSES, DATA_VARIABLE, Progress, data_folder, load_classifier
 from ee_diffusion.measure.features import InceptionFeatures, ResNetFeatures, resnet20_features
 from ee_diffusion.measure.paired import SSIM_WINDOW
@@ -24,7 +26,7 @@ from ee_diffusion.measure.references import Reference, read_statistics, referenc
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.data import load_image_source
 
-CIFAR_SIZE = 32
+CIFAR_SIZE, RGB = 32, 3
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 OTHERS = ("reference_dir", "reference_files", "reference_statistics")
 
@@ -128,11 +130,21 @@ def known_reference(
     return found
 
 
-def unfit(options: ReferenceOptions, *, size: tuple[int, int], num_classes: int | None) -> str | None:
+def shape_of(pipeline: EarlyExitPipeline) -> dict[str, Any]:
+    """`size` and `channels` of a pipeline's images, for `judge_of` and `unfit`."""
+    config = pipeline.transformer.config
+    return {"size": (config.sample_size,) * 2, "channels": config.in_channels}
+
+
+def unfit(
+    options: ReferenceOptions, *, size: tuple[int, int], num_classes: int | None, channels: int = RGB
+) -> str | None:
     """Why resnet20's FD against the reference says nothing of a model's images; None: it does.
 
     num_classes: the model's; None: unconditional, or unknown.
     """
+    if channels != RGB:
+        return _channels(channels)
     if size != (CIFAR_SIZE, CIFAR_SIZE):
         return f"images are {size[0]}x{size[1]} and the judging network looks at {CIFAR_SIZE}x{CIFAR_SIZE}"
     if options.is_cifar and num_classes not in (None, CLASSES):
@@ -141,16 +153,22 @@ def unfit(options: ReferenceOptions, *, size: tuple[int, int], num_classes: int 
 
 
 def judge_of(
-    options: ReferenceOptions, *, size: tuple[int, int], num_classes: int | None, class_names: Sequence[str] = ()
+    options: ReferenceOptions,
+    *,
+    size: tuple[int, int],
+    num_classes: int | None,
+    channels: int = RGB,
+    class_names: Sequence[str] = (),
 ) -> Judge:
-    """All figures that fit images of `size` (H, W) and a model of `num_classes` (None: unconditional); the others are left out by name.
+    """All figures that fit images of `channels` and `size` (H, W), of a model with `num_classes` (None: unconditional); the others are left
+    out by name.
 
     class_names: of the model's classes, where it says them.
 
     Raises:
         ValueError: a reference is named that these images cannot be compared with.
     """
-    left_out = _left_out(options, size, num_classes, class_names)
+    left_out = _left_out(options, size, num_classes, channels, class_names)
     if not options.is_cifar and "fd" in left_out:
         raise ValueError(f"no FD against {options.name}: {left_out['fd']}")
     parts = {}
@@ -167,21 +185,25 @@ def judge_of(
     return judge
 
 
+def _channels(channels: int) -> str | None:
+    return None if channels == RGB else f"images have {channels} channels and the judging networks look at {RGB}"
+
+
 def _left_out(
-    options: ReferenceOptions, size: tuple[int, int], num_classes: int | None, class_names: Sequence[str]
+    options: ReferenceOptions, size: tuple[int, int], num_classes: int | None, channels: int, class_names: Sequence[str]
 ) -> dict[str, str]:
     """Figure -> why it says nothing of these images."""
     came = f"images are {size[0]}x{size[1]}, at least"
     absent = options.data is None and DATA_VARIABLE not in os.environ
     no_data = f"no data folder (--data, {DATA_VARIABLE})" if absent else None
-    wrong = unfit(options, size=size, num_classes=num_classes)
+    wrong, grey = unfit(options, size=size, num_classes=num_classes, channels=channels), _channels(channels)
     if options.is_cifar and class_names and tuple(name.lower() for name in class_names) != CIFAR_NAMES:
         wrong = wrong or f"the model's classes ({', '.join(class_names[:3])}, ...) are not CIFAR-10's"
     alien = None if options.is_cifar else f"the classes of {options.name} are not CIFAR-10's"
     unlabelled = "the model is unconditional" if num_classes is None else None
     reasons = {
         "ssim": f"{came} {SSIM_WINDOW}x{SSIM_WINDOW} are needed" if min(size) < SSIM_WINDOW else None,
-        "lpips": no_data or (f"{came} {SMALLEST}x{SMALLEST} are needed" if min(size) < SMALLEST else None),
+        "lpips": no_data or grey or (f"{came} {SMALLEST}x{SMALLEST} are needed" if min(size) < SMALLEST else None),
         "fd": no_data or wrong,
         "accuracy": no_data or wrong or alien or unlabelled,
     }

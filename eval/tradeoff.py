@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from options import SamplingOptions, command, flag, load, parse, results_folder
-from real_images import ReferenceOptions, judge_of
+from real_images import ReferenceOptions, judge_of, shape_of
 from turns import Candidate, Draw, Labels, in_turns, measured
 
 from ee_diffusion.core.calibrate import value_for_budget
@@ -177,10 +177,7 @@ def main() -> None:
     sampling, options, reference = parse(SamplingOptions, TradeoffOptions, ReferenceOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
-    draw, judge = (
-        drawer(pipeline, sampling),
-        judge_of(reference, size=(pipeline.transformer.config.sample_size,) * 2, num_classes=num_classes),
-    )
+    draw, judge = drawer(pipeline, sampling), judge_of(reference, **shape_of(pipeline), num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
     full = Candidate("full", "full", None, None, sampling.num_inference_steps)
 

@@ -43,11 +43,12 @@ def observe(
     """images (n, C, H, W) in [-1, 1] at one timestep -> u, error to the noise, error to the full model; each (K, n)."""
     transformer, exits = pipeline.transformer, pipeline.exits
     generator = torch.Generator().manual_seed(seed + time)
-    noise = torch.randn(images.shape, generator=generator)
-    times = torch.full((len(images),), time)
+    noise = torch.randn(images.shape, generator=generator).to(transformer.device)
+    times = torch.full((len(images),), time, device=transformer.device)
+    images, labels = (None if one is None else one.to(transformer.device) for one in (images, labels))
     noisy = pipeline.scheduler.add_noise(images, noise, times)
     with torch.no_grad():
-        output = transformer(noisy.to(transformer.device, transformer.dtype), times, labels, output_hidden_states=True)
+        output = transformer(noisy.to(transformer.dtype), times, labels, output_hidden_states=True)
         said, to_noise, to_full = [], [], []
         for exit, depth in enumerate(exits.depths):
             hidden, context = output.hidden_states[depth], {"timestep": times}
@@ -59,18 +60,29 @@ def observe(
     return torch.stack(said), torch.stack(to_noise), torch.stack(to_full)
 
 
-def held_out(options: UncertaintyOptions, num_classes: int | None) -> tuple[Tensor, Tensor | None]:
-    """The first `count` images of the held-out test positions: (n, C, H, W) in [-1, 1] and labels (n,), None of an unconditional model."""
+def held_out(options: UncertaintyOptions, num_classes: int | None, *, size: int) -> tuple[Tensor, Tensor | None]:
+    """The first `count` images of the held-out test positions: (n, C, H, W) in [-1, 1], H = W = size, and labels (n,), None of an
+    unconditional model.
+
+    Raises:
+        ValueError: fewer images than there are positions asked for; as `load_image_source`.
+    """
     source = load_image_source(
         ImageDataConfig(
             train_data_files=[options.data_files],
             image_column=options.image_column,
             label_column=options.label_column,
+            resolution=size,
             random_flip=False,
         ),
         num_classes,
     )
     positions = torch.tensor(list(HELD_OUT["test"][: options.count]))
+    if len(source.images) <= positions[-1]:
+        raise ValueError(
+            f"{options.data_files} hold {len(source.images)} images, expected more than {positions[-1]}: those from {positions[0]} on are "
+            "held out"
+        )
     batch = source.batch(positions, positions)
     return batch["images"], batch.get("class_labels")
 
@@ -96,7 +108,8 @@ def table(said: Tensor, error: Tensor, times: list[int], depths: tuple[int, ...]
 def main() -> None:
     sampling, options = parse(SamplingOptions, UncertaintyOptions, description=__doc__)
     folder, pipeline = results_folder(sampling), load(sampling)
-    images, labels = held_out(options, pipeline.transformer.config.num_classes)
+    config = pipeline.transformer.config
+    images, labels = held_out(options, config.num_classes, size=config.sample_size)
     total = pipeline.scheduler.config.num_train_timesteps
     times = [round((i + 0.5) * total / options.timesteps) for i in range(options.timesteps)]
     seen = [observe(pipeline, images, labels, time, seed=sampling.seed) for time in times]

@@ -37,7 +37,7 @@ from ee_diffusion.diffusion.generation import use_sampler
 from ee_diffusion.diffusion.heads import DenoisingExits
 from ee_diffusion.diffusion.lora import add_lora, merged
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.diffusion.objective import null_class_of
+from ee_diffusion.diffusion.objective import num_classes_of
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 from ee_diffusion.diffusion.states import States
 from ee_diffusion.diffusion.trajectories import Exited, fingerprint
@@ -117,8 +117,7 @@ def conditions_of(fit: FitConfig, transformer: torch.nn.Module) -> list[int] | l
     if fit.prompts is not None:
         return [line for line in Path(fit.prompts).read_text().splitlines() if line.strip()]
     if fit.labels is None:
-        config, null_class = transformer.config, null_class_of(transformer)
-        count = config.get("num_classes") if null_class is None else null_class
+        count = num_classes_of(transformer)
         return None if count is None else list(range(count))
     first = Path(fit.labels[0])
     words = first.read_text().split() if len(fit.labels) == 1 and first.is_file() else fit.labels

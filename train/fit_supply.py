@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from fit_settings import FitConfig
 
 from ee_diffusion.diffusion.latents import NoisedStates
-from ee_diffusion.diffusion.objective import null_class_of
+from ee_diffusion.diffusion.objective import null_class_of, num_classes_of
 from ee_diffusion.diffusion.parts import Parts
 from ee_diffusion.diffusion.states import States
 from ee_diffusion.diffusion.trajectories import FreshStates, identity_of, walk
@@ -83,8 +83,9 @@ def build_supply(
         identity = identity_of(pipeline, SEEDS["fit"][-1:], given["conditions"], **others)
         name = f"fresh states {json.dumps(identity, sort_keys=True)}"
         return Supply(MappedSource(KeySource(len(SEEDS["fit"])), clock, name), {}, clock)
-    classes = None if data.label_column is None else null_class_of(pipeline.transformer)
-    clock = Timed(NoisedStates(pipeline, class_drop=0.0 if classes is None else fit.class_drop))
+    classes = None if data.label_column is None else num_classes_of(pipeline.transformer)
+    dropped = classes is not None and null_class_of(pipeline.transformer) is not None
+    clock = Timed(NoisedStates(pipeline, class_drop=fit.class_drop if dropped else 0.0))
     return Supply(MappedSource(load_image_source(data, classes), clock, f"noised, drop {fit.class_drop}"), {}, clock)
 
 

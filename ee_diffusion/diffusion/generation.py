@@ -29,6 +29,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.guidance import is_guided
+from ee_diffusion.diffusion.objective import num_classes_of
 from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
 
 SAMPLERS: dict[str, type[SchedulerMixin]] = {
@@ -60,7 +61,7 @@ def use_sampler(pipeline: EarlyExitPipeline, name: str) -> None:
 
 
 def classes_of(pipeline: EarlyExitPipeline, guidance_scale: float) -> int | None:
-    """How many classes images are drawn of, the first ones: those before the null class, or all; None of an unconditional model.
+    """How many classes images are drawn of (`num_classes_of`); None of an unconditional model.
 
     Raises:
         ValueError: guidance of a model without a null class.
@@ -71,7 +72,7 @@ def classes_of(pipeline: EarlyExitPipeline, guidance_scale: float) -> int | None
             f"guidance_scale={guidance_scale} of a model with null_class=None, expected one trained with a null class, or "
             "guidance_scale=1"
         )
-    return config.null_class or config.num_classes
+    return num_classes_of(pipeline.transformer)
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,12 @@ def null_class_of(transformer: nn.Module) -> int | None:
     return config.num_embeds_ada_norm if isinstance(transformer, DiTTransformer2DModel) else config.get("null_class")
 
 
+def num_classes_of(transformer: nn.Module) -> int | None:
+    """How many classes there are to draw, the first ones: those before the null class, or all where there is none, or it is the first;
+    None: the transformer is unconditional."""
+    return null_class_of(transformer) or transformer.config.get("num_classes")
+
+
 def forbid_label_drop(transformer: nn.Module) -> nn.Module:
     """A DiT in train mode drops labels by the global generator; here a draw belongs to its sample, so the objective alone drops them."""
     for module in transformer.modules():

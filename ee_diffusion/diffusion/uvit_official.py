@@ -117,7 +117,7 @@ def _sizes(state: Mapping[str, Tensor], heads: int, text_tokens: int) -> dict[st
         raise ValueError(f"not an official U-ViT checkpoint: missing {absent}")
     tokens, dim = state["pos_embed"].shape[1:]
     channels, patch = state["patch_embed.proj.weight"].shape[1:3]
-    if dim % heads:
+    if heads < 1 or dim % heads:
         raise ValueError(f"num_attention_heads={heads} does not divide the width {dim}")
     classes = state["label_emb.weight"].shape[0] if "label_emb.weight" in state else None
     text = state["context_embed.weight"].shape[1] if "context_embed.weight" in state else None

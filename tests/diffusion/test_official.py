@@ -273,6 +273,8 @@ def test_a_truncated_file_is_refused(tmp_path):
 def test_foreign_keys_are_refused():
     with pytest.raises(ValueError, match="missing"):
         load_official({"conv.weight": torch.zeros(1)}, num_attention_heads=HEADS)
+    with pytest.raises(ValueError, match="num_attention_heads=0 does not divide"):
+        load_official(official_state(), num_attention_heads=0)
     state = official_state()
     state["extra.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"foreign \['extra.weight'\]"):

@@ -112,6 +112,11 @@ def test_the_reference_that_is_named_is_the_one_behind_the_distance(place, netwo
         ({"size": (28, 28)}, {"lpips", "fd", "accuracy"}, "No lpips: images are 28x28, at least 31x31 are needed"),
         ({"size": (64, 64)}, {"fd", "accuracy"}, "No fd: images are 64x64 and the judging network looks at 32x32"),
         ({"size": (8, 8)}, {"ssim", "lpips", "fd", "accuracy"}, "No ssim: images are 8x8, at least 11x11"),
+        (
+            {"channels": 1},
+            {"lpips", "fd", "accuracy"},
+            "No lpips: images have 1 channels and the judging networks look at 3",
+        ),
         ({"num_classes": 100}, {"fd", "accuracy"}, "the model draws 100 classes, which are not the 10 of CIFAR-10"),
         ({"num_classes": None}, {"accuracy"}, "No accuracy: the model is unconditional"),
         (
@@ -127,7 +132,7 @@ def test_figures_that_do_not_fit_are_left_out_by_name(place, asked, left, told):
     judge = judge_of(options(place), **{"size": size, "num_classes": 10} | asked)
     assert set(judge.left_out) == left
     assert told in judge.note()
-    images = torch.rand(6, 3, *size)
+    images = torch.rand(6, asked.get("channels", 3), *size)
     assert set(judge(images, images, torch.arange(6))) == {"psnr", "ssim", "lpips", "fd", "accuracy"} - left
 
 
@@ -254,6 +259,18 @@ def test_metrics_refuse_before_work(place, monkeypatch, side, labels, words, tol
     with pytest.raises(ValueError, match=told):
         measure(place, monkeypatch, noise(70, side, 2), own, *words.split())
     assert not (place / "out").exists()
+
+
+def test_a_grey_model_is_traded_off(place, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"sample_size": 32, "patch_size": 16, "num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8}
+    transformer = UViTTransformer2DModel(**sizes, in_channels=1)
+    exits = DenoisingExits.for_transformer(transformer, (1, 2))
+    EarlyExitPipeline(transformer, DDIMScheduler(), exits).save_pretrained(place / "model")
+    words = ["--model", place / "model", "--output_dir", place / "out", "--count", 2, "--calibration_count", 2]
+    words += ["--num_inference_steps", 2, "--budgets", 0.7, "--batch_size", 2, "--guidance_scale", 1]
+    call(monkeypatch, tradeoff, *words, "--data", place / "data")
+    assert "No fd: images have 1 channels" in (place / "out" / "tradeoff.md").read_text()
 
 
 def test_a_model_of_28_pixels_goes_the_whole_way(place, monkeypatch):

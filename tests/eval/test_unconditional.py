@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from PIL import Image
 from safetensors.torch import load_file
 from tree import ROOT
 
@@ -33,6 +35,7 @@ sys.path.insert(0, str(ROOT / "train"))
 import ablation
 import clock
 import export
+import fit_exits
 import fit_memory
 import fit_tracking
 import frontier
@@ -86,6 +89,7 @@ def test_the_classes_that_are_drawn(kind: str):
     assert balanced_labels(4, count) == LABELS[kind]
     assert (shuffled_labels(4, count, seed=0) is None) == (LABELS[kind] is None)
     if kind == "one":
+        assert fit_exits.conditions_of(fit_exits.FitConfig(model="m"), made(kind).transformer) == [0]
         assert classes_of(made(kind), 2.0) == 1, "its class is none, and guidance leads nowhere"
         return
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 .* null_class=None, expected .*, or guidance_scale=1"):
@@ -98,6 +102,18 @@ def test_it_is_exported_with_policies(model: Path, tmp_path: Path):
     policy = Policy.load(tmp_path / "out" / "policies" / "blocks-70.json")
     assert pipe.transformer.config.num_classes == made_config(model)["num_classes"]
     assert 0 < policy.criterion.threshold < 1
+
+
+def test_exits_are_fitted_on_a_data_set(model: Path, kind: str, tmp_path: Path):
+    """With labels, where the model has classes; none of them is dropped where there is no class for "none"."""
+    columns = {"image": datasets.Image(), "label": datasets.Value("int64")}
+    rows = {"image": [Image.new("RGB", (16, 16), (60 * one, 0, 0)) for one in range(4)], "label": LABELS["one"]}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(columns)).to_parquet(tmp_path / "some.parquet")
+    words = ["--model", model, *CALL, "--output_dir", tmp_path / "out", "--states", "dataset", "--class_drop", 0.1]
+    words += ["--train_data_files", tmp_path / "some.parquet", "--label_column", "label", "--resolution", 16]
+    words += ["--train_batch_size", 2, "--exit_depths", 1, "--max_train_steps", 2, "--held_out", 2]
+    run(fit_exits, *words)
+    assert (tmp_path / "out" / "exits").is_dir()
 
 
 def made_config(model: Path) -> dict:
@@ -208,10 +224,13 @@ def test_guidance_is_refused_before_work(model: Path, kind: str, tmp_path: Path,
 def test_uncertainty_is_looked_at_and_training_draws(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipe, images = made(kind), torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     known = ImageSource(images, None if LABELS[kind] is None else torch.tensor(LABELS[kind]), random_flip=False)
-    monkeypatch.setattr(uncertainty, "load_image_source", lambda config, num_classes: known)
+    monkeypatch.setattr(uncertainty, "load_image_source", lambda config, num_classes: {16: known}[config.resolution])
     monkeypatch.setattr(uncertainty, "HELD_OUT", {"test": range(4)})
-    seen, labels = uncertainty.held_out(uncertainty.UncertaintyOptions(), pipe.transformer.config.num_classes)
+    seen, labels = uncertainty.held_out(uncertainty.UncertaintyOptions(), pipe.transformer.config.num_classes, size=16)
     assert (None if labels is None else labels.tolist()) == LABELS[kind]
+    monkeypatch.setattr(uncertainty, "HELD_OUT", {"test": range(2, 6)})
+    with pytest.raises(ValueError, match="hold 4 images, expected more than 5: those from 2 on are held out"):
+        uncertainty.held_out(uncertainty.UncertaintyOptions(), None, size=16)
     assert uncertainty.observe(pipe, seen, labels, 500, seed=0)[0].shape == (2, 4)
     objective = DiffusionObjective(pipe.transformer, pipe.exits, pipe.scheduler, mode="frozen", class_drop=0.0)
     config = presets.ValidationConfig(validation_images=2, validation_inference_steps=2, validation_guidance_scale=1.0)
