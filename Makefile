@@ -50,8 +50,8 @@ format: $(VENV)/.stamp-test  ## let ruff rewrite the code
 # The generator's comments go, so that the file opens with its docstring. wire_pb2.py is checked in: using the wire needs no generator.
 proto: $(VENV)/.stamp-test  ## write the messages of the edge's and the cloud's wire anew (after a change of wire.proto)
 	$(PIP_ENVIRONMENT) $(BIN)/pip install --quiet -c constraints.txt grpcio-tools==1.85.1
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. ee_diffusion/decoding/cloud/wire.proto
-	sed -i '/^# /d' ee_diffusion/decoding/cloud/wire_pb2.py
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. ee_diffusion/edge_cloud/wire.proto
+	sed -i '/^# /d' ee_diffusion/edge_cloud/wire_pb2.py
 
 wheel: $(VENV)/.stamp-test  ## build the wheel into dist/
 	rm -rf build

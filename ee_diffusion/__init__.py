@@ -21,8 +21,8 @@ _HOMES = {
     "Sampled": "core.criteria",
     "Threshold": "core.criteria",
     "Policy": "core.policy",
-    "Vote": "core.ranks",
-    "gather_traces": "core.ranks",
+    "Vote": "core.distributed",
+    "gather_traces": "core.distributed",
     "Session": "core.session",
     "DepthPerStep": "core.schedules",
     "FixedDepth": "core.schedules",
@@ -35,27 +35,27 @@ _HOMES = {
     "Schedule": "core.schedules",
     "Report": "core.trace",
     "Trace": "core.trace",
-    "AdapterExits": "diffusion.adapters",
-    "attach": "diffusion.attach",
-    "detach": "diffusion.attach",
-    "set_attention": "diffusion.attention",
-    "truncate": "diffusion.truncation",
+    "AdapterExits": "diffusion.exits.adapter",
+    "attach": "diffusion.hooks.attach",
+    "detach": "diffusion.hooks.attach",
+    "set_attention": "diffusion.hooks.attention",
+    "truncate": "diffusion.hooks.truncate",
     "early_exit_generate": "decoding.generate",
     "LearnedExits": "decoding.heads",
-    "lossless_generate": "decoding.lossless",
+    "lossless_generate": "decoding.self_speculative",
     "calm": "decoding.methods",
     "d3": "decoding.methods",
     "depth_per_request": "decoding.methods",
     "early_termination": "decoding.methods",
     "skipdecode": "decoding.methods",
     "uniform_skipping": "decoding.methods",
-    "summary": "diffusion.attach",
-    "Family": "diffusion.families",
-    "register_family": "diffusion.families",
-    "DenoisingExits": "diffusion.heads",
-    "MemoryExits": "diffusion.memory_exits",
-    "influence": "diffusion.gains",
-    "step_gains": "diffusion.gains",
+    "summary": "diffusion.hooks.attach",
+    "Family": "diffusion.model_specs",
+    "register_family": "diffusion.model_specs",
+    "DenoisingExits": "diffusion.exits.deediff",
+    "MemoryExits": "diffusion.exits.cached",
+    "influence": "diffusion.step_cache.error_propagation",
+    "step_gains": "diffusion.step_cache.error_propagation",
     "ase": "diffusion.methods",
     "budgeted": "diffusion.methods",
     "deediff": "diffusion.methods",
@@ -64,32 +64,44 @@ _HOMES = {
     "periodic_cache": "diffusion.methods",
     "remembered": "diffusion.methods",
     "searched": "diffusion.methods",
-    "fit_schedules": "diffusion.rehearsal",
-    "TrackingExits": "diffusion.tracking_exits",
-    "step_sensitivity": "diffusion.solver",
-    "EarlyExitPipeline": "diffusion.pipeline",
-    "EarlyExitDiTPipeline": "diffusion.pipelines",
-    "EarlyExitFluxPipeline": "diffusion.pipelines",
-    "EarlyExitPixArtPipeline": "diffusion.pipelines",
-    "EarlyExitSD3Pipeline": "diffusion.pipelines",
-    "EarlyExitTextPipeline": "diffusion.text_pipeline",
-    "UViTTransformer2DModel": "diffusion.uvit",
-    "EarlyExitClassifier": "encoder.classifier",
-    "ClassifierExits": "encoder.exits",
-    "berxit": "encoder.methods",
-    "confidence": "encoder.methods",
-    "deebert": "encoder.methods",
-    "fastbert": "encoder.methods",
-    "jei_dnn": "encoder.methods",
-    "pabee": "encoder.methods",
-    "palbert": "encoder.methods",
-    "pondernet": "encoder.methods",
+    "fit_schedules": "diffusion.step_cache.recording",
+    "TrackingExits": "diffusion.exits.tracking_exits",
+    "step_sensitivity": "diffusion.step_cache.solver",
+    "EarlyExitPipeline": "diffusion.pipelines.uvit",
+    "EarlyExitDiTPipeline": "diffusion.pipelines.stock",
+    "EarlyExitFluxPipeline": "diffusion.pipelines.stock",
+    "EarlyExitPixArtPipeline": "diffusion.pipelines.stock",
+    "EarlyExitSD3Pipeline": "diffusion.pipelines.stock",
+    "EarlyExitTextPipeline": "diffusion.pipelines.text_to_image",
+    "UViTTransformer2DModel": "diffusion.models.uvit",
+    "EarlyExitClassifier": "classification.classifier",
+    "ClassifierExits": "classification.exits",
+    "berxit": "classification.methods",
+    "confidence": "classification.methods",
+    "deebert": "classification.methods",
+    "fastbert": "classification.methods",
+    "jei_dnn": "classification.methods",
+    "pabee": "classification.methods",
+    "palbert": "classification.methods",
+    "pondernet": "classification.methods",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.checkpoints import checkpoint
+    from ee_diffusion.classification.classifier import EarlyExitClassifier
+    from ee_diffusion.classification.exits import ClassifierExits
+    from ee_diffusion.classification.methods import (
+        berxit,
+        confidence,
+        deebert,
+        fastbert,
+        jei_dnn,
+        pabee,
+        palbert,
+        pondernet,
+    )
     from ee_diffusion.core.criteria import (
         Accumulated,
         Cumulative,
@@ -101,8 +113,8 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         Threshold,
     )
     from ee_diffusion.core.criterion import Criterion
+    from ee_diffusion.core.distributed import Vote, gather_traces
     from ee_diffusion.core.policy import Policy
-    from ee_diffusion.core.ranks import Vote, gather_traces
     from ee_diffusion.core.schedules import (
         DepthPerStep,
         FixedDepth,
@@ -119,7 +131,6 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.custom_pipelines import custom_pipeline
     from ee_diffusion.decoding.generate import early_exit_generate
     from ee_diffusion.decoding.heads import LearnedExits
-    from ee_diffusion.decoding.lossless import lossless_generate
     from ee_diffusion.decoding.methods import (
         calm,
         d3,
@@ -128,13 +139,14 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         skipdecode,
         uniform_skipping,
     )
-    from ee_diffusion.diffusion.adapters import AdapterExits
-    from ee_diffusion.diffusion.attach import attach, detach, summary
-    from ee_diffusion.diffusion.attention import set_attention
-    from ee_diffusion.diffusion.families import Family, register_family
-    from ee_diffusion.diffusion.gains import influence, step_gains
-    from ee_diffusion.diffusion.heads import DenoisingExits
-    from ee_diffusion.diffusion.memory_exits import MemoryExits
+    from ee_diffusion.decoding.self_speculative import lossless_generate
+    from ee_diffusion.diffusion.exits.adapter import AdapterExits
+    from ee_diffusion.diffusion.exits.cached import MemoryExits
+    from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+    from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+    from ee_diffusion.diffusion.hooks.attach import attach, detach, summary
+    from ee_diffusion.diffusion.hooks.attention import set_attention
+    from ee_diffusion.diffusion.hooks.truncate import truncate
     from ee_diffusion.diffusion.methods import (
         ase,
         budgeted,
@@ -145,22 +157,19 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         remembered,
         searched,
     )
-    from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-    from ee_diffusion.diffusion.pipelines import (
+    from ee_diffusion.diffusion.model_specs import Family, register_family
+    from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+    from ee_diffusion.diffusion.pipelines.stock import (
         EarlyExitDiTPipeline,
         EarlyExitFluxPipeline,
         EarlyExitPixArtPipeline,
         EarlyExitSD3Pipeline,
     )
-    from ee_diffusion.diffusion.rehearsal import fit_schedules
-    from ee_diffusion.diffusion.solver import step_sensitivity
-    from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-    from ee_diffusion.diffusion.tracking_exits import TrackingExits
-    from ee_diffusion.diffusion.truncation import truncate
-    from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-    from ee_diffusion.encoder.classifier import EarlyExitClassifier
-    from ee_diffusion.encoder.exits import ClassifierExits
-    from ee_diffusion.encoder.methods import berxit, confidence, deebert, fastbert, jei_dnn, pabee, palbert, pondernet
+    from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
+    from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+    from ee_diffusion.diffusion.step_cache.error_propagation import influence, step_gains
+    from ee_diffusion.diffusion.step_cache.recording import fit_schedules
+    from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
 
 
 def __getattr__(name: str) -> Any:

@@ -25,17 +25,17 @@ from together import WholeBatch
 from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.gains import influence
-from ee_diffusion.diffusion.generation import Generated, classes_of, generate
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
-from ee_diffusion.diffusion.solver import step_sensitivity
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.quality import COLUMNS, flat
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate
+from ee_diffusion.diffusion.step_cache.error_propagation import influence
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.metrics.quality import COLUMNS, flat
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 
 @dataclass(frozen=True)

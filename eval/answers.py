@@ -17,8 +17,8 @@ from options import DTYPES, flag, parse
 from prompt_sets import Prompt, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from ee_diffusion.errors import run_script
 
 
 @dataclass(frozen=True)

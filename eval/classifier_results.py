@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ee_diffusion.measure.tables import markdown_table
+from ee_diffusion.metrics.tables import markdown_table
 
 CLASSIFIER_COLUMNS = [
     "exits",

@@ -19,16 +19,16 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, HfArgumentParser
 
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import write_report
+from ee_diffusion.metrics.tables import write_report
+from ee_diffusion.metrics.timing import interleaved
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
-from ee_diffusion.training.data import Source
+from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.sources import load_labelled_images
-from ee_diffusion.training.text import TextSource, load_text_source
+from ee_diffusion.training.text_datasets import TextSource, load_text_source
 
 
 def _flag(help: str, default=None):

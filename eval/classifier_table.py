@@ -21,9 +21,9 @@ import torch
 from evaluated import Evaluated, Fold, Setting, at_cost, dealt, facts_of, folds_of, settings_of
 from torch import Tensor
 
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.paired import summary
-from ee_diffusion.measure.tables import markdown_table, write_report
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.metrics.image import summary
+from ee_diffusion.metrics.tables import markdown_table, write_report
 
 FACTS = ("accuracy", "layers", "flops_fraction", "ece", "brier", "set_size", "missed", "shuffled_accuracy")
 

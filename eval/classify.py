@@ -34,20 +34,20 @@ from judging import (
 )
 from transformers import AutoTokenizer, HfArgumentParser
 
+from ee_diffusion.classification.activations import StoredStates, origin_of, stored_states
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.classification.evaluation import NOTHING, Look, look
+from ee_diffusion.classification.exits import ClassifierHeads
+from ee_diffusion.classification.methods import pabee
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.evaluate import NOTHING, Look, look
-from ee_diffusion.encoder.exits import ClassifierHeads
-from ee_diffusion.encoder.methods import pabee
-from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.splits import shuffled
-from ee_diffusion.measure.tables import markdown_table, write_report
+from ee_diffusion.metrics.splits import shuffled
+from ee_diffusion.metrics.tables import markdown_table, write_report
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
-from ee_diffusion.training.data import Source
+from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.sources import TableSource, load_labelled_images
-from ee_diffusion.training.text import TextSource, load_text_source, once
+from ee_diffusion.training.text_datasets import TextSource, load_text_source, once
 
 
 def _flag(help: str, default=None):

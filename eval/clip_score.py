@@ -18,14 +18,14 @@ from options import flag, parse
 from prompting import draw, load_text_pipeline
 from transformers import CLIPModel, CLIPProcessor
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.io import write_tensors
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clip_score import clip_scores, cut_prompts, read_prompts
-from ee_diffusion.measure.paired import summary
-from ee_diffusion.measure.splits import seeds
-from ee_diffusion.measure.tables import write_json, write_report
+from ee_diffusion.metrics.clip_score import clip_scores, cut_prompts, read_prompts
+from ee_diffusion.metrics.image import summary
+from ee_diffusion.metrics.splits import seeds
+from ee_diffusion.metrics.tables import write_json, write_report
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from frontier import finished
 from options import SamplingOptions, command, load
 from turns import Candidate, clock_images_of, clocked
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import classes_of
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.tables import environment
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.metrics.tables import environment
 
 
 def flags() -> argparse.Namespace:

@@ -23,18 +23,18 @@ from options import command, flag, parse
 from prompt_sets import Prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.cloud.baselines import whole_answer
-from ee_diffusion.decoding.cloud.client import CloudClient, LocalTransport
-from ee_diffusion.decoding.cloud.context import ContextManager, Limits
-from ee_diffusion.decoding.cloud.edge import Edge, EdgeOutput
-from ee_diffusion.decoding.cloud.split import Part, load_part
 from ee_diffusion.decoding.heads import LearnedExits
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.flops import counting_flops
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
-from ee_diffusion.measure.texts import text_scores
+from ee_diffusion.edge_cloud.baselines import whole_answer
+from ee_diffusion.edge_cloud.client import CloudClient, LocalTransport
+from ee_diffusion.edge_cloud.edge import Edge, EdgeOutput
+from ee_diffusion.edge_cloud.sessions import ContextManager, Limits
+from ee_diffusion.edge_cloud.split import Part, load_part
+from ee_diffusion.metrics.flops import counting_flops
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.text import text_scores
 
 LIMITS = Limits(sessions=8, owner_sessions=8, total_bytes=10**9, positions=2048, idle_seconds=600.0)
 

@@ -31,13 +31,13 @@ from options import flag, parse
 from prompt_sets import Prompt
 from transformers import AutoTokenizer
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.cloud.baselines import NaiveSplit, ask_whole
-from ee_diffusion.decoding.cloud.client import CloudClient
-from ee_diffusion.decoding.cloud.remote import RemoteTransport
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
-from ee_diffusion.measure.texts import text_scores
+from ee_diffusion.edge_cloud.baselines import NaiveSplit, ask_whole
+from ee_diffusion.edge_cloud.client import CloudClient
+from ee_diffusion.edge_cloud.grpc_transport import RemoteTransport
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.text import text_scores
 
 DEADLINE = 60.0  # seconds: nothing is to be lost here
 
@@ -97,16 +97,16 @@ def started(stack: ExitStack, words: list[str], *, core: int) -> tuple[int, int]
 def servers(stack: ExitStack, options: ClockOptions) -> dict[tuple[str, float], str]:
     """Everything that listens -> the address of (whole or parts, round trip)."""
     edge, cloud = cores()
-    serve = ["-m", "ee_diffusion.cli", "cloud", "serve", "--model", options.parts, "--port", "0"]
+    serve = ["-m", "ee_diffusion.cli.main", "cloud", "serve", "--model", options.parts, "--port", "0"]
     targets = {
         "parts": started(stack, [*serve, "--quiet"], core=cloud)[0],
-        "whole": started(stack, ["-m", "ee_diffusion.decoding.cloud.baselines", options.model], core=cloud)[0],
+        "whole": started(stack, ["-m", "ee_diffusion.edge_cloud.baselines", options.model], core=cloud)[0],
     }
     found = {}
     for name, target in targets.items():
         for round_trip in options.round_trips:
             shape = ["--target", str(target), "--round_trip", str(round_trip), "--rate", str(options.rate)]
-            port, _ = started(stack, ["-m", "ee_diffusion.measure.links", *shape], core=edge)
+            port, _ = started(stack, ["-m", "ee_diffusion.metrics.links", *shape], core=edge)
             found[name, round_trip] = f"127.0.0.1:{port}"
     return found
 

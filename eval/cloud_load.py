@@ -26,12 +26,12 @@ from cloud_clock import cores, started
 from options import flag, parse
 from torch import Tensor
 
-from ee_diffusion.decoding.cloud.client import CloudLost, Upload
-from ee_diffusion.decoding.cloud.encoding import encode
-from ee_diffusion.decoding.cloud.remote import RemoteTransport
-from ee_diffusion.decoding.cloud.split import Part, load_part
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.edge_cloud.client import CloudLost, Upload
+from ee_diffusion.edge_cloud.codec import encode
+from ee_diffusion.edge_cloud.grpc_transport import RemoteTransport
+from ee_diffusion.edge_cloud.split import Part, load_part
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 DEADLINE = 120.0  # seconds
 
@@ -162,7 +162,7 @@ def main() -> None:
     rows, metrics_port = [], free_port()
     serve = [
         "-m",
-        "ee_diffusion.cli",
+        "ee_diffusion.cli.main",
         "cloud",
         "serve",
         "--model",

@@ -17,12 +17,12 @@ import torch
 from options import flag, parse
 from transformers import AutoModelForCausalLM
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.cloud.baselines import whole_answer
-from ee_diffusion.decoding.cloud.edge import Edge
-from ee_diffusion.decoding.cloud.split import load_part
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.edge_cloud.baselines import whole_answer
+from ee_diffusion.edge_cloud.edge import Edge
+from ee_diffusion.edge_cloud.split import load_part
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 
 @dataclass(frozen=True)

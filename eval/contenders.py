@@ -20,19 +20,19 @@ from torch import nn
 from turns import Candidate, Draw, Labels
 
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.courses import fit_prediction, record
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.oracle import OracleExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.fingerprint import fingerprint
-from ee_diffusion.diffusion.gains import step_gains
-from ee_diffusion.diffusion.generation import Generated, classes_of, controls_of, generate
 from ee_diffusion.diffusion.guidance import row_labels
-from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered, searched
-from ee_diffusion.diffusion.oracle import OracleExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.search import gap_prices, nearest, search
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import write_json
+from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, controls_of, generate
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_propagation import step_gains
+from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
+from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, record
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import write_json
 
 OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together", "tracked")
 FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together

@@ -28,13 +28,13 @@ from decoder import DecodeOptions, Decoder, parts_of, read_meanings, work_of
 from options import parse
 from torch import Tensor
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.attach import running_modules
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
-from ee_diffusion.measure.texts import agreement, perplexity, rouge_each, text_scores
+from ee_diffusion.decoding.hooks import running_modules
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.text import agreement, perplexity, rouge_each, text_scores
+from ee_diffusion.metrics.timing import interleaved
 
 
 def layers_run(decoder: Decoder, name: str, inputs: dict[str, Tensor], tokens: int) -> float:

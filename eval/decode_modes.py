@@ -12,10 +12,10 @@ from decoder import Decoder, parts_of, work_of
 from options import flag
 from torch import Tensor
 
-from ee_diffusion.core.risk import certified, in_expectation, p_value, upper_bound
+from ee_diffusion.core.risk_control import certified, in_expectation, p_value, upper_bound
 from ee_diffusion.decoding.fingerprint import fingerprint_of
-from ee_diffusion.measure.splits import shuffled
-from ee_diffusion.measure.texts import rouge_each
+from ee_diffusion.metrics.splits import shuffled
+from ee_diffusion.metrics.text import rouge_each
 
 NEAR = 1e-4
 LOSSES = ("consistency", "risk")

@@ -16,10 +16,10 @@ import torch
 from decoder import Decoder
 from torch import Tensor
 
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.patch import Interception
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.decoding.families import layers_of
-from ee_diffusion.measure.clocks import executed_counts, ideal_seconds, realised
+from ee_diffusion.decoding.model_specs import layers_of
+from ee_diffusion.metrics.timing import executed_counts, ideal_seconds, realised
 
 Part = tuple[str, int]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from report_facts import environment, settings
 
-from ee_diffusion.measure.tables import markdown_table
+from ee_diffusion.metrics.tables import markdown_table
 
 
 def decode(report: dict) -> str:

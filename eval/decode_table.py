@@ -18,9 +18,9 @@ import torch
 from options import Explaining, command
 from torch import Tensor
 
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.tables import markdown_table, write_report
-from ee_diffusion.measure.texts import bootstrap_ratio
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.metrics.tables import markdown_table, write_report
+from ee_diffusion.metrics.text import bootstrap_ratio
 
 
 def read(folder: Path) -> tuple[dict, dict]:

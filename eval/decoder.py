@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import LearnedExits
-from ee_diffusion.decoding.lossless import lossless_generate
+from ee_diffusion.decoding.model_specs import layers_of
+from ee_diffusion.decoding.self_speculative import lossless_generate
 
 RESERVED = {"full", "driver", "lossless", "assistant", "prompt"}  # what is measured beside the policies
 

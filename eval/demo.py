@@ -15,17 +15,17 @@ from statistics import median
 from diffusers import ModelMixin
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import Generated, generate, joined
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.methods import remembered
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.paired import psnr
-from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import Generated, generate, joined
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
+from ee_diffusion.metrics.image import psnr
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 
 def flags() -> argparse.Namespace:

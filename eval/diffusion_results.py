@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from report_facts import environment, listed, settings
 
-from ee_diffusion.measure.matching import shown
-from ee_diffusion.measure.quality import COLUMNS, flat
-from ee_diffusion.measure.tables import markdown_table
+from ee_diffusion.metrics.quality import COLUMNS, flat
+from ee_diffusion.metrics.retrieval import shown
+from ee_diffusion.metrics.tables import markdown_table
 
 
 def training(report: dict) -> str:

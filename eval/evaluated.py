@@ -15,9 +15,9 @@ from statistics import mean
 import torch
 from torch import Tensor
 
+from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.methods import pabee, pondernet
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.encoder.evaluate import NOTHING, Look
-from ee_diffusion.encoder.methods import pabee, pondernet
 
 Setting = Policy | int | None  # a policy; a constant depth, by its place among the answers; the end, no exit asked
 

@@ -26,15 +26,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from turns import Candidate, Draw, Labels
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors, write_text
-from ee_diffusion.diffusion.generation import classes_of
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.features import ResNetFeatures, extract, resnet20_features
-from ee_diffusion.measure.files import to_bytes
-from ee_diffusion.measure.frechet import Statistics, frechet_distance, paired_difference
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.metrics.distribution import Statistics, frechet_distance, paired_difference
+from ee_diffusion.metrics.features import ResNetFeatures, extract, resnet20_features
+from ee_diffusion.metrics.files import to_bytes
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 PART = 500  # images between two files of seen/
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attachment import Attachment
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.measure.clocks import Places, executed_counts, ideal_seconds, medians, time_table
+from ee_diffusion.diffusion.hooks.transformer_hook import Attachment
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.timing import Places, executed_counts, ideal_seconds, medians, time_table
 
 TIME = 500
 

@@ -41,18 +41,18 @@ from torch import nn
 from tradeoff import quality
 from turns import Candidate, by_batch, clock_images_of, clocked
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from ee_diffusion.diffusion.gains import influence
-from ee_diffusion.diffusion.generation import classes_of
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.pictures import save_figure
-from ee_diffusion.measure.quality import COLUMNS, flat
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_propagation import influence
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.metrics.figures import save_figure
+from ee_diffusion.metrics.quality import COLUMNS, flat
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 COLOURS = [
     colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2)) if place not in (14, 15)

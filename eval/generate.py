@@ -17,15 +17,15 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from options import SamplingOptions, flag, load, parse, results_folder
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, classes_of, generate
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import write_json
+from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate
+from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import write_json
 
 
 @dataclass(frozen=True)

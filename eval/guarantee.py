@@ -23,19 +23,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors, write_text
-from ee_diffusion.core.risk import certified, in_expectation
-from ee_diffusion.diffusion.certify import live_losses
+from ee_diffusion.core.risk_control import certified, in_expectation
+from ee_diffusion.diffusion.calibration.live import live_losses
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.fingerprint import made_for_of
-from ee_diffusion.diffusion.generation import classes_of
-from ee_diffusion.diffusion.memory_exits import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.paired import relative_squared_error
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.metrics.image import relative_squared_error
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 DRAWN_UNDER = "drawn_under"  # in the metadata of losses.safetensors, as JSON
 

@@ -17,14 +17,14 @@ from dataclasses import asdict, dataclass, field
 import torch
 from options import SamplingOptions, command, load, parse, results_folder
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import classes_of
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.splits import balanced_labels
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.metrics.splits import balanced_labels
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
-MODEL = "diffusion/uvit.py"  # the model's own code: it runs without exits, too
+MODEL = "diffusion/models/uvit.py"  # the model's own code: it runs without exits, too
 
 
 @dataclass(frozen=True)

@@ -29,26 +29,26 @@ from real_images import ReferenceOptions, judge_of
 from safetensors.torch import load_file
 from tradeoff import Candidate, Draw, controls, in_turns, row
 
-from ee_diffusion.core.calibrate import value_for_budget
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import value_for_budget
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.generation import Generated
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.methods import periodic_cache, remembered
-from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.quality import COLUMNS, flat
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.metrics.quality import COLUMNS, flat
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 RELOADED = """
 import sys, torch
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from safetensors.torch import save_file
 folder, steps, guidance, labels, chosen = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], sys.argv[5]
 torch.set_num_threads(int(sys.argv[6]))

@@ -17,14 +17,14 @@ from turns import Candidate, Draw
 
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.generation import Generated
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.kinds import DenoiserHeads
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.rehearsal import fit_schedules
-from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.diffusion.protocols import DenoiserHeads
+from ee_diffusion.diffusion.step_cache.recording import fit_schedules
+from ee_diffusion.metrics.splits import balanced_labels, seeds
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.calibrate import shuffled_overall, value_for_budget
-from ee_diffusion.core.conformal import conformal_sets, conformal_thresholds
-from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.risk import certified, in_expectation, pareto_order, upper_bound
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.evaluate import NOTHING, Look
-from ee_diffusion.encoder.methods import (
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.methods import (
     berxit,
     confidence,
     fastbert,
@@ -27,9 +23,13 @@ from ee_diffusion.encoder.methods import (
     palbert,
     pondernet,
 )
-from ee_diffusion.measure.classification import figures
-from ee_diffusion.measure.paired import summary
-from ee_diffusion.measure.splits import shuffled
+from ee_diffusion.core.conformal import conformal_sets, conformal_thresholds
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import shuffled_overall, value_for_budget
+from ee_diffusion.core.risk_control import certified, in_expectation, pareto_order, upper_bound
+from ee_diffusion.metrics.classification import figures
+from ee_diffusion.metrics.image import summary
+from ee_diffusion.metrics.splits import shuffled
 
 Rule = Callable[[float], Policy]
 JUDGED: dict[str, dict[str, Rule]] = {

@@ -20,11 +20,11 @@ from turns import Candidate, Draw
 
 from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.trace import Trace
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.linear_predictor import ALONE, FLOOR
 from ee_diffusion.diffusion.fingerprint import fingerprint, settings_of
-from ee_diffusion.diffusion.generation import Generated
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.prediction import ALONE, FLOOR
+from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 
 def contents(pipeline: EarlyExitPipeline, exits: nn.Module | None) -> dict:

@@ -22,21 +22,21 @@ from real_images import ReferenceOptions, known_reference, unfit
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.io import write_text
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.classifiers import CLASSES, class_accuracy, load_classifier
-from ee_diffusion.measure.features import (
+from ee_diffusion.metrics.distribution import frechet_distance, kernel_distance
+from ee_diffusion.metrics.features import (
     InceptionFeatures,
     ResNetFeatures,
     extract,
     inception_features,
     resnet20_features,
 )
-from ee_diffusion.measure.files import read_images
-from ee_diffusion.measure.frechet import frechet_distance, kernel_distance
-from ee_diffusion.measure.references import Reference
-from ee_diffusion.measure.tables import markdown_table, write_json, write_report
+from ee_diffusion.metrics.files import read_images
+from ee_diffusion.metrics.reference_models import CLASSES, class_accuracy, load_classifier
+from ee_diffusion.metrics.references import Reference
+from ee_diffusion.metrics.tables import markdown_table, write_json, write_report
 
 METRICS = ("fd", "fid", "kid", "accuracy")
 

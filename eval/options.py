@@ -15,8 +15,8 @@ from transformers import HfArgumentParser
 
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.diffusion.generation import use_sampler
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.pipelines.sampling import use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

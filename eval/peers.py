@@ -26,11 +26,11 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models import CacheMixin
 from torch import nn
 
-from ee_diffusion.diffusion.families import blocks_of, family_of
-from ee_diffusion.diffusion.generation import Generated, classes_of, generate, joined
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.uvit import UViTBlock
-from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.diffusion.model_specs import blocks_of, family_of
+from ee_diffusion.diffusion.models.uvit import UViTBlock
+from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate, joined
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.splits import balanced_labels, seeds
 
 CONTEXT = "both branches"  # guidance comes in one batch: one state
 

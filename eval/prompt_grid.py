@@ -17,11 +17,11 @@ from options import flag, parse
 from prompting import draw, load_text_pipeline
 from torch import Tensor
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clip_score import read_prompts
-from ee_diffusion.measure.pictures import save_figure
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.metrics.clip_score import read_prompts
+from ee_diffusion.metrics.figures import save_figure
+from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
 from ee_diffusion.training.config import ImageDataConfig
 

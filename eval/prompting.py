@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import ee_diffusion
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-from ee_diffusion.measure.files import to_bytes
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
+from ee_diffusion.metrics.files import to_bytes
 
 
 def load_text_pipeline(model: str, *, text_encoder: str | None, device: torch.device) -> DiffusionPipeline:

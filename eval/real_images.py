@@ -1,6 +1,6 @@
 """What generated images are compared with, and by which networks: one set of flags for all scripts, checked before anything is drawn.
 
-Here: ReferenceOptions, the real images, their statistics, the Judge. Not here: the figures themselves (ee_diffusion.measure).
+Here: ReferenceOptions, the real images, their statistics, the Judge. Not here: the figures themselves (ee_diffusion.metrics).
 M real images, H = W = size pixels of the generated ones.
 """
 
@@ -16,15 +16,15 @@ from typing import Any
 from options import flag
 from torch import Tensor
 
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.measure.classifiers import CLASSES, DATA_VARIABLE, Progress, data_folder, load_classifier
-from ee_diffusion.measure.features import InceptionFeatures, ResNetFeatures, resnet20_features
-from ee_diffusion.measure.paired import SSIM_WINDOW
-from ee_diffusion.measure.perceptual import SMALLEST, load_lpips
-from ee_diffusion.measure.quality import Judge
-from ee_diffusion.measure.references import Reference, read_statistics, reference, reference_path
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.features import InceptionFeatures, ResNetFeatures, resnet20_features
+from ee_diffusion.metrics.image import SSIM_WINDOW
+from ee_diffusion.metrics.perceptual import SMALLEST, load_lpips
+from ee_diffusion.metrics.quality import Judge
+from ee_diffusion.metrics.reference_models import CLASSES, DATA_VARIABLE, Progress, data_folder, load_classifier
+from ee_diffusion.metrics.references import Reference, read_statistics, reference, reference_path
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import load_image_source
+from ee_diffusion.training.datasets import load_image_source
 
 CIFAR_SIZE, RGB = 32, 3
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -19,18 +19,18 @@ from options import flag, parse
 from prompting import draw, load_text_pipeline
 from torch import Tensor
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import controls_of
 from ee_diffusion.diffusion.latents import decode, encode
-from ee_diffusion.diffusion.prompts import encode_many
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.classifiers import in_batches
-from ee_diffusion.measure.files import to_bytes
-from ee_diffusion.measure.matching import ImageTower, load_tower, retrieval, shown
-from ee_diffusion.measure.splits import seeds
-from ee_diffusion.measure.tables import markdown_table, write_json, write_report
+from ee_diffusion.diffusion.pipelines.prompts import encode_many
+from ee_diffusion.diffusion.pipelines.sampling import controls_of
+from ee_diffusion.metrics.files import to_bytes
+from ee_diffusion.metrics.reference_models import in_batches
+from ee_diffusion.metrics.retrieval import ImageTower, load_tower, retrieval, shown
+from ee_diffusion.metrics.splits import seeds
+from ee_diffusion.metrics.tables import markdown_table, write_json, write_report
 from ee_diffusion.training.captions import CaptionConfig, Captioned, load_captioned, subject
 from ee_diffusion.training.config import ImageDataConfig
 

@@ -20,16 +20,16 @@ from diffusers import DiTTransformer2DModel
 from options import DTYPES, flag, parse
 from torch import Tensor, nn
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach, detach
-from ee_diffusion.diffusion.truncation import truncate
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.hooks.attach import attach, detach
+from ee_diffusion.diffusion.hooks.truncate import truncate
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.timing import interleaved
 
 TIME, CLASSES = 500, 1000
 

@@ -29,15 +29,15 @@ from forwards import Forward, Ideal
 from options import SamplingOptions, command, flag, load, parse, results_folder
 from torch import Tensor
 
-from ee_diffusion.core.calibrate import value_for_budget
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.core.replay import value_for_budget
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.timing import interleaved
 
 
 @dataclass(frozen=True)

@@ -23,21 +23,21 @@ from options import SamplingOptions, command, flag, load, parse, results_folder
 from real_images import ReferenceOptions, judge_of, shape_of
 from turns import Candidate, Draw, Labels, in_turns, measured
 
-from ee_diffusion.core.calibrate import value_for_budget
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import value_for_budget
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import Generated, classes_of, controls_of, generate
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.methods import deediff_released
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.paired import PSNR_CAP
-from ee_diffusion.measure.pictures import save_figure
-from ee_diffusion.measure.quality import COLUMNS, Judge, flat
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, controls_of, generate
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.figures import save_figure
+from ee_diffusion.metrics.image import PSNR_CAP
+from ee_diffusion.metrics.quality import COLUMNS, Judge, flat
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from forwards import Forward
 from options import SamplingOptions, command, flag, load, parse, results_folder
 from torch import Tensor
 
-from ee_diffusion.diffusion.generation import sampler
-from ee_diffusion.diffusion.objective import DiffusionObjective
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.clocks import interleaved
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
+from ee_diffusion.diffusion.pipelines.sampling import sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.timing import interleaved
 
 
 @dataclass(frozen=True)

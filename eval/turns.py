@@ -13,9 +13,9 @@ from statistics import median
 from tqdm.auto import tqdm
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import Generated, joined
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.pipelines.sampling import Generated, joined
+from ee_diffusion.metrics.splits import balanced_labels, seeds
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from options import SamplingOptions, flag, load, parse, results_folder
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.splits import HELD_OUT
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.splits import HELD_OUT
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import load_image_source
+from ee_diffusion.training.datasets import load_image_source
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ from diffusion_results import (
 )
 from report_facts import told
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from ee_diffusion.errors import run_script
 
 HEAD = """# Results
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from split_parts import manager
 
-from ee_diffusion.decoding.cloud.context import ContextManager
-from ee_diffusion.decoding.cloud.server import CloudServer
-from ee_diffusion.decoding.cloud.worker import Metrics, Worker
+from ee_diffusion.edge_cloud.server import CloudServer
+from ee_diffusion.edge_cloud.sessions import ContextManager
+from ee_diffusion.edge_cloud.worker import Metrics, Worker
 
 
 def serving(cloud: ContextManager | None = None, *, batch: int = 16, slice: int = 64, **more) -> CloudServer:

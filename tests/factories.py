@@ -16,19 +16,19 @@ import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
-from ee_diffusion.core.calibrate import replay
+from ee_diffusion.core.active_batch import run_blocks
 from ee_diffusion.core.criteria import Accumulated, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
 from ee_diffusion.core.criterion import Criterion
-from ee_diffusion.core.loop import run_blocks
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.families import family_of
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.model_specs import family_of
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 IMAGES, STEPS, SIZE, CHANNELS, CLASSES = 7, 2, 8, 3, 5
 NULL_CLASS = CLASSES  # of both tiny models

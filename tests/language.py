@@ -35,7 +35,6 @@ from transformers.generation.streamers import BaseStreamer
 from ee_diffusion.core.criteria import DecayingThreshold, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.generate import EarlyExitDecoderOnlyOutput, early_exit_generate
 from ee_diffusion.decoding.methods import (
     d3,
@@ -44,6 +43,7 @@ from ee_diffusion.decoding.methods import (
     skipdecode,
     uniform_skipping,
 )
+from ee_diffusion.decoding.model_specs import layers_of
 
 LAYERS, VOCABULARY, TOKENS, EXITS = 6, 61, 7, (1, 2, 4)
 LENGTHS = (7, 4, 6, 2)  # of the prompts

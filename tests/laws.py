@@ -38,10 +38,10 @@ from factories import (
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Accumulated, Planned, Threshold
 from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.trace import Trace
 
 NEAR = 1e-5  # a score this near to its threshold may fall on either side

@@ -9,7 +9,7 @@ import torch
 from factories import randomise
 from torch import nn
 
-from ee_diffusion.diffusion.families import Family
+from ee_diffusion.diffusion.model_specs import Family
 
 TEXT = 5
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}

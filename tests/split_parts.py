@@ -9,10 +9,10 @@ import torch
 from language import LENGTHS, alone, model_named, plain
 from torch import Tensor
 
-from ee_diffusion.decoding.cloud.client import CloudClient, LocalTransport
-from ee_diffusion.decoding.cloud.context import ContextManager, Limits
-from ee_diffusion.decoding.cloud.edge import Edge
-from ee_diffusion.decoding.cloud.split import load_part, split_model
+from ee_diffusion.edge_cloud.client import CloudClient, LocalTransport
+from ee_diffusion.edge_cloud.edge import Edge
+from ee_diffusion.edge_cloud.sessions import ContextManager, Limits
+from ee_diffusion.edge_cloud.split import load_part, split_model
 
 EXITS, TOKENS = (2, 4), 6
 LIMITS = Limits(sessions=80, owner_sessions=80, total_bytes=10**8, positions=64, idle_seconds=60.0)

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from factories import pipeline
 
-from ee_diffusion import calibrating
-from ee_diffusion.cli import main
+from ee_diffusion.cli import calibrate as calibrating
+from ee_diffusion.cli.main import main
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.measure.splits import balanced_labels, seeds, shuffled_labels
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import use_sampler
+from ee_diffusion.metrics.splits import balanced_labels, seeds, shuffled_labels
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ from diffusers import DDIMScheduler
 from factories import pipeline
 from tree import ROOT
 
-from ee_diffusion.cli import SAMPLERS as cli_samplers
-from ee_diffusion.cli import main
+from ee_diffusion.cli.errors import TRACEBACK, said_in_one_line
+from ee_diffusion.cli.main import SAMPLERS as cli_samplers
+from ee_diffusion.cli.main import main
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.cloud.encoding import KINDS
-from ee_diffusion.decoding.cloud.flags import ENCODINGS
-from ee_diffusion.diffusion.generation import SAMPLERS
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.errors import TRACEBACK, said_in_one_line
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS
+from ee_diffusion.edge_cloud.codec import KINDS
+from ee_diffusion.edge_cloud.flags import ENCODINGS
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_names_that_the_flags_know_are_those_there_are():
 
 
 def test_help_loads_no_model_library_and_a_missing_extra_is_named():
-    block = "import sys; sys.modules['grpc'] = None; from ee_diffusion.cli import main, parser; parser(); "
+    block = "import sys; sys.modules['grpc'] = None; from ee_diffusion.cli.main import main, parser; parser(); "
     light = "assert not {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules); "
     serve = "sys.exit(main(['cloud', 'serve', '--model', 'parts', '--port', '1']))"
     done = subprocess.run([sys.executable, "-c", block + light + serve], capture_output=True, text=True, check=False)
@@ -269,7 +269,7 @@ def test_run_as_a_module_it_knows_all_of_itself(tmp_path: Path):
     """`python -m` runs the file from top to bottom: what stands behind its last line is not there yet."""
     (tmp_path / "file").write_text("")
     words = ["calibrate", "--kind", "searched", "--budget", "0.5", "--fit_memory", "file", "--output", "p.json"]
-    command = [sys.executable, "-m", "ee_diffusion.cli", *words]
+    command = [sys.executable, "-m", "ee_diffusion.cli.main", *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )

@@ -26,24 +26,27 @@ SIDE = CORE | {"numpy", "PIL", "ee_diffusion.core", "ee_diffusion.pixels"}
 TABLE = {
     "core": CORE,
     "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib", "peft"},
-    "decoding": SIDE
-    | {"transformers", "huggingface_hub", "peft", "grpc", "grpc_health", "google.protobuf", "prometheus_client", "ray"},
-    "encoder": SIDE | {"transformers", "huggingface_hub"},
+    "decoding": SIDE | {"transformers", "huggingface_hub", "peft"},
+    # the one arrow between sides: an edge and a cloud split a language model that decoding drives
+    "edge_cloud": SIDE
+    | {"ee_diffusion.decoding", "transformers", "huggingface_hub", "grpc", "grpc_health", "google.protobuf"}
+    | {"prometheus_client", "ray"},
+    "classification": SIDE | {"transformers", "huggingface_hub"},
     # of diffusers the loop takes the learning rate schedules and the moving average, no model
     "training": SIDE | {"accelerate", "datasets", "tqdm", "diffusers.optimization", "diffusers.training_utils"},
-    "measure": SIDE | {"torchmetrics", "matplotlib"},
+    "metrics": SIDE | {"torchmetrics", "matplotlib"},
     "checkpoints": set(),
     "custom_pipelines": {"ee_diffusion.diffusion"},
 }
 # Folders and files that need extras of pyproject.toml; all others run on what `pip install ee-diffusion` brings.
 EXTRAS = {
     "decoding": {"decoding"},
-    "cloud": {"cloud"},
+    "edge_cloud": {"cloud", "decoding"},
     "ray_serve.py": {"ray"},
     "training": {"train"},
-    "encoder": {"encoder"},
-    "measure": {"eval"},
-    "pictures.py": {"plot"},
+    "classification": {"classification"},
+    "metrics": {"eval"},
+    "figures.py": {"plot"},
     "lora.py": {"lora"},
     "train": {"train"},
     "eval": {"train", "eval", "plot", "peers"},
@@ -56,8 +59,8 @@ DISTRIBUTIONS = {
     "google": "protobuf",
 }
 # Parts that may import every folder of the package (never each other's files, except their own).
-MODULES = {"cli.py", "calibrating.py", "errors.py"}  # the command line
-TOP = {*MODULES, "pipelines", "train", "eval"}
+COMMAND_LINE = {"cli"}
+TOP = {*COMMAND_LINE, "pipelines", "train", "eval"}
 HEAVY = ("diffusers", "transformers", "accelerate", "torchmetrics", "datasets", "matplotlib")
 
 
@@ -128,7 +131,7 @@ def test_every_file_of_the_package_is_in_the_table():
     strangers = [
         path.relative_to(PACKAGE)
         for path in files_of("ee_diffusion")
-        if path.relative_to(PACKAGE).parts[0] not in {*TABLE, *SHARED, "__init__.py", *MODULES}
+        if path.relative_to(PACKAGE).parts[0] not in {*TABLE, *SHARED, "__init__.py", *COMMAND_LINE}
     ]
     assert not strangers, f"not in the import table: {strangers}"
 
@@ -171,9 +174,9 @@ def test_no_import_inside_a_function(folder: str):
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("folder", sorted({"ee_diffusion", *TOP} - MODULES))
+@pytest.mark.parametrize("folder", sorted({"ee_diffusion", *TOP} - COMMAND_LINE))
 def test_the_package_and_the_scripts_import_no_other_part(folder: str):
-    others = ({*TOP} - {*MODULES, folder}) | {"tests"}
+    others = ({*TOP} - {*COMMAND_LINE, folder}) | {"tests"}
     wrong = [str(found) for path in files_of(folder) for found in imports_of(path) if _root(found.module) in others]
     assert not wrong, "\n".join(wrong)
 

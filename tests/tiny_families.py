@@ -16,8 +16,8 @@ import torch
 from factories import randomise, uvit
 from torch import Tensor, nn
 
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.families import Family, blocks_of, family_of
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.model_specs import Family, blocks_of, family_of
 
 TEXT = 5  # text tokens
 

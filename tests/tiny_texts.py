@@ -13,7 +13,7 @@ from stock import tiny_vae
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 
 WIDTH, TOKENS = 12, 4
 WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "red", "green", "blue", "apple", "car", "hat", "flag")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 
 
 def check_agrees(what: str, found: Mapping, asked: Mapping) -> None:

@@ -30,21 +30,21 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+from ee_diffusion.classification.activations import StoredStates, origin_of, stored_states
+from ee_diffusion.classification.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
+from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
+from ee_diffusion.classification.methods import EXITS
+from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.objective import FROZEN, PLAIN, ClassifierObjective, Weights
+from ee_diffusion.classification.truncate import first_layers
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.encoder.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
-from ee_diffusion.encoder.exits import ClassifierExits, ClassifierHeads
-from ee_diffusion.encoder.families import family_of
-from ee_diffusion.encoder.methods import EXITS
-from ee_diffusion.encoder.objective import FROZEN, PLAIN, ClassifierObjective, Weights
-from ee_diffusion.encoder.seeing import StoredStates, origin_of, stored_states
-from ee_diffusion.encoder.truncation import first_layers
-from ee_diffusion.errors import run_script
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig, TrainConfig
-from ee_diffusion.training.data import Source
+from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import TableSource, load_labelled_images
-from ee_diffusion.training.text import load_text_source, once
+from ee_diffusion.training.text_datasets import load_text_source, once
 
 
 def _flag(help: str, default=None):

@@ -1,6 +1,6 @@
 """What the latent training scripts share: images through the tiny autoencoder once, in parts on disk, and what the round trip costs.
 
-Here: loops over images. Not here: the autoencoder (ee_diffusion.diffusion.latents), files (ee_diffusion.diffusion.parts), models.
+Here: loops over images. Not here: the autoencoder (ee_diffusion.diffusion.latents), files (ee_diffusion.diffusion.distillation.shards), models.
 M images, B of a chunk, C, H, W pixels; h, w latents.
 """
 
@@ -15,10 +15,10 @@ from accelerate import PartialState
 from diffusers import AutoencoderTiny
 from torch import Tensor
 
+from ee_diffusion.diffusion.distillation.collect import fingerprint
+from ee_diffusion.diffusion.distillation.shards import Parts
 from ee_diffusion.diffusion.latents import decode, encode, enlarged, psnr
-from ee_diffusion.diffusion.parts import Parts
-from ee_diffusion.diffusion.trajectories import fingerprint
-from ee_diffusion.training.data import ImageSource
+from ee_diffusion.training.datasets import ImageSource
 
 PSNR_IMAGES = 256
 

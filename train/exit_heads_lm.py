@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.decoding.exit_objective import TEACHERS, ExitObjective, TokenStates, collect_states, exit_table
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import LearnedExits
-from ee_diffusion.errors import run_script
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.prompts import PromptSource

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from ee_diffusion.core.calibrate import value_for_budget
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import value_for_budget
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import classes_of, generate, use_sampler
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import write_json
+from ee_diffusion.diffusion.pipelines.sampling import classes_of, generate, use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import write_json
 
 
 def flags() -> argparse.Namespace:

@@ -15,16 +15,16 @@ import torch
 from export import forget_origin, write_policies
 from transformers import AutoModel, AutoTokenizer
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.latents import load_taesd
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
+from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import find_data_files
+from ee_diffusion.training.datasets import find_data_files
 
 
 def flags() -> argparse.Namespace:

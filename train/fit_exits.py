@@ -29,20 +29,20 @@ from fit_settings import FitConfig
 from fit_supply import build_supply, held_out_states
 from transformers import HfArgumentParser
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.distillation import DistillationObjective, ExitErrors, exit_errors
-from ee_diffusion.diffusion.families import blocks_of
-from ee_diffusion.diffusion.generation import use_sampler
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.lora import add_lora, merged
+from ee_diffusion.diffusion.distillation.collect import Exited, fingerprint
+from ee_diffusion.diffusion.distillation.dataset import States
+from ee_diffusion.diffusion.distillation.deediff_objective import num_classes_of
+from ee_diffusion.diffusion.distillation.lora import add_lora, merged
+from ee_diffusion.diffusion.distillation.objective import DistillationObjective, ExitErrors, exit_errors
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.diffusion.objective import num_classes_of
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.states import States
-from ee_diffusion.diffusion.trajectories import Exited, fingerprint
-from ee_diffusion.errors import run_script
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.diffusion.model_specs import blocks_of
+from ee_diffusion.diffusion.pipelines.sampling import use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 

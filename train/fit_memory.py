@@ -17,16 +17,16 @@ import torch
 from walk_flags import check_walk
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.diffusion.courses import Course, fit_prediction, fit_trust, record
-from ee_diffusion.diffusion.gauging import STATES, Walk, fit_gauge, walk
-from ee_diffusion.diffusion.generation import classes_of
-from ee_diffusion.diffusion.memory_exits import TERMS, MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.gauges import gauge_figures
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.exits.cached import TERMS, MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_estimator import STATES, Walk, fit_gauge, walk
+from ee_diffusion.diffusion.step_cache.trajectories import Course, fit_prediction, fit_trust, record
+from ee_diffusion.metrics.gauges import gauge_figures
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 
 def flags() -> argparse.Namespace:

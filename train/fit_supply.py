@@ -11,14 +11,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from fit_settings import FitConfig
 
+from ee_diffusion.diffusion.distillation.collect import FreshStates, identity_of, walk
+from ee_diffusion.diffusion.distillation.dataset import States
+from ee_diffusion.diffusion.distillation.deediff_objective import null_class_of, num_classes_of
+from ee_diffusion.diffusion.distillation.shards import Parts
 from ee_diffusion.diffusion.latents import NoisedStates
-from ee_diffusion.diffusion.objective import null_class_of, num_classes_of
-from ee_diffusion.diffusion.parts import Parts
-from ee_diffusion.diffusion.states import States
-from ee_diffusion.diffusion.trajectories import FreshStates, identity_of, walk
-from ee_diffusion.measure.splits import SEEDS, seeds
+from ee_diffusion.metrics.splits import SEEDS, seeds
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import Source, load_image_source
+from ee_diffusion.training.datasets import Source, load_image_source
 from ee_diffusion.training.sources import KeySource, MappedSource, TableSource
 
 

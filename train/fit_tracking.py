@@ -17,18 +17,18 @@ import torch
 from walk_flags import check_walk
 
 from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.diffusion.gauging import STATES
-from ee_diffusion.diffusion.generation import classes_of
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.tracking_exits import VARIANTS, TrackingExits
+from ee_diffusion.diffusion.exits.tracking_fit import Moments, errors_of, fit_corrections, fit_gauges, walk_tracks
 from ee_diffusion.diffusion.guidance import is_guided
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import VARIANTS, TrackingExits
-from ee_diffusion.diffusion.tracking_fit import Moments, errors_of, fit_corrections, fit_gauges, walk_tracks
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.gauges import gauge_figures
-from ee_diffusion.measure.splits import balanced_labels, seeds
-from ee_diffusion.measure.tables import environment, markdown_table, write_json
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_estimator import STATES
+from ee_diffusion.metrics.gauges import gauge_figures
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 
 PARTS = 5  # of the run, for the table
 FIRST = 3  # steps until memory was put to the test: two fill it, the third tests it

@@ -24,13 +24,13 @@ from language_model import ModelConfig, flag, machine
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
+from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.methods import skipdecode
+from ee_diffusion.decoding.model_specs import family_of, layers_of
 from ee_diffusion.decoding.skip_objective import SkipObjective
-from ee_diffusion.errors import run_script
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 

@@ -22,13 +22,13 @@ from diffusers import AutoencoderTiny, DDPMScheduler, DiTPipeline, DiTTransforme
 from encoding import Encoding, encoded_once, round_trip
 from transformers import HfArgumentParser
 
-from ee_diffusion.diffusion.generation import sampler
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective, forbid_label_drop
 from ee_diffusion.diffusion.latents import load_taesd
-from ee_diffusion.diffusion.objective import DiffusionObjective, forbid_label_drop
-from ee_diffusion.errors import run_script
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.diffusion.pipelines.sampling import sampler
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.data import find_data_files, load_image_source
+from ee_diffusion.training.datasets import find_data_files, load_image_source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import LatentSource
 

@@ -25,18 +25,18 @@ from diffusers import DDPMScheduler
 from encoding import Encoding, encoded_once, round_trip
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
-from ee_diffusion.diffusion.generation import sampler
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.diffusion.distillation.deediff_objective import MODES, DiffusionObjective
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.latents import load_taesd
-from ee_diffusion.diffusion.objective import MODES, DiffusionObjective
-from ee_diffusion.diffusion.prompts import encode_many
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.errors import run_script
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.prompts import encode_many
+from ee_diffusion.diffusion.pipelines.sampling import sampler
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 from ee_diffusion.training.captions import CaptionConfig, CaptionSource, load_captioned
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.data import ImageSource, find_data_files
+from ee_diffusion.training.datasets import ImageSource, find_data_files
 from ee_diffusion.training.loop import Trainer
 
 TEXTS_AT_ONCE = 64

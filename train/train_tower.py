@@ -19,11 +19,11 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
-from ee_diffusion.diffusion.prompts import encode_many
-from ee_diffusion.errors import run_script
-from ee_diffusion.measure.matching import ImageTower, MatchingObjective, save_tower
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.diffusion.pipelines.prompts import encode_many
+from ee_diffusion.metrics.retrieval import ImageTower, MatchingObjective, save_tower
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import TableSource

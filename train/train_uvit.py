@@ -25,14 +25,14 @@ from presets import PRESETS, UViTConfig, ValidationConfig
 from transformers import HfArgumentParser
 from validation import draw
 
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.objective import DiffusionObjective
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.errors import run_script
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.data import load_image_source
+from ee_diffusion.training.datasets import load_image_source
 from ee_diffusion.training.loop import Trainer
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from presets import ValidationConfig
 
-from ee_diffusion.diffusion.generation import classes_of, generate, sampler
-from ee_diffusion.diffusion.objective import DiffusionObjective
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.measure.pictures import exit_map, image_grid, save_figure
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
+from ee_diffusion.diffusion.pipelines.sampling import classes_of, generate, sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
 
 
 def draw(step: int, objective: DiffusionObjective, config: ValidationConfig, *, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Files on disk: the one atomic writer, and reading tensors back with errors that name the file.
 
-Here: whole files. Not here: what they hold, folders of a training run (training/checkpoints.py).
+Here: whole files. Not here: what they hold, folders of a training run (training/checkpointing.py).
 """
 
 from __future__ import annotations

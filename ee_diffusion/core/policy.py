@@ -16,9 +16,9 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import CRITERIA, Planned, Sampled
 from ee_diffusion.core.criterion import Criterion
+from ee_diffusion.core.distributed import Vote
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.io import read_json, write_text
-from ee_diffusion.core.ranks import Vote
 from ee_diffusion.core.rows import content_ids
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session

@@ -1,6 +1,6 @@
 """What the checks of the sides' family tables share: arguments that follow the rows, and tensors that are alike.
 
-Here: comparing. Not here: what is run and concluded (diffusion/family_check.py, encoder/family_check.py, decoding/families.py).
+Here: comparing. Not here: what is run and concluded (diffusion/model_check.py, classification/model_check.py, decoding/model_specs.py).
 R rows.
 """
 

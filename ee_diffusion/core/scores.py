@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.heads import ExitHeads, JudgingHeads, PrunableHeads
+from ee_diffusion.core.exits import ExitHeads, JudgingHeads, PrunableHeads
 from ee_diffusion.core.registry import add_row
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.criterion import State
-from ee_diffusion.core.memory import Memory
-from ee_diffusion.core.ranks import Vote
+from ee_diffusion.core.distributed import Vote
+from ee_diffusion.core.history import Memory
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 

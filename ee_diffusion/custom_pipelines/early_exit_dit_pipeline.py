@@ -1,5 +1,5 @@
 """For `DiffusionPipeline.from_pretrained(dir, custom_pipeline=custom_pipeline("EarlyExitDiTPipeline"), trust_remote_code=True)`."""
 
-from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 
 __all__ = ["EarlyExitDiTPipeline"]

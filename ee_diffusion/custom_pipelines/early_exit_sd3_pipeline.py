@@ -1,5 +1,5 @@
 """For `DiffusionPipeline.from_pretrained(dir, custom_pipeline=custom_pipeline("EarlyExitSD3Pipeline"), trust_remote_code=True)`."""
 
-from ee_diffusion.diffusion.pipelines import EarlyExitSD3Pipeline
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 __all__ = ["EarlyExitSD3Pipeline"]

@@ -1,7 +1,7 @@
 """`model.generate(..., custom_generate=early_exit_generate, exit_policy=policy)`: transformers' own token loop with exits in the model.
 
-Here: the entry point, what it refuses, what it returns. Not here: how layers are left out (attach.py), drafts that are verified
-(lossless.py).
+Here: the entry point, what it refuses, what it returns. Not here: how layers are left out (hooks.py), drafts that are verified
+(self_speculative.py).
 R sequences, S decode steps, L layers, T tokens, V vocabulary.
 """
 
@@ -16,16 +16,16 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel,
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from ee_diffusion.core.heads import ExitHeads
+from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
-from ee_diffusion.decoding.attach import DecodeAttachment
-from ee_diffusion.decoding.cache import check_asked_once, check_cache, pads_ended, with_cache
-from ee_diffusion.decoding.deferred import FROZEN, DeferredAttachment, check_deferrable
-from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
+from ee_diffusion.decoding.hooks import DecodeAttachment
+from ee_diffusion.decoding.kv_cache import check_asked_once, check_cache, pads_ended, with_cache
+from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.parallel_recompute import FROZEN, DeferredAttachment, check_deferrable
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -100,7 +100,7 @@ def early_exit_generate(
         exit_policy: what may run and when to stop. Off (`Policy()`): transformers' own loop, bit for bit.
         exit_heads: exits; None: the model's own tail at the policy's depths.
         exit_missing: keys and values of layers that a token did not run. "propagate": from the state it left with; "recompute": exact,
-            tokens that left wait until one goes on and take the upper layers with it (deferred.py; one exit). The cache holds what all
+            tokens that left wait until one goes on and take the upper layers with it (parallel_recompute.py; one exit). The cache holds what all
             layers have read: without the tokens that wait at the end.
         exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
         The rest is prepared by `generate`.

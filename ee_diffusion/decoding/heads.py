@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ee_diffusion.core.heads import ExitHeads, Space
+from ee_diffusion.core.exits import ExitHeads, Space
 from ee_diffusion.core.io import read_tensors, write_tensors
-from ee_diffusion.decoding.families import family_of, layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
+from ee_diffusion.decoding.model_specs import family_of, layers_of
 
 _FORMAT = "ee_diffusion.exits.lm.2"
 

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from ee_diffusion.decoding.families import family_of
+from ee_diffusion.decoding.model_specs import family_of
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model

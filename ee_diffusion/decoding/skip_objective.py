@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ee_diffusion.core.intercept import Interception
+from ee_diffusion.core.patch import Interception
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Schedule
 from ee_diffusion.decoding.exit_objective import answer_places
-from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.model_specs import family_of, layers_of
 
 
 class SkippingForward:

@@ -1,6 +1,6 @@
 """Between pixels and what a transformer sees: encoding through a pipeline's VAE, the tiny autoencoder from its two files, noised data.
 
-Here: tensors in, tensors out. Not here: data sets, files of latents (parts.py). B images, C, H, W pixels; c, h, w latents.
+Here: tensors in, tensors out. Not here: data sets, files of latents (shards.py). B images, C, H, W pixels; c, h, w latents.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ee_diffusion.diffusion.generation import sampler
-from ee_diffusion.diffusion.objective import null_class_of
+from ee_diffusion.diffusion.distillation.deediff_objective import null_class_of
+from ee_diffusion.diffusion.pipelines.sampling import sampler
 
 TAESD_FILES = {"encoder": "taesd_encoder.safetensors", "decoder": "taesd_decoder.safetensors"}
 # The decoder's file counts its clamp as layer 0; AutoencoderTiny clamps in its forward.

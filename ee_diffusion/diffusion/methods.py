@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from ee_diffusion.core.criteria import Accumulated, Patience, Threshold
-from ee_diffusion.core.heads import require_depths
+from ee_diffusion.core.exits import require_depths
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, Periodic, PiecewiseDepth
 

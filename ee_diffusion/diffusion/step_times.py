@@ -1,6 +1,6 @@
 """Times of steps: what a forward says of its own, and which of a scheduler's a run goes through.
 
-Here: from arguments to times. Not here: which forwards are steps (runs.py). R rows.
+Here: from arguments to times. Not here: which forwards are steps (run_tracker.py). R rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ee_diffusion.diffusion.families import Family
+from ee_diffusion.diffusion.model_specs import Family
 
 
 def times_of(family: Family, timestep: Any, sample: Tensor) -> Tensor:

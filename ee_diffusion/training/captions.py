@@ -14,8 +14,8 @@ import datasets
 from torch import Tensor
 
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import Source, find_data_files, load_image_source
-from ee_diffusion.training.draws import Stream, normals, uniforms
+from ee_diffusion.training.datasets import Source, find_data_files, load_image_source
+from ee_diffusion.training.rng import Stream, normals, uniforms
 
 SPLITS = ("train", "validation", "test")
 _TONE = r"(?:default|(?:medium[ -])?(?:light|dark)|medium)"

@@ -1,6 +1,6 @@
 """What learns: an objective's trainable weights with optimiser, learning-rate schedule and moving average, as one state.
 
-Here: one gradient, one update, the state of both. Not here: which batch comes when, logging, files (loop.py, checkpoints.py).
+Here: one gradient, one update, the state of both. Not here: which batch comes when, logging, files (loop.py, checkpointing.py).
 """
 
 from __future__ import annotations

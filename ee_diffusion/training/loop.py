@@ -23,13 +23,13 @@ from diffusers.optimization import SchedulerType
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ee_diffusion.training import checkpoints
+from ee_diffusion.training import checkpointing as checkpoints
 from ee_diffusion.training.config import TrainConfig
-from ee_diffusion.training.data import Source
-from ee_diffusion.training.draws import Stream, sample_keys, scalar_key
-from ee_diffusion.training.journal import Clock, Journal
+from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.learner import Learner
+from ee_diffusion.training.logging import Clock, Journal
 from ee_diffusion.training.order import Order
+from ee_diffusion.training.rng import Stream, sample_keys, scalar_key
 
 Batch = dict[str, Tensor]
 

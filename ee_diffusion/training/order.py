@@ -1,6 +1,6 @@
 """Which sample is seen when: a pure function of (seed, step), so that a resumed run needs nothing but its step number.
 
-Here: positions in the endless stream of samples and the permutation of each epoch. Not here: draws (draws.py), data (data.py). B samples.
+Here: positions in the endless stream of samples and the permutation of each epoch. Not here: draws (rng.py), data (datasets.py). B samples.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ee_diffusion.training.draws import Stream, scalar_key
+from ee_diffusion.training.rng import Stream, scalar_key
 
 
 class Order:

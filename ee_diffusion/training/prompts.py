@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.training.config import PromptDataConfig
-from ee_diffusion.training.data import Source, find_data_files
+from ee_diffusion.training.datasets import Source, find_data_files
 
 Encode = Callable[[list[str]], list[list[int]]]
 

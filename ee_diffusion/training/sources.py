@@ -11,8 +11,8 @@ from typing import Protocol
 from torch import Tensor
 
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import Source, load_image_source
-from ee_diffusion.training.draws import Stream, normals, uniforms
+from ee_diffusion.training.datasets import Source, load_image_source
+from ee_diffusion.training.rng import Stream, normals, uniforms
 
 
 class Table(Protocol):

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ee_diffusion.core.active_batch import run_blocks
 from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.loop import run_blocks
+from ee_diffusion.core.distributed import Vote
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.ranks import Vote
 
 SAID = ((0.2, 0.9, 0.9), (0.8, 0.3, 0.9))  # what each rank's exits would say
 SECONDS = 4

@@ -9,9 +9,9 @@ import pytest
 import torch
 from factories import LAYOUTS, driver_named, recorded, run
 
-from ee_diffusion.core.calibrate import replay, shuffled_overall, shuffled_per_step, static_depths, value_for_budget
 from ee_diffusion.core.criteria import Patience, Planned, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay, shuffled_overall, shuffled_per_step, static_depths, value_for_budget
 from ee_diffusion.core.schedules import FixedDepth
 
 

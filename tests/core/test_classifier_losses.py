@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ee_diffusion.core import classifier_losses as losses
+from ee_diffusion.classification import losses
 
 ANSWERS, ROWS, CLASSES = 4, 5, 3
 

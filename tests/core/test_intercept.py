@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ee_diffusion.core.intercept import Interception, Uncopied, restore_all
+from ee_diffusion.core.patch import Interception, Uncopied, restore_all
 
 
 def doubled(original, *args):

@@ -73,7 +73,7 @@ def test_a_limit_of_the_disk_is_said_in_its_own_words(tmp_path: Path):
     code = (
         "import resource, signal, sys, torch\n"
         "from ee_diffusion.core.io import write_tensors\n"
-        "from ee_diffusion.errors import said_in_one_line\n"
+        "from ee_diffusion.cli.errors import said_in_one_line\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "sys.exit(said_in_one_line('save', lambda: write_tensors(sys.argv[1], {'a': torch.zeros(10_000)})))\n"

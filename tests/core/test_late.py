@@ -9,9 +9,9 @@ import torch
 from factories import LAYOUTS, criterion_named, driver_named, recorded, run
 
 from ee_diffusion.core.arriving import sent
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Patience, Planned, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession

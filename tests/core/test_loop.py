@@ -8,8 +8,8 @@ from factories import IMAGES, LAYOUTS, STEPS, PlainDriver, answer_at, images_of,
 from laws import counting
 from torch import nn
 
+from ee_diffusion.core.active_batch import Lane, run_blocks
 from ee_diffusion.core.criteria import Planned, Threshold
-from ee_diffusion.core.loop import Lane, run_blocks
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
 

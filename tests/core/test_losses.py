@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core import losses
+from ee_diffusion.diffusion.distillation import deediff_losses as losses
 
 K, B, C, H, W = 3, 2, 2, 2, 3
 

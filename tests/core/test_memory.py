@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.history import Memory
 
 
 def filled(times: list[list[float]], length: int, course) -> Memory:

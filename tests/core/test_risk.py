@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core.risk import certified, in_expectation, p_value, pareto_order, upper_bound
+from ee_diffusion.core.risk_control import certified, in_expectation, p_value, pareto_order, upper_bound
 
 RISK, DELTA, ROUNDS, COUNT = 0.2, 0.1, 400, 60
 

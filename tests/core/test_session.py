@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Accumulated, Patience, Planned, Threshold
 from ee_diffusion.core.criterion import Where
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.session import Session
 

@@ -10,8 +10,8 @@ from transformers import DynamicCache, MistralConfig
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.decoding.cache import ClosedLayer, check_cache
-from ee_diffusion.decoding.families import family_of, layers_of
+from ee_diffusion.decoding.kv_cache import ClosedLayer, check_cache
+from ee_diffusion.decoding.model_specs import family_of, layers_of
 
 WIDEST = max(LENGTHS)
 

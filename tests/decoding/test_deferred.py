@@ -24,11 +24,11 @@ from transformers import DynamicCache
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.attach import running_modules
-from ee_diffusion.decoding.deferred import DeferredAttachment
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import SharedTail
+from ee_diffusion.decoding.hooks import running_modules
 from ee_diffusion.decoding.methods import calm, skipdecode
+from ee_diffusion.decoding.parallel_recompute import DeferredAttachment
 
 DEPTH = EXITS[1]
 

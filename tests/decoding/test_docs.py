@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from tree import ROOT, python_blocks
 
-from ee_diffusion.decoding.families import FAMILIES, check_family, layers_of
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.methods import depth_per_request
+from ee_diffusion.decoding.model_specs import FAMILIES, check_family, layers_of
 
 PAGE, MODEL = ROOT / "docs" / "decoding.md", "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKENS = torch.arange(2, 14).reshape(2, 6)
@@ -29,7 +29,7 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "runs" / "exits").mkdir(parents=True)
     width = AutoModelForCausalLM.from_pretrained(folder).config.hidden_size
     LearnedExits((2, 4), width, adapter_width=8).save("runs/exits/exits.safetensors")
-    monkeypatch.setattr("ee_diffusion.decoding.families.FAMILIES", FAMILIES | {})
+    monkeypatch.setattr("ee_diffusion.decoding.model_specs.FAMILIES", FAMILIES | {})
     blocks = python_blocks(PAGE.read_text(encoding="utf-8"))
     assert [MODEL in block for block in blocks] == [True, False, False, False]
     names: dict = {}

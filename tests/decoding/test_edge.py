@@ -15,17 +15,17 @@ from tiny_language import text_folder
 
 pytest.importorskip("grpc", reason="needs the extra cloud")
 
-from ee_diffusion.cli import main
+from ee_diffusion.cli.main import main
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.decoding.cloud import edge as edge_module
-from ee_diffusion.decoding.cloud.client import LocalTransport
-from ee_diffusion.decoding.cloud.context import ContextManager
-from ee_diffusion.decoding.cloud.edge import Edge
-from ee_diffusion.decoding.cloud.encoding import payload_bytes
-from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.methods import early_termination
+from ee_diffusion.decoding.model_specs import layers_of
+from ee_diffusion.edge_cloud import edge as edge_module
+from ee_diffusion.edge_cloud.client import LocalTransport
+from ee_diffusion.edge_cloud.codec import payload_bytes
+from ee_diffusion.edge_cloud.edge import Edge
+from ee_diffusion.edge_cloud.sessions import ContextManager
 
 MIXED = Policy(Threshold(0.12, "max_probability"), exits=EXITS)
 

@@ -32,8 +32,8 @@ from ee_diffusion.core.schedules import (
     PowerDecay,
     Schedule,
 )
-from ee_diffusion.decoding.lossless import lossless_generate
 from ee_diffusion.decoding.methods import d3, skipdecode, uniform_skipping
+from ee_diffusion.decoding.self_speculative import lossless_generate
 
 NAME, PAD, MANY = "llama", 0, 1_000_000
 DRAFTS = {"custom_generate": lossless_generate, "exit_depth": 4, "draft_tokens": 3, "output_logits": False}

@@ -30,15 +30,15 @@ from language import (
 )
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Sampled, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.decoding.attach import running_modules
-from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.generate import early_exit_generate
+from ee_diffusion.decoding.hooks import running_modules
 from ee_diffusion.decoding.methods import depth_per_request
+from ee_diffusion.decoding.model_specs import layers_of
 
 NEVER = Policy(Threshold(1.0, "max_probability"), exits=EXITS)
 # every policy on one model, a criterion and a schedule on every other

@@ -11,11 +11,11 @@ from language import EXITS, LAYERS, LENGTHS, MODELS, TOKENS, alone, discarding, 
 from safetensors.torch import save_file
 
 from ee_diffusion.core import scores
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.families import Family, family_of, layers_of, register_family
+from ee_diffusion.core.replay import replay
 from ee_diffusion.decoding.heads import LearnedExits, SharedTail
+from ee_diffusion.decoding.model_specs import Family, family_of, layers_of, register_family
 
 
 def learned(model) -> LearnedExits:
@@ -141,7 +141,7 @@ def test_exits_of_another_model_are_refused():
 
 
 def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ee_diffusion.decoding.families.FAMILIES", {})
+    monkeypatch.setattr("ee_diffusion.decoding.model_specs.FAMILIES", {})
     model = model_named("llama")
     with pytest.raises(ValueError, match="register_family"):
         family_of(model)

@@ -10,10 +10,10 @@ import torch
 from language import LAYERS, LENGTHS, MODELS, TOKENS, Listener, alone, model_named, plain, prompts
 from transformers import DynamicCache, PreTrainedModel
 
-from ee_diffusion.decoding.attach import running_modules
-from ee_diffusion.decoding.families import layers_of
 from ee_diffusion.decoding.heads import LearnedExits
-from ee_diffusion.decoding.lossless import LosslessOutput, lossless_generate
+from ee_diffusion.decoding.hooks import running_modules
+from ee_diffusion.decoding.model_specs import layers_of
+from ee_diffusion.decoding.self_speculative import LosslessOutput, lossless_generate
 
 EXIT, LONGER = 3, 13
 

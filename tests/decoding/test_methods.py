@@ -18,7 +18,6 @@ from transformers import (
 
 from ee_diffusion.core.criteria import DecayingThreshold, Threshold
 from ee_diffusion.core.criterion import Where
-from ee_diffusion.decoding.families import family_of
 from ee_diffusion.decoding.methods import (
     calm,
     d3,
@@ -27,6 +26,7 @@ from ee_diffusion.decoding.methods import (
     skipdecode,
     uniform_skipping,
 )
+from ee_diffusion.decoding.model_specs import family_of
 
 
 def running(policy, step: int, num_layers: int) -> set[int]:

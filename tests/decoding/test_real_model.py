@@ -14,8 +14,8 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.decoding.lossless import lossless_generate
 from ee_diffusion.decoding.methods import calm, skipdecode
+from ee_diffusion.decoding.self_speculative import lossless_generate
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
 

@@ -14,13 +14,13 @@ from ee_diffusion.core.criteria import DecayingThreshold, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PowerDecay
 from ee_diffusion.decoding.exit_objective import ExitObjective, TokenStates, exit_table
-from ee_diffusion.decoding.families import register_family
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import LearnedExits, SharedTail
-from ee_diffusion.decoding.lossless import lossless_generate
 from ee_diffusion.decoding.methods import calm, d3, depth_per_request, skipdecode, uniform_skipping
+from ee_diffusion.decoding.model_specs import register_family
+from ee_diffusion.decoding.self_speculative import lossless_generate
 from ee_diffusion.decoding.skip_objective import SkipObjective
-from ee_diffusion.diffusion.families import FAMILIES
+from ee_diffusion.diffusion.model_specs import FAMILIES
 
 CERTAIN = {"score": "certainty", "horizon": None}
 

@@ -15,10 +15,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.cloud.context import ContextManager
-from ee_diffusion.decoding.cloud.split import load_part, split_model
-from ee_diffusion.decoding.families import family_of
-from ee_diffusion.decoding.lossless import lossless_generate
+from ee_diffusion.decoding.model_specs import family_of
+from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.edge_cloud.sessions import ContextManager
+from ee_diffusion.edge_cloud.split import load_part, split_model
 
 TRAINED, LENGTH = 16, 40  # positions that the model was trained on, and that are read here
 KINDS = ("default", *ROPE_INIT_FUNCTIONS)

@@ -10,7 +10,7 @@ from language import LAYERS, LENGTHS, MODELS, SCHEDULED, TOKENS, alone, generate
 from transformers.utils import is_peft_available
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.attach import running_modules
+from ee_diffusion.decoding.hooks import running_modules
 from ee_diffusion.decoding.lora import add_lora, merged
 from ee_diffusion.decoding.methods import calm, skipdecode
 from ee_diffusion.decoding.skip_objective import SkipObjective

@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.families import layers_of
-from ee_diffusion.decoding.lossless import lossless_generate
+from ee_diffusion.decoding.model_specs import layers_of
+from ee_diffusion.decoding.self_speculative import lossless_generate
 
 NAME = "llama"
 OFTEN = Policy(Threshold(0.02, "margin"), exits=(EXITS[1],))

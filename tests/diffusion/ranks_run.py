@@ -22,13 +22,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel
 
 from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.distributed import Vote, gather_traces
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.ranks import Vote, gather_traces
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
 
 RANKS, ROWS, PATIENCE = 2, [0, 1, 2, 3], timedelta(seconds=300)
 MEASURE = Policy(Threshold(0.5), record_all=True)

@@ -17,10 +17,10 @@ from torch.distributed.fsdp import fully_shard
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.adapters import TIME_WIDTH, AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.uvit import timestep_embedding
+from ee_diffusion.diffusion.exits.adapter import TIME_WIDTH, AdapterExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.models.uvit import timestep_embedding
 
 
 def exits_for(model: nn.Module, depths: tuple[int, ...] = (1, 3), rank: int = 3) -> AdapterExits:

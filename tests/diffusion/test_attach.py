@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach, attachment_of, detach
-from ee_diffusion.diffusion.families import FAMILIES, Family, family_of, register_family
-from ee_diffusion.diffusion.packed import PackedExits
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.packed import PackedExits
+from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach
+from ee_diffusion.diffusion.model_specs import FAMILIES, Family, family_of, register_family
 
 EVERY_DEPTH = tuple(range(7))
 EVERYBODY = list(range(IMAGES))
@@ -370,7 +370,7 @@ def test_heads_of_another_model_are_refused():
 
 def test_families(monkeypatch):
     known = dict(FAMILIES)
-    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", known)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
     assert family_of(uvit()).inner == "attn"
     with pytest.raises(ValueError, match="in the family table already"):
         register_family(family_of(uvit()))

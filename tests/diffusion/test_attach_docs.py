@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from tree import ROOT, python_blocks
 
 from ee_diffusion import MemoryExits, Policy
-from ee_diffusion.diffusion.families import FAMILIES
-from ee_diffusion.diffusion.family_table import family_table
+from ee_diffusion.diffusion.model_specs import FAMILIES
+from ee_diffusion.diffusion.model_table import family_table
 
 PAGE = ROOT / "docs" / "attach.md"
 
@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "attach.md"
 def test_the_table_is_current():
     page = PAGE.read_text(encoding="utf-8")
     shown = page.split("<!-- family table -->\n")[1].split("\n<!-- end of the family table -->")[0]
-    assert shown == family_table(), "write what `python -m ee_diffusion.diffusion.family_table` prints"
+    assert shown == family_table(), "write what `python -m ee_diffusion.diffusion.model_table` prints"
 
 
 class MyBlock(nn.Module):
@@ -62,7 +62,7 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
         recipe = recipe.replace('    row_arguments=("temb",),', f"    frozen={frozen!r},")
         assert frozen in recipe
     known = dict(FAMILIES)
-    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", known)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
     model = randomise(MyTransformer2DModel(), seed=1)
     names = {
         "transformer": model,
@@ -78,7 +78,7 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
 def test_the_worked_example_is_checked_as_it_stands(monkeypatch):
     recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "check_family(" in block)
     known = dict(FAMILIES)
-    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", known)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
     exec(compile(recipe, str(PAGE), "exec"), {})
     row = known.pop("ChromaTransformer2DModel")
     assert row == registered.RIGHT["ChromaTransformer2DModel"]

@@ -16,21 +16,21 @@ from tiny_pipelines import STOCK, call_of, pipeline_named
 from torch import nn
 
 from ee_diffusion.core.criteria import Threshold
+from ee_diffusion.core.distributed import Vote, gather_traces
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.ranks import Vote, gather_traces
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary, transformer_of
-from ee_diffusion.diffusion.attention import set_attention
-from ee_diffusion.diffusion.distillation import DistillationObjective, exit_errors, rows_of
-from ee_diffusion.diffusion.families import Family, blocks_of, family_of, register_family, width_of
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.lora import add_lora
-from ee_diffusion.diffusion.passage import take_rows
-from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
-from ee_diffusion.diffusion.states import States, row_inputs
+from ee_diffusion.diffusion.distillation.collect import Exited, FreshStates, walk
+from ee_diffusion.diffusion.distillation.dataset import States, row_inputs
+from ee_diffusion.diffusion.distillation.lora import add_lora
+from ee_diffusion.diffusion.distillation.objective import DistillationObjective, exit_errors, rows_of
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary, transformer_of
+from ee_diffusion.diffusion.hooks.attention import set_attention
+from ee_diffusion.diffusion.hooks.block_runner import take_rows
+from ee_diffusion.diffusion.hooks.truncate import truncate
+from ee_diffusion.diffusion.model_specs import Family, blocks_of, family_of, register_family, width_of
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.step_times import times_of
-from ee_diffusion.diffusion.trajectories import Exited, FreshStates, walk
-from ee_diffusion.diffusion.truncation import truncate
 
 NAME = "DiTTransformer2DModel"
 POLICY = Policy(Threshold(0.5))

@@ -18,8 +18,8 @@ from torch import nn
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary
-from ee_diffusion.diffusion.pipelines import EarlyExitSD3Pipeline
+from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 IMAGES = [0, 1, 2]
 THREE = Policy(schedule=FixedDepth(3))

@@ -10,10 +10,10 @@ from factories import pipeline
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.certify import live_losses, marked
+from ee_diffusion.diffusion.calibration.live import live_losses, marked
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.fingerprint import fingerprint, made_for_of
-from ee_diffusion.diffusion.generation import generate, use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
 
 SEEDS, LABELS, CALL = [3, 1, 4, 1, 5], [0, 1, 2, 3, 4], {"num_inference_steps": 3, "guidance_scale": 2.0}
 

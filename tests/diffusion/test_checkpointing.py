@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.distillation import observe
-from ee_diffusion.diffusion.families import blocks_of
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.distillation.objective import observe
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.model_specs import blocks_of
 
 ROWS = [0, 1, 2, 3]
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}

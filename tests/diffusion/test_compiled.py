@@ -18,13 +18,13 @@ from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion import compiled
-from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary
-from ee_diffusion.diffusion.compiled import bucket
-from ee_diffusion.diffusion.families import blocks_of
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks import compile as compiled
+from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary
+from ee_diffusion.diffusion.hooks.compile import bucket
 from ee_diffusion.diffusion.methods import periodic_cache
+from ee_diffusion.diffusion.model_specs import blocks_of
 
 ROWS = [0, 1, 2, 3, 4, 5]
 ONE, MANY = Policy(schedule=FixedDepth(2)), Policy(schedule=DepthPerStep(tuple(range(1, 13))))

@@ -26,12 +26,12 @@ from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion import attention
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.attention import set_attention
-from ee_diffusion.diffusion.lora import add_lora
-from ee_diffusion.diffusion.truncation import truncate
+from ee_diffusion.diffusion.distillation.lora import add_lora
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.hooks import attention
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attention import set_attention
+from ee_diffusion.diffusion.hooks.truncate import truncate
 
 if is_peft_available():
     from peft import LoraConfig

@@ -8,10 +8,16 @@ import pytest
 import torch
 from factories import dit, exits_for, images_of, pipeline, randomise, uvit
 
-from ee_diffusion.diffusion.distillation import DistillationObjective, exit_errors, observe, rows_of, through_tail
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.states import States
-from ee_diffusion.diffusion.trajectories import walk
+from ee_diffusion.diffusion.distillation.collect import walk
+from ee_diffusion.diffusion.distillation.dataset import States
+from ee_diffusion.diffusion.distillation.objective import (
+    DistillationObjective,
+    exit_errors,
+    observe,
+    rows_of,
+    through_tail,
+)
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 
 DEPTHS = (1, 3)
 MODELS = {"uvit": uvit, "dit": dit}

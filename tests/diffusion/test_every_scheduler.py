@@ -13,9 +13,9 @@ from factories import pipeline
 from tiny_pipelines import call_of, images_of, pipeline_named
 
 from ee_diffusion import attach, fit_schedules
-from ee_diffusion.diffusion.courses import record
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.trajectories import record
 
 STEPS = 6
 NAMED = (

@@ -18,8 +18,8 @@ from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import Attachment, attach, detach
-from ee_diffusion.diffusion.families import FAMILIES, blocks_of, family_of
+from ee_diffusion.diffusion.hooks.attach import Attachment, attach, detach
+from ee_diffusion.diffusion.model_specs import FAMILIES, blocks_of, family_of
 
 ROWS = [0, 1, 2, 3, 4, 5]
 WITH_RESIDUALS = [name for name, tiny in TINY.items() if tiny.residuals]

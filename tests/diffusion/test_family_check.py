@@ -15,9 +15,9 @@ from torch import nn
 from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.row_check import ROWS, apart
-from ee_diffusion.diffusion.depths import answer_under
-from ee_diffusion.diffusion.families import FAMILIES, Family, blocks_of, register_family
-from ee_diffusion.diffusion.family_check import check_family
+from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under
+from ee_diffusion.diffusion.model_check import check_family
+from ee_diffusion.diffusion.model_specs import FAMILIES, Family, blocks_of, register_family
 
 ALL = dict.fromkeys(tiny_families.TINY, tiny_families) | dict.fromkeys(registered.RIGHT, registered)
 # Row arguments that these inputs do not give, or that only other kinds of the class have.
@@ -45,7 +45,7 @@ def inputs(name: str):
 def rows(monkeypatch):
     """The table, with the four classes in it, to be changed."""
     known = FAMILIES | registered.RIGHT
-    monkeypatch.setattr("ee_diffusion.diffusion.families.FAMILIES", known)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
     return known
 
 

@@ -10,12 +10,12 @@ from factories import pipeline
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.gains import between, gain_of, influence, step_gains
-from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.methods import budgeted
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_propagation import between, gain_of, influence, step_gains
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
 
 STEPS, CALL = 9, {"num_inference_steps": 9, "guidance_scale": 2.0}
 

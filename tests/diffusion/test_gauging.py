@@ -6,10 +6,10 @@ import pytest
 import torch
 from factories import pipeline
 
-from ee_diffusion.diffusion.gauging import Walk, fit_gauge, walk
-from ee_diffusion.diffusion.generation import sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_estimator import Walk, fit_gauge, walk
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 2.0}
 

@@ -8,8 +8,8 @@ from factories import CLASSES, pipeline
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.generation import SAMPLERS, controls_of, generate, sampler, use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, controls_of, generate, sampler, use_sampler
 
 SEEDS, LABELS = [5, 9, 2, 7, 1], [index % CLASSES for index in range(5)]
 

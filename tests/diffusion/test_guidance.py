@@ -9,14 +9,14 @@ import torch
 from factories import NULL_CLASS, pipeline
 from torch import Tensor
 
-from ee_diffusion.diffusion.courses import full_steps, record
-from ee_diffusion.diffusion.gains import step_gains
-from ee_diffusion.diffusion.gauging import walk
-from ee_diffusion.diffusion.generation import generate, sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.tracking_fit import walk_tracks
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.exits.tracking_fit import walk_tracks
+from ee_diffusion.diffusion.pipelines.sampling import generate, sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_estimator import walk
+from ee_diffusion.diffusion.step_cache.error_propagation import step_gains
+from ee_diffusion.diffusion.step_cache.trajectories import full_steps, record
 
 STEPS, SEEDS, LABELS = 6, [3, 4], [0, 1]
 SCALES = (0.5, 1.0, 2.0)

@@ -23,12 +23,12 @@ from tiny_pipelines import STOCK, call_of, images_of, pipe
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Planned, Threshold
-from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.history import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.guidance import sources_of_rows
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import searched
 
 STEPS = 4

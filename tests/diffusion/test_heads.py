@@ -8,7 +8,7 @@ import pytest
 import torch
 from factories import SIZE, dit, exits_for, uvit
 
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 
 R, P, D, PREFIX = 3, 16, 16, 2
 DEPTHS = (0, 3, 5)

@@ -13,13 +13,13 @@ from factories import CLASSES, CRITERIA, NULL_CLASS, criteria_for, pipeline
 from laws import Work, counting, margin_of, say_near
 from torch import Tensor
 
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.families import family_of
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.model_specs import family_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
 
 COUNT, STEPS = 5, 3
 SOLVERS = {

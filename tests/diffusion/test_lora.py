@@ -8,9 +8,9 @@ from diffusers.utils import is_peft_available
 from factories import dit, exits_for, images_of, uvit
 from tiny_families import model_named
 
-from ee_diffusion.diffusion import lora
-from ee_diffusion.diffusion.distillation import DistillationObjective
-from ee_diffusion.diffusion.lora import add_lora, lora_off, merged
+from ee_diffusion.diffusion.distillation import lora
+from ee_diffusion.diffusion.distillation.lora import add_lora, lora_off, merged
+from ee_diffusion.diffusion.distillation.objective import DistillationObjective
 
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 MODELS = {"uvit": uvit, "dit": dit}

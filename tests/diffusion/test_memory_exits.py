@@ -12,16 +12,16 @@ from tiny_families import model_named
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.memory import Memory
+from ee_diffusion.core.history import Memory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, Periodic
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.generation import SAMPLERS, sampler, use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import remembered
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
 
 STEPS = 8
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from factories import IMAGES, LAYOUTS, driver_named, recorded, run
 
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Patience, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import PiecewiseDepth
 from ee_diffusion.diffusion.methods import ase, deediff, deediff_released, duodiff
 

@@ -11,16 +11,16 @@ from factories import NULL_CLASS, pipeline
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic
-from ee_diffusion.diffusion.attach import attach, detach
-from ee_diffusion.diffusion.courses import record
-from ee_diffusion.diffusion.gains import step_gains
-from ee_diffusion.diffusion.gauging import walk
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.oracle import OracleExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.solver import step_sensitivity
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.tracking_fit import walk_tracks
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.oracle import OracleExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.exits.tracking_fit import walk_tracks
+from ee_diffusion.diffusion.hooks.attach import attach, detach
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_estimator import walk
+from ee_diffusion.diffusion.step_cache.error_propagation import step_gains
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.trajectories import record
 
 CALL = {"num_inference_steps": 5, "guidance_scale": 2.0}
 STATIC = Policy(schedule=Periodic(2, 2), exits=(0,))

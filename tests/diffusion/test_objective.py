@@ -10,8 +10,8 @@ import torch
 from diffusers import DDPMScheduler
 from factories import NULL_CLASS, exits_for, randomise, uvit
 
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.objective import DiffusionObjective
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 
 DEPTHS = (1, 3, 5)
 B = 4

@@ -8,10 +8,10 @@ import torch
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.heads import DenoisingExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import deediff_released
-from ee_diffusion.diffusion.uvit_official import load_official, load_official_exits
+from ee_diffusion.diffusion.models.convert_uvit import load_official, load_official_exits
 
 DIM, HEADS, HALF, PATCH, CHANNELS, SIZE = 8, 2, 2, 2, 3, 4
 

@@ -9,10 +9,10 @@ from factories import NULL_CLASS, pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic
-from ee_diffusion.diffusion.courses import full_steps
-from ee_diffusion.diffusion.generation import generate
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.oracle import OracleExits, seconds_on
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.oracle import OracleExits, seconds_on
+from ee_diffusion.diffusion.pipelines.sampling import generate
+from ee_diffusion.diffusion.step_cache.trajectories import full_steps
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 2.0}
 SEEDS, LABELS = [1, 2], [0, 1]

@@ -10,10 +10,10 @@ from factories import pipeline
 from tiny_texts import text_pipeline
 
 from ee_diffusion import attach, fit_schedules, periodic_cache
-from ee_diffusion.diffusion.courses import record
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.rehearsal import rehearse
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.recording import rehearse
+from ee_diffusion.diffusion.step_cache.trajectories import record
 
 STEPS, SEEDS, LABELS = 9, (1, 2, 3), (0, 1, 2)
 CASES = {"class": (1.0, 2.0), "unconditional": (1.0,), "text": (1.0, 3.0)}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from ee_diffusion.diffusion.parts import Parts
+from ee_diffusion.diffusion.distillation.shards import Parts
 
 IDENTITY = {"model": "abc", "call": {"steps": 3, "scales": (1.0, 2.0)}}
 

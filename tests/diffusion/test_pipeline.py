@@ -21,10 +21,10 @@ from factories import CLASSES, dit, exits_for, pipeline, uvit
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import deediff, periodic_cache
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline, EarlyExitPipelineOutput
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
 
 SCHEDULERS = {
     "ddpm": DDPMScheduler,

@@ -11,16 +11,16 @@ import pytest
 import torch
 from factories import pipeline
 
-from ee_diffusion.core.memory import Memory
-from ee_diffusion.diffusion.courses import Course, fit_prediction, record, values_of
-from ee_diffusion.diffusion.generation import use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.core.history import Memory
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.methods import searched
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.prediction import LinearPrediction
-from ee_diffusion.diffusion.search import gap_prices, nearest, search
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.pipelines.sampling import use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
+from ee_diffusion.diffusion.step_cache.trajectories import Course, fit_prediction, record, values_of
+from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from diffusion.ranks_run import FAMILIES, RANKS, WEIGHTS
 from tree import ROOT
 
-from ee_diffusion.core.ranks import Vote, gather_traces
-from ee_diffusion.diffusion.parallel import vote_of
+from ee_diffusion.core.distributed import Vote, gather_traces
+from ee_diffusion.diffusion.hooks.parallel import vote_of
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)

@@ -21,11 +21,11 @@ from tiny_pipelines import call_of as arguments_of
 from tiny_pipelines import pipe as pipe_named
 
 from ee_diffusion import attach, fit_schedules, influence, periodic_cache, searched, step_sensitivity
-from ee_diffusion.diffusion.courses import fit_prediction
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.fingerprint import _settings
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.rehearsal import rehearse, rehearsed_gains
-from ee_diffusion.diffusion.search import gap_prices, search
+from ee_diffusion.diffusion.step_cache.recording import rehearse, rehearsed_gains
+from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
+from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 
 STEPS, LABELS = 9, [0, 1]
 

@@ -14,11 +14,11 @@ from factories import pipeline, randomise, uvit
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 
 from ee_diffusion import attach, fit_schedules, periodic_cache
-from ee_diffusion.diffusion.courses import fit_prediction, fit_trust, record
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
-from ee_diffusion.diffusion.gauging import fit_gauge, walk
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.run_setup import RunSetup, guidance_in, setup_of, steady
+from ee_diffusion.diffusion.step_cache.error_estimator import fit_gauge, walk
+from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, setup_of, steady
+from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, fit_trust, record
 
 STEPS = 6
 POLICY = periodic_cache(2, warm_up=2)

@@ -16,15 +16,15 @@ from stock import dit_pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FullDepth, Periodic, PiecewiseDepth, Schedule
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.courses import Course, fit_prediction, record
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.linear_predictor import ALONE, LinearPrediction
 from ee_diffusion.diffusion.fingerprint import fingerprint
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import periodic_cache, searched
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.prediction import ALONE, LinearPrediction
-from ee_diffusion.diffusion.rehearsal import rehearse
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.recording import rehearse
+from ee_diffusion.diffusion.step_cache.trajectories import Course, fit_prediction, record
+from ee_diffusion.metrics.splits import seeds
 
 STEPS, FULL, LAYERS = 8, [0, 1, 4, 6], 4
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}

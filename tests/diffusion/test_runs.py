@@ -15,9 +15,9 @@ from tiny_pipelines import STEPS, call_of, images_of, pipe
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
-from ee_diffusion.diffusion.attach import attach, attachment_of, detach, summary
-from ee_diffusion.diffusion.families import family_of
-from ee_diffusion.diffusion.runs import Runs
+from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary
+from ee_diffusion.diffusion.hooks.run_tracker import Runs
+from ee_diffusion.diffusion.model_specs import family_of
 
 IMAGES = [0, 1, 2]
 

@@ -12,13 +12,13 @@ import torch
 from factories import pipeline
 
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.courses import LONGEST, Course, fit_trust, full_steps, moments, record
-from ee_diffusion.diffusion.generation import generate, use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.methods import periodic_cache, searched
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.search import gap_prices, nearest, price_of, search
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, price_of, search
+from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Course, fit_trust, full_steps, moments, record
+from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}

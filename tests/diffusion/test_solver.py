@@ -6,10 +6,10 @@ import pytest
 import torch
 from factories import pipeline
 
-from ee_diffusion.diffusion.generation import SAMPLERS, use_sampler
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 from ee_diffusion.diffusion.methods import remembered
-from ee_diffusion.diffusion.solver import step_sensitivity
+from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, use_sampler
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
 
 
 def test_ddim_is_what_its_formula_says():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ee_diffusion.diffusion.states import States, row_inputs
+from ee_diffusion.diffusion.distillation.dataset import States, row_inputs
 
 T, J, G = 3, 2, 2
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach
 
 STEPS = 100
 # class, channels that the transformer takes in, whether it has a second call of guidance, arguments beside the prompts

@@ -18,13 +18,13 @@ from tiny_families import exits_for, forward, inner_modules, inputs_of, passing
 from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipe, pipeline_named
 from torch import Tensor
 
-from ee_diffusion.core.calibrate import replay
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach, summary
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.hooks.attach import attach, summary
 
 IMAGES = [0, 1, 2]
 

@@ -19,9 +19,9 @@ from tree import ROOT
 
 from ee_diffusion.core.criteria import Planned, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.pipelines import (
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.pipelines.stock import (
     EarlyExitDiTPipeline,
     EarlyExitFluxPipeline,
     EarlyExitPixArtPipeline,

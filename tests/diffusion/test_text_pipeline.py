@@ -19,8 +19,8 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.latents import decode
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.diffusion.prompts import encode_prompts
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
+from ee_diffusion.diffusion.pipelines.prompts import encode_prompts
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 
 PROMPTS = ["red apple", "a blue car", "green hat"]
 POLICY = deediff(0.6)

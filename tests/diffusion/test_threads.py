@@ -20,8 +20,8 @@ from ee_diffusion.core.criteria import Planned
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.pipelines import EarlyExitSD3Pipeline
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 IMAGES = [0, 1, 2]
 PLAN = Policy(Planned(((1, 3, 2),) * 3))

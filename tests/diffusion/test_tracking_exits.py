@@ -13,12 +13,9 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.courses import full_steps
-from ee_diffusion.diffusion.distillation import observe
-from ee_diffusion.diffusion.methods import remembered
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.tracking_fit import (
+from ee_diffusion.diffusion.distillation.objective import observe
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.exits.tracking_fit import (
     correction_of,
     errors_of,
     fit_corrections,
@@ -26,7 +23,10 @@ from ee_diffusion.diffusion.tracking_fit import (
     shares_left,
     walk_tracks,
 )
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.methods import remembered
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.trajectories import full_steps
+from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}

@@ -10,7 +10,7 @@ from stock import dit_pipeline
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.trajectories import Exited, FreshStates, fingerprint, identity_of, walk
+from ee_diffusion.diffusion.distillation.collect import Exited, FreshStates, fingerprint, identity_of, walk
 
 SEEDS, LABELS = [11, 12, 13], [0, 3, 1]
 CALL = {"num_inference_steps": 3, "guidance_scale": 2.0}

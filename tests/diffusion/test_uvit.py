@@ -10,8 +10,8 @@ from diffusers.models import attention_dispatch
 from factories import CLASSES, NULL_CLASS, uvit
 from torch import Tensor, nn
 
-from ee_diffusion.diffusion import uvit as uvit_module
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel, timestep_embedding, unpatchify
+from ee_diffusion.diffusion.models import uvit as uvit_module
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel, timestep_embedding, unpatchify
 
 B = 3
 KINDS = ("class", "unconditional", "text")

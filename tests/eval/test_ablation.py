@@ -11,16 +11,16 @@ import torch
 from diffusers import DDIMScheduler
 from tree import ROOT
 
-from ee_diffusion.diffusion.generation import generate
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.measure.files import to_bytes
-from ee_diffusion.measure.frechet import Statistics, frechet_distance
-from ee_diffusion.measure.references import Reference
-from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.sampling import generate
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.distribution import Statistics, frechet_distance
+from ee_diffusion.metrics.files import to_bytes
+from ee_diffusion.metrics.references import Reference
+from ee_diffusion.metrics.splits import balanced_labels, seeds
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

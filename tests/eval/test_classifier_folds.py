@@ -11,8 +11,8 @@ import pytest
 import torch
 from tree import ROOT
 
-from ee_diffusion.encoder.evaluate import NOTHING, Look
-from ee_diffusion.encoder.methods import confidence
+from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.methods import confidence
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 

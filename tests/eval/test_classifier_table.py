@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_classify import _cache, call, made  # noqa: F401, a fixture that is used by itself
 
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.exits import ClassifierExits
-from ee_diffusion.encoder.methods import confidence
-from ee_diffusion.encoder.truncation import first_layers
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.classification.exits import ClassifierExits
+from ee_diffusion.classification.methods import confidence
+from ee_diffusion.classification.truncate import first_layers
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 

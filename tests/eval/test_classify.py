@@ -12,11 +12,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 from tree import ROOT
 
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.classification.evaluation import Look
+from ee_diffusion.classification.exits import ClassifierExits
+from ee_diffusion.classification.methods import EXITS
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.evaluate import Look
-from ee_diffusion.encoder.exits import ClassifierExits
-from ee_diffusion.encoder.methods import EXITS
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 

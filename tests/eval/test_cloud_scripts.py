@@ -22,9 +22,9 @@ import cloud_clock
 import cloud_load
 import cloud_memory
 
-from ee_diffusion.decoding.cloud.split import split_model
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import LearnedExits
+from ee_diffusion.edge_cloud.split import split_model
 
 EXITS, TOKENS = (2, 4), 5
 

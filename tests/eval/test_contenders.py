@@ -13,12 +13,12 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.courses import record
-from ee_diffusion.diffusion.generation import Generated
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.search import gap_prices, search
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.measure.splits import SEEDS
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
+from ee_diffusion.diffusion.step_cache.trajectories import record
+from ee_diffusion.metrics.splits import SEEDS
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.risk import upper_bound
+from ee_diffusion.core.risk_control import upper_bound
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.generate import early_exit_generate

@@ -12,11 +12,11 @@ import torch
 from diffusers import DDIMScheduler
 from tree import ROOT
 
-from ee_diffusion.diffusion.generation import Generated
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

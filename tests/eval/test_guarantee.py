@@ -12,7 +12,7 @@ from factories import pipeline
 from safetensors.torch import load_file, save_file
 from tree import ROOT
 
-from ee_diffusion.diffusion.memory_exits import MemoryExits
+from ee_diffusion.diffusion.exits.cached import MemoryExits
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

@@ -11,8 +11,8 @@ from stock import dit_pipeline
 from tiny_families import exits_for
 from tree import ROOT
 
-from ee_diffusion.diffusion.pipelines import EarlyExitDiTPipeline
-from ee_diffusion.measure.splits import SEEDS
+from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
+from ee_diffusion.metrics.splits import SEEDS
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

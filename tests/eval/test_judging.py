@@ -8,10 +8,10 @@ import pytest
 import torch
 from tree import ROOT
 
+from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.methods import confidence
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.risk import upper_bound
-from ee_diffusion.encoder.evaluate import NOTHING, Look
-from ee_diffusion.encoder.methods import confidence
+from ee_diffusion.core.risk_control import upper_bound
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
 

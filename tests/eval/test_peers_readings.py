@@ -29,8 +29,8 @@ import peers
 from contenders import candidates_of
 from frontier_options import FrontierOptions
 
-from ee_diffusion.diffusion.depths import passing
-from ee_diffusion.diffusion.families import blocks_of, family_of
+from ee_diffusion.diffusion.hooks.forward_to_depth import passing
+from ee_diffusion.diffusion.model_specs import blocks_of, family_of
 
 STEPS = 12
 RATIOS = [1.0, 0.9, 1.05, 0.98, 1.03, 0.97, 1.01, 0.99, 1.2, 0.98, 1.01, 0.97]  # of S calls

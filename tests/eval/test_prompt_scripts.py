@@ -23,9 +23,9 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-from ee_diffusion.measure.clip_score import TensorCLIP, clip_scores, cut_prompts, read_prompts
-from ee_diffusion.measure.matching import ImageTower, save_tower
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
+from ee_diffusion.metrics.clip_score import TensorCLIP, clip_scores, cut_prompts, read_prompts
+from ee_diffusion.metrics.retrieval import ImageTower, save_tower
 from ee_diffusion.training.captions import CaptionConfig, Captioned, split_of
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs

@@ -15,14 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tree import ROOT
 
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.measure.classifiers import CifarResNet
-from ee_diffusion.measure.features import InceptionFeatures, ResNetFeatures, extract
-from ee_diffusion.measure.frechet import Statistics, frechet_distance
-from ee_diffusion.measure.perceptual import LPIPS
-from ee_diffusion.measure.references import read_statistics, reference
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.distribution import Statistics, frechet_distance
+from ee_diffusion.metrics.features import InceptionFeatures, ResNetFeatures, extract
+from ee_diffusion.metrics.perceptual import LPIPS
+from ee_diffusion.metrics.reference_models import CifarResNet
+from ee_diffusion.metrics.references import read_statistics, reference
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

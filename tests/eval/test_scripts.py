@@ -16,11 +16,11 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.measure.splits import balanced_labels, seeds
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.splits import balanced_labels, seeds
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
@@ -242,7 +242,7 @@ def test_hot_path(model, tmp_path, monkeypatch, capsys):
         assert row["model"] > 0
     assert rows[1]["exits"] > rows[0]["exits"]
     assert hot_path.kind_of("~") == "operations"
-    assert hot_path.kind_of("/somewhere/ee_diffusion/core/loop.py") == "exits"
+    assert hot_path.kind_of("/somewhere/ee_diffusion/core/active_batch.py") == "exits"
     assert "largest_share" in capsys.readouterr().out
 
 

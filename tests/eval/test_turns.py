@@ -13,9 +13,9 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.generation import Generated
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.metrics.splits import seeds
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 

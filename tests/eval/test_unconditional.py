@@ -15,19 +15,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from tree import ROOT
 
-from ee_diffusion import cli
+from ee_diffusion.cli import main as cli
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.generation import classes_of
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.objective import DiffusionObjective
-from ee_diffusion.diffusion.oracle import OracleExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.uvit import UViTTransformer2DModel
-from ee_diffusion.measure.splits import balanced_labels, shuffled_labels
-from ee_diffusion.training.data import ImageSource
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.exits.oracle import OracleExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.metrics.splits import balanced_labels, shuffled_labels
+from ee_diffusion.training.datasets import ImageSource
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 sys.path.insert(0, str(ROOT / "train"))

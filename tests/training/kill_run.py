@@ -23,7 +23,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 from training.tiny_run import run
 
-from ee_diffusion.training import checkpoints
+from ee_diffusion.training import checkpointing as checkpoints
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}

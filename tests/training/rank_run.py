@@ -7,7 +7,7 @@ from pathlib import Path
 
 from training.tiny_run import tiny_trainer
 
-from ee_diffusion.training.checkpoints import write_json
+from ee_diffusion.training.checkpointing import write_json
 
 folder = Path(sys.argv[1])
 trainer = tiny_trainer(folder)

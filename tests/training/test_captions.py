@@ -16,12 +16,12 @@ from stock import tiny_vae
 from tiny_texts import CAPTIONS, TOKENS, WIDTH, save_encoder, tiny_encoder, tiny_tokenizer
 from tree import ROOT
 
-from ee_diffusion.diffusion.prompts import encode_prompts
-from ee_diffusion.diffusion.text_pipeline import EarlyExitTextPipeline
-from ee_diffusion.measure.matching import load_tower
+from ee_diffusion.diffusion.pipelines.prompts import encode_prompts
+from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
+from ee_diffusion.metrics.retrieval import load_tower
 from ee_diffusion.training.captions import CaptionSource, names_skin_tone, split_of, subject
-from ee_diffusion.training.draws import sample_keys
 from ee_diffusion.training.order import Order
+from ee_diffusion.training.rng import sample_keys
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 

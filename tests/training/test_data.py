@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from ee_diffusion.training.config import ImageDataConfig
-from ee_diffusion.training.data import ImageSource, find_data_files, load_image_source
+from ee_diffusion.training.datasets import ImageSource, find_data_files, load_image_source
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from training.tiny_run import tiny_source
 
-from ee_diffusion.training.draws import Stream, mix, normals, sample_keys, scalar_key, uniforms
 from ee_diffusion.training.order import Order
+from ee_diffusion.training.rng import Stream, mix, normals, sample_keys, scalar_key, uniforms
 
 MASK = (1 << 64) - 1
 

@@ -18,9 +18,9 @@ from tree import ROOT
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.cloud.edge import Edge
-from ee_diffusion.decoding.cloud.split import load_part, split_model
 from ee_diffusion.decoding.heads import LearnedExits
+from ee_diffusion.edge_cloud.edge import Edge
+from ee_diffusion.edge_cloud.split import load_part, split_model
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 

@@ -24,10 +24,10 @@ from tree import ROOT, python_blocks
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.adapters import AdapterExits
-from ee_diffusion.diffusion.attach import attach
-from ee_diffusion.diffusion.heads import DenoisingExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.exits.adapter import AdapterExits
+from ee_diffusion.diffusion.exits.deediff import DenoisingExits
+from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 

@@ -10,10 +10,10 @@ import pytest
 from factories import pipeline
 from tree import ROOT
 
-from ee_diffusion.diffusion.gauging import walk
-from ee_diffusion.diffusion.memory_exits import MemoryExits
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.measure.splits import seeds
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_estimator import walk
+from ee_diffusion.metrics.splits import seeds
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
 

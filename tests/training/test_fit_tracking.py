@@ -10,8 +10,8 @@ import pytest
 from factories import pipeline
 from tree import ROOT
 
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
-from ee_diffusion.diffusion.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
 

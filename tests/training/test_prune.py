@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from ee_diffusion.training.checkpoints import clean, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from ee_diffusion.training.checkpointing import (
+    clean,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 IDENTITY = {"identity": {"seed": 1}}
 

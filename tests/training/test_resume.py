@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training.tiny_run import run, tiny_source, tiny_trainer
 from tree import ROOT
 
-from ee_diffusion.training import checkpoints
+from ee_diffusion.training import checkpointing as checkpoints
 
 HERE = Path(__file__).parent
 

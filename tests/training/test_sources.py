@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ee_diffusion.training.draws import Stream, normals, uniforms
+from ee_diffusion.training.rng import Stream, normals, uniforms
 from ee_diffusion.training.sources import KeySource, LatentSource, MappedSource, TableSource
 
 KEYS = torch.tensor([5, -7, 5])

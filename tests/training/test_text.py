@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ee_diffusion.training.config import TextDataConfig
-from ee_diffusion.training.text import TextSource, load_text_source, once
+from ee_diffusion.training.text_datasets import TextSource, load_text_source, once
 
 ROWS = [("good film", 1), ('a "bad', 0), ("so so\u00e9 la", 1)]
 

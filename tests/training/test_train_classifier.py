@@ -25,9 +25,9 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tree import ROOT
 
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.exits import ClassifierExits
-from ee_diffusion.encoder.methods import confidence, jei_dnn
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.classification.exits import ClassifierExits
+from ee_diffusion.classification.methods import confidence, jei_dnn
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 

@@ -15,9 +15,9 @@ from PIL import Image
 from stock import tiny_vae
 from tree import ROOT
 
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
 from ee_diffusion.diffusion.latents import encode, enlarged
-from ee_diffusion.diffusion.objective import DiffusionObjective
-from ee_diffusion.training.data import ImageSource
+from ee_diffusion.training.datasets import ImageSource
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 

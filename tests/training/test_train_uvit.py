@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tree import ROOT
 
-from ee_diffusion.diffusion.pipeline import EarlyExitPipeline
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ee_diffusion.training.config import TrainConfig
-from ee_diffusion.training.data import ImageSource
+from ee_diffusion.training.datasets import ImageSource
 from ee_diffusion.training.loop import Trainer, TrainReport
 
 

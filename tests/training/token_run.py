@@ -12,24 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from encoder.tiny_classifiers import exits_for
-from encoder.tiny_classifiers import model_named as classifier_named
+from classification.tiny_classifiers import exits_for
+from classification.tiny_classifiers import model_named as classifier_named
 from language import VOCABULARY, model_named
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ee_diffusion.classification.classifier import EarlyExitClassifier
+from ee_diffusion.classification.objective import ClassifierObjective, Weights
 from ee_diffusion.decoding.exit_objective import ExitObjective, collect_states
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.methods import skipdecode
 from ee_diffusion.decoding.skip_objective import SkipObjective
-from ee_diffusion.encoder.classifier import EarlyExitClassifier
-from ee_diffusion.encoder.objective import ClassifierObjective, Weights
 from ee_diffusion.training.config import TrainConfig
-from ee_diffusion.training.data import Source
+from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.prompts import PromptSource
 from ee_diffusion.training.sources import TableSource
-from ee_diffusion.training.text import TextSource
+from ee_diffusion.training.text_datasets import TextSource
 
 TEXTS = 4
 LENGTHS = (1, 9, 3, 6)  # of the answers

@@ -1,0 +1,265 @@
+"""Attach exits to a stock classifier of transformers: its layers run on the rows that are still going, no forward is copied.
+
+Here: the driver of sessions for classifiers; one forward is one run of one step. Not here: facts about classes (model_specs.py), decisions
+(core). R rows of the batch, r running rows, N tokens, D width, C classes, L layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
+from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.token_pruning import TokenLane, TokenTrace, check_pruning
+from ee_diffusion.core.active_batch import Lane
+from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.rows import require_rows
+from ee_diffusion.core.thread_patch import patched
+from ee_diffusion.core.trace import Trace
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
+EXTRAS = ("output_hidden_states", "output_attentions")
+JUDGED = ("judged", "certainty")  # scores of a learned judge
+OF_CLASSES = ("margin", "low_entropy", "max_probability", "agreement")  # scores of one softmax
+OF_DECODING = ("saturation", "pruned_probability")
+IGNORED = -100  # the label of rows that a loss leaves out, in torch and transformers
+
+
+@contextmanager
+def attach(
+    model: nn.Module,
+    exits: ClassifierExits,
+    policy: Policy,
+    *,
+    elements: Tensor | None = None,
+    pruning: tuple[float, ...] | None = None,
+    token_traces: list[TokenTrace] | None = None,
+) -> Iterator[list[Trace]]:
+    """Within, every forward of `model` in this thread runs under `policy`; yields a list to which each forward appends its trace.
+
+    Outside, and in other threads, the model computes exactly what it did before; another thread that attaches exits to it waits.
+    `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1, for drawn exits `Policy.ids_of` the inputs.
+    Labels given to a forward are compared with the answers of all rows, early or not. `pruning`: saliency below which a token is removed,
+    one threshold per layer (token_pruning.py); what was removed is appended to `token_traces`.
+
+    Raises:
+        ValueError: an unknown class; exits of another model, or attached by this thread already; a score that these exits cannot give;
+            thresholds of the wrong number or range, or a class whose tokens cannot be removed; in a forward: an input longer than the
+            model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows, labels that
+            are no class.
+    """
+    exits.check_fits(model)
+    check_policy(policy, exits, problem_of(model, None))
+    if pruning is not None:
+        check_pruning(model, pruning)
+    run = _Run(model, exits, policy, elements, pruning=pruning)
+    run.token_traces = token_traces
+    blocks = run.family.blocks(model)
+    by_block = [(block, functools.partial(run.block, block)) for block in blocks]
+    with patched([*by_block, (model, run.forward)]):
+        yield run.traces
+
+
+def check_policy(policy: Policy, exits: ClassifierExits, problem: str | None) -> None:
+    """Raise ValueError if the policy asks for a score that these exits cannot give; `problem`: the config's problem_type."""
+    criterion = policy.criterion
+    if isinstance(criterion, Planned | None):
+        return
+    score = criterion.score
+    if score in JUDGED and exits.judge == "none":
+        raise ValueError(f"the policy looks at the score {score!r}, these exits have no learned judge")
+    if score in OF_DECODING:
+        raise ValueError(f"score {score!r} is about decoding, expected another for a classifier")
+    if score in OF_CLASSES and exits.num_labels < 2:
+        raise ValueError(f"score {score!r} is about classes, this model has {exits.num_labels} output")
+    if score == "closeness" and exits.num_labels != 1:
+        raise ValueError(f"score 'closeness' is about one value, this model has {exits.num_labels} outputs")
+    of_classes = score in OF_CLASSES or (score in JUDGED and exits.judge == "statistics")
+    if of_classes and problem not in (None, "single_label_classification"):
+        raise ValueError(
+            f"score {score!r} takes one class of several to be right, this model's problem_type is {problem!r}; expected a score of a "
+            "learned judge other than 'statistics'"
+        )
+    criterion.validate(1, len(exits.depths if policy.exits is None else policy.exits))
+
+
+def problem_of(model: nn.Module, labels: Tensor | None) -> str | None:
+    """The problem_type of a model's config; where it names none, what transformers takes floating labels (R, C) for."""
+    several = labels is not None and labels.is_floating_point() and model.config.num_labels > 1
+    return model.config.problem_type or ("multi_label_classification" if several else None)
+
+
+@contextmanager
+def watching(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within, a forward of `model` appends the hidden states that enter each layer, so that entry d is what an exit at depth d sees."""
+    states: list[Tensor] = []
+
+    def note(block, args, kwargs) -> None:
+        states.append(args[0] if args else kwargs["hidden_states"])
+
+    blocks = family_of(model).blocks(model)
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Run:
+    """The interceptors of one `attach`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        exits: ClassifierExits,
+        policy: Policy,
+        elements: Tensor | None,
+        *,
+        pruning: tuple[float, ...] | None,
+    ):
+        self.model, self.policy, self.elements = model, policy, elements
+        self.heads, self.family = ClassifierHeads(model, exits), family_of(model)
+        self.num_layers = self.family.num_layers(model)
+        self.traces: list[Trace] = []
+        self.lane: Lane | None = None
+        self.pruning, self.tokens = pruning, None
+        self.token_traces: list[TokenTrace] | None = None
+        self.calls = 0  # of blocks in this forward: the next one's layer
+        self.names = _names(self.family.blocks(model)[0])
+
+    def forward(self, original, *args, **kwargs):
+        """The model's forward: open a lane, let the model run, put the answers back."""
+        arguments = dict(zip(_names(self.model), args, strict=False)) | kwargs
+        labels, as_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
+        self._check(arguments)
+        if labels is not None:
+            labels = counted_labels(self.model, labels)
+            check_policy(self.policy, self.heads.exits, problem_of(self.model, labels))
+        given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
+        mask = arguments.get("attention_mask")
+        session = self.policy.start(
+            self.num_layers,
+            self.heads.depths,
+            rows=torch.arange(len(given)),
+            num_steps=1,
+            elements=self.policy.ids_of(given, mask) if self.elements is None else self.elements,
+            device=given.device,
+        )
+        step = session.step(0, 0.0)
+        self.lane, self.calls = Lane(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
+        if self.pruning is not None:
+            self.tokens = TokenLane(self.pruning, mask, rows=len(given))
+        try:
+            output = original(**arguments, return_dict=True)
+            output.logits = self._answers(output.logits)
+        finally:
+            self.lane, tokens, self.tokens = None, self.tokens, None
+        step.close()
+        if tokens is not None and self.token_traces is not None:  # not for nobody: a trace holds device memory
+            self.token_traces.append(tokens.trace())
+        self.traces.append(session.trace())
+        if labels is not None:
+            config = copy.copy(
+                self.model.config
+            )  # the loss writes the kind of problem that it takes labels for into it
+            loss = self.model.loss_function(labels, output.logits, config)
+            output = type(output)(**dict(output) | {"loss": loss})
+        return output.to_tuple() if as_dict is False else output
+
+    def _check(self, arguments: dict) -> None:
+        asked = [name for name in EXTRAS if arguments.get(name, getattr(self.model.config, name))]
+        if asked:
+            raise ValueError(f"{asked[0]}: rows that leave have none of the later layers; ask the model without exits")
+        if not any(arguments.get(name) is not None for name in INPUTS):
+            raise ValueError(f"a forward without inputs, expected one of {INPUTS}")
+        check_length(self.model, arguments)
+
+    def _answers(self, logits: Tensor) -> Tensor:
+        """logits (r or R, C) of the tail -> (R, C) with the answers of the rows that left."""
+        return self.lane.put_back(self.lane.running(logits) if self.family.tail_takes_all else logits)
+
+    def block(self, block: nn.Module, original, *args, **kwargs):
+        """One layer: let rows leave, then run on the rest."""
+        lane, layer = self.lane, self.calls
+        if lane is None:
+            return original(*args, **kwargs)
+        self.calls += 1
+        arguments = dict(zip(self.names, args, strict=False)) | kwargs
+        hidden = lane.offer(layer, arguments.pop(self.names[0]))  # (r, N, D)
+        if lane.step.runs(layer):
+            arguments = {name: self._rows_of(name, value) for name, value in arguments.items()}
+            if self.tokens is None:
+                given, hidden = len(hidden), original(hidden, **arguments)
+                hidden = hidden[0] if self.family.returns_tuple else hidden
+                names = {"class_name": self.family.class_name, "row_arguments": self.family.row_arguments}
+                require_rows((hidden,), given, **names)
+            else:
+                hidden = self.tokens.layer(
+                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows.tolist()
+                )
+                lane.context["attention_mask"] = self.tokens.keys  # (r, M), of what is left
+            lane.step.executed(layer)
+        if layer == self.num_layers - 1 and self.family.tail_takes_all:
+            hidden = lane.spread(hidden)  # (R, N, D)
+        return (hidden, None) if self.family.returns_tuple else hidden
+
+    def _rows_of(self, name: str, value):
+        """The running rows of one argument, as the family table says; anything else is passed on as it is."""
+        if value is None or name not in self.family.row_arguments:
+            return value
+        if isinstance(value, tuple):
+            return tuple(self._rows_of(name, one) for one in value)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, which cannot be cut by rows; use attn_implementation='sdpa' or 'eager'"
+            )
+        return self.lane.running(value) if len(value) == self.lane.num_rows else value  # one for all rows
+
+
+def check_length(model: nn.Module, arguments: dict) -> None:
+    """Raise ValueError if texts have no tokens, or more than the model has positions."""
+    tokens = next((arguments[name] for name in ("input_ids", "inputs_embeds") if arguments.get(name) is not None), None)
+    if tokens is None:
+        return
+    if not tokens.shape[1]:
+        raise ValueError(f"texts of no tokens: input_ids are {tuple(tokens.shape)}, expected at least one token each")
+    most = family_of(model).positions(model)
+    if most is not None and tokens.shape[1] > most:
+        raise ValueError(
+            f"texts of {tokens.shape[1]} tokens, the model takes at most {most}: truncate them (truncation=True)"
+        )
+
+
+def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
+    """Labels (R,) as transformers' loss counts them: -100 where the class's own loss leaves a row out; floating labels (values, several
+    classes at once) as they are. Raises ValueError if a class is none of the model's."""
+    classes = model.config.num_labels
+    if labels.is_floating_point() or classes == 1:
+        return labels
+    if family_of(model).uncounted == "negative" and model.config.problem_type is None:
+        labels = labels.masked_fill(labels < 0, IGNORED)
+    known = labels[labels != IGNORED]
+    if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < classes:
+        raise ValueError(
+            f"labels span {int(known.min())}..{int(known.max())}, this model has the classes 0..{classes - 1} ({IGNORED}: not counted)"
+        )
+    return labels
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Names of the parameters of a module's own forward."""
+    return _parameters(type(module))
+
+
+@functools.cache
+def _parameters(kind: type) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]

@@ -1,0 +1,158 @@
+"""The work of `ee-diffusion calibrate`: candidates run live, and the one that keeps to what was asked is written. Flags: main.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers.utils.logging import tqdm
+
+from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.core.devices import device_named
+from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.risk_control import certified, in_expectation, upper_bound
+from ee_diffusion.diffusion.calibration.live import Live, live_losses, marked
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, searched
+from ee_diffusion.diffusion.pipelines.sampling import classes_of, use_sampler
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_propagation import influence, step_gains
+from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
+from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.trajectories import check_distinct_times, fit_prediction, record
+from ee_diffusion.metrics.image import relative_squared_error
+from ee_diffusion.metrics.splits import balanced_labels, seeds, shuffled_labels
+
+POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
+
+GAIN_IMAGES = 8  # on which gains are measured
+
+TUNED = 1000  # calibration seeds at the beginning, on which these powers and other defaults were chosen: they vouch for nothing
+
+
+def calibrate(options: argparse.Namespace) -> int:
+    """Run the candidates live on calibration seeds and write the one that is asked for, or say that there is none."""
+    values = options.values
+    folder = Path(options.model or checkpoint())
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"{options.model} is a model by itself, expected a pipeline's folder; classifiers: eval/classify.py --risk"
+        )
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
+    num_classes = classes_of(pipeline, options.guidance_scale)
+    pipeline.to(device_named(None)).set_progress_bar_config(disable=True)
+    use_sampler(pipeline, options.sampler)
+    settings = {"num_inference_steps": options.num_inference_steps, "guidance_scale": options.guidance_scale}
+    print(
+        f"at most {len(values)} candidates and the full model on {options.count} images, {options.num_inference_steps} steps each"
+    )
+    make = maker(pipeline, options)
+    known = {make(value): value for value in reversed(values)}  # of values that mean the same policy the safest
+    policies = list(reversed(known))
+    values = [known[policy] for policy in policies]
+    cap = options.cap or 1.0
+    live = live_losses(
+        pipeline,
+        policies,
+        seeds("calibrate", options.count, first=TUNED),
+        class_labels=shuffled_labels(options.count, num_classes, seed=0),
+        loss=lambda images, full: (relative_squared_error(images, full) / cap).clamp(max=1),
+        batch_size=options.batch_size,
+        progress=partial(tqdm, desc="full model, then candidates"),
+        **settings,
+    )
+    for value, own, cost in zip(values, live.losses, live.costs.tolist(), strict=True):
+        bound = "" if options.delta is None else f", at most {upper_bound(own, options.delta):.4g}"
+        print(f"{options.kind} {value}: {cost:.3f} of the blocks, loss {own.mean():.4g}{bound}")
+    chosen = choice(live, options)
+    if chosen is None:
+        print(f"{_refused(live, options)}; nothing written")
+        return 1
+    if options.fit_memory is not None:
+        pipeline.exits.save_pretrained(options.fit_memory)
+        print(f"wrote {options.fit_memory}: exits that remember, to be loaded where the policy runs")
+    marked(policies[chosen], pipeline, **settings).save(options.output)
+    print(f"wrote {options.output}: {options.kind} {values[chosen]}, {float(live.costs[chosen]):.3f} of the blocks")
+    return 0
+
+
+def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[[float], Policy]:
+    """Number -> policy of the kind asked for; gives the pipeline exits that remember where the kind needs them."""
+    if options.kind == "deediff":
+        return deediff
+    transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
+    if options.kind == "searched":
+        check_distinct_times(scheduler, steps)
+    pipeline.exits = _memory(pipeline, options).to(transformer.device)
+    if options.fit_memory is not None and pipeline.exits.config.learned_trust:
+        raise ValueError(f"--fit_memory with {options.memory}, whose learned trust it would replace: expected others")
+    sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
+    if options.kind == "remembered":
+        return partial(remembered, sensitivity=sensitivity)
+    num_classes = classes_of(pipeline, options.guidance_scale)
+    labels = balanced_labels(GAIN_IMAGES, num_classes)
+    generator = torch.Generator().manual_seed(seeds("fit", 1)[0])
+    call = {"num_inference_steps": steps, "guidance_scale": options.guidance_scale}
+    gains = step_gains(
+        pipeline, pipeline.exits, labels, batch_size=1 if labels else GAIN_IMAGES, every=4, generator=generator, **call
+    )
+    power = POWERS[options.kind] if options.power is None else options.power
+    weights = influence(sensitivity, gains, power=power)
+    if options.kind == "budgeted":
+        return partial(budgeted, weights=weights, decay=options.decay)
+    labels = balanced_labels(options.search_count, num_classes)
+    course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
+    if options.fit_memory is not None:
+        pipeline.exits = fit_prediction(pipeline.exits, course, weights)
+    found = search(gap_prices(pipeline.exits, course, weights), steps)
+    layers = len(transformer.transformer_blocks)
+
+    def schedule(value: float) -> Policy:
+        best = nearest(found, steps * (1 - value))
+        return searched(best.full, num_steps=steps, num_layers=layers)
+
+    return schedule
+
+
+def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryExits:
+    """Exits that remember: those of `--memory`, or those beside the model, or unfitted ones."""
+    beside = Path(options.model or checkpoint()) / "memory"
+    folder = options.memory or (beside if beside.is_dir() else None)
+    known = MemoryExits.from_pretrained(folder) if folder else None
+    if known is not None:
+        known.check_fits(pipeline.transformer)
+    if known is not None and options.kind == "searched" and known.config.length != 2:
+        raise ValueError(
+            f"{folder} remembers {known.config.length} predictions, expected 2: schedules are priced by them"
+        )
+    wanted = options.terms or ("noise" if options.fit_memory is not None and options.memory is None else None)
+    if known is not None and wanted in (None, known.config.terms):
+        return known
+    if options.memory is not None:
+        raise ValueError(f"--terms {wanted}, but the exits in {folder} remember in terms of {known.config.terms!r}")
+    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=wanted or "clean")
+
+
+def choice(live: Live, options: argparse.Namespace) -> int | None:
+    """The candidate asked for, None if there is none."""
+    if options.budget is not None:
+        within = (live.costs <= options.budget).nonzero()[:, 0]
+        return int(within[0]) if len(within) else None
+    if options.delta is None:
+        return in_expectation(live.losses, risk=options.risk)
+    good = certified(live.losses, risk=options.risk, delta=options.delta).nonzero()[:, 0]
+    return int(good[-1]) if len(good) else None
+
+
+def _refused(live: Live, options: argparse.Namespace) -> str:
+    """Why no candidate was taken."""
+    if options.budget is not None:
+        least = f"the boldest takes {float(live.costs.min()):.3f}"
+        return f"no candidate keeps to {options.budget} of the blocks: {least} (bolder --values, or --kind searched)"
+    if options.delta is None:
+        return f"no candidate keeps the risk {options.risk}: the safest has {float(live.losses[0].mean()):.4g}"
+    sure = f"with probability {1 - options.delta:g} by {live.losses.shape[1]} images"
+    return f"none certified: of no candidate a risk of {options.risk} is shown {sure}"

@@ -1,0 +1,308 @@
+"""Exits that remember: before the first block, the answer follows from what the last full steps said of the clean image.
+
+Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of remembering (core/history.py), which models
+and schedulers have something to remember (cached_inputs.py).
+R rows, C, H, W image, O channels of an output, M remembered predictions, T training timesteps.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers import SchedulerMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from ee_diffusion.core.exits import Space
+from ee_diffusion.core.history import Memory, weighted
+from ee_diffusion.core.schedules import Schedule, full_steps_of
+from ee_diffusion.diffusion.exits.cached_inputs import check_noise, check_variance, noise_of, outputs_of, sizes_of
+from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction, RunWeights
+from ee_diffusion.diffusion.exits.loading import load_strictly
+from ee_diffusion.diffusion.exits.parameterization import PREDICTION_TYPES, Parametrised
+
+TERMS = ("clean", "noise")
+FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
+TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
+
+
+def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
+    """(n, inputs) -> (n, 1), 0 until it is trained. Made everywhere alike: a policy may have been made for unfitted exits."""
+    made = nn.Sequential(nn.Linear(inputs, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, 1))
+    start = torch.randn(hidden_dim, inputs, generator=torch.Generator().manual_seed(0)) / math.sqrt(inputs)
+    with torch.no_grad():
+        made[0].weight.copy_(start)
+    for zero in (made[0].bias, made[2].weight, made[2].bias):
+        nn.init.zeros_(zero)
+    return made
+
+
+class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
+    """One exit at depth 0: the clean image is extrapolated in time from the last `length` full steps of the same row.
+
+    With `x_t = a_t x_0 + s_t eps`, each full step's output is read as a prediction of `x_0`; recalled at t it is turned back into what the
+    model would have put out. `length=1`: the last prediction again; 2: the line through the last two.
+
+    The uncertainty is an expected root mean square error of the recalled `x_0` (data in [-1, 1]; 1 or more is worthless):
+    `u = exp(log e + MLP(log e, log distance, log-SNR))` where `e` is what the interpolation's remainder predicts from the error that this
+    very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `certainty = 1 - min(u, 1)`; 0 while memory is not full.
+
+    `terms`: what is remembered and extrapolated. `clean`: x_0, and the recalled x_0 knows nothing of the sample now; `noise`: eps, so that
+    `x_0 = (x_t - s_t eps) / a_t` follows the sample, and an error of eps counts s_t / a_t times: less and less towards the data.
+
+    `learned_trust`: how far the line is trusted is learned too, `newest + c (line - newest)` with
+    `c = 1 + MLP(log distance, log spacing of the last two, log-SNR)`: a function of times alone, so that both rows of an image under
+    guidance lean on memory alike. Untrained, c = 1.
+
+    `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
+    times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance` (of all steps or of each),
+    `course_embedded_guidance`, `course_shape` (of a sample), `model_weights` (`fingerprint.weights_of` the transformer): whose courses
+    they were; a pipeline that runs something else warns (`run_setup.warn_of_setup`). `course_worth`: True where they know what a miss at
+    each step is worth in the final image: under a static schedule all answers of a run are then weighed together
+    (`LinearPrediction.over_run`).
+
+    `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
+    of such models drop it before the solver.
+
+    Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32. Samples may be images,
+    packed tokens (R, N, D) or frames, under a variance-preserving schedule or flow matching (FlowMatchEulerDiscreteScheduler).
+
+    Raises:
+        ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line, or with
+            course_steps, which leave it nothing to say; out_channels that are neither in_channels nor twice as many.
+    """
+
+    space: Space = "output"
+    depths = (0,)
+    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "trust", "prediction"]
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        prediction_type: str = "epsilon",
+        in_channels: int = 3,
+        sample_size: int | None = 32,
+        length: int = 2,
+        hidden_dim: int = 32,
+        learned_trust: bool = False,
+        terms: str = "clean",
+        course_steps: int = 0,
+        course_scheduler: str | None = None,
+        course_guidance: float | Sequence[float | None] | None = None,
+        out_channels: int | None = None,
+        course_worth: bool | None = None,
+        course_embedded_guidance: float | None = None,
+        course_shape: Sequence[int] | None = None,
+        model_weights: str | None = None,
+    ):
+        super().__init__()
+        if out_channels not in (None, in_channels, 2 * in_channels):
+            raise ValueError(
+                f"the model puts out {out_channels} channels, expected the {in_channels} of its input, or twice as many with a variance"
+            )
+        if length < 1:
+            raise ValueError(f"length={length}, expected at least 1 remembered prediction")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
+        if terms not in TERMS:
+            raise ValueError(f"terms={terms!r}, expected one of {TERMS}")
+        if learned_trust and length < 2:
+            raise ValueError(f"learned_trust with length={length}, expected 2 or more predictions: one has no line")
+        if course_steps < 0 or (course_steps and learned_trust):
+            raise ValueError(
+                f"course_steps={course_steps}, learned_trust={learned_trust}, expected at least 0, and one or none of both"
+            )
+        if course_worth and not course_steps:
+            raise ValueError("course_worth=True with course_steps=0, expected a course")
+        self.gauge = small_mlp(FEATURES, hidden_dim)
+        self.trust = small_mlp(TIMES, hidden_dim) if learned_trust else None
+        self.prediction = LinearPrediction(course_steps, has_worth=bool(course_worth)) if course_steps else None
+        self._run: RunWeights | None = None  # of the schedule that runs
+        unknown = 0.0 if prediction_type == "flow" else torch.nan  # of flow matching there is nothing to know
+        self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), unknown))
+
+    @classmethod
+    def for_pipeline(
+        cls,
+        transformer: ModelMixin,
+        scheduler: SchedulerMixin,
+        *,
+        length: int = 2,
+        learned_trust: bool = False,
+        terms: str = "clean",
+    ) -> MemoryExits:
+        """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
+
+        Raises:
+            ValueError: a length below 1; a scheduler that is neither variance-preserving (`alphas_cumprod`) nor
+                FlowMatchEulerDiscreteScheduler, predicts something unknown or draws with a predicted variance; a model that puts out
+                something else than its input's channels (and a variance), or whose output is not what the solver gets.
+        """
+        model, noise = sizes_of(transformer), noise_of(scheduler)
+        exits = cls(**model, **noise, length=length, learned_trust=learned_trust, terms=terms)
+        if noise["prediction_type"] != "flow":
+            exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
+        exits.check_fits(transformer)
+        exits.check_scheduler(scheduler)
+        return exits.to(transformer.device)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """As diffusers' `from_pretrained`, but a file of another model is a ValueError, not a warning."""
+        return load_strictly(super().from_pretrained, cls.__name__, pretrained_model_name_or_path, **kwargs)
+
+    def check_fits(self, model: nn.Module) -> None:
+        """Raises ValueError if these exits were made for another model's sizes."""
+        for name in ("in_channels", "sample_size"):
+            if self.config[name] not in (None, model.config.get(name)):
+                raise ValueError(
+                    f"heads of another model: {name} is {self.config[name]}, the model's is {model.config.get(name)}"
+                )
+        outputs = outputs_of(model) or self.config.in_channels
+        if outputs != self.num_outputs:
+            raise ValueError(f"heads of another model: it puts out {outputs} channels, they {self.num_outputs}")
+        if self.prediction is not None and not self.prediction.is_fitted:
+            raise ValueError("these exits know no course; make them with courses.fit_prediction")
+        if bool(self.alphas_cumprod.isnan().any()):
+            raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
+
+    @property
+    def num_outputs(self) -> int:
+        """Channels of an answer."""
+        return self.config.out_channels or self.config.in_channels
+
+    def check_scheduler(self, scheduler: SchedulerMixin) -> None:
+        """Raises ValueError if these exits know another noise schedule than the scheduler's, or read the model's output in another way, or
+        if it draws with a predicted variance, which they do not remember."""
+        if self.num_outputs > self.config.in_channels:
+            check_variance(scheduler)
+        check_noise(scheduler, self.alphas_cumprod, prediction_type=self.config.prediction_type)
+
+    def _apply(self, fn, recurse=True):
+        table = self.alphas_cumprod
+        super()._apply(fn, recurse)
+        if self.alphas_cumprod.dtype != table.dtype:  # half precision rounds 0.9999 to 1, and its log-SNR to infinity
+            self.alphas_cumprod = table.to(self.alphas_cumprod.device)
+        return self
+
+    def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> MemoryExits:
+        """The same exits (weights and tables are shared) for a run under a static schedule of full steps and answers from memory: weighed
+        together, where they know how. For all else, themselves. Raises ValueError for a schedule that does not fit the run."""
+        if self.prediction is None or not self.config.course_worth or num_steps != self.config.course_steps:
+            return self
+        full = full_steps_of(schedule, self.prediction.times.tolist(), num_layers=num_layers)
+        if full is None or full[:1] != (0,):
+            return self
+        made = copy.copy(self)
+        made._run = self.prediction.over_run(full, self.config.length)
+        return made
+
+    def context(self, timestep: Tensor) -> dict[str, Tensor]:
+        """Without a memory there is nothing but the time."""
+        return {"timestep": timestep}
+
+    @torch.no_grad()
+    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, O, H, W), the output that follows
+        from memory, `remembers` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
+        if memory is None:
+            memory = Memory.empty(sample.float(), length=self.config.length)
+        time = timestep.double()
+        value = weighted(memory.values, self.weights_of(memory, time))
+        output = self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype)
+        if self.num_outputs > self.config.in_channels:
+            output = torch.cat([output, torch.zeros_like(output)], 1)
+        return {
+            "timestep": timestep,
+            "recalled": output,
+            "remembers": memory.count,
+            "features": self._features(memory, time),
+        }
+
+    @torch.no_grad()
+    def remember(
+        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
+    ) -> Memory:
+        """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, O, H, W)."""
+        if memory is None:
+            memory = Memory.empty(sample.float(), length=self.config.length)
+        rows = rows.to(sample.device)
+        sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
+        if self.num_outputs > self.config.in_channels:  # images: what follows is their variance
+            output = output[:, : self.config.in_channels]
+        value = self.value_of(sample, self.clean_of(sample, output, timestep), timestep)
+        return memory.remember(rows, value.to(memory.values.dtype), timestep.double())
+
+    def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """The recalled output (R, O, H, W).
+
+        Raises:
+            ValueError: a row that remembers nothing: its first step must be a full one.
+        """
+        if "recalled" not in context or bool((context["remembers"] == 0).any()):
+            raise ValueError("an answer from memory before the first full step; let the first steps run to the end")
+        return context["recalled"]
+
+    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """`1 - min(u, 1)` (R,); 0 where memory is not full yet or was never put to the test; NaN where what it remembers is not finite."""
+        error = self.expected_error(context["features"])
+        finite = context["recalled"].flatten(1).isfinite().all(1)  # (R,)
+        return torch.where(error.isnan(), 0.0, 1 - error.clamp(max=1.0)).where(finite, torch.nan)
+
+    def expected_error(self, features: Tensor) -> Tensor:
+        """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""
+        known = features.nan_to_num(0.0).to(self.gauge[0].weight.dtype)
+        return torch.exp(features[:, 0] + self.gauge(known)[:, 0])
+
+    def weights_of(self, memory: Memory, time: Tensor) -> Tensor:
+        """What each remembered value counts at time (R,) -> (R, M)."""
+        line = memory.weights(time, self.trust_of(memory.times, time))
+        if self.prediction is None:
+            return line
+        best = self.prediction.weights(memory.times, time, self._run)
+        return torch.where(best.isnan(), line, best)
+
+    def trust_of(self, times: Tensor, time: Tensor) -> Tensor | None:
+        """c (R,) at time (R,) given the remembered times (R, M), newest first; None: the line as it is. Where less than two are
+        remembered it does not matter."""
+        if self.trust is None:
+            return None
+        distance = (time - times[:, 0]).abs().clamp(min=1.0).log() - math.log(20.0)
+        spacing = (times[:, 0] - times[:, 1]).abs().clamp(min=1.0).log() - math.log(20.0)
+        snr = self._log_snr(time) / 5
+        seen = torch.stack([distance, spacing, snr, snr.square()], 1)  # (R, 4)
+        return 1 + self.trust(seen.nan_to_num(0.0).to(self.trust[0].weight.dtype))[:, 0]
+
+    def _features(self, memory: Memory, time: Tensor) -> Tensor:
+        snr = self._log_snr(time)  # (R,)
+        expected = memory.expected_error(time).clamp(min=1e-6).log()
+        if self.config.terms == "noise":  # of the clean image that follows from it
+            expected = expected - snr
+        distance = (time - memory.times[:, 0]).abs().clamp(min=1.0).log()
+        return torch.stack([expected, distance - math.log(20.0), snr / 5, (snr / 5).square()], 1).float()  # (R, F)
+
+    def value_of(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
+        """What is remembered of a clean image (R, C, H, W) that was meant at `sample`, in the exits' terms."""
+        if self.config.terms == "clean":
+            return clean
+        signal, noise = self._signal_and_noise(timestep, sample)
+        return (sample - signal * clean) / noise
+
+    def clean_per_value(self, timestep: Tensor) -> Tensor:
+        """How far the clean image moves per unit of a recalled value at timestep (T,) -> (T,). Where there is no signal: very far."""
+        if self.config.terms == "clean":
+            return torch.ones(len(timestep), dtype=torch.float64)
+        signal, noise = self._signal_and_noise(timestep.to(self.alphas_cumprod.device), timestep)  # (T,)
+        return (noise / signal).double().cpu()
+
+    def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
+        """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""
+        if self.config.terms == "clean":
+            return value
+        signal, noise = self._signal_and_noise(timestep, sample)
+        return (sample - noise * value) / signal

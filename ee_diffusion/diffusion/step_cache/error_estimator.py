@@ -1,0 +1,115 @@
+"""Teach exits that remember how wrong they are, along the model's own trajectories. Here: walking and fitting. Not here: deciding (core).
+
+E images, R rows (2E under guidance, conditional first), S steps, n = the moments at which a row's memory was put to the test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ee_diffusion.core.history import Memory
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.fingerprint import weights_of
+from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
+from ee_diffusion.diffusion.step_cache.solver import accepted
+from ee_diffusion.diffusion.step_cache.trajectories import check_run
+
+STATES = ("exited", "full")
+
+
+@dataclass(frozen=True, eq=False)
+class Walk:
+    """What was seen under way: `features` (n, F) of the uncertainty, `errors` (n,) the true root mean square error of the recalled clean
+    image, `steps` (n,) where; `weights`: `fingerprint.weights_of` the model, None: not known."""
+
+    features: Tensor
+    errors: Tensor
+    steps: Tensor
+    weights: str | None = None
+
+
+@torch.no_grad()
+def walk(
+    pipeline: EarlyExitPipeline,
+    exits: MemoryExits,
+    class_labels: Sequence[int] | None,
+    *,
+    batch_size: int = 1,
+    num_inference_steps: int,
+    guidance_scale: float,
+    skip: float,
+    states: str,
+    generator: torch.Generator,
+) -> Walk:
+    """Draw images with the full model at every step and compare each recalled clean image with the model's.
+
+    `batch_size`: how many images of an unconditional model (class_labels None).
+
+    A row remembers a step with probability 1 - `skip` (the rows of an image alike), so that all distances to the last full step occur.
+    `states="exited"`: the steps not remembered are answered from memory, so later states are those that exits lead to; "full": all
+    steps follow the model.
+
+    Raises:
+        ValueError: skip outside [0, 1), unknown states, exits that know another noise schedule; as `check_run`.
+    """
+    if not 0 <= skip < 1 or states not in STATES:
+        raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
+    check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    check_numbers(guidance_scale, batch_size=batch_size)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    count = batch_size if class_labels is None else len(class_labels)
+    exits.check_scheduler(scheduler)
+    device, call = transformer.device, {"guidance_scale": guidance_scale}
+    labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
+    size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    noise = accepted(scheduler, generator=generator)
+    latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
+    memory: Memory | None = None
+    seen: list[tuple[Tensor, Tensor, int]] = []
+    for index, time in enumerate(scheduler.timesteps):
+        sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
+        timestep = time.expand(len(sample))
+        output = transformer(sample, timestep, labels).sample
+        known = exits.recall(memory, sample, timestep)
+        ready = known["features"][:, 0].isfinite()  # (R,)
+        wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
+        seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
+        images = torch.rand(count, generator=generator) < skip  # (B,)
+        skipped = images.repeat(len(sample) // count).to(device) & ready  # (R,)
+        memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
+        if states == "exited":
+            output = torch.where(skipped[:, None, None, None], known["recalled"], output)
+        latents = scheduler.step(guided(output, guidance_scale), time, latents, **noise).prev_sample
+    steps = [torch.full((len(errors),), index) for _, errors, index in seen]
+    features, errors = torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen])
+    return Walk(features, errors, torch.cat(steps), weights_of(transformer))
+
+
+def fit_gauge(exits: MemoryExits, seen: Walk, *, iterations: int = 1000, learning_rate: float = 1e-2) -> None:
+    """Train the uncertainty of `exits` on a walk: smooth L1 between log u and the logarithm of the true error, all moments at once.
+
+    Raises:
+        ValueError: an empty walk, fewer than one iteration.
+    """
+    if not len(seen.errors) or iterations < 1:
+        raise ValueError(
+            f"{'the walk is empty' if not len(seen.errors) else f'iterations={iterations}'}, expected moments at which memory was put to "
+            "the test, and at least 1 iteration"
+        )
+    target = seen.errors.clamp(min=1e-6).log()
+    optimizer = torch.optim.AdamW(exits.gauge.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    with torch.enable_grad():
+        for _ in range(iterations):
+            loss = nn.functional.smooth_l1_loss(exits.expected_error(seen.features).log(), target, beta=0.5)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    exits.register_to_config(model_weights=seen.weights)

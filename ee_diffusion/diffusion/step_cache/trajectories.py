@@ -1,0 +1,251 @@
+"""Courses: what the full model says of the clean image at every step of a run, and how far the line through two of them is to be trusted.
+
+Here: recording courses, fitting the trust. Not here: which steps then run (schedule_search.py). B images, S steps, R rows (2B, conditional
+first; B without guidance).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.fingerprint import weights_of
+from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided, row_labels
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
+from ee_diffusion.diffusion.step_cache.solver import accepted, check_step
+
+LONGEST = 9  # steps between two full steps, at most, that anything is fitted to or searched for
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """`times` (S,); `clean` (S, B, ...) the clean images under guidance, `samples` (S, B, ...) what the model was asked; `clip`: what the
+    solver clips clean images to, None: nothing. `scheduler`, `guidance_scale` (of all steps or of each), `embedded_guidance`, `weights`
+    (`fingerprint.weights_of` the transformer): what made it, None: not known."""
+
+    times: Tensor
+    clean: Tensor
+    samples: Tensor
+    clip: float | None
+    scheduler: str | None = None
+    guidance_scale: float | Sequence[float | None] | None = None
+    embedded_guidance: float | None = None
+    weights: str | None = None
+
+    def clipped(self, clean: Tensor) -> Tensor:
+        """What the solver makes of clean images."""
+        return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """One step of a full run: `sample` and `output` (R, C, H, W), `time`, and its place `index`."""
+
+    index: int
+    time: Tensor
+    sample: Tensor
+    output: Tensor
+
+
+def check_run(
+    pipeline: EarlyExitPipeline, class_labels: Sequence[int] | None, *, num_inference_steps: int, guidance_scale: float
+) -> None:
+    """Raises ValueError for numbers, or labels (B,), with which no run of this model begins; guidance needs a null class, and an
+    unconditional model None for labels."""
+    check_numbers(guidance_scale, num_inference_steps=num_inference_steps)
+    check_step(pipeline.scheduler)
+    pipeline.check_labels(class_labels)
+    if is_guided(guidance_scale) and pipeline.transformer.config.null_class is None:
+        raise ValueError(f"guidance_scale={guidance_scale} of a model with null_class=None, expected one that has it")
+
+
+def check_distinct_times(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
+    """Raises ValueError for a solver that asks more than once at a time: a course has one answer for every step."""
+    walked = copy.deepcopy(scheduler)
+    walked.set_timesteps(num_inference_steps)
+    check_distinct(type(scheduler).__name__, walked.timesteps.tolist(), run=f"{num_inference_steps} steps")
+
+
+def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> None:
+    """Raises ValueError for times of a scheduler of that class that come more than once."""
+    if len(set(times)) < len(times):
+        raise ValueError(
+            f"{name} asks the model {len(times)} times in {run}, at times that repeat; courses and searched schedules need a solver with "
+            "one question per step, such as DDIMScheduler or DPMSolverMultistepScheduler"
+        )
+
+
+@torch.no_grad()
+def full_steps(
+    pipeline: EarlyExitPipeline,
+    seeds: Sequence[int],
+    class_labels: Sequence[int] | None,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Generator[Asked, Tensor | None, None]:
+    """A run of the full model, step by step, as `generate` has it: the same inputs, and image i from the noise of seed i, in every step
+    of a solver that draws some. An output sent to it (R, C, H, W) takes the place of the model's own in the solver's step.
+
+    Raises:
+        ValueError: another number of labels than of seeds; as `check_run`.
+    """
+    if class_labels is not None and len(seeds) != len(class_labels):
+        raise ValueError(f"{len(seeds)} seeds, {len(class_labels)} labels, expected as many")
+    check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    device, call = transformer.device, {"guidance_scale": guidance_scale}
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    size = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
+    latents = torch.stack([torch.randn(size, generator=one) for one in generators]).to(device)
+    latents = latents * scheduler.init_noise_sigma
+    labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
+    noise = accepted(scheduler, generator=generators)
+    for index, time in enumerate(scheduler.timesteps):
+        sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
+        output = transformer(sample, time.expand(len(sample)), labels).sample
+        used = yield Asked(index, time, sample, output)
+        answer = guided(output if used is None else used, guidance_scale)  # (B, C, H, W)
+        latents = scheduler.step(answer, time, latents, **noise).prev_sample
+
+
+def record(
+    pipeline: EarlyExitPipeline,
+    exits: MemoryExits,
+    seeds: Sequence[int],
+    class_labels: Sequence[int] | None,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Course:
+    """The course of a full run.
+
+    Raises:
+        ValueError: exits that know another noise schedule; as `full_steps` and `check_distinct_times`.
+    """
+    times, clean, samples = [], [], []
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    check_run(pipeline, class_labels, **call)
+    exits.check_scheduler(pipeline.scheduler)
+    check_distinct_times(pipeline.scheduler, num_inference_steps)
+    for asked in full_steps(pipeline, seeds, class_labels, **call):
+        said = exits.clean_of(asked.sample, asked.output, asked.time.expand(len(asked.sample)))
+        clean.append(guided(said, guidance_scale).float())  # (B, C, H, W)
+        samples.append(asked.sample[: len(seeds)])
+        times.append(float(asked.time))
+    clip = clip_of(pipeline.scheduler)
+    made_by = {"scheduler": type(pipeline.scheduler).__name__, "guidance_scale": float(guidance_scale)}
+    made_by["weights"] = weights_of(pipeline.transformer)
+    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by)
+
+
+def values_of(exits: MemoryExits, course: Course) -> Tensor:
+    """What exits would remember of a course, (S, B, ...): its clean images in the exits' terms."""
+    times = course.times.to(course.clean.device)[:, None].expand(course.clean.shape[:2])  # (S, B)
+    said = zip(course.samples, course.clean, times, strict=True)
+    return torch.stack([exits.value_of(*one).float() for one in said])
+
+
+def fit_prediction(exits: MemoryExits, course: Course, weights: Sequence[float] | None = None) -> MemoryExits:
+    """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
+
+    weights: w_t (S,), what an error of the clean image at step t does in the end (`gains.influence`). With them the answers of a static
+    schedule are weighed together (`LinearPrediction.over_run`), without each by itself.
+
+    Raises:
+        ValueError: exits with a learned trust, a course that is not finite or that has a time twice, weights of another number or that
+            are negative or not finite.
+    """
+    worth = None
+    if weights is not None:
+        numbers = isinstance(weights, Sequence) and all(isinstance(one, int | float) for one in weights)
+        if not numbers or len(weights) != len(course.times):
+            raise ValueError(f"weights={weights!r}, expected {len(course.times)} numbers, none below 0")
+        worth = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(course.times)
+    whose = {"course_scheduler": course.scheduler, "course_guidance": course.guidance_scale}
+    whose |= {"course_embedded_guidance": course.embedded_guidance, "course_shape": list(course.samples.shape[2:])}
+    whose |= {"course_worth": None if weights is None else True, "model_weights": course.weights}
+    made = (
+        type(exits).from_config(exits.config, course_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
+    )
+    rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
+    made.load_state_dict(rest, strict=False)  # all but the prediction
+    made.prediction.fit(course.times, values_of(exits, course), worth)
+    return made.eval()
+
+
+def clip_of(scheduler: SchedulerMixin) -> float | None:
+    """To what a scheduler clips the clean image. A config may hold what another class was made with, so the class is asked too."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    return scheduler.config.clip_sample_range if "clip_sample" in known and scheduler.config.clip_sample else None
+
+
+def moments(num_steps: int) -> list[tuple[int, int, int]]:
+    """All (a, b, t): full steps a < b and a later step t, neither gap longer than LONGEST."""
+    return [
+        (a, b, t)
+        for b in range(1, num_steps)
+        for a in range(max(0, b - LONGEST), b)
+        for t in range(b + 1, min(num_steps, b + LONGEST))
+    ]
+
+
+def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int, learning_rate: float = 1e-2) -> float:
+    """Fit c of `newest + c (line - newest)` at all moments of some courses; -> the loss that is left, of 1 for repeating the newest:
+
+        mean over moments and images of |x_t - x_b - c r (x_b - x_a)|^2 / |x_t - x_b|^2,  r = (t - t_b) / (t_b - t_a).
+
+    Raises:
+        ValueError: exits without a learned trust, or that remember something else than two clean images; no courses, or one without a
+            moment (three steps make one); fewer than one iteration.
+    """
+    config = exits.config
+    if exits.trust is None or config.terms != "clean" or config.length != 2 or not courses:
+        raise ValueError(
+            f"{len(courses)} courses, terms={config.terms!r}, length={config.length}, expected one or more, 'clean', 2 predictions, and "
+            "learned_trust=True"
+        )
+    shortest = min(len(course.times) for course in courses)
+    if shortest < 3 or iterations < 1:
+        raise ValueError(f"a course of {shortest} steps, iterations={iterations}, expected at least 3 and 1")
+    facts = [_products(course) for course in courses]
+    steps, bend, times, time = (torch.cat(parts) for parts in zip(*facts, strict=True))
+    optimizer = torch.optim.AdamW(exits.trust.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
+    with torch.enable_grad():
+        for _ in range(iterations):
+            trust = exits.trust_of(times, time)[:, None]  # (n, 1)
+            loss = (1 - 2 * trust * steps + trust.square() * bend).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    exits.register_to_config(model_weights=courses[0].weights)
+    return float(loss.detach())
+
+
+def _products(course: Course) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For n moments (the first axis): r <x_t - x_b, x_b - x_a> / |x_t - x_b|^2 and r^2 |x_b - x_a|^2 / |x_t - x_b|^2 (n, B), the
+    remembered times (n, 2), newest first, and the time (n,)."""
+    clean, times = course.clean.flatten(2).double(), course.times  # differences of products that are nearly equal
+    gram = torch.einsum("sbn,tbn->stb", clean, clean)  # (S, S, B)
+    a, b, t = torch.tensor(moments(len(times))).T
+    ahead = (times[t] - times[b]) / (times[b] - times[a])  # r (n,)
+    across = gram[t, b] - gram[t, a] - gram[b, b] + gram[b, a]  # <x_t - x_b, x_b - x_a>
+    moved = (gram[t, t] - 2 * gram[t, b] + gram[b, b]).clamp(min=1e-12)
+    before = gram[b, b] - 2 * gram[b, a] + gram[a, a]
+    ahead = ahead[:, None]
+    return (
+        (ahead * across / moved).float(),
+        (ahead.square() * before / moved).float(),
+        torch.stack([times[b], times[a]], 1),
+        times[t],
+    )
