@@ -11,17 +11,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "checkpoint": "checkpoints",
     "custom_pipeline": "custom_pipelines",
-    "Accumulated": "core.criteria",
+    "ErrorBudget": "core.criteria",
     "Criterion": "core.criterion",
-    "Cumulative": "core.criteria",
+    "QExit": "core.criteria",
     "DecayingThreshold": "core.criteria",
-    "Gate": "core.criteria",
+    "GatedExit": "core.criteria",
     "Patience": "core.criteria",
-    "Planned": "core.criteria",
-    "Sampled": "core.criteria",
+    "DepthTable": "core.criteria",
+    "SampledExit": "core.criteria",
     "Threshold": "core.criteria",
     "Policy": "core.policy",
-    "Vote": "core.distributed",
+    "JointDecision": "core.distributed",
     "gather_traces": "core.distributed",
     "Session": "core.session",
     "DepthPerStep": "core.schedules",
@@ -42,7 +42,7 @@ _HOMES = {
     "truncate": "diffusion.hooks.truncate",
     "early_exit_generate": "decoding.generate",
     "LearnedExits": "decoding.heads",
-    "lossless_generate": "decoding.self_speculative",
+    "self_speculative_generate": "decoding.self_speculative",
     "calm": "decoding.methods",
     "d3": "decoding.methods",
     "depth_per_request": "decoding.methods",
@@ -50,12 +50,12 @@ _HOMES = {
     "skipdecode": "decoding.methods",
     "uniform_skipping": "decoding.methods",
     "summary": "diffusion.hooks.attach",
-    "Family": "diffusion.model_specs",
-    "register_family": "diffusion.model_specs",
+    "ModelSpec": "diffusion.model_specs",
+    "register_model": "diffusion.model_specs",
     "DenoisingExits": "diffusion.exits.deediff",
-    "MemoryExits": "diffusion.exits.cached",
+    "CachedOutputExits": "diffusion.exits.cached",
     "influence": "diffusion.step_cache.error_propagation",
-    "step_gains": "diffusion.step_cache.error_propagation",
+    "error_amplification": "diffusion.step_cache.error_propagation",
     "ase": "diffusion.methods",
     "budgeted": "diffusion.methods",
     "deediff": "diffusion.methods",
@@ -66,7 +66,7 @@ _HOMES = {
     "searched": "diffusion.methods",
     "fit_schedules": "diffusion.step_cache.recording",
     "TrackingExits": "diffusion.exits.tracking_exits",
-    "step_sensitivity": "diffusion.step_cache.solver",
+    "local_error_gain": "diffusion.step_cache.solver",
     "EarlyExitPipeline": "diffusion.pipelines.uvit",
     "EarlyExitDiTPipeline": "diffusion.pipelines.stock",
     "EarlyExitFluxPipeline": "diffusion.pipelines.stock",
@@ -103,17 +103,17 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         pondernet,
     )
     from ee_diffusion.core.criteria import (
-        Accumulated,
-        Cumulative,
         DecayingThreshold,
-        Gate,
+        DepthTable,
+        ErrorBudget,
+        GatedExit,
         Patience,
-        Planned,
-        Sampled,
+        QExit,
+        SampledExit,
         Threshold,
     )
     from ee_diffusion.core.criterion import Criterion
-    from ee_diffusion.core.distributed import Vote, gather_traces
+    from ee_diffusion.core.distributed import JointDecision, gather_traces
     from ee_diffusion.core.policy import Policy
     from ee_diffusion.core.schedules import (
         DepthPerStep,
@@ -139,9 +139,9 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         skipdecode,
         uniform_skipping,
     )
-    from ee_diffusion.decoding.self_speculative import lossless_generate
+    from ee_diffusion.decoding.self_speculative import self_speculative_generate
     from ee_diffusion.diffusion.exits.adapter import AdapterExits
-    from ee_diffusion.diffusion.exits.cached import MemoryExits
+    from ee_diffusion.diffusion.exits.cached import CachedOutputExits
     from ee_diffusion.diffusion.exits.deediff import DenoisingExits
     from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
     from ee_diffusion.diffusion.hooks.attach import attach, detach, summary
@@ -157,7 +157,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         remembered,
         searched,
     )
-    from ee_diffusion.diffusion.model_specs import Family, register_family
+    from ee_diffusion.diffusion.model_specs import ModelSpec, register_model
     from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
     from ee_diffusion.diffusion.pipelines.stock import (
         EarlyExitDiTPipeline,
@@ -167,9 +167,9 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     )
     from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
     from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-    from ee_diffusion.diffusion.step_cache.error_propagation import influence, step_gains
+    from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification, influence
     from ee_diffusion.diffusion.step_cache.recording import fit_schedules
-    from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+    from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
 
 def __getattr__(name: str) -> Any:

@@ -32,7 +32,7 @@ from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate
 from ee_diffusion.diffusion.step_cache.error_propagation import influence
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
@@ -59,7 +59,7 @@ class AblationOptions:
 def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iterator[tuple[str, object, Policy]]:
     """Name, exits, policy."""
     memory, steps = load_memory(pipeline, options.memory), sampling.num_inference_steps
-    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
+    sensitivity = local_error_gain(memory, pipeline.scheduler, steps)
     weights = influence(sensitivity, gains_of(pipeline, memory, sampling, FrontierOptions()), power=0.5)
     both = budgeted(options.budget, weights=weights, decay=options.decay)
     yield "memory without uncertainty", memory, periodic_cache(options.period, warm_up=WARM_UP)

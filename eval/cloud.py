@@ -103,7 +103,7 @@ class Counted:
         return made
 
 
-class Runs:
+class RunTracker:
     """The models, loaded once, and what each candidate makes of a prompt."""
 
     def __init__(self, options: CloudOptions):
@@ -241,7 +241,7 @@ def main() -> None:
             raise ValueError(f"--{name} is missing")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    runs, path = Runs(options), folder / "rows.jsonl"
+    runs, path = RunTracker(options), folder / "rows.jsonl"
     chosen = choose(runs.tokenizer, options)
     counted = first_of_each(chosen, options.flops_count)
     keys = [(one, name) for one in chosen for name in ("full", *options.candidates)]

@@ -78,7 +78,7 @@ def client(address: str, part: Part, hidden: Tensor, options: LoadOptions) -> li
     return times
 
 
-class Memory:
+class OutputHistory:
     """The most memory that the server showed while the context was open: bytes of sessions by its metric, resident bytes of its process."""
 
     def __init__(self, pid: int, metrics_port: int):
@@ -86,7 +86,7 @@ class Memory:
         self.sessions, self.resident, self._ended = 0.0, 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> OutputHistory:
         self._thread.start()
         return self
 
@@ -179,7 +179,7 @@ def main() -> None:
         client(address, part, hidden[0], options)  # warm
         before = resident(pid)
         for count in options.clients:
-            with Memory(pid, metrics_port) as memory:
+            with OutputHistory(pid, metrics_port) as memory:
                 found = row(count, *load(count, address, part, hidden, options))
             left = held(metrics_port)
             found |= {

@@ -20,15 +20,15 @@ from torch import nn
 from turns import Candidate, Draw, Labels
 
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.fingerprint import fingerprint
-from ee_diffusion.diffusion.guidance import row_labels
+from ee_diffusion.diffusion.guidance import cfg_labels
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered, searched
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, controls_of, generate
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import step_gains
+from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, record
 from ee_diffusion.metrics.splits import balanced_labels, seeds
@@ -40,18 +40,18 @@ DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, 
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
 
-def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> MemoryExits:
+def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> CachedOutputExits:
     """Exits that remember, from a folder or unfitted."""
     if folder is None:
-        return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
-    exits = MemoryExits.from_pretrained(folder).to(pipeline.transformer.device)
+        return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+    exits = CachedOutputExits.from_pretrained(folder).to(pipeline.transformer.device)
     exits.check_fits(pipeline.transformer)
     return exits
 
 
-def noise_memory(pipeline: EarlyExitPipeline) -> MemoryExits:
+def noise_memory(pipeline: EarlyExitPipeline) -> CachedOutputExits:
     """Exits that remember the noise, unfitted: a schedule asks for no uncertainty."""
-    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
+    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
 
 
 def in_float32(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> EarlyExitPipeline:
@@ -66,7 +66,7 @@ def fitted_memory(
     options: FrontierOptions,
     folder: Path,
     weights: tuple[float, ...] | None = None,
-) -> MemoryExits:
+) -> CachedOutputExits:
     """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`. weights: what an
     error of each step does in the end, for answers that are weighed together (`courses.fit_prediction`).
 
@@ -100,13 +100,13 @@ def fitted_memory(
     return load_memory(pipeline, str(folder))
 
 
-def fitted_beside(pipeline: EarlyExitPipeline, folder: Path) -> dict[str, MemoryExits]:
+def fitted_beside(pipeline: EarlyExitPipeline, folder: Path) -> dict[str, CachedOutputExits]:
     """What was fitted for a report, from the folders beside it: those of FITTED that are there and finished."""
     there = [name for name in FITTED if (folder / name / "settings.json").is_file()]
     return {name: load_memory(pipeline, str(folder / name)) for name in there}
 
 
-def check_fitted(candidates: Iterable[Candidate], fitted: Mapping[str, MemoryExits], folder: Path) -> None:
+def check_fitted(candidates: Iterable[Candidate], fitted: Mapping[str, CachedOutputExits], folder: Path) -> None:
     """Raises ValueError for candidates that drew with fitted exits which are not beside their report."""
     asked = {name for name in FITTED for one in candidates if base_of(one.kind).endswith(name)}
     if missing := sorted(asked - fitted.keys()):
@@ -115,9 +115,9 @@ def check_fitted(candidates: Iterable[Candidate], fitted: Mapping[str, MemoryExi
 
 def exits_by_kind(
     pipeline: EarlyExitPipeline,
-    memory: MemoryExits,
+    memory: CachedOutputExits,
     tracking: TrackingExits | None = None,
-    fitted: Mapping[str, MemoryExits] | None = None,
+    fitted: Mapping[str, CachedOutputExits] | None = None,
 ) -> dict[str, nn.Module | None]:
     """Kind of candidate -> the exits it draws with; the oracle's are those it is asked about. Controls go by the kind they were made of.
     fitted: by the names of FITTED."""
@@ -134,9 +134,9 @@ def base_of(kind: str) -> str:
 def drawer(
     pipeline: EarlyExitPipeline,
     sampling: SamplingOptions,
-    memory: MemoryExits,
+    memory: CachedOutputExits,
     tracking: TrackingExits | None = None,
-    fitted: Mapping[str, MemoryExits] | None = None,
+    fitted: Mapping[str, CachedOutputExits] | None = None,
 ) -> Draw:
     """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
     peers, oracle = dict[str, Peer](), OracleExits(memory, pipeline.transformer)
@@ -155,7 +155,7 @@ def drawer(
         if candidate.kind != "oracle":
             return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
         rows = {"guidance_scale": sampling.guidance_scale, "device": pipeline.transformer.device}
-        oracle.labels = row_labels(labels, pipeline.transformer.config.null_class, **rows)
+        oracle.labels = cfg_labels(labels, pipeline.transformer.config.null_class, **rows)
         oracle.seconds = 0.0
         drawn = generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
         return replace(drawn, seconds=(sum(drawn.seconds) - oracle.seconds,))
@@ -164,11 +164,11 @@ def drawer(
 
 
 def gains_of(
-    pipeline: EarlyExitPipeline, memory: MemoryExits, sampling: SamplingOptions, options: FrontierOptions
+    pipeline: EarlyExitPipeline, memory: CachedOutputExits, sampling: SamplingOptions, options: FrontierOptions
 ) -> tuple[float, ...]:
     """What becomes of an error of each step (S,), measured on fitting seeds, in float32."""
     labels = balanced_labels(options.gain_images, classes_of(pipeline, sampling.guidance_scale))
-    return step_gains(
+    return error_amplification(
         in_float32(pipeline, sampling),
         memory,
         labels,
@@ -182,7 +182,7 @@ def gains_of(
 
 def schedules_of(
     pipeline: EarlyExitPipeline,
-    memory: MemoryExits,
+    memory: CachedOutputExits,
     sampling: SamplingOptions,
     options: FrontierOptions,
     weights: tuple[float, ...],

@@ -16,7 +16,7 @@ import torch
 from decoder import Decoder
 from torch import Tensor
 
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.model_specs import layers_of
 from ee_diffusion.metrics.timing import executed_counts, ideal_seconds, realised
@@ -30,11 +30,11 @@ class Stopwatch:
     def __init__(self, modules: dict[str, torch.nn.Module], *, cuda: bool):
         self.modules, self.cuda = modules, cuda
         self.seconds: dict[str, list[float]] = {name: [] for name in modules}
-        self._interceptions: list[Interception] = []
+        self._interceptions: list[ForwardPatch] = []
 
     def __enter__(self) -> Stopwatch:
         for name, module in self.modules.items():
-            self._interceptions.append(Interception(module, self._timing(self.seconds[name])))
+            self._interceptions.append(ForwardPatch(module, self._timing(self.seconds[name])))
         return self
 
     def __exit__(self, *exception) -> None:

@@ -20,7 +20,7 @@ from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.model_specs import layers_of
-from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.decoding.self_speculative import self_speculative_generate
 
 RESERVED = {"full", "driver", "lossless", "assistant", "prompt"}  # what is measured beside the policies
 
@@ -120,7 +120,7 @@ class Decoder:
             found[Path(path).stem] = exits | {"exit_policy": policy} | heads
         if options.exit_depth is not None:
             drafts = {"exit_depth": options.exit_depth, "draft_tokens": options.draft_tokens}
-            found["lossless"] = {"custom_generate": lossless_generate, "exit_heads": self.heads, **drafts}
+            found["lossless"] = {"custom_generate": self_speculative_generate, "exit_heads": self.heads, **drafts}
         if options.assistant:
             if options.exit_depth is None:
                 raise ValueError("--assistant without --exit_depth, expected the layer to draft at")

@@ -17,11 +17,11 @@ from diffusers import ModelMixin
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipelines.sampling import Generated, generate, joined
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
 from ee_diffusion.metrics.image import psnr
 from ee_diffusion.metrics.splits import balanced_labels, seeds
@@ -48,10 +48,10 @@ def points_of(pipeline: EarlyExitPipeline, folder: Path, options: argparse.Names
     for path in sorted((folder / "policies").glob("*.json"), reverse=True):
         found[path.stem] = (pipeline.exits, Policy.load(path))
     if (folder / "memory").is_dir():
-        memory = MemoryExits.from_pretrained(folder / "memory")
+        memory = CachedOutputExits.from_pretrained(folder / "memory")
     else:
-        memory = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
-    sensitivity = step_sensitivity(memory, pipeline.scheduler, options.num_inference_steps)
+        memory = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
+    sensitivity = local_error_gain(memory, pipeline.scheduler, options.num_inference_steps)
     return found | {"memory": (memory, remembered(options.error, sensitivity=sensitivity))}
 
 

@@ -120,7 +120,7 @@ class Fold:
         """Any one: labels, tokens and full costs are of the texts alone."""
         return self.references[0].look
 
-    def judged(self, run: Evaluated) -> bool:
+    def learned_confidence(self, run: Evaluated) -> bool:
         """Whether a run judged these texts."""
         return torch.equal(run.look.labels, self.look.labels) and torch.equal(run.look.tokens, self.look.tokens)
 
@@ -168,7 +168,7 @@ def folds_of(references: list[Evaluated], truncated: list[Evaluated]) -> list[Fo
         raise ValueError(f"references of {layers} layers, expected one model's; shorter ones are --truncated")
     folds: list[Fold] = []
     for run in references:
-        known = next((fold for fold in folds if fold.judged(run)), None)
+        known = next((fold for fold in folds if fold.learned_confidence(run)), None)
         known.references.append(run) if known else folds.append(Fold([run], []))
     for run in truncated:
         fold_of(run, folds).truncated.append(run)
@@ -182,14 +182,14 @@ def fold_of(run: Evaluated, folds: list[Fold]) -> Fold:
         ValueError: texts that no reference judged, or another number of classes than its reference.
     """
     for fold in folds:
-        if fold.judged(run):
+        if fold.learned_confidence(run):
             classes, expected = run.look.answers.shape[-1], fold.look.answers.shape[-1]
             if classes != expected:
                 raise ValueError(f"{run.folder} tells {classes} classes apart, its reference {expected}")
             return fold
-    judged = sorted({len(fold.look.labels) for fold in folds})
+    learned_confidence = sorted({len(fold.look.labels) for fold in folds})
     raise ValueError(
-        f"{run.folder} was evaluated on other texts than any reference: {len(run.look.labels)}, the references on {judged}"
+        f"{run.folder} was evaluated on other texts than any reference: {len(run.look.labels)}, the references on {learned_confidence}"
     )
 
 

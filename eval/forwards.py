@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.hooks.transformer_hook import Attachment
+from ee_diffusion.diffusion.hooks.transformer_hook import TransformerHook
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.timing import Places, executed_counts, ideal_seconds, medians, time_table
 
@@ -33,7 +33,7 @@ class Forward:
         with torch.no_grad():
             return self.transformer(self.sample, self.times, self.labels).sample
 
-    def under(self, attachment: Attachment, policy: Policy, steps: int = 1) -> Trace:
+    def under(self, attachment: TransformerHook, policy: Policy, steps: int = 1) -> Trace:
         session = attachment.start(policy, rows=torch.arange(len(self.sample)), num_steps=steps)
         for index in range(steps):
             with attachment.use(session.step(index, TIME)):
@@ -85,7 +85,7 @@ class Ideal:
         forward, after = Forward(self.pipeline, rows, 0), {}
         context = self.exits.context(forward.times)
         for exit, depth in enumerate(self.exits.depths):
-            for name, call in (("score", self.exits.certainty), ("head", self.exits.answer)):
+            for name, call in (("score", self.exits.confidence), ("head", self.exits.answer)):
                 run = quiet(lambda hidden, call=call, exit=exit: call(exit, hidden, context))
                 after[f"{name} {exit}"] = (f"block {depth - 1}", run)
         return Places(self.blocks, after, before="embed", behind="tail", device=forward.sample.device), forward
@@ -94,7 +94,7 @@ class Ideal:
         """Every part by itself: (part, rows) -> a call that runs it on noise."""
         parts = {name: partial(self._block, block) for name, block in self.blocks.items()}
         for exit in range(len(self.exits.depths)):
-            parts[f"score {exit}"] = partial(self._head, self.exits.certainty, exit)
+            parts[f"score {exit}"] = partial(self._head, self.exits.confidence, exit)
             parts[f"head {exit}"] = partial(self._head, self.exits.answer, exit)
         parts["tail"] = lambda rows: partial(quiet(self.transformer.tail), self._hidden(rows))
         return parts | {"embed": self._embed}

@@ -43,12 +43,12 @@ from turns import Candidate, by_batch, clock_images_of, clocked
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_propagation import influence
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.figures import save_figure
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
@@ -153,7 +153,7 @@ def gains_if_asked(
     pipeline: EarlyExitPipeline,
     sampling: SamplingOptions,
     options: FrontierOptions,
-    memory: MemoryExits,
+    memory: CachedOutputExits,
     *,
     store: Path,
     known: dict,
@@ -179,7 +179,7 @@ def main() -> None:
     tracking = options.tracking and TrackingExits.from_pretrained(options.tracking).to(pipeline.transformer.device)
     known = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
     store, steps = folder / "drawn", sampling.num_inference_steps
-    sensitivity = step_sensitivity(memory, pipeline.scheduler, steps)
+    sensitivity = local_error_gain(memory, pipeline.scheduler, steps)
     gains, fitted = gains_if_asked(pipeline, sampling, options, memory, store=store, known=known), {}
     if options.fitted_shares:
         fitted["fitted"] = fitted_memory(pipeline, sampling, options, folder / "fitted")

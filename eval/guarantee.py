@@ -27,12 +27,12 @@ from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.risk_control import certified, in_expectation
 from ee_diffusion.diffusion.calibration.live import live_losses
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import made_for_of
 from ee_diffusion.diffusion.methods import budgeted
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.image import relative_squared_error
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
@@ -95,9 +95,9 @@ def calibrations(
     found: dict[str, list[tuple[int | None, float]]] = {name: [] for name in rules}
     for _ in range(options.resamplings):
         own = torch.randperm(losses.shape[1], generator=generator)[: options.calibration_count]
-        for name, (choose, judged) in rules.items():
+        for name, (choose, learned_confidence) in rules.items():
             chosen = choose(losses[:, own])
-            found[name].append((chosen, 0.0 if chosen is None else float(judged[chosen].mean())))
+            found[name].append((chosen, 0.0 if chosen is None else float(learned_confidence[chosen].mean())))
     return found
 
 
@@ -124,7 +124,7 @@ def prepared(sampling: SamplingOptions, options: GuaranteeOptions) -> EarlyExitP
     """The pipeline with the exits that remember. Raises ValueError for a model without a null class."""
     pipeline = load(sampling)
     classes_of(pipeline, sampling.guidance_scale)
-    pipeline.exits = MemoryExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
+    pipeline.exits = CachedOutputExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
     return pipeline
 
 
@@ -137,7 +137,7 @@ def drawn_under(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options:
 
 def drawn(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: GuaranteeOptions) -> tuple[Tensor, Tensor]:
     """Losses (K, n) and costs (K,) of the candidates, live."""
-    sensitivity = step_sensitivity(pipeline.exits, pipeline.scheduler, sampling.num_inference_steps)
+    sensitivity = local_error_gain(pipeline.exits, pipeline.scheduler, sampling.num_inference_steps)
     live = live_losses(
         pipeline,
         [budgeted(value, weights=sensitivity, decay=options.decay) for value in options.values],

@@ -40,7 +40,7 @@ from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.methods import periodic_cache, remembered
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
@@ -181,7 +181,7 @@ def main() -> None:
     print(json.dumps(again), flush=True)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, options.num_classes)
 
-    sensitivity = step_sensitivity(memory, pipe.scheduler, options.num_inference_steps)
+    sensitivity = local_error_gain(memory, pipe.scheduler, options.num_inference_steps)
     first = candidates_of(options, policy, sensitivity, schedules)
     drawn = in_turns(first, draw, chosen, labels, batch=options.batch_size)
     rows = [row(c, drawn[c.name], drawn["full"], judge=judge, labels=labels) for c in first]

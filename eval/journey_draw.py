@@ -15,10 +15,10 @@ from peers_dit import db_cache
 from torch.nn.functional import interpolate
 from turns import Candidate, Draw
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.pipelines.sampling import Generated
@@ -138,7 +138,7 @@ def exits_of(candidate: Candidate) -> str:
     return next((name for name in ("together", "fitted") if candidate.kind.endswith(name)), "memory")
 
 
-def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[MemoryExits, dict[int, Policy]]:
+def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[CachedOutputExits, dict[int, Policy]]:
     """Memory fitted to this solver, number of steps and guidance, and the searched schedules, by their number of full steps."""
     chosen, labels = seeds("fit", options.fit_count), balanced_labels(options.fit_count, options.num_classes)
 
@@ -150,15 +150,15 @@ def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[MemoryExi
     return fit_schedules(pipe, call)
 
 
-def each_by_itself(exits: MemoryExits) -> MemoryExits:
+def each_by_itself(exits: CachedOutputExits) -> CachedOutputExits:
     """The same fit without what misses are worth: the control of answers that are weighed together."""
-    made = MemoryExits.from_config(exits.config, course_worth=None).to(exits.alphas_cumprod.device)
+    made = CachedOutputExits.from_config(exits.config, course_worth=None).to(exits.alphas_cumprod.device)
     made.load_state_dict({name: value for name, value in exits.state_dict().items() if name != "prediction.worth"})
     return made.eval()
 
 
 def _slice(policy: Policy, first: int, count: int) -> Policy:
     """A plan for all images, cut to one batch of them."""
-    if not isinstance(policy.criterion, Planned):
+    if not isinstance(policy.criterion, DepthTable):
         return policy
-    return replace(policy, criterion=Planned(tuple(line[first : first + count] for line in policy.criterion.depths)))
+    return replace(policy, criterion=DepthTable(tuple(line[first : first + count] for line in policy.criterion.depths)))

@@ -148,7 +148,7 @@ def controls(judge: Judge, classifier: EarlyExitClassifier) -> dict:
     found["pabee"] = [{"patience": t, **judge.row(pabee(t), "agreement")} for t in range(1, len(seen.depths))]
     if classifier.exits.judge in ("halting", "linear_halting"):
         found["sampled"] = [
-            judge(seen.taken(pondernet(judge.seed + draw)), score="judged") for draw in range(judge.draws)
+            judge(seen.taken(pondernet(judge.seed + draw)), score="learned_confidence") for draw in range(judge.draws)
         ]
     return found
 

@@ -20,7 +20,7 @@ from turns import Candidate, Draw
 
 from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import ALONE, FLOOR
 from ee_diffusion.diffusion.fingerprint import fingerprint, settings_of
 from ee_diffusion.diffusion.pipelines.sampling import Generated
@@ -82,4 +82,4 @@ def _config(module: object) -> dict:
 
 def _together(exits: nn.Module) -> list[float]:
     """How answers are weighed together, where they are: that is worked out anew in every run."""
-    return [ALONE, FLOOR] if isinstance(exits, MemoryExits) and exits.config.course_worth else []
+    return [ALONE, FLOOR] if isinstance(exits, CachedOutputExits) and exits.config.course_worth else []

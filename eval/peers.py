@@ -26,7 +26,7 @@ from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockR
 from diffusers.models import CacheMixin
 from torch import nn
 
-from ee_diffusion.diffusion.model_specs import blocks_of, family_of
+from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
 from ee_diffusion.diffusion.models.uvit import UViTBlock
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate, joined
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -123,7 +123,7 @@ def apply_taylorseer(transformer: nn.Module, interval: int, *, order: int) -> No
         cache_interval=interval,
         max_order=order,
         taylor_factors_dtype=transformer.dtype,
-        skip_predict_identifiers=[rf"{family_of(transformer).blocks}\.\d+"],
+        skip_predict_identifiers=[rf"{model_spec_of(transformer).blocks}\.\d+"],
         cache_identifiers=[LAST_MODULES[name]],
     )
     apply_taylorseer_cache(transformer, config)

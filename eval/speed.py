@@ -58,18 +58,18 @@ def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed
         with attach(pipeline.transformer, pipeline.exits):
             forward.plain(steps)
 
-    def never_exits(*, late: bool) -> None:
+    def never_exits(*, delayed: bool) -> None:
         with attach(pipeline.transformer, pipeline.exits) as attachment:
-            forward.under(attachment, Policy(Threshold(1.0), late=late), steps)
+            forward.under(attachment, Policy(Threshold(1.0), delayed=delayed), steps)
 
     candidates: dict[str, Callable[[], object]] = {
         "plain": lambda: forward.plain(steps),
         "off": attached_off,
-        "never": partial(never_exits, late=False),
-        "late": partial(never_exits, late=True),
+        "never": partial(never_exits, delayed=False),
+        "delayed": partial(never_exits, delayed=True),
     }
     timings = interleaved(candidates, repeats=options.repeats, warmup=2)
-    ratios = {name: timings[name].ratio(timings["plain"]) for name in ("off", "never", "late")}
+    ratios = {name: timings[name].ratio(timings["plain"]) for name in ("off", "never", "delayed")}
     return {"batch": rows, "plain_ms": 1e3 * timings["plain"].median / steps, **ratios}
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ee_diffusion.core.criterion import Criterion, State, Where
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.criterion import Criterion, ExitPoint, State
+from ee_diffusion.core.scores import ExitInputs
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class WholeBatch(Criterion):
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         return self.criterion.start(elements, step=step, previous=previous)
 
-    def measure(self, observation: Observation) -> Tensor | None:
+    def measure(self, observation: ExitInputs) -> Tensor | None:
         return self.criterion.measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         stop, state = self.criterion.decide(score.amin().expand(len(score)), where, state)
         return stop.all().expand(len(score)), state
 
-    def floor(self, where: Where) -> float | None:
+    def floor(self, where: ExitPoint) -> float | None:
         return self.criterion.floor(where)

@@ -54,7 +54,7 @@ def observe(
             hidden, context = output.hidden_states[depth], {"timestep": times}
             answer = exits.answer(exit, hidden, context)
             answer = transformer.tail(answer) if exits.space == "hidden" else answer
-            said.append(1 - exits.certainty(exit, hidden, context).float())
+            said.append(1 - exits.confidence(exit, hidden, context).float())
             to_noise.append((answer - noise).float().square().flatten(1).mean(1))
             to_full.append((answer - output.sample).float().square().flatten(1).mean(1))
     return torch.stack(said), torch.stack(to_noise), torch.stack(to_full)

@@ -17,7 +17,7 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ee_diffusion.core.active_batch import run_blocks
-from ee_diffusion.core.criteria import Accumulated, Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criteria import DecayingThreshold, DepthTable, ErrorBudget, GatedExit, Patience, QExit, Threshold
 from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
@@ -26,7 +26,7 @@ from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach
-from ee_diffusion.diffusion.model_specs import family_of
+from ee_diffusion.diffusion.model_specs import model_spec_of
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 
@@ -149,7 +149,7 @@ class ToyHeads(nn.Module):
             return self.heads[exit](hidden) + shift[:, None]
         return self.heads[exit](hidden.mean(1)) + shift
 
-    def certainty(self, exit: int, hidden: Tensor, context) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context) -> Tensor:
         logit = self.uncertainty_modules[exit](hidden.mean(1))[:, 0]  # (R,)
         return torch.sigmoid(0.5 * logit - 2.0 + context["timestep"] / 500)
 
@@ -165,23 +165,23 @@ class Layout:
     """Which rows a batch of images has: one per image, or two of them under guidance, that leave together or apart."""
 
     name: str
-    branches: int
+    rows_per_sample: int
     apart: bool = False
 
     def rows(self, num_images: int) -> Tensor:
         """(R,) the element of each row."""
         if self.apart:
-            return torch.arange(self.branches * num_images)
-        return torch.arange(num_images).repeat(self.branches)
+            return torch.arange(self.rows_per_sample * num_images)
+        return torch.arange(num_images).repeat(self.rows_per_sample)
 
     def elements(self, images: list[int]) -> Tensor:
         """(E,) ids of the elements, in the order of `rows`."""
         ids = torch.tensor(images)
-        return torch.cat([ids + IMAGES * branch for branch in range(self.branches)]) if self.apart else ids
+        return torch.cat([ids + IMAGES * branch for branch in range(self.rows_per_sample)]) if self.apart else ids
 
     def places(self, images: list[int]) -> list[int]:
         """The rows of the full batch that these images have."""
-        return [image + IMAGES * branch for branch in range(self.branches) for image in images]
+        return [image + IMAGES * branch for branch in range(self.rows_per_sample) for image in images]
 
 
 LAYOUTS = {
@@ -189,7 +189,7 @@ LAYOUTS = {
 }
 
 
-def images_of(images: list[int], step: int, branches: int) -> dict[str, Tensor]:
+def images_of(images: list[int], step: int, rows_per_sample: int) -> dict[str, Tensor]:
     """One step's inputs of some images, conditional rows first: pixels, timesteps (another one for each image), labels."""
     drawn = [torch.Generator().manual_seed(1000 * step + image) for image in images]
     pixels = torch.stack([torch.randn(CHANNELS, SIZE, SIZE, generator=one) for one in drawn])
@@ -198,9 +198,9 @@ def images_of(images: list[int], step: int, branches: int) -> dict[str, Tensor]:
     labels = torch.tensor([(image + step) % CLASSES for image in images])
     null = torch.full_like(labels, NULL_CLASS)
     return {
-        "pixels": pixels.repeat(branches, 1, 1, 1),  # (R, C, H, W)
-        "timestep": times.repeat(branches),  # (R,)
-        "labels": torch.cat([labels, null]) if branches == 2 else labels,  # (R,)
+        "pixels": pixels.repeat(rows_per_sample, 1, 1, 1),  # (R, C, H, W)
+        "timestep": times.repeat(rows_per_sample),  # (R,)
+        "labels": torch.cat([labels, null]) if rows_per_sample == 2 else labels,  # (R,)
     }
 
 
@@ -249,7 +249,7 @@ class AttachedDriver:
 
     def __init__(self, model: nn.Module, depths: tuple[int, ...], variant: str):
         self.model, self.heads = model, exits_for(model, depths, variant)
-        self.family = family_of(model)
+        self.family = model_spec_of(model)
         self.num_layers = len(self.blocks)
         self.tokens = (SIZE // 2) ** 2 + getattr(model, self.family.prefix_tokens or "", 0)
 
@@ -320,7 +320,7 @@ def run(
         for index in range(STEPS):
             if each is not None:
                 each(index)
-            inputs = images_of(images, index, layout.branches)
+            inputs = images_of(images, index, layout.rows_per_sample)
             outputs.append(driver.under(session.step(index, 900.0 - 400 * index), inputs))
     return Run(torch.stack(outputs), session.trace())
 
@@ -329,7 +329,7 @@ def run(
 def base_outputs(driver: Driver, layout: Layout) -> Tensor:
     """(S, R, ...) of the model as it is."""
     images = list(range(IMAGES))
-    return torch.stack([driver.base(images_of(images, index, layout.branches)) for index in range(STEPS)])
+    return torch.stack([driver.base(images_of(images, index, layout.rows_per_sample)) for index in range(STEPS)])
 
 
 @contextmanager
@@ -416,18 +416,18 @@ def _per_step(trace: Trace, quantile: float) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(_middle(scores, quantile) for scores in step) for step in trace.scores)  # (S, K)
 
 
-def _planned(trace: Trace) -> Planned:
+def _planned(trace: Trace) -> DepthTable:
     choices = torch.tensor([*trace.exits.tolist(), trace.planned.shape[1]])
     generator = torch.Generator().manual_seed(8)
     drawn = torch.randint(len(choices), (len(trace.times), int(trace.elements.max()) + 1), generator=generator)
-    return Planned(tuple(tuple(row) for row in choices[drawn].tolist()))
+    return DepthTable(tuple(tuple(row) for row in choices[drawn].tolist()))
 
 
-def _accumulated(trace: Trace, quantile: float) -> Accumulated:
+def _accumulated(trace: Trace, quantile: float) -> ErrorBudget:
     """Steps of unlike weight; the second is decided by what the first has left."""
     steps = trace.scores.shape[0]
     budget = 1 - _middle(trace.scores[trace.scores.isfinite()], quantile)  # no score lies on it
-    return Accumulated(max(budget, 1e-6), tuple(1.0 + 0.3 * (step % 2) for step in range(steps)), 0.5)
+    return ErrorBudget(max(budget, 1e-6), tuple(1.0 + 0.3 * (step % 2) for step in range(steps)), 0.5)
 
 
 _QUANTILES = [0.3, 0.4, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9]
@@ -442,8 +442,8 @@ _CRITERIA: dict[str, Callable[[Trace], Criterion]] = {
     "patience-total": lambda trace: splitting(
         trace, lambda value: Patience(value, (2, 2, 1, 1), consecutive=False), between(trace.scores)
     ),
-    "cumulative": lambda trace: splitting(trace, Cumulative, between(1 - (1 - trace.scores).cumprod(1))),
-    "gate": lambda trace: splitting(trace, Gate, between(trace.scores)),
+    "cumulative": lambda trace: splitting(trace, QExit, between(1 - (1 - trace.scores).cumprod(1))),
+    "gate": lambda trace: splitting(trace, GatedExit, between(trace.scores)),
     "accumulated": lambda trace: splitting(trace, lambda q: _accumulated(trace, q), _QUANTILES),
     "planned": _planned,
 }
@@ -482,14 +482,14 @@ def stricter(criterion: Criterion, num_layers: int) -> list[Criterion]:
         return [*more, Patience(criterion.threshold, counts, consecutive=sums)]
     if isinstance(criterion, DecayingThreshold):
         return [replace(criterion, threshold=nearer_one(criterion.threshold, share)) for share in shares]
-    if isinstance(criterion, Cumulative):
-        return [Cumulative(nearer_one(criterion.q, share)) for share in shares]
-    if isinstance(criterion, Gate):
-        return [Gate(nearer_one(criterion.threshold, share)) for share in shares]
-    if isinstance(criterion, Accumulated):
+    if isinstance(criterion, QExit):
+        return [QExit(nearer_one(criterion.q, share)) for share in shares]
+    if isinstance(criterion, GatedExit):
+        return [GatedExit(nearer_one(criterion.threshold, share)) for share in shares]
+    if isinstance(criterion, ErrorBudget):
         return [replace(criterion, budget=criterion.budget * share) for share in (0.95, 0.8, 0.5, 0.1)]
-    assert isinstance(criterion, Planned)
+    assert isinstance(criterion, DepthTable)
     return [
-        Planned(tuple(tuple(min(num_layers, depth + more) for depth in row) for row in criterion.depths))
+        DepthTable(tuple(tuple(min(num_layers, depth + more) for depth in row) for row in criterion.depths))
         for more in (1, 2)
     ]

@@ -38,7 +38,7 @@ from factories import (
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ee_diffusion.core.criteria import Accumulated, Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, ErrorBudget, Threshold
 from ee_diffusion.core.criterion import Criterion
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
@@ -87,11 +87,11 @@ def batch_mates_do_not_matter(driver: Driver, policy: Policy, layout: Layout, to
     near = 0
     for image in range(IMAGES):
         alone = run(driver, policy, layout, [image])
-        columns = [image + IMAGES * branch for branch in range(layout.branches)] if layout.apart else [image]
+        columns = [image + IMAGES * branch for branch in range(layout.rows_per_sample)] if layout.apart else [image]
         depths = together.trace.depths[:, columns]  # (S, 1 or 2)
         differs = alone.trace.depths != depths
         if bool(differs.any()):
-            assert not isinstance(policy.criterion, Planned)
+            assert not isinstance(policy.criterion, DepthTable)
             assert margin_of(together.trace, policy)[:, columns][differs].max() <= NEAR
             near += int(differs.sum())
             continue
@@ -118,14 +118,14 @@ def margin_of(trace: Trace, policy: Policy) -> Tensor:
     return least
 
 
-def stricter_never_stops_earlier(everything: Trace, criterion: Criterion, *, late: bool = False) -> None:
+def stricter_never_stops_earlier(everything: Trace, criterion: Criterion, *, delayed: bool = False) -> None:
     """Law 5: on the same stored scores, and from the same state: what a budget does not spend at one step is there at the next."""
     num_layers = everything.planned.shape[1]
-    same_state = slice(0, 1) if isinstance(criterion, Accumulated) else slice(None)  # steps
-    before = replay(everything, Policy(criterion, late=late))[same_state]
+    same_state = slice(0, 1) if isinstance(criterion, ErrorBudget) else slice(None)  # steps
+    before = replay(everything, Policy(criterion, delayed=delayed))[same_state]
     later = 0
     for other in stricter(criterion, num_layers):
-        after = replay(everything, Policy(other, late=late))[same_state]
+        after = replay(everything, Policy(other, delayed=delayed))[same_state]
         assert (after >= before).all(), f"{other} stops earlier than {criterion}"
         later += int((after > before).sum())
     assert later > 0, "no stricter criterion changed anything: the law was not tried"
@@ -159,11 +159,13 @@ def skipped_work_is_not_executed(driver: Driver, policy: Policy, layout: Layout)
 
         trace = run(driver, policy, layout, each=each).trace
     for index, seen in enumerate(steps):
-        measures = not isinstance(policy.criterion, Planned)
-        step_work_is(driver, seen, trace, index, measures=measures, late=policy.late)
+        measures = not isinstance(policy.criterion, DepthTable)
+        step_work_is(driver, seen, trace, index, measures=measures, delayed=policy.delayed)
 
 
-def step_work_is(driver: Driver, seen: Work, trace: Trace, index: int, *, measures: bool, late: bool = False) -> None:
+def step_work_is(
+    driver: Driver, seen: Work, trace: Trace, index: int, *, measures: bool, delayed: bool = False
+) -> None:
     """One step of law 7: what was counted is what the trace says, and no more than the decisions made necessary. Where they are late,
     nothing is measured of rows that leave there, nor at the last exit."""
     depths, rows = trace.depths[index], trace.rows[index]  # (E,)
@@ -172,8 +174,8 @@ def step_work_is(driver: Driver, seen: Work, trace: Trace, index: int, *, measur
     assert blocks == [int(rows[depths > layer].sum()) for layer in range(driver.num_layers)]
     exits = trace.exits.tolist()
     taken = [int(rows[depths == depth].sum()) for depth in exits]
-    possible = [int(rows[depths >= depth + late].sum()) if measures else 0 for depth in exits]
-    possible[-1] *= not late
+    possible = [int(rows[depths >= depth + delayed].sum()) if measures else 0 for depth in exits]
+    possible[-1] *= not delayed
     places = [driver.heads.depths.index(depth) for depth in exits]  # of the policy's exits among the heads
     assert trace.answered[index].tolist() == taken
     assert trace.measured[index].tolist() == possible
@@ -259,7 +261,7 @@ def answers_are_those_of_truncated_models(driver: Driver, layout: Layout, live: 
     """Every row's output is what the model cut off at that row's depth answers, computed on the whole batch without any exit."""
     rows = layout.rows(IMAGES)
     for index in range(STEPS):
-        inputs = images_of(list(range(IMAGES)), index, layout.branches)
+        inputs = images_of(list(range(IMAGES)), index, layout.rows_per_sample)
         depth_of_row = live.trace.depths[index][rows]  # (R,)
         for depth in depth_of_row.unique().tolist():
             chosen = depth_of_row == depth
@@ -289,10 +291,10 @@ class Case:
     driver_name: str
     layout_name: str
     criterion_name: str
-    late: bool = False
+    delayed: bool = False
 
     def __str__(self) -> str:
-        return f"{self.driver_name}-{self.layout_name}-{self.criterion_name}{'-late' if self.late else ''}"
+        return f"{self.driver_name}-{self.layout_name}-{self.criterion_name}{'-delayed' if self.delayed else ''}"
 
     @property
     def driver(self) -> Driver:
@@ -308,7 +310,7 @@ class Case:
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.criterion, late=self.late)
+        return Policy(self.criterion, delayed=self.delayed)
 
     @property
     def live(self) -> Run:
@@ -329,7 +331,7 @@ def cases(drivers: tuple[str, ...]) -> list[Case]:
     at_once = [Case(*names) for names in itertools.product(drivers, LAYOUTS, CRITERIA)]
     measuring = [name for name in CRITERIA if name != "planned"]
     return at_once + [
-        Case(driver, "together", name, late=True) for driver, name in itertools.product(drivers, measuring)
+        Case(driver, "together", name, delayed=True) for driver, name in itertools.product(drivers, measuring)
     ]
 
 
@@ -339,7 +341,9 @@ LAWS: dict[str, Callable[[Case, Path], object]] = {
     "2-leaving": lambda case, folder: leaving_restores(case.driver, case.policy, case.layout),
     "3-replay": lambda case, folder: replay_is_the_live_run(case.live, case.policy, case.recorded),
     "4-batch-mates": lambda case, folder: batch_mates_do_not_matter(case.driver, case.policy, case.layout, case.live),
-    "5-stricter": lambda case, folder: stricter_never_stops_earlier(case.recorded, case.criterion, late=case.late),
+    "5-stricter": lambda case, folder: stricter_never_stops_earlier(
+        case.recorded, case.criterion, delayed=case.delayed
+    ),
     "6-save-load": lambda case, folder: save_and_load_keep_decisions(
         case.driver, case.policy, case.layout, case.live, folder
     ),

@@ -9,7 +9,7 @@ import torch
 from factories import randomise
 from torch import nn
 
-from ee_diffusion.diffusion.model_specs import Family
+from ee_diffusion.diffusion.model_specs import ModelSpec
 
 TEXT = 5
 _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
@@ -17,7 +17,7 @@ _HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 RIGHT = {
     family.class_name: family
     for family in (
-        Family(
+        ModelSpec(
             "ChromaTransformer2DModel",
             "transformer_blocks",
             single_blocks="single_transformer_blocks",
@@ -29,7 +29,7 @@ RIGHT = {
             time=(1000.0, 0.0),
             inner="attn",
         ),
-        Family(
+        ModelSpec(
             "AuraFlowTransformer2DModel",
             "joint_transformer_blocks",
             single_blocks="single_transformer_blocks",
@@ -40,14 +40,14 @@ RIGHT = {
             inner="attn",
             counts=("num_mmdit_layers", "num_single_dit_layers"),
         ),
-        Family(
+        ModelSpec(
             "CogView4Transformer2DModel",
             "transformer_blocks",
             returns="image, text",
             row_arguments=("temb",),
             guidance="calls",
         ),
-        Family(
+        ModelSpec(
             "MochiTransformer3DModel",
             "transformer_blocks",
             returns="image, text",

@@ -10,7 +10,7 @@ from factories import pipeline
 from ee_diffusion.cli import calibrate as calibrating
 from ee_diffusion.cli.main import main
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import use_sampler
 from ee_diffusion.metrics.splits import balanced_labels, seeds, shuffled_labels
 
@@ -96,7 +96,7 @@ def test_a_solver_that_asks_twice_is_calibrated(kind: str, model: Path, tmp_path
     assert main(words(model, output, "--kind", kind, "--values", 0.01, "--sampler", "heun")) == 0
     pipe = pipeline()
     use_sampler(pipe, "heun")
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     trace = pipe([1], 6, 2.0, exit_policy=Policy.load(output), output_type="pt").trace
     assert len(trace.depths) == 11
 
@@ -106,7 +106,7 @@ def test_no_schedule_is_searched_for_a_solver_that_asks_twice(
     more: list, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("step_sensitivity", "step_gains", "record"):
+    for name in ("local_error_gain", "error_amplification", "record"):
         monkeypatch.setattr(calibrating, name, lambda *_, **__: pytest.fail("work has begun"))
     assert main(words(model, tmp_path / "policy.json", "--values", 0.5, "--sampler", "heun", *more)) == 2
     assert "asks the model 11 times in 6 steps, at times that repeat" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from ee_diffusion.cli.errors import TRACEBACK, said_in_one_line
 from ee_diffusion.cli.main import SAMPLERS as cli_samplers
 from ee_diffusion.cli.main import main
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS
 from ee_diffusion.edge_cloud.codec import KINDS
 from ee_diffusion.edge_cloud.flags import ENCODINGS
@@ -60,7 +60,7 @@ def test_a_risk_takes_the_boldest_that_keeps_it(kind: str, model: Path, tmp_path
     boldest = Policy.load(output)
     assert getattr(bold.criterion, number) != getattr(boldest.criterion, number)
     pipe = pipeline()
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     pipe([1], 6, 2.0, exit_policy=boldest)
 
 
@@ -84,9 +84,9 @@ def test_memory_of_another_kind_is_refused_before_it_is_used(
     pipe = pipeline()
     cosine = DDIMScheduler(beta_schedule="squaredcos_cap_v2")
     made = {
-        "schedule": (MemoryExits.for_pipeline(pipe.transformer, cosine), "another noise schedule"),
+        "schedule": (CachedOutputExits.for_pipeline(pipe.transformer, cosine), "another noise schedule"),
         "short": (
-            MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1),
+            CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1),
             "remembers 1 predictions, expected 2",
         ),
     }
@@ -105,10 +105,10 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     fitted = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert fitted < line
     pipe = pipeline()
-    pipe.exits = MemoryExits.from_pretrained(folder)
+    pipe.exits = CachedOutputExits.from_pretrained(folder)
     assert (pipe.exits.config.terms, pipe.exits.config.course_steps) == ("noise", 6)
     pipe([1], 6, 2.0, exit_policy=Policy.load(output))
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     told = r"calibrated for weights \w+, this run has \w+; exits settings .* are pipe.exits those"
     with pytest.raises(ValueError, match=told):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
@@ -122,14 +122,14 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
         assert what in capsys.readouterr().err
         assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
     trusting = tmp_path / "trusting"
-    MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True).save_pretrained(trusting)
+    CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True).save_pretrained(trusting)
     assert main(words(model, output, *goal, "--memory", trusting, "--fit_memory", folder)) == 2
     assert "learned trust" in capsys.readouterr().err
     clean = tmp_path / "clean"
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     pipe.exits.save_pretrained(clean)
     assert main(words(model, output, *goal, "--memory", clean, "--fit_memory", folder)) == 0, "in the terms of --memory"
-    assert MemoryExits.from_pretrained(folder).config.terms == "clean"
+    assert CachedOutputExits.from_pretrained(folder).config.terms == "clean"
 
 
 def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -138,7 +138,7 @@ def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path
     assert main(words(model, output, *goal, "noise")) == 0
     pipe = pipeline()
     for terms in ("noise", "clean"):
-        pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
         if terms == "noise":
             pipe([1], 6, 2.0, exit_policy=Policy.load(output))
     with pytest.raises(ValueError, match="calibrated for exits settings"):

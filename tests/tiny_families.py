@@ -17,7 +17,7 @@ from factories import randomise, uvit
 from torch import Tensor, nn
 
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.model_specs import Family, blocks_of, family_of
+from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of, model_spec_of
 
 TEXT = 5  # text tokens
 
@@ -195,14 +195,14 @@ def forward(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
 
 def inner_modules(model: nn.Module) -> list[nn.Module]:
     """The module inside each block whose input is counted."""
-    family: Family = family_of(model)
+    family: ModelSpec = model_spec_of(model)
     return [getattr(block, family.inner) for name in family.lists for block in getattr(model, name)]
 
 
 @contextmanager
 def passing(model: nn.Module, depth: int) -> Iterator[None]:
     """The blocks from `depth` on return what they get."""
-    family = family_of(model)
+    family = model_spec_of(model)
     concatenated = [block for name in family.concatenated for block in getattr(model, name)]
 
     def pass_on(block: nn.Module, hidden_states: Tensor, encoder_hidden_states=None, *args, **kwargs):

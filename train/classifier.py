@@ -34,7 +34,7 @@ from ee_diffusion.classification.activations import StoredStates, origin_of, sto
 from ee_diffusion.classification.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.classification.methods import EXITS
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.objective import FROZEN, PLAIN, ClassifierObjective, Weights
 from ee_diffusion.classification.truncate import first_layers
 from ee_diffusion.cli.errors import run_script
@@ -189,7 +189,7 @@ def build_objective(config: ClassifierConfig, *, images: bool = False, micro_ste
 
 def text_source(objective: ClassifierObjective, data: TextDataConfig, tokenizer) -> Source:
     model = objective.classifier.model
-    longest = family_of(model).positions(model)
+    longest = model_spec_of(model).positions(model)
     if longest is not None and data.max_length > longest:
         raise ValueError(f"max_length={data.max_length}, expected at most the model's {longest} positions")
     return load_text_source(

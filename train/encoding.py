@@ -1,7 +1,7 @@
 """What the latent training scripts share: images through the tiny autoencoder once, in parts on disk, and what the round trip costs.
 
-Here: loops over images. Not here: the autoencoder (ee_diffusion.diffusion.latents), files (ee_diffusion.diffusion.distillation.shards), models.
-M images, B of a chunk, C, H, W pixels; h, w latents.
+Here: loops over images. Not here: the autoencoder (ee_diffusion.diffusion.latents), files (ee_diffusion.diffusion.distillation.shards),
+models. M images, B of a chunk, C, H, W pixels; h, w latents.
 """
 
 from __future__ import annotations

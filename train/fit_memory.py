@@ -3,7 +3,7 @@
 python train/fit_memory.py --model runs/exits --output_dir runs/memory
 
 Walks with the full model at every step and compares what memory would have answered; a second walk, of other seeds, says what the fit is
-worth beside the unfitted uncertainty. Writes the component `exits/` (load it with MemoryExits.from_pretrained) and report.json.
+worth beside the unfitted uncertainty. Writes the component `exits/` (load it with CachedOutputExits.from_pretrained) and report.json.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from walk_flags import check_walk
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.diffusion.exits.cached import TERMS, MemoryExits
+from ee_diffusion.diffusion.exits.cached import TERMS, CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import STATES, Walk, fit_gauge, walk
-from ee_diffusion.diffusion.step_cache.trajectories import Course, fit_prediction, fit_trust, record
+from ee_diffusion.diffusion.step_cache.error_estimator import STATES, Walk, fit_error_estimator, walk
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, fit_trust, record
 from ee_diffusion.metrics.gauges import gauge_figures
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
@@ -63,22 +63,22 @@ def check(options: argparse.Namespace) -> None:
 
 
 def course_of(
-    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int] | None
-) -> Course:
+    pipeline: EarlyExitPipeline, exits: CachedOutputExits, options: argparse.Namespace, labels: list[int] | None
+) -> Trajectory:
     """The full model's courses of fitting seeds."""
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
     return record(pipeline, exits, seeds("fit", options.count), labels, **call)
 
 
 def fit_own_trust(
-    pipeline: EarlyExitPipeline, exits: MemoryExits, options: argparse.Namespace, labels: list[int] | None
+    pipeline: EarlyExitPipeline, exits: CachedOutputExits, options: argparse.Namespace, labels: list[int] | None
 ) -> float:
     """Fit the trust along full courses of fitting seeds; -> the squared error left, of 1 for repeating the newest prediction."""
     return fit_trust(exits, [course_of(pipeline, exits, options, labels)], iterations=options.iterations)
 
 
 @torch.no_grad()
-def figures(exits: MemoryExits, seen: Walk) -> dict[str, float | int | None]:
+def figures(exits: CachedOutputExits, seen: Walk) -> dict[str, float | int | None]:
     return gauge_figures(exits.expected_error(seen.features), seen.errors, groups=seen.steps)
 
 
@@ -88,7 +88,7 @@ def main() -> None:
     device = device_named(None)
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     made = {"length": options.length, "learned_trust": options.learn_trust, "terms": options.terms}
-    exits = MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
+    exits = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
     call |= {} if pipeline.transformer.config.num_classes is not None else {"batch_size": options.count}
     labels = balanced_labels(options.count, classes_of(pipeline, options.guidance_scale))
@@ -102,7 +102,7 @@ def main() -> None:
     }
     walked = time.perf_counter() - begun
     rows = [{"uncertainty": "unfitted", **figures(exits, walks["test"])}]
-    fit_gauge(exits, walks["fit"], iterations=options.iterations)
+    fit_error_estimator(exits, walks["fit"], iterations=options.iterations)
     rows.append({"uncertainty": "fitted", **figures(exits, walks["test"])})
     folder = Path(options.output_dir)
     exits.save_pretrained(folder / "exits")

@@ -19,7 +19,7 @@ from walk_flags import check_walk
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.tracking_exits import VARIANTS, TrackingExits
 from ee_diffusion.diffusion.exits.tracking_fit import Moments, errors_of, fit_corrections, fit_gauges, walk_tracks
 from ee_diffusion.diffusion.guidance import is_guided
@@ -98,7 +98,7 @@ def main() -> None:
     device = device_named(None)
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
     beside = options.memory or (None if options.model else checkpoint() / "memory")
-    memory = None if beside is None else MemoryExits.from_pretrained(beside)
+    memory = None if beside is None else CachedOutputExits.from_pretrained(beside)
     heads = pipeline.exits if options.variant == "residual" else None
     call = {"deeper": tuple(options.deeper), "memory": memory, "heads": heads}
     exits = TrackingExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **call)

@@ -28,7 +28,7 @@ from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.methods import skipdecode
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 from ee_diffusion.decoding.skip_objective import SkipObjective
 from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import PromptDataConfig, TrainConfig
@@ -128,7 +128,7 @@ def truncated(model: PreTrainedModel, keep: int) -> PreTrainedModel:
         raise ValueError(f"keep={keep}, expected within 1..{layers - 1}: the model has {layers} layers")
     if "num_hidden_layers" not in model.config.to_dict():
         raise ValueError(f"{type(model).__name__} says its number of layers by another name than num_hidden_layers")
-    model.set_submodule(family_of(model).layers, model.get_submodule(family_of(model).layers)[:keep])
+    model.set_submodule(model_spec_of(model).layers, model.get_submodule(model_spec_of(model).layers)[:keep])
     model.config.num_hidden_layers = keep
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:keep]

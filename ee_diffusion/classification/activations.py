@@ -19,7 +19,7 @@ from ee_diffusion.classification.exits import ClassifierHeads
 from ee_diffusion.classification.token_pruning import TokenTrace
 from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.scores import ExitInputs
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
@@ -66,14 +66,14 @@ def by_length(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
 
 def look_through(
     heads: ClassifierHeads, states: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
-) -> Iterator[Observation]:
+) -> Iterator[ExitInputs]:
     """What each exit observes of states (B, N, D) with the masks (B, N) of their tokens (None: all are there), one for each exit, what an
     exit carries handed on to the next."""
     carried: dict[str, Tensor] = {}
     for exit, hidden in enumerate(states):
         mask = None if masks is None else masks[exit]
         context = carried if mask is None else carried | {"attention_mask": mask}
-        observation = Observation(heads, exit, hidden, context)
+        observation = ExitInputs(heads, exit, hidden, context)
         yield observation
         carried = carried | observation.carried
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
-from ee_diffusion.classification.model_specs import family_of
-from ee_diffusion.classification.token_pruning import TokenLane, TokenTrace, check_pruning
-from ee_diffusion.core.active_batch import Lane
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.classification.model_specs import model_spec_of
+from ee_diffusion.classification.token_pruning import ActiveTokens, TokenTrace, check_pruning
+from ee_diffusion.core.active_batch import ActiveBatch
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.rows import require_rows
 from ee_diffusion.core.thread_patch import patched
@@ -27,8 +27,8 @@ from ee_diffusion.core.trace import Trace
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 EXTRAS = ("output_hidden_states", "output_attentions")
-JUDGED = ("judged", "certainty")  # scores of a learned judge
-OF_CLASSES = ("margin", "low_entropy", "max_probability", "agreement")  # scores of one softmax
+JUDGED = ("learned_confidence", "confidence")  # scores of a learned judge
+OF_CLASSES = ("margin", "negative_entropy", "max_probability", "agreement")  # scores of one softmax
 OF_DECODING = ("saturation", "pruned_probability")
 IGNORED = -100  # the label of rows that a loss leaves out, in torch and transformers
 
@@ -71,7 +71,7 @@ def attach(
 def check_policy(policy: Policy, exits: ClassifierExits, problem: str | None) -> None:
     """Raise ValueError if the policy asks for a score that these exits cannot give; `problem`: the config's problem_type."""
     criterion = policy.criterion
-    if isinstance(criterion, Planned | None):
+    if isinstance(criterion, DepthTable | None):
         return
     score = criterion.score
     if score in JUDGED and exits.judge == "none":
@@ -105,7 +105,7 @@ def watching(model: nn.Module) -> Iterator[list[Tensor]]:
     def note(block, args, kwargs) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
 
-    blocks = family_of(model).blocks(model)
+    blocks = model_spec_of(model).blocks(model)
     handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
     try:
         yield states
@@ -127,10 +127,10 @@ class _Run:
         pruning: tuple[float, ...] | None,
     ):
         self.model, self.policy, self.elements = model, policy, elements
-        self.heads, self.family = ClassifierHeads(model, exits), family_of(model)
+        self.heads, self.family = ClassifierHeads(model, exits), model_spec_of(model)
         self.num_layers = self.family.num_layers(model)
         self.traces: list[Trace] = []
-        self.lane: Lane | None = None
+        self.lane: ActiveBatch | None = None
         self.pruning, self.tokens = pruning, None
         self.token_traces: list[TokenTrace] | None = None
         self.calls = 0  # of blocks in this forward: the next one's layer
@@ -155,9 +155,9 @@ class _Run:
             device=given.device,
         )
         step = session.step(0, 0.0)
-        self.lane, self.calls = Lane(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
+        self.lane, self.calls = ActiveBatch(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
         if self.pruning is not None:
-            self.tokens = TokenLane(self.pruning, mask, rows=len(given))
+            self.tokens = ActiveTokens(self.pruning, mask, rows=len(given))
         try:
             output = original(**arguments, return_dict=True)
             output.logits = self._answers(output.logits)
@@ -232,7 +232,7 @@ def check_length(model: nn.Module, arguments: dict) -> None:
         return
     if not tokens.shape[1]:
         raise ValueError(f"texts of no tokens: input_ids are {tuple(tokens.shape)}, expected at least one token each")
-    most = family_of(model).positions(model)
+    most = model_spec_of(model).positions(model)
     if most is not None and tokens.shape[1] > most:
         raise ValueError(
             f"texts of {tokens.shape[1]} tokens, the model takes at most {most}: truncate them (truncation=True)"
@@ -245,7 +245,7 @@ def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
     classes = model.config.num_labels
     if labels.is_floating_point() or classes == 1:
         return labels
-    if family_of(model).uncounted == "negative" and model.config.problem_type is None:
+    if model_spec_of(model).uncounted == "negative" and model.config.problem_type is None:
         labels = labels.masked_fill(labels < 0, IGNORED)
     known = labels[labels != IGNORED]
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < classes:

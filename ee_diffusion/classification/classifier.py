@@ -25,7 +25,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from ee_diffusion.classification.attach import attach, check_length, check_policy, counted_labels
 from ee_diffusion.classification.exits import ClassifierExits
-from ee_diffusion.classification.model_specs import FAMILIES, family_of
+from ee_diffusion.classification.model_specs import MODEL_SPECS, model_spec_of
 from ee_diffusion.classification.token_pruning import check_pruning
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
@@ -89,7 +89,7 @@ class EarlyExitClassifier(PreTrainedModel):
         Raises:
             ValueError: an unknown class, exits of another model or in another precision.
         """
-        family_of(model)
+        model_spec_of(model)
         exits.check_fits(model)
         kinds = {value.dtype for value in exits.parameters()}
         if kinds - {model.dtype}:
@@ -209,8 +209,8 @@ def check_folder(name: str | os.PathLike) -> None:
 def _stock(base: dict, attention: str | None) -> PreTrainedModel:
     """The stock classifier that a dictionary describes, untrained."""
     names = base.get("architectures") or [None]
-    if names[0] not in FAMILIES:
-        raise ValueError(f"base is a {names[0]}, expected one of {sorted(FAMILIES)}")
+    if names[0] not in MODEL_SPECS:
+        raise ValueError(f"base is a {names[0]}, expected one of {sorted(MODEL_SPECS)}")
     config = AutoConfig.for_model(**base)
     kind = getattr(transformers, names[0])
     if (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.classification.exits import ClassifierExits
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.token_pruning import TokenTrace, check_pruning
 from ee_diffusion.core.scores import score_named
 from ee_diffusion.core.trace import Trace
@@ -75,7 +75,7 @@ def saliency_flops(tokens: int, *, hidden_size: int) -> float:
 
 def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: str | None) -> Costs:
     """FLOPs for a text of so many tokens under a policy that looks at `score` (None: at nothing). A score made of the answer costs an
-    answer, which then is there to be given; `judged` and `certainty` cost what the exits' judge does.
+    answer, which then is there to be given; `learned_confidence` and `confidence` cost what the exits' judge does.
 
     ModernBERT's local attention counts as the whole product, which is what eager and SDPA attention compute.
 
@@ -86,7 +86,7 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: st
         score_named(score)
     if tokens < 1:
         raise ValueError(f"tokens={tokens}, expected at least 1")
-    family, config = family_of(model), model.config
+    family, config = model_spec_of(model), model.config
     width, labels = config.hidden_size, config.num_labels
     pool = 0 if family.class_name.startswith("ViT") else 2 * width**2
     own = pool + 2 * width * labels
@@ -98,7 +98,7 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: st
         "correctness": 2 * width,
         "statistics": answer + 2 * 4,
     }[exits.judge]
-    learned = score in ("judged", "certainty")
+    learned = score in ("learned_confidence", "confidence")
     measured = judge if learned else 0 if score is None else answer
     from_answer = exits.judge == "statistics" if learned else score is not None
     block, first = _layer_flops(model, tokens)
@@ -118,7 +118,7 @@ def ways(
     """
     lengths, where = tokens.unique(return_inverse=True)
     each = [costs_of(model, exits, length, score=score) for length in lengths.tolist()]
-    num_layers = family_of(model).num_layers(model)
+    num_layers = model_spec_of(model).num_layers(model)
     if pruned is None:
         layers = torch.tensor([[one.first] + num_layers * [one.block] for one in each], dtype=torch.float64)[where]
     else:
@@ -162,7 +162,7 @@ def pruned_layers(model: nn.Module, tokens: TokenTrace) -> Tensor:
 
 def _layer_flops(model: nn.Module, tokens: int) -> tuple[float, float]:
     """One layer, and what comes once with the first."""
-    kind, config = family_of(model).class_name, model.config
+    kind, config = model_spec_of(model).class_name, model.config
     gated = kind.startswith("ModernBert")
     sizes = {"hidden_size": config.hidden_size, "inner_size": _inner_size(model)}
     block = block_flops(tokens, **sizes, products=3 if gated else 2)

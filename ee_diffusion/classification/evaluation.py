@@ -19,9 +19,9 @@ from ee_diffusion.classification.attach import attach, watching
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import ways
 from ee_diffusion.classification.exits import ClassifierHeads
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.token_pruning import TokenTrace
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
@@ -81,7 +81,7 @@ class Look:
         criterion = policy.criterion
         if criterion is None:
             return torch.full((len(self.labels),), len(self.depths))
-        score = next(iter(self.scores)) if isinstance(criterion, Planned) else criterion.score
+        score = next(iter(self.scores)) if isinstance(criterion, DepthTable) else criterion.score
         depths = replay(self.trace(score), policy)[0]  # (n,)
         return torch.bucketize(depths.long(), torch.tensor([*self.depths, self.num_layers]))
 
@@ -193,7 +193,7 @@ def look(classifier: EarlyExitClassifier, batches: Iterable[dict[str, Tensor]], 
         torch.cat(labels),
         lengths,
         heads.depths,
-        family_of(heads.model).num_layers(heads.model),
+        model_spec_of(heads.model).num_layers(heads.model),
     )
     return whole.part(order)
 

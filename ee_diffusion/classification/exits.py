@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.classification.model_specs import Family, family_of
+from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of
 from ee_diffusion.core.exits import Space
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.scores import ExitInputs
 
 HEADS = ("shared", "pooled", "linear")
 POOLINGS = ("first", "mean")
@@ -124,7 +124,7 @@ class ClassifierExits(nn.Module):
         Raises:
             ValueError: an unknown class, or depths that do not fit it.
         """
-        family = family_of(model)
+        family = model_spec_of(model)
         chosen = tuple(range(1, family.num_layers(model))) if depths is None else tuple(depths)
         sizes = (model.config.hidden_size, model.config.num_labels)
         exits = cls(chosen, *sizes, head=head, judge=judge, dropout=dropout, pooling=pooling)
@@ -134,7 +134,7 @@ class ClassifierExits(nn.Module):
 
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another model's sizes."""
-        family = family_of(model)
+        family = model_spec_of(model)
         found = {"hidden_size": model.config.hidden_size, "num_labels": model.config.num_labels}
         for name, size in found.items():
             if getattr(self, name) != size:
@@ -173,8 +173,8 @@ class ClassifierHeads:
     space: Space = "output"
 
     @property
-    def family(self) -> Family:
-        return family_of(self.model)
+    def family(self) -> ModelSpec:
+        return model_spec_of(self.model)
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -207,17 +207,19 @@ class ClassifierHeads:
             return self.family.classify(self.model, self.pool(hidden, context))
         return self.exits.heads[exit](self._own(self.vector(hidden, context)))
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """As `judge`, of a judge without a memory. Raises ValueError for `halting`, which has one: use the score 'judged'."""
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+        """As `judge`, of a judge without a memory. Raises ValueError for `halting`, which has one: use the score 'learned_confidence'."""
         if self.exits.judge == "halting":
-            raise ValueError("the halting judge looks at the exit before: use the score 'judged', not 'certainty'")
-        return self.judge(Observation(self, exit, hidden, context))
+            raise ValueError(
+                "the halting judge looks at the exit before: use the score 'learned_confidence', not 'confidence'"
+            )
+        return self.judge(ExitInputs(self, exit, hidden, context))
 
-    def judge(self, observation: Observation) -> Tensor:
+    def judge(self, observation: ExitInputs) -> Tensor:
         """(R,) in (0, 1): lambda, the gate, or the probability of being right."""
         return self.judge_logits(observation).sigmoid()
 
-    def judge_logits(self, observation: Observation) -> Tensor:
+    def judge_logits(self, observation: ExitInputs) -> Tensor:
         """What `judge` takes the sigmoid of, (R,). z of the exit before goes from exit to exit in `observation.carried`.
 
         Raises:

@@ -116,9 +116,9 @@ def correctness(answers: Tensor, labels: Tensor) -> Tensor:
     return (answers.detach().argmax(-1) == labels).float()
 
 
-def learned_exit_loss(certainty: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
+def learned_exit_loss(confidence: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
     """`sum_i (u_i - correct_i)^2` (BERxiT): certainty (K, B), answers (K, B, C); trains the certainty, never the heads."""
-    return (certainty - correctness(answers, labels)).square().sum(0).mean()
+    return (confidence - correctness(answers, labels)).square().sum(0).mean()
 
 
 def gate_probabilities(gates: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from ee_diffusion.core.criteria import Cumulative, Gate, Patience, Sampled, Threshold
+from ee_diffusion.core.criteria import GatedExit, Patience, QExit, SampledExit, Threshold
 from ee_diffusion.core.policy import Policy
 
 # method -> (head, judge) of its `ClassifierExits`
@@ -31,7 +31,7 @@ def palbert(q: float) -> Policy:
     Raises:
         ValueError: q outside [0, 1].
     """
-    return Policy(Cumulative(q, score="judged"))
+    return Policy(QExit(q, score="learned_confidence"))
 
 
 def pondernet(seed: int) -> Policy:
@@ -40,7 +40,7 @@ def pondernet(seed: int) -> Policy:
     Deviation: one draw per element by the inverse of the cumulative distribution, fixed by `seed` and the element's id, where the paper
     draws a Bernoulli at every layer; the distribution of the exit is the same. A text's id is made of its tokens where none is given.
     """
-    return Policy(Sampled(seed, score="judged"))
+    return Policy(SampledExit(seed, score="learned_confidence"))
 
 
 def pabee(patience: int) -> Policy:
@@ -73,7 +73,7 @@ def deebert(entropy: float, *, num_labels: int) -> Policy:
         raise ValueError(
             f"entropy={entropy} for {num_labels} labels, expected [0, log num_labels] and at least two labels"
         )
-    return Policy(Threshold(1 - entropy / math.log(num_labels), score="low_entropy"))
+    return Policy(Threshold(1 - entropy / math.log(num_labels), score="negative_entropy"))
 
 
 def fastbert(speed: float) -> Policy:
@@ -84,16 +84,16 @@ def fastbert(speed: float) -> Policy:
     Raises:
         ValueError: speed outside [0, 1].
     """
-    return Policy(Threshold(1 - speed, score="low_entropy"))
+    return Policy(Threshold(1 - speed, score="negative_entropy"))
 
 
-def berxit(certainty: float) -> Policy:
-    """BERxiT (EACL 2021): stop at the first exit whose learned-to-exit module gives more than `certainty` to being right; larger is safer.
+def berxit(confidence: float) -> Policy:
+    """BERxiT (EACL 2021): stop at the first exit whose learned-to-exit module gives more than `confidence` to being right; larger is safer.
 
     Raises:
         ValueError: a certainty outside [0, 1].
     """
-    return Policy(Threshold(certainty, score="judged"))
+    return Policy(Threshold(confidence, score="learned_confidence"))
 
 
 def jei_dnn(threshold: float) -> Policy:
@@ -104,7 +104,7 @@ def jei_dnn(threshold: float) -> Policy:
     Raises:
         ValueError: a threshold outside [0, 1].
     """
-    return Policy(Gate(threshold, score="judged"))
+    return Policy(GatedExit(threshold, score="learned_confidence"))
 
 
 def confidence(threshold: float) -> Policy:

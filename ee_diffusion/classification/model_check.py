@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.exits import ClassifierExits
-from ee_diffusion.classification.model_specs import Family, family_of
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.row_check import FEWER, ROWS, alike, apart, following, lengths_of
 
@@ -35,7 +35,7 @@ class _Seen:
 
 
 @torch.no_grad()
-def check_family(model: nn.Module, inputs: Inputs) -> None:
+def check_model(model: nn.Module, inputs: Inputs) -> None:
     """Hold a classifier's row of the family table against the classifier itself, which may be a tiny one with random weights.
 
     First by what its blocks get and return: every argument whose length follows the number of rows must be named by the row. Then by
@@ -56,7 +56,7 @@ def check_family(model: nn.Module, inputs: Inputs) -> None:
 
 
 class _Check:
-    def __init__(self, model: nn.Module, family: Family, inputs: Inputs):
+    def __init__(self, model: nn.Module, family: ModelSpec, inputs: Inputs):
         self.model, self.family, self.inputs, self.name = model, family, inputs, family.class_name
         self.num_layers = family.num_layers(model)
         self.first = [*inspect.signature(type(family.blocks(model)[0]).forward).parameters][1]
@@ -115,7 +115,7 @@ class _Check:
 
     def _mixed(self, depths: list[int], alone: dict[int, _Seen]) -> None:
         """A batch whose rows stop at these depths."""
-        logits, executed = self._under(Policy(Planned((tuple(depths),))))
+        logits, executed = self._under(Policy(DepthTable((tuple(depths),))))
         for row, depth in zip(ROWS, depths, strict=True):
             own = alone[row]
             expected = own.logits if depth == self.num_layers else self._classified(own.hidden[depth], [row])
@@ -183,9 +183,9 @@ class _Check:
         return seen
 
 
-def _checked_names(model: nn.Module) -> Family:
+def _checked_names(model: nn.Module) -> ModelSpec:
     """The family, if everything that it names is there."""
-    family, parameter = family_of(model), next(model.parameters())
+    family, parameter = model_spec_of(model), next(model.parameters())
     if model.training or parameter.dtype not in (torch.float32, torch.float64):
         mode = "train" if model.training else "eval"
         raise ValueError(f"{family.class_name} in {mode} mode, {parameter.dtype}, expected eval, float32")

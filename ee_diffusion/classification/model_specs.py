@@ -21,7 +21,7 @@ def _table_length(model: nn.Module) -> int | None:
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelSpec:
     """One classifier class.
 
     block: class name of its blocks; in order of use, and one block may be used many times (ALBERT): a layer is a call.
@@ -80,36 +80,36 @@ def _modernbert_pool(model: nn.Module, hidden: Tensor, mask: Mask) -> Tensor:
     return model.head((hidden * weights).sum(1) / weights.sum(1))
 
 
-FAMILIES: dict[str, Family] = {
+MODEL_SPECS: dict[str, ModelSpec] = {
     family.class_name: family
     for family in (
-        Family(
+        ModelSpec(
             "BertForSequenceClassification",
             "BertLayer",
             pool=lambda model, hidden, mask: model.bert.pooler(hidden),
             classify=_dropped_classifier,
         ),
-        Family(
+        ModelSpec(
             "RobertaForSequenceClassification",
             "RobertaLayer",
             pool=_roberta_pool,
             classify=lambda model, pooled: model.classifier.out_proj(model.classifier.dropout(pooled)),
             positions=lambda model: model.config.max_position_embeddings - model.config.pad_token_id - 1,
         ),
-        Family(
+        ModelSpec(
             "AlbertForSequenceClassification",
             "AlbertLayer",
             pool=lambda model, hidden, mask: model.albert.pooler_activation(model.albert.pooler(hidden[:, 0])),
             classify=_dropped_classifier,
             repeats="inner_group_num",
         ),
-        Family(
+        ModelSpec(
             "DistilBertForSequenceClassification",
             "TransformerBlock",
             pool=lambda model, hidden, mask: model.pre_classifier(hidden[:, 0]).relu(),
             classify=_dropped_classifier,
         ),
-        Family(
+        ModelSpec(
             "DebertaV2ForSequenceClassification",
             "DebertaV2Layer",
             pool=lambda model, hidden, mask: model.pooler(hidden),
@@ -120,7 +120,7 @@ FAMILIES: dict[str, Family] = {
             uncounted="negative",
             first_exit=1,  # a convolution behind the first block combines its input and output
         ),
-        Family(
+        ModelSpec(
             "ModernBertForSequenceClassification",
             "ModernBertEncoderLayer",
             pool=_modernbert_pool,
@@ -130,7 +130,7 @@ FAMILIES: dict[str, Family] = {
             positions=lambda model: None,  # rotary
             inner="attn",
         ),
-        Family(
+        ModelSpec(
             "ViTForImageClassification",
             "ViTLayer",
             pool=lambda model, hidden, mask: model.vit.layernorm(hidden)[:, 0],
@@ -142,28 +142,28 @@ FAMILIES: dict[str, Family] = {
 
 
 # The classes that the package's own tests hold against transformers; those that users register come on top.
-TESTED = frozenset(FAMILIES)
+TESTED = frozenset(MODEL_SPECS)
 
 
-def register_family(family: Family) -> None:
+def register_model(family: ModelSpec) -> None:
     """Make a classifier class known. What is written down is believed: hold it against a classifier of that class with
-    `family_check.check_family`, for a forgotten row argument may be hidden by broadcasting.
+    `family_check.check_model`, for a forgotten row argument may be hidden by broadcasting.
 
     Raises:
         ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
     """
-    if not isinstance(family, Family):
+    if not isinstance(family, ModelSpec):
         raise ValueError(f"{family!r}, expected {__name__}.Family(...)")
-    add_row(FAMILIES, family.class_name, family, called="the family table")
+    add_row(MODEL_SPECS, family.class_name, family, called="the family table")
 
 
-def family_of(model: nn.Module) -> Family:
+def model_spec_of(model: nn.Module) -> ModelSpec:
     """The table's row for a classifier.
 
     Raises:
         ValueError: its class is unknown; where it wraps a known one, that is said.
     """
     kinds = [type(one).__name__ for one in (model, getattr(model, "model", None))]
-    if kinds[0] not in FAMILIES and kinds[1] in FAMILIES:
+    if kinds[0] not in MODEL_SPECS and kinds[1] in MODEL_SPECS:
         raise ValueError(f"no family for {kinds[0]}, but for the {kinds[1]} in it: take its .model")
-    return family_row(FAMILIES, model, module=__name__)
+    return family_row(MODEL_SPECS, model, module=__name__)

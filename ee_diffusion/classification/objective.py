@@ -20,7 +20,7 @@ from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import costs_of
 from ee_diffusion.classification.exits import ClassifierHeads
 from ee_diffusion.classification.methods import EXITS
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.token_pruning import TokenTrace, check_prunable, soft_pruning
 from ee_diffusion.core.policy import Policy
 
@@ -90,7 +90,7 @@ class ClassifierObjective(nn.Module):
         self.micro_steps, self._forwards = micro_steps, 0
         self.register_buffer("batches", torch.zeros((), dtype=torch.int64))
         if method == "magic_soft":
-            layers = family_of(classifier.model).num_layers(classifier.model)
+            layers = model_spec_of(classifier.model).num_layers(classifier.model)
             ends = (weights.bottom_threshold, weights.top_threshold)
             self.thresholds = nn.Parameter(torch.linspace(*ends, layers))  # (L,)
         classifier.model.requires_grad_(method not in FROZEN)
@@ -159,12 +159,12 @@ class ClassifierObjective(nn.Module):
 
     def _asked(self, states: list[Tensor], masks: list[Tensor | None] | None) -> tuple[list[Tensor], Tensor | None]:
         """The exits' answers, K of (B, C), and judge logits (K, B)."""
-        heads, answers, judged = ClassifierHeads(self.classifier.model, self.classifier.exits), [], []
+        heads, answers, learned_confidence = ClassifierHeads(self.classifier.model, self.classifier.exits), [], []
         for observation in look_through(heads, states, masks):
             answers.append(observation.answer)
             if heads.exits.judge != "none":
-                judged.append(heads.judge_logits(observation))
-        return answers, torch.stack(judged).float() if judged else None
+                learned_confidence.append(heads.judge_logits(observation))
+        return answers, torch.stack(learned_confidence).float() if learned_confidence else None
 
     @contextmanager
     def _tokens(self, inputs: dict[str, Tensor], traces: list[TokenTrace]) -> Iterator[list[Tensor]]:
@@ -268,8 +268,8 @@ def _jei(objective: ClassifierObjective, seen: Seen) -> dict[str, Tensor]:
         weigh = losses.released_exit_weighted_loss if weights.released else losses.exit_weighted_loss
         return {"loss": weigh(each, losses.gate_probabilities(seen.judge.sigmoid()))}
     model = objective.classifier.model
-    costs = costs_of(model, exits, seen.tokens, score="judged").up_to(
-        exits.depths, family_of(model).num_layers(model)
+    costs = costs_of(model, exits, seen.tokens, score="learned_confidence").up_to(
+        exits.depths, model_spec_of(model).num_layers(model)
     )  # (A,)
     targets = losses.gate_targets(each, costs, trade_off=weights.trade_off)  # (K, B)
     return {"loss": losses.gate_loss(seen.judge, targets), "targets": targets.mean()}

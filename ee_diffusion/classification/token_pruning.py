@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.classification.model_specs import family_of
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.classification.model_specs import model_spec_of
+from ee_diffusion.core.patch import ForwardPatch
 
 QUERIES = 128  # query positions whose attention is looked at at once
 
@@ -82,7 +82,7 @@ class TokenTrace:
 
 def check_prunable(model: nn.Module) -> None:
     """Raise ValueError if tokens of this class cannot be removed."""
-    family = family_of(model)
+    family = model_spec_of(model)
     if family.block not in PARTS:
         raise ValueError(f"tokens of a {family.class_name} cannot be removed; known blocks: {sorted(PARTS)}")
 
@@ -90,7 +90,7 @@ def check_prunable(model: nn.Module) -> None:
 def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
     """Raise ValueError if tokens of this class cannot be removed, or for thresholds of the wrong number or range."""
     check_prunable(model)
-    layers = family_of(model).num_layers(model)
+    layers = model_spec_of(model).num_layers(model)
     if len(thresholds) != layers:
         raise ValueError(f"{len(thresholds)} pruning thresholds, expected one for each of {layers} layers")
     wrong = [value for value in thresholds if not 0 <= value <= 1]
@@ -142,7 +142,7 @@ def saliency(query: Tensor, key: Tensor, keys: Tensor | None, *, heads: int) -> 
     return paid / (heads * (length if keys is None else keys.sum(1, keepdim=True).clamp(min=1)))
 
 
-class TokenLane:
+class ActiveTokens:
     """The tokens of one forward. Made by `attach` for each forward; drop-in for the blocks' own forward.
 
     Counts are the host's, as in the session: a layer that may remove costs one host sync, one whose threshold is 0 nothing, and texts of
@@ -242,8 +242,8 @@ def soft_pruning(model: nn.Module, thresholds: Tensor, mask: Tensor, *, temperat
         kept.append(gate)
         return output * gate[:, :, None].to(output.dtype)
 
-    blocks = family_of(model).blocks(model)
-    interceptions = [Interception(block, _bound(soft, block)) for block in blocks]
+    blocks = model_spec_of(model).blocks(model)
+    interceptions = [ForwardPatch(block, _bound(soft, block)) for block in blocks]
     try:
         yield kept
     finally:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ee_diffusion.classification.attach import watching
-from ee_diffusion.classification.model_specs import TESTED, family_of
+from ee_diffusion.classification.model_specs import TESTED, model_spec_of
 from ee_diffusion.core.row_check import alike, apart
 
 
@@ -31,7 +31,7 @@ def first_layers(
         ValueError: an unknown class, or not 1..L layers; an ALBERT of several groups, which it deals out over all its layers; a registered
             class without inputs; weights that are not its class's own (adapters: merge them first); with inputs, another answer.
     """
-    family, config = family_of(model), copy.deepcopy(model.config)
+    family, config = model_spec_of(model), copy.deepcopy(model.config)
     name, layers = family.class_name, config.num_hidden_layers
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= layers:
         raise ValueError(f"num_layers={num_layers!r} of a {name}, expected 1..{layers}")
@@ -62,7 +62,7 @@ def _kept(model: PreTrainedModel, smaller: PreTrainedModel, num_layers: int) -> 
     Raises:
         ValueError: weights that the class does not have, or that it has and are missing, or have another shape.
     """
-    blocks = {id(block) for block in family_of(model).blocks(model)}
+    blocks = {id(block) for block in model_spec_of(model).blocks(model)}
     names = [name for name, module in model.named_modules() if id(module) in blocks]
     dropped = tuple(f"{name}." for name in names[num_layers:])  # ALBERT's one block is used by all layers
     kept = {key: value for key, value in model.state_dict().items() if not key.startswith(dropped)}
@@ -78,7 +78,7 @@ def _kept(model: PreTrainedModel, smaller: PreTrainedModel, num_layers: int) -> 
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, smaller: PreTrainedModel, num_layers: int, inputs: Mapping[str, Any]) -> None:
-    family, whole = family_of(model), copy.deepcopy(model).eval()
+    family, whole = model_spec_of(model), copy.deepcopy(model).eval()
     depth = num_layers * family.num_layers(model) // model.config.num_hidden_layers
     with watching(whole) as states:  # what enters each layer, (R, N, D)
         expected = whole(**inputs).logits

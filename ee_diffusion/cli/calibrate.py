@@ -15,13 +15,13 @@ from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk_control import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.calibration.live import Live, live_losses, marked
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, searched
 from ee_diffusion.diffusion.pipelines.sampling import classes_of, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import influence, step_gains
+from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification, influence
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.diffusion.step_cache.trajectories import check_distinct_times, fit_prediction, record
 from ee_diffusion.metrics.image import relative_squared_error
 from ee_diffusion.metrics.splits import balanced_labels, seeds, shuffled_labels
@@ -89,14 +89,14 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     pipeline.exits = _memory(pipeline, options).to(transformer.device)
     if options.fit_memory is not None and pipeline.exits.config.learned_trust:
         raise ValueError(f"--fit_memory with {options.memory}, whose learned trust it would replace: expected others")
-    sensitivity = step_sensitivity(pipeline.exits, scheduler, steps)
+    sensitivity = local_error_gain(pipeline.exits, scheduler, steps)
     if options.kind == "remembered":
         return partial(remembered, sensitivity=sensitivity)
     num_classes = classes_of(pipeline, options.guidance_scale)
     labels = balanced_labels(GAIN_IMAGES, num_classes)
     generator = torch.Generator().manual_seed(seeds("fit", 1)[0])
     call = {"num_inference_steps": steps, "guidance_scale": options.guidance_scale}
-    gains = step_gains(
+    gains = error_amplification(
         pipeline, pipeline.exits, labels, batch_size=1 if labels else GAIN_IMAGES, every=4, generator=generator, **call
     )
     power = POWERS[options.kind] if options.power is None else options.power
@@ -117,11 +117,11 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     return schedule
 
 
-def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryExits:
+def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedOutputExits:
     """Exits that remember: those of `--memory`, or those beside the model, or unfitted ones."""
     beside = Path(options.model or checkpoint()) / "memory"
     folder = options.memory or (beside if beside.is_dir() else None)
-    known = MemoryExits.from_pretrained(folder) if folder else None
+    known = CachedOutputExits.from_pretrained(folder) if folder else None
     if known is not None:
         known.check_fits(pipeline.transformer)
     if known is not None and options.kind == "searched" and known.config.length != 2:
@@ -133,7 +133,7 @@ def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> MemoryE
         return known
     if options.memory is not None:
         raise ValueError(f"--terms {wanted}, but the exits in {folder} remember in terms of {known.config.terms!r}")
-    return MemoryExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=wanted or "clean")
+    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=wanted or "clean")
 
 
 def choice(live: Live, options: argparse.Namespace) -> int | None:

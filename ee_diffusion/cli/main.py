@@ -176,8 +176,8 @@ def _check_folder(folder: Path) -> None:
     if (folder / "model_index.json").is_file():
         raise ValueError(f"fit_memory={folder} is a pipeline, expected a folder of its own for exits")
     config = folder / "config.json"
-    kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else "MemoryExits"
-    if kind != "MemoryExits":
+    kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else "CachedOutputExits"
+    if kind != "CachedOutputExits":
         raise ValueError(f"fit_memory={folder} holds a {kind}, expected a folder of its own for exits")
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.exits import ExitHeads
-from ee_diffusion.core.rows import Departure, rows_of
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.rows import ExitedRows, rows_of
+from ee_diffusion.core.scores import ExitInputs
 from ee_diffusion.core.step_session import StepSession
 
 
-class Lane:
+class ActiveBatch:
     """One forward under one step session. Rows that leave are dropped; their answers wait here.
 
     `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`), or tuples of tensors that all rows share.
@@ -29,7 +29,7 @@ class Lane:
         self.context = dict(context)  # of the running rows
         self.num_rows = len(step.session.rows)
         self.answers: list[tuple[list[int], Tensor]] = []  # (rows, answer)
-        self.observed: Observation | None = None  # the last measured exit's: who went on may still want its answer
+        self.observed: ExitInputs | None = None  # the last measured exit's: who went on may still want its answer
         self.keep, self.kept = frozenset(keep), dict[int, Tensor]()  # depth -> (r, N, D)
         self._hidden: Tensor  # what is being offered
 
@@ -54,7 +54,7 @@ class Lane:
         self._newly_seen(depth, before)
         return hidden
 
-    def _newly_seen(self, depth: int, before: Observation | None) -> Tensor | None:
+    def _newly_seen(self, depth: int, before: ExitInputs | None) -> Tensor | None:
         """Take note of what was measured since `before`; -> the answers (r, ...), if the scores were made of them."""
         seen = self.observed
         if seen is None or seen is before:
@@ -69,10 +69,10 @@ class Lane:
         """The scores (r,) of the running rows at an exit of the heads."""
         criterion = self.step.session.policy.criterion
         assert criterion is not None, "nothing is measured without a criterion"
-        self.observed = Observation(self.heads, exit, self._hidden, self.context)
+        self.observed = ExitInputs(self.heads, exit, self._hidden, self.context)
         return criterion.measure(self.observed)
 
-    def _part(self, departure: Departure, hidden: Tensor, answer: Tensor | None) -> Tensor:
+    def _part(self, departure: ExitedRows, hidden: Tensor, answer: Tensor | None) -> Tensor:
         """Set the answers of those who leave aside; -> hidden of those who go on. `answer` (r, ...): all answers, if they are known."""
         if not departure.keep:  # all leave: no row has to be looked up
             answer = self.heads.answer(departure.exit, hidden, self.context) if answer is None else answer
@@ -140,7 +140,7 @@ def run_blocks(
             f"{len(step.session.rows)} rows and {step.session.num_layers} blocks"
         )
     step.session.require_open(step)
-    lane = Lane(step, heads, context or {})
+    lane = ActiveBatch(step, heads, context or {})
     for layer, block in enumerate(blocks):
         hidden = lane.offer(layer, hidden)  # (r, N, D)
         if step.runs(layer):

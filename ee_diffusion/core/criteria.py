@@ -13,8 +13,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criterion import Criterion, State, Where
-from ee_diffusion.core.scores import Observation, score_named
+from ee_diffusion.core.criterion import Criterion, ExitPoint, State
+from ee_diffusion.core.scores import ExitInputs, score_named
 from ee_diffusion.core.thresholds import Thresholds, check_lengths, check_range, threshold_at
 
 
@@ -26,7 +26,7 @@ class Threshold(Criterion):
     """
 
     threshold: Thresholds
-    score: str = "certainty"
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,13 +38,13 @@ class Threshold(Criterion):
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         return {}
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         return score > threshold_at(self.threshold, where.step, where.exit), state
 
-    def floor(self, where: Where) -> float:
+    def floor(self, where: ExitPoint) -> float:
         return threshold_at(self.threshold, where.step, where.exit)
 
 
@@ -58,7 +58,7 @@ class Patience(Criterion):
 
     threshold: Thresholds
     patience: int | tuple[int, ...]
-    score: str = "certainty"
+    score: str = "confidence"
     consecutive: bool = True
 
     def __post_init__(self) -> None:
@@ -76,10 +76,10 @@ class Patience(Criterion):
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         return {"crossings": torch.zeros_like(elements)}  # (E,)
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         crossed = score > threshold_at(self.threshold, where.step, where.exit)  # (E,)
         crossings = state["crossings"] + crossed
         if self.consecutive:
@@ -87,16 +87,16 @@ class Patience(Criterion):
         needed = self.patience[where.exit] if isinstance(self.patience, tuple) else self.patience
         return crossed & (crossings >= needed), {"crossings": crossings}
 
-    def floor(self, where: Where) -> float | None:
+    def floor(self, where: ExitPoint) -> float | None:
         return None if self.consecutive else threshold_at(self.threshold, where.step, where.exit)
 
 
 @dataclass(frozen=True)
-class Cumulative(Criterion):
+class QExit(Criterion):
     """Q-exit (PALBERT, arXiv 2204.03276): `p_i = lambda_i prod_{j<i}(1 - lambda_j)`; stop at the first i with `sum_{j<=i} p_j > q`."""
 
     q: float
-    score: str = "certainty"
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,26 +110,26 @@ class Cumulative(Criterion):
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         return {"survival": torch.ones(len(elements), device=elements.device)}  # (E,)
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         survival = state["survival"] * (1 - score)  # (E,): sum_{j<=i} p_j = 1 - prod_{j<=i} (1 - lambda_j)
         return 1 - survival > self.q, {"survival": survival}
 
-    def floor(self, where: Where) -> None:
+    def floor(self, where: ExitPoint) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class Sampled(Criterion):
+class SampledExit(Criterion):
     """Sampling exit (PonderNet, arXiv 2107.05407): the exit drawn from `p_i` is the first i with `sum_{j<=i} p_j > u`, u ~ U[0, 1).
 
     u depends on `seed`, the element's id and the step alone, so that batches and order do not matter.
     """
 
     seed: int
-    score: str = "certainty"
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -145,24 +145,24 @@ class Sampled(Criterion):
             "survival": torch.ones(len(elements), device=elements.device),  # (E,)
         }
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         survival = state["survival"] * (1 - score)  # (E,)
         return 1 - survival > state["drawn"], state | {"survival": survival}
 
-    def floor(self, where: Where) -> None:
+    def floor(self, where: ExitPoint) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class Gate(Criterion):
+class GatedExit(Criterion):
     """Learned gates (JEI-DNN, arXiv 2310.09163): `P_l = max(0, min(g_l, 1 - sum_{j<l} g_j))`, `a_l = P_l / prod_{j<l}(1 - a_j)`;
     stop when `a_l >= threshold` (0.5 in the paper)."""
 
     threshold: float
-    score: str = "certainty"
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -175,21 +175,21 @@ class Gate(Criterion):
         zeros = torch.zeros(len(elements), device=elements.device)
         return {"sum": zeros, "survival": zeros + 1}  # (E,), (E,)
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         probability = torch.minimum(score, 1 - state["sum"]).clamp(min=0)  # (E,)
         conditional = (probability / state["survival"].clamp(min=1e-12)).clamp(max=1)
         state = {"sum": state["sum"] + score, "survival": state["survival"] * (1 - conditional)}
         return conditional >= self.threshold, state
 
-    def floor(self, where: Where) -> None:
+    def floor(self, where: ExitPoint) -> None:
         return None
 
 
 @dataclass(frozen=True)
-class Planned(Criterion):
+class DepthTable(Criterion):
     """Stop where a table says: element e at step s stops at the first exit whose depth is at least `depths[s][e]`.
 
     Measures nothing. For controls (random exits, oracle) and depths chosen by request. `depths`: (S, number of ids); an element's id is
@@ -218,13 +218,13 @@ class Planned(Criterion):
         row = torch.tensor(self.depths[0 if self.every_step else step], device=elements.device)
         return {"plan": row[elements]}  # (E,)
 
-    def measure(self, observation: Observation) -> None:
+    def measure(self, observation: ExitInputs) -> None:
         return None
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         return state["plan"] <= where.depth, state
 
-    def floor(self, where: Where) -> None:
+    def floor(self, where: ExitPoint) -> None:
         return None
 
 
@@ -238,7 +238,7 @@ class DecayingThreshold(Criterion):
     threshold: float
     horizon: int
     rate: float = 4.0
-    score: str = "certainty"
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,18 +254,18 @@ class DecayingThreshold(Criterion):
     def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
         return {}
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         return score > self.floor(where), state
 
-    def floor(self, where: Where) -> float:
+    def floor(self, where: ExitPoint) -> float:
         return self.threshold * (0.9 + 0.1 * math.exp(-self.rate * where.step / self.horizon))
 
 
 @dataclass(frozen=True)
-class Accumulated(Criterion):
+class ErrorBudget(Criterion):
     """Errors that add up over the steps of a run are kept within a budget (ours).
 
     `a_t = decay * a_{t-1} + w_t (1 - score)` where an element stops, `a_t = decay * a_{t-1}` where it runs to the end; it stops as long as
@@ -276,7 +276,7 @@ class Accumulated(Criterion):
     budget: float
     weights: tuple[float, ...]
     decay: float
-    score: str = "certainty"
+    score: str = "confidence"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -297,19 +297,19 @@ class Accumulated(Criterion):
             return {"spent": torch.zeros(len(elements), device=elements.device)}  # (E,)
         return {"spent": self.decay * previous["spent"]}
 
-    def measure(self, observation: Observation) -> Tensor:
+    def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
 
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         after = state["spent"] + self.weights[where.step] * (1 - score)  # (E,)
         stop = (score > 0) & (after <= self.budget)
         return stop, {"spent": torch.where(stop, after, state["spent"])}
 
-    def floor(self, where: Where) -> float:
+    def floor(self, where: ExitPoint) -> float:
         return 0.0
 
 
 CRITERIA: dict[str, type[Criterion]] = {
     kind.__name__: kind
-    for kind in (Threshold, DecayingThreshold, Patience, Cumulative, Sampled, Gate, Accumulated, Planned)
+    for kind in (Threshold, DecayingThreshold, Patience, QExit, SampledExit, GatedExit, ErrorBudget, DepthTable)
 }

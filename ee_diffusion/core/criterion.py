@@ -12,12 +12,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ee_diffusion.core.fields import check_fields
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.scores import ExitInputs
 
 State = dict[str, Tensor]
 
 
-class Where(NamedTuple):
+class ExitPoint(NamedTuple):
     """The place of a decision: `step` of `num_steps`, its `time` (timestep or sigma), `depth` executed blocks, `exit` (policy's index)."""
 
     step: int
@@ -46,14 +46,14 @@ class Criterion(ABC):
         """
 
     @abstractmethod
-    def measure(self, observation: Observation) -> Tensor | None:
+    def measure(self, observation: ExitInputs) -> Tensor | None:
         """Scores of the rows still running (R,), or None if this criterion looks at nothing."""
 
     @abstractmethod
-    def decide(self, score: Tensor, where: Where, state: State) -> tuple[Tensor, State]:
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         """score (E,), NaN where an element has none -> stop (E,) bool and the new state."""
 
     @abstractmethod
-    def floor(self, where: Where) -> float | None:
+    def floor(self, where: ExitPoint) -> float | None:
         """A number for which holds: no element with a score at or below it (or without one) stops here, and if all are so, `decide` leaves
         the state as it was. A session then need not ask. None: there is no such number."""

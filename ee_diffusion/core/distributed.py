@@ -17,7 +17,7 @@ from ee_diffusion.core.trace import Trace
 
 
 @dataclass(frozen=True)
-class Vote:
+class JointDecision:
     """Ranks that run one model together, each on a part of its tokens or weights, and so must take the same decision on every element.
 
     A rank that stops an element alone would leave out collectives that the others wait in.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ee_diffusion.core.scores import Observation
+    from ee_diffusion.core.scores import ExitInputs
 
 Space = Literal["hidden", "output"]
 
@@ -30,7 +30,7 @@ class ExitHeads(Protocol):
         """What the model would say at the end: hidden (R, N, D) -> (R, N, D) or (R, ...), as `space` says."""
         ...
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """How safe `answer` is believed to be: hidden (R, N, D) -> (R,); larger is safer."""
         ...
 
@@ -50,7 +50,7 @@ def require_depths(depths: object) -> None:
 class JudgingHeads(ExitHeads, Protocol):
     """Heads whose learned certainty looks at the answer, or at what earlier exits of the same step carried."""
 
-    def judge(self, observation: Observation) -> Tensor:
+    def judge(self, observation: ExitInputs) -> Tensor:
         """(R,) in [0, 1]; larger is safer. May read `observation.answer` and write `observation.carried`."""
         ...
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Memory:
+class OutputHistory:
     """The last M values of each row with their times; recall is the polynomial through those that are there.
 
     `values` (R, M, ...), newest first. `times` (R, M): NaN where nothing is remembered yet. `bend` (R,): how far recall was from the
@@ -27,7 +27,7 @@ class Memory:
     bend: Tensor
 
     @classmethod
-    def empty(cls, like: Tensor, *, length: int) -> Memory:
+    def empty(cls, like: Tensor, *, length: int) -> OutputHistory:
         """Nothing remembered yet, for rows of the shape of `like` (R, ...) and `length` = M values of each.
 
         Raises:
@@ -82,18 +82,18 @@ class Memory:
         full = (self.count == self.times.shape[1]) & (time != self.times[:, 0])
         return torch.where(full, self.bend * self.remainder(time), torch.nan)
 
-    def regrouped(self, sources: Sequence[int | None]) -> Memory:
+    def regrouped(self, sources: Sequence[int | None]) -> OutputHistory:
         """The memory of a batch whose row i goes on from row `sources[i]` of this one; None: a row that remembers nothing yet."""
         device = self.values.device
         taken = torch.tensor([0 if source is None else source for source in sources], device=device)
         new = torch.tensor([source is None for source in sources], device=device)
         values, times, bend = (tensor.index_select(0, taken) for tensor in (self.values, self.times, self.bend))
         wide = new.reshape(-1, *[1] * (values.ndim - 1))
-        return Memory(
+        return OutputHistory(
             values.masked_fill(wide, 0.0), times.masked_fill(new[:, None], torch.nan), bend.masked_fill(new, torch.nan)
         )
 
-    def remember(self, rows: Tensor, value: Tensor, time: Tensor) -> Memory:
+    def remember(self, rows: Tensor, value: Tensor, time: Tensor) -> OutputHistory:
         """The memory after rows (r,) said value (r, ...) at time (r,). The others keep what they remember.
 
         Raises:
@@ -104,14 +104,14 @@ class Memory:
             raise ValueError(
                 f"value {tuple(value.shape)} and time {tuple(time.shape)}, expected {expected} and one time a row"
             )
-        past = Memory(*(tensor.index_select(0, rows) for tensor in (self.values, self.times, self.bend)))
+        past = OutputHistory(*(tensor.index_select(0, rows) for tensor in (self.values, self.times, self.bend)))
         missed = (past.recall(time) - value).flatten(1).double().square().mean(1).sqrt()  # (r,)
         again = (
             past.times[:, 0] == time
         )  # a solver may ask twice at one time: the later answer takes the place of the first
         known = (past.count == self.times.shape[1]) & ~again
         bend = torch.where(known, missed / past.remainder(time), past.bend)
-        return Memory(
+        return OutputHistory(
             self.values.index_copy(0, rows, _push(past.values, value, again)),
             self.times.index_copy(0, rows, _push(past.times, time.double(), again)),
             self.bend.index_copy(0, rows, bend),

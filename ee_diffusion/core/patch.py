@@ -10,7 +10,7 @@ from typing import Any
 _ABSENT = object()
 
 
-class Interception:
+class ForwardPatch:
     """`target.forward(*args)` (or the method `name`) becomes `wrapper(original, *args)` until `restore()`.
 
     The class is not touched, parameters and state_dict keys do not change, and whatever stood in the instance before (an offload
@@ -62,7 +62,7 @@ class Interception:
 class _Replaced(functools.partial):
     """What stands in the place of a method. Copied or pickled (in somebody else's reference to it), it is the method itself."""
 
-    interception: Interception
+    interception: ForwardPatch
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -79,7 +79,7 @@ class Uncopied(functools.partial):
         return _itself, (_nothing,)
 
 
-def restore_all(interceptions: Iterable[Interception]) -> None:
+def restore_all(interceptions: Iterable[ForwardPatch]) -> None:
     """Restore them in reverse order: all, or none.
 
     Raises:

@@ -14,12 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import CRITERIA, Planned, Sampled
+from ee_diffusion.core.criteria import CRITERIA, DepthTable, SampledExit
 from ee_diffusion.core.criterion import Criterion
-from ee_diffusion.core.distributed import Vote
+from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.io import read_json, write_text
 from ee_diffusion.core.rows import content_ids
+from ee_diffusion.core.saved_names import todays_names
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
 from ee_diffusion.core.session import Session
 
@@ -33,7 +34,7 @@ class Policy:
     `Policy()` is off: the model as it is. `record_all`: measure every exit but stop nobody, for calibration by replay.
     `made_for`: (name, value) of what it was calibrated on; a pipeline that differs refuses it. Empty: for any model.
     `guidance`: whether the conditional and the unconditional row of an image leave `together` (the least safe decides) or `apart`.
-    `late`: scores decide at the exit after the one where they were measured. They reach the host while the device runs the blocks in
+    `delayed`: scores decide at the exit after the one where they were measured. They reach the host while the device runs the blocks in
     between, so that neither waits for the other, and everybody leaves an exit later than without. Not worth it on a CPU.
 
     Raises:
@@ -47,7 +48,7 @@ class Policy:
     record_all: bool = False
     guidance: Literal["together", "apart"] = "together"
     made_for: tuple[tuple[str, str], ...] = ()
-    late: bool = False
+    delayed: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.exits, list):
@@ -57,12 +58,12 @@ class Policy:
             list(self.exits) != sorted(set(self.exits)) or (self.exits and self.exits[0] < 0)
         ):
             raise ValueError(f"exits={self.exits}, expected ascending distinct depths")
-        measures = self.criterion is not None and not isinstance(self.criterion, Planned)
+        measures = self.criterion is not None and not isinstance(self.criterion, DepthTable)
         if self.record_all and not measures:
             raise ValueError("record_all needs a criterion that says what to measure")
-        if self.late and not measures:
-            raise ValueError("late=True with nothing to measure, expected a criterion that decides on scores")
-        if self.late and self.exits is not None:
+        if self.delayed and not measures:
+            raise ValueError("delayed=True with nothing to measure, expected a criterion that decides on scores")
+        if self.delayed and self.exits is not None:
             self._check_late(self.exits)
 
     @property
@@ -73,7 +74,7 @@ class Policy:
     def ids_of(self, content: Tensor, mask: Tensor | None = None) -> Tensor | None:
         """Ids (E,) for `start` where the criterion draws by them, made of what each element holds: content (E, N, ...), of it the places
         where mask (E, N) is not 0. Equal content draws alike, all other independently, in every batch. None: places do as ids."""
-        return content_ids(content, mask) if isinstance(self.criterion, Sampled) else None
+        return content_ids(content, mask) if isinstance(self.criterion, SampledExit) else None
 
     def start(
         self,
@@ -85,7 +86,7 @@ class Policy:
         elements: Tensor | None = None,
         device: torch.device | str = "cpu",
         frozen: str = "",
-        vote: Vote | None = None,
+        joint_decision: JointDecision | None = None,
     ) -> Session:
         """Begin a run.
 
@@ -99,10 +100,10 @@ class Policy:
         Raises:
             ValueError: whatever does not fit together, before any work.
         """
-        if vote is not None:
+        if joint_decision is not None:
             ids = None if elements is None else elements.tolist()
             facts = f"{self.to_dict()}, {num_layers} blocks, exits {depths}, rows {rows.tolist()}, {num_steps} steps, ids {ids}"
-            vote.require_alike(facts, torch.device(device))
+            joint_decision.require_alike(facts, torch.device(device))
         exits = depths if self.exits is None else self.exits
         if not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(f"num_steps={num_steps!r}, expected a whole number, at least 1")
@@ -135,12 +136,14 @@ class Policy:
             elements=elements,
             device=device,
             frozen=frozen,
-            vote=vote,
+            joint_decision=joint_decision,
         )
 
     def _check_late(self, exits: tuple[int, ...]) -> None:
-        if self.late and len(exits) < 2:
-            raise ValueError(f"late=True with exits at {exits}, expected two or more: at the first one nobody leaves")
+        if self.delayed and len(exits) < 2:
+            raise ValueError(
+                f"delayed=True with exits at {exits}, expected two or more: at the first one nobody leaves"
+            )
 
     def _check_schedule(self, num_steps: int, num_layers: int, exits: tuple[int, ...]) -> None:
         for plan in self.schedule.plans(num_steps=num_steps, num_layers=num_layers):
@@ -162,7 +165,7 @@ class Policy:
             del schedule["of"]  # as it was before there was such a field
         values: dict[str, Any] = {"criterion": criterion, "schedule": schedule, "exits": self.exits}
         values |= {"made_for": self.made_for} if self.made_for else {}
-        values |= {"late": True} if self.late else {}
+        values |= {"delayed": True} if self.delayed else {}
         # Through JSON, so that a fresh dictionary equals one that was read from a file.
         return json.loads(json.dumps(values | {"record_all": self.record_all, "guidance": self.guidance}))
 
@@ -173,6 +176,7 @@ class Policy:
         Raises:
             ValueError: unknown kinds or fields.
         """
+        values = todays_names(values)
         try:
             criterion = None if values["criterion"] is None else _built(CRITERIA, values["criterion"])
             rest = {name: _tuples(value) for name, value in values.items() if name not in ("criterion", "schedule")}

@@ -27,5 +27,5 @@ def family_row(table: Mapping[str, Row], model: object, *, module: str) -> Row:
     """
     name = type(model).__name__
     if name not in table:
-        raise ValueError(f"no family for {name}; known: {sorted(table)}. Add one with {module}.register_family")
+        raise ValueError(f"no family for {name}; known: {sorted(table)}. Add one with {module}.register_model")
     return table[name]

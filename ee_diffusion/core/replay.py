@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
@@ -36,7 +36,7 @@ def replay(trace: Trace, policy: Policy) -> Tensor:
         num_steps=len(trace.times),
         elements=trace.elements,
     )
-    needs_scores = policy.criterion is not None and not isinstance(policy.criterion, Planned)
+    needs_scores = policy.criterion is not None and not isinstance(policy.criterion, DepthTable)
     if needs_scores and not bool(trace.measured.any()):
         raise ValueError(
             "no score was measured in this trace: a criterion that looks at scores cannot be replayed on it"

@@ -18,7 +18,7 @@ Shareable = TypeVar("Shareable", Tensor, tuple[Tensor, ...])  # of the rows, or 
 
 
 @dataclass(frozen=True)
-class Departure:
+class ExitedRows:
     """Rows that leave after an exit: `exit` among the heads; `leave` and `keep`: positions among the rows that were running;
     `rows`: the leaving rows' places in the whole batch. All ascend."""
 
@@ -52,7 +52,7 @@ def require_rows(returned: Iterable[Tensor], rows: int, *, class_name: str, row_
         if len(part) != rows:
             raise ValueError(
                 f"a block of {class_name} returned {len(part)} rows for {rows}: an argument with one entry per row is not among "
-                f"row_arguments={row_arguments} of its family; see check_family"
+                f"row_arguments={row_arguments} of its family; see check_model"
             )
 
 

@@ -18,7 +18,7 @@ from ee_diffusion.core.exits import ExitHeads, JudgingHeads, PrunableHeads
 from ee_diffusion.core.registry import add_row
 
 
-class Observation:
+class ExitInputs:
     """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
 
     `hidden` (R, N, D); `context`: tensors with leading R (tuples: what all rows share);
@@ -43,35 +43,35 @@ class Observation:
 class Score:
     """`measure(observation) -> (R,)` with values in [low, high]: a threshold outside that range is refused."""
 
-    measure: Callable[[Observation], Tensor]
+    measure: Callable[[ExitInputs], Tensor]
     low: float
     high: float
 
 
-def certainty(observation: Observation) -> Tensor:
+def confidence(observation: ExitInputs) -> Tensor:
     """The learned certainty of the exit (DeeDiff: 1 - mean u; gates: the gate; PonderNet: lambda). (R,) in [0, 1]."""
-    return observation.heads.certainty(observation.exit, observation.hidden, observation.context)
+    return observation.heads.confidence(observation.exit, observation.hidden, observation.context)
 
 
-def max_probability(observation: Observation) -> Tensor:
+def max_probability(observation: ExitInputs) -> Tensor:
     """Largest softmax probability of the answer's logits (R, C) -> (R,) in [0, 1]."""
     return observation.answer.softmax(-1).amax(-1)
 
 
-def margin(observation: Observation) -> Tensor:
+def margin(observation: ExitInputs) -> Tensor:
     """Difference of the two largest softmax probabilities (R, C) -> (R,) in [0, 1]."""
     top = observation.answer.softmax(-1).topk(2, dim=-1).values  # (R, 2)
     return top[:, 0] - top[:, 1]
 
 
-def low_entropy(observation: Observation) -> Tensor:
+def negative_entropy(observation: ExitInputs) -> Tensor:
     """`1 - H(p) / log C` of the answer's logits (R, C) -> (R,) in [0, 1] (FastBERT's normalised entropy, turned round)."""
     logits = observation.answer.log_softmax(-1)
     entropy = -(logits.exp() * logits).sum(-1)
     return 1 - entropy / math.log(logits.shape[-1])
 
 
-def saturation(observation: Observation) -> Tensor:
+def saturation(observation: ExitInputs) -> Tensor:
     """Cosine of the last token's hidden state before and after the last executed layer, `context["previous"]` (R, N, D)
     (CALM, arXiv 2207.07061, sec. 3.5). (R,) in [-1, 1]; needs no head.
 
@@ -83,12 +83,12 @@ def saturation(observation: Observation) -> Tensor:
     return torch.cosine_similarity(observation.hidden[:, -1], observation.context["previous"][:, -1], dim=-1)
 
 
-def judged(observation: Observation) -> Tensor:
+def learned_confidence(observation: ExitInputs) -> Tensor:
     """What heads of the `JudgingHeads` kind make of the whole observation: its answer, what earlier exits carried. (R,) in [0, 1]."""
     return cast(JudgingHeads, observation.heads).judge(observation)
 
 
-def agreement(observation: Observation) -> Tensor:
+def agreement(observation: ExitInputs) -> Tensor:
     """1 where the class answered here is the one answered at the exit before, else 0; at the first exit 0. (R, C) -> (R,) (PABEE)."""
     said = observation.answer.argmax(-1)  # (R,)
     observation.carried["said"] = said
@@ -96,7 +96,7 @@ def agreement(observation: Observation) -> Tensor:
     return torch.zeros(len(said), device=said.device) if before is None else (said == before).float()
 
 
-def closeness(observation: Observation) -> Tensor:
+def closeness(observation: ExitInputs) -> Tensor:
     """`exp(-|y_i - y_{i-1}|)` of regression answers (R, 1); at the first exit 0. (R,) in [0, 1] (PABEE for regression)."""
     value = observation.answer[:, 0].float()  # (R,)
     observation.carried["value"] = value
@@ -104,14 +104,14 @@ def closeness(observation: Observation) -> Tensor:
     return torch.zeros_like(value) if before is None else (-(value - before).abs()).exp()
 
 
-def pruned_probability(size: int) -> Callable[[Observation], Tensor]:
+def pruned_probability(size: int) -> Callable[[ExitInputs], Tensor]:
     """The score "largest softmax probability among the `size` best classes of the step's first checked exit", (R,) in [0, 1].
 
     Later exits compute those logits alone (dynamic vocabulary pruning, arXiv 2410.18952; 256 of T5-large's classes in the paper).
     Deviation: rows that leave answer with all classes.
     """
 
-    def measure(observation: Observation) -> Tensor:
+    def measure(observation: ExitInputs) -> Tensor:
         if "vocabulary" not in observation.context:
             best = observation.answer.topk(min(size, observation.answer.shape[-1]), dim=-1)  # (R, k)
             observation.carried["vocabulary"] = best.indices
@@ -125,19 +125,19 @@ def pruned_probability(size: int) -> Callable[[Observation], Tensor]:
 
 
 SCORES: dict[str, Score] = {
-    "certainty": Score(certainty, 0.0, 1.0),
+    "confidence": Score(confidence, 0.0, 1.0),
     "max_probability": Score(max_probability, 0.0, 1.0),
     "margin": Score(margin, 0.0, 1.0),
-    "low_entropy": Score(low_entropy, 0.0, 1.0),
+    "negative_entropy": Score(negative_entropy, 0.0, 1.0),
     "saturation": Score(saturation, -1.0, 1.0),
-    "judged": Score(judged, 0.0, 1.0),
+    "learned_confidence": Score(learned_confidence, 0.0, 1.0),
     "agreement": Score(agreement, 0.0, 1.0),
     "closeness": Score(closeness, 0.0, 1.0),
     "pruned_probability": Score(pruned_probability(256), 0.0, 1.0),
 }
 
 
-def register_score(name: str, measure: Callable[[Observation], Tensor], *, low: float, high: float) -> None:
+def register_score(name: str, measure: Callable[[ExitInputs], Tensor], *, low: float, high: float) -> None:
     """Make `measure(observation) -> (R,)` known under a name that criteria (and saved policies) can use.
 
     Raises:

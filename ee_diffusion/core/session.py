@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.criterion import State
-from ee_diffusion.core.distributed import Vote
-from ee_diffusion.core.history import Memory
+from ee_diffusion.core.distributed import JointDecision
+from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 
@@ -37,10 +37,10 @@ class Session:
         elements: Tensor | None,
         device: torch.device | str,
         frozen: str = "",
-        vote: Vote | None = None,
+        joint_decision: JointDecision | None = None,
     ):
         self.frozen = frozen  # why rows that stopped are carried along; empty: they are dropped
-        self.vote = vote  # ranks that decide together
+        self.joint_decision = joint_decision  # ranks that decide together
         self.policy, self.num_layers, self.num_steps, self.device = policy, num_layers, num_steps, torch.device(device)
         self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
@@ -52,7 +52,9 @@ class Session:
         if self.elements.shape != (num_elements,):
             raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
         self.state: State | None = None
-        self.memories: dict[int, Memory] = {}  # for heads that remember: what the rows' last full steps said, by call
+        self.histories: dict[
+            int, OutputHistory
+        ] = {}  # for heads that remember: what the rows' last full steps said, by call
         self.finished: list[StepSession] = []
         self._open: StepSession | None = None
 
@@ -77,7 +79,7 @@ class Session:
                 "each row, and no step that is going on"
             )
         self._seat(rows, num_elements)
-        self.memories = {call: memory.regrouped(sources) for call, memory in self.memories.items()}
+        self.histories = {call: memory.regrouped(sources) for call, memory in self.histories.items()}
 
     def step(self, index: int, time: float, *, absent: Tensor | None = None) -> StepSession:
         """Begin step `index` at `time` (timestep or sigma). Steps come in order; the one before must be closed.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.arriving import Arriving, sent
-from ee_diffusion.core.criteria import Planned
-from ee_diffusion.core.criterion import State, Where
-from ee_diffusion.core.rows import Departure, least_of
+from ee_diffusion.core.criteria import DepthTable
+from ee_diffusion.core.criterion import ExitPoint, State
+from ee_diffusion.core.rows import ExitedRows, least_of
 from ee_diffusion.core.schedules import depth_of
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class StepSession:
     @property
     def measures(self) -> bool:
         """Whether scores are looked at."""
-        return self.leader is None and not isinstance(self.session.policy.criterion, Planned | None)
+        return self.leader is None and not isinstance(self.session.policy.criterion, DepthTable | None)
 
     @property
     def call(self) -> int:
@@ -100,7 +100,7 @@ class StepSession:
         self.answered = [mine + other for mine, other in zip(self.answered, follower.answered, strict=True)]
         self.calls += 1
 
-    def offer(self, depth: int, measure: Callable[[int], Tensor | None]) -> Departure | None:
+    def offer(self, depth: int, measure: Callable[[int], Tensor | None]) -> ExitedRows | None:
         """Decide after `depth` executed blocks. `measure(exit)` gives the scores (r,) of the running rows at that exit of the heads
         (None: the criterion looks at nothing); it is called only where an exit is possible.
 
@@ -135,7 +135,7 @@ class StepSession:
     def looks_ahead(self) -> bool:
         """Whether scores decide one exit after they were measured."""
         policy = self.session.policy
-        return policy.late and self.measures and not policy.record_all
+        return policy.delayed and self.measures and not policy.record_all
 
     def close(self) -> None:
         """End the step: the state goes to the session.
@@ -152,18 +152,18 @@ class StepSession:
                 f"NaN score at step {self.index} after depths {self._unsound}: the hidden states or the heads are not finite"
             )
 
-    def _where(self, depth: int) -> Where:
+    def _where(self, depth: int) -> ExitPoint:
         session = self.session
-        return Where(self.index, session.num_steps, self.time, depth, session.exits[depth])
+        return ExitPoint(self.index, session.num_steps, self.time, depth, session.exits[depth])
 
     def _asked(self, seen: Tensor, depth: int) -> Arriving:
         """seen (r,), the scores of the running rows, on their way to the host."""
         self.measured[self.session.exits[depth]] += len(seen)
-        vote = self.session.vote  # of rows: their element's least is then the same on all ranks
-        said = seen if vote is None else vote.least(seen.float())
+        joint_decision = self.session.joint_decision  # of rows: their element's least is then the same on all ranks
+        said = seen if joint_decision is None else joint_decision.least(seen.float())
         return sent(said, self._elements, depth, overlapping=self.looks_ahead)
 
-    def _decide(self, arriving: Arriving, depth: int) -> Departure | None:
+    def _decide(self, arriving: Arriving, depth: int) -> ExitedRows | None:
         """On scores that were measured after `arriving.depth` blocks, who leaves after `depth`."""
         criterion, where = self.session.policy.criterion, self._where(arriving.depth)
         assert criterion is not None, "nothing was asked without a criterion"
@@ -173,7 +173,7 @@ class StepSession:
             return None
         return self._stop(torch.tensor(least, dtype=torch.float32), where, depth)  # (E,)
 
-    def _stop(self, scores: Tensor, where: Where, depth: int) -> Departure | None:
+    def _stop(self, scores: Tensor, where: ExitPoint, depth: int) -> ExitedRows | None:
         criterion = self.session.policy.criterion
         assert criterion is not None, "nobody is stopped without a criterion"
         stop, self._state = criterion.decide(scores, where, self._state)
@@ -186,7 +186,7 @@ class StepSession:
             self._unsound.append(arriving.depth)
         return least_of(said, arriving.elements, num_elements=len(self.left))
 
-    def _leave(self, stopped: list[bool], depth: int) -> Departure | None:
+    def _leave(self, stopped: list[bool], depth: int) -> ExitedRows | None:
         """The running rows of the elements that stopped (E,) leave; None: there is none."""
         if True not in stopped:
             return None
@@ -197,7 +197,7 @@ class StepSession:
         self._mark(stopped, depth)
         keep = [place for place, element in enumerate(elements) if not stopped[element]]
         self._stay(keep)
-        return Departure(exit, leave, keep, [places[place] for place in leave])
+        return ExitedRows(exit, leave, keep, [places[place] for place in leave])
 
     def _stay(self, keep: list[int]) -> None:
         """Of the running rows only those at these places go on."""

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 
 Wrapper = Callable[..., Any]
 
@@ -46,11 +46,11 @@ def patched(wrappers: Sequence[tuple[nn.Module, Wrapper]]) -> Iterator[None]:
             "expected that to be over first"
         )
     with turn.lock:
-        owner, interceptions = [me], list[Interception]()
+        owner, interceptions = [me], list[ForwardPatch]()
         try:
             turn.thread = me
             for module, wrapper in wrappers:
-                interceptions.append(Interception(module, functools.partial(_for_thread, owner, wrapper)))
+                interceptions.append(ForwardPatch(module, functools.partial(_for_thread, owner, wrapper)))
             yield
         finally:
             owner.clear()
@@ -63,7 +63,7 @@ def _for_thread(owner: list[int], wrapper: Wrapper, original: Wrapper, *args: An
     return call(*args, **kwargs)
 
 
-def _restore(interceptions: list[Interception]) -> None:
+def _restore(interceptions: list[ForwardPatch]) -> None:
     """Undo them, the last first, those behind one that cannot be undone too."""
     try:
         while interceptions:

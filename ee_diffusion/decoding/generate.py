@@ -22,10 +22,10 @@ from ee_diffusion.core.schedules import depth_of
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
-from ee_diffusion.decoding.hooks import DecodeAttachment
+from ee_diffusion.decoding.hooks import DecodingHook
 from ee_diffusion.decoding.kv_cache import check_asked_once, check_cache, pads_ended, with_cache
-from ee_diffusion.decoding.model_specs import family_of, layers_of
-from ee_diffusion.decoding.parallel_recompute import FROZEN, DeferredAttachment, check_deferrable
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
+from ee_diffusion.decoding.parallel_recompute import FROZEN, ParallelRecomputeHook, check_deferrable
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -55,7 +55,7 @@ class Progress(StoppingCriteriaList):
     attachment is told so, and which sequences are padded from now on: those that have ended, if there is an end token. Without one
     transformers goes on with all of a batch until each has ended."""
 
-    def __init__(self, criteria: StoppingCriteriaList, attachment: DecodeAttachment | DeferredAttachment):
+    def __init__(self, criteria: StoppingCriteriaList, attachment: DecodingHook | ParallelRecomputeHook):
         super().__init__(criteria)
         self.attachment, self.pads = attachment, pads_ended(criteria)
         self.padded: Tensor | None = None  # (R,) bool
@@ -100,8 +100,8 @@ def early_exit_generate(
         exit_policy: what may run and when to stop. Off (`Policy()`): transformers' own loop, bit for bit.
         exit_heads: exits; None: the model's own tail at the policy's depths.
         exit_missing: keys and values of layers that a token did not run. "propagate": from the state it left with; "recompute": exact,
-            tokens that left wait until one goes on and take the upper layers with it (parallel_recompute.py; one exit). The cache holds what all
-            layers have read: without the tokens that wait at the end.
+            tokens that left wait until one goes on and take the upper layers with it (parallel_recompute.py; one exit). The cache holds
+            what all layers have read: without the tokens that wait at the end.
         exit_streamer: gets prompt and tokens; in the place of `streamer`, which `generate` does not hand to a custom function.
         The rest is prepared by `generate`.
 
@@ -132,10 +132,10 @@ def early_exit_generate(
     heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads
     check_heads(model, heads)
     _check_score(exit_policy, heads)
-    attach, frozen = DecodeAttachment, ""
+    attach, frozen = DecodingHook, ""
     if exit_missing == "recompute":
         check_deferrable(exit_policy, heads.depths, model_kwargs)
-        attach, frozen = DeferredAttachment, FROZEN
+        attach, frozen = ParallelRecomputeHook, FROZEN
     embeds = model_kwargs.get("inputs_embeds")
     session = exit_policy.start(
         len(layers_of(model)),
@@ -156,7 +156,7 @@ def early_exit_generate(
     if not generation_config.return_dict_in_generate:
         return result
     found = EarlyExitDecoderOnlyOutput(**result, trace=session.trace() if session.finished else None)
-    if isinstance(attachment, DeferredAttachment):
+    if isinstance(attachment, ParallelRecomputeHook):
         found.recomputed = torch.tensor(attachment.recomputed, dtype=torch.int64)  # (S,)
     else:
         found.propagated = torch.tensor(attachment.propagated, dtype=torch.int64).reshape(-1, session.num_layers)
@@ -174,10 +174,10 @@ def _check_score(policy: Policy, heads: ExitHeads) -> None:
     exits = heads.depths if policy.exits is None else policy.exits
     if score == "saturation" and 0 in exits:
         raise ValueError("score 'saturation' at an exit at depth 0, expected exits behind a layer: states are compared")
-    if score == "certainty" and isinstance(heads, SharedTail):
-        raise ValueError("score 'certainty' needs learned exits (LearnedExits), these are the model's own tail")
-    if score == "judged" and not hasattr(heads, "judge"):
-        raise ValueError(f"score 'judged' needs exits that judge, these are {type(heads).__name__}")
+    if score == "confidence" and isinstance(heads, SharedTail):
+        raise ValueError("score 'confidence' needs learned exits (LearnedExits), these are the model's own tail")
+    if score == "learned_confidence" and not hasattr(heads, "judge"):
+        raise ValueError(f"score 'learned_confidence' needs exits that judge, these are {type(heads).__name__}")
 
 
 def default_heads(model: PreTrainedModel, policy: Policy, *, num_steps: int) -> SharedTail:
@@ -212,7 +212,7 @@ def check_made_for(model: PreTrainedModel, policy: Policy, *, part_of: str | Non
 
 def _check(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict) -> None:
     """Raise ValueError for what exits cannot do, before any work."""
-    family_of(model)
+    model_spec_of(model)
     mode = config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(

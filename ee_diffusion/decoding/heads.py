@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ee_diffusion.core.exits import ExitHeads, Space
 from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.decoding.fingerprint import fingerprint_of
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 
 _FORMAT = "ee_diffusion.exits.lm.2"
 
@@ -34,7 +34,7 @@ class SharedTail:
     space: Space = "output"
 
     def __init__(self, model: PreTrainedModel, depths: tuple[int, ...]):
-        self.model, self.family, self.depths = model, family_of(model), tuple(depths)
+        self.model, self.family, self.depths = model, model_spec_of(model), tuple(depths)
         most = len(layers_of(model))  # the last layer of a part of a model may have an exit behind it
         if list(depths) != sorted(set(depths)) or any(not 0 <= depth <= most for depth in depths):
             raise ValueError(f"depths={depths}, expected ascending distinct depths within 0..{most}")
@@ -58,9 +58,9 @@ class SharedTail:
         logits = torch.einsum("rd,rkd->rk", normed, head.weight[classes])
         return logits if head.bias is None else logits + head.bias[classes]
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """Raises ValueError: nothing is learned here."""
-        raise ValueError("score 'certainty' needs learned exits (LearnedExits), these are the model's own tail")
+        raise ValueError("score 'confidence' needs learned exits (LearnedExits), these are the model's own tail")
 
     def check_fits(self, model: nn.Module) -> None:
         """Raise ValueError if these are exits of another model."""
@@ -173,7 +173,7 @@ class LearnedExits(nn.Module):
         state = nn.functional.rms_norm(hidden[:, -1], (self.width,), eps=1e-6)
         return self.classifiers[exit](state)[:, 0]
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> (R,) in [0, 1], of the last token."""
         return torch.sigmoid(self.certainty_logits(exit, hidden))
 

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ee_diffusion.core.active_batch import Lane
+from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.rows import require_rows
 from ee_diffusion.core.schedules import last_steps
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.thread_patch import patched
 from ee_diffusion.decoding.kv_cache import Part, RowsOfCache, close_layer, write_position
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 
 
-class DecodeAttachment:
+class DecodingHook:
     """Drives a session through the decode forwards of a model. A context manager: leaving it restores the model exactly; meanwhile other
     threads that use exits on the model wait, and plain calls of theirs are what they were.
 
@@ -39,18 +39,18 @@ class DecodeAttachment:
 
     def __init__(self, model: PreTrainedModel, heads: ExitHeads, session: Session, *, padding: int = 0):
         self.model, self.heads, self.session, self.padding = model, heads, session, padding
-        self.family, self.layers = family_of(model), layers_of(model)
+        self.family, self.layers = model_spec_of(model), layers_of(model)
         self.last_use = _last_uses(session)
         self.propagated: list[list[int]] = []
         self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
         self._absent: Tensor
         self._armed = False
-        self._lane: Lane | None = None
+        self._lane: ActiveBatch | None = None
         self._left: list[tuple[Tensor, Tensor]] = []  # rows that left (q,), the hidden states they left with (q, 1, D)
         by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
         self._patched = patched([*by_layer, (model, self._forward)])
 
-    def __enter__(self) -> DecodeAttachment:
+    def __enter__(self) -> DecodingHook:
         self._patched.__enter__()
         return self
 
@@ -67,7 +67,7 @@ class DecodeAttachment:
             return original(*args, **kwargs)
         index = len(self.session.finished)
         step = self.session.step(index, float(index), absent=self._absent)
-        self._lane, self._left, self._armed = Lane(step, self.heads, {}), [], False
+        self._lane, self._left, self._armed = ActiveBatch(step, self.heads, {}), [], False
         self.propagated.append([0] * len(self.layers))
         try:
             output = original(*args, **kwargs)
@@ -101,7 +101,7 @@ class DecodeAttachment:
             self._write(lane, layer, named, passing=hidden)
         return hidden
 
-    def _let_leave(self, lane: Lane, layer: int, hidden: Tensor) -> Tensor:
+    def _let_leave(self, lane: ActiveBatch, layer: int, hidden: Tensor) -> Tensor:
         before = lane.step.rows
         staying = lane.offer(layer, hidden)
         if len(staying) < len(hidden):
@@ -109,7 +109,7 @@ class DecodeAttachment:
             self._left.append((before[gone].to(hidden.device), hidden[gone.to(hidden.device)]))
         return staying
 
-    def _arguments(self, lane: Lane, layer: int, named: dict) -> dict:
+    def _arguments(self, lane: ActiveBatch, layer: int, named: dict) -> dict:
         """The layer's arguments for the running rows. Everybody is running: as they came."""
         rows = lane.step.rows
         if len(rows) == lane.num_rows:
@@ -120,7 +120,7 @@ class DecodeAttachment:
         of_rows = {name: self._rows_of(named[name], there) for name in self.family.row_arguments if name in named}
         return named | of_rows | {self.family.cache: view}
 
-    def _write(self, lane: Lane, layer: int, named: dict, *, passing: Tensor) -> None:
+    def _write(self, lane: ActiveBatch, layer: int, named: dict, *, passing: Tensor) -> None:
         """Keys and values of a layer that runs for nobody: of the rows that left and of the rows that pass it by."""
         parts = self._parts(layer, named, [*self._left, (lane.step.rows.to(passing.device), passing)])
         if not parts:  # nobody took part in this step
@@ -174,4 +174,4 @@ def certain(logits: Tensor, token: int, rows: Tensor) -> Tensor:
 
 def running_modules(model: PreTrainedModel) -> list[nn.Module]:
     """One module inside each layer that every executed row passes and no other: hooks there count the work that was done."""
-    return [layer.get_submodule(family_of(model).inner) for layer in layers_of(model)]
+    return [layer.get_submodule(model_spec_of(model).inner) for layer in layers_of(model)]

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import is_peft_available
 
-from ee_diffusion.decoding.model_specs import family_of
+from ee_diffusion.decoding.model_specs import model_spec_of
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
@@ -27,7 +27,7 @@ def add_lora(model: PreTrainedModel, *, rank: int) -> PreTrainedModel:
         raise ImportError("LoRA needs peft, which is not installed: pip install 'ee-diffusion[lora]'")
     if rank < 1:
         raise ValueError(f"rank={rank}, expected at least 1")
-    layers = family_of(model).layers
+    layers = model_spec_of(model).layers
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     targets = [name for name in linear if name.startswith(f"{layers}.")]
     if not targets:

@@ -5,11 +5,11 @@ A step is one generated token that is read (token 0 comes from the prompt's forw
 
 from __future__ import annotations
 
-from ee_diffusion.core.criteria import DecayingThreshold, Planned, Threshold
+from ee_diffusion.core.criteria import DecayingThreshold, DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedLayers, LinearDecay, PowerDecay
 
-CALM_SCORES = ("max_probability", "margin", "saturation", "certainty", "pruned_probability")
+CALM_SCORES = ("max_probability", "margin", "saturation", "confidence", "pruned_probability")
 
 
 def skipdecode(*, warm_up: int, least: int, most: int, horizon: int) -> Policy:
@@ -87,4 +87,4 @@ def depth_per_request(depths: tuple[int, ...], *, exits: tuple[int, ...]) -> Pol
     Raises:
         ValueError: no depths, or negative ones.
     """
-    return Policy(Planned((depths,), every_step=True), exits=exits)
+    return Policy(DepthTable((depths,), every_step=True), exits=exits)

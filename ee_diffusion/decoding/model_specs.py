@@ -23,7 +23,7 @@ Rotary = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelSpec:
     """One class of causal language models.
 
     layers: path of the ModuleList of decoder layers. Each takes the hidden states (R, N, D) first and returns them.
@@ -106,34 +106,34 @@ def _neox_norm(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return model.gpt_neox.final_layer_norm(hidden)
 
 
-FAMILIES: dict[str, Family] = {
+MODEL_SPECS: dict[str, ModelSpec] = {
     family.class_name: family
     for family in (
-        Family(
+        ModelSpec(
             "LlamaForCausalLM", "model.layers", _llama_norm, _llama_keys_values
         ),  # SmolLM and SmolLM2 are of this class
-        Family("MistralForCausalLM", "model.layers", _llama_norm, _llama_keys_values),
-        Family("Qwen2ForCausalLM", "model.layers", _llama_norm, _llama_keys_values),
-        Family("Qwen3ForCausalLM", "model.layers", _llama_norm, _qwen3_keys_values),
-        Family("OPTForCausalLM", "model.decoder.layers", _opt_norm, _opt_keys_values, inner="fc1"),
-        Family("GPT2LMHeadModel", "transformer.h", _gpt2_norm, _gpt2_keys_values),
-        Family("GPTNeoXForCausalLM", "gpt_neox.layers", _neox_norm, _neox_keys_values, cache="layer_past"),
+        ModelSpec("MistralForCausalLM", "model.layers", _llama_norm, _llama_keys_values),
+        ModelSpec("Qwen2ForCausalLM", "model.layers", _llama_norm, _llama_keys_values),
+        ModelSpec("Qwen3ForCausalLM", "model.layers", _llama_norm, _qwen3_keys_values),
+        ModelSpec("OPTForCausalLM", "model.decoder.layers", _opt_norm, _opt_keys_values, inner="fc1"),
+        ModelSpec("GPT2LMHeadModel", "transformer.h", _gpt2_norm, _gpt2_keys_values),
+        ModelSpec("GPTNeoXForCausalLM", "gpt_neox.layers", _neox_norm, _neox_keys_values, cache="layer_past"),
     )
 }
 
 
-def register_family(family: Family) -> None:
+def register_model(family: ModelSpec) -> None:
     """Make a class of causal language models known.
 
     Raises:
         ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
     """
-    if not isinstance(family, Family):
+    if not isinstance(family, ModelSpec):
         raise ValueError(f"{family!r}, expected {__name__}.Family(...)")
-    add_row(FAMILIES, family.class_name, family, called="the family table")
+    add_row(MODEL_SPECS, family.class_name, family, called="the family table")
 
 
-def family_of(model: PreTrainedModel) -> Family:
+def model_spec_of(model: PreTrainedModel) -> ModelSpec:
     """The table's row for a model.
 
     Raises:
@@ -143,7 +143,7 @@ def family_of(model: PreTrainedModel) -> Family:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise ValueError(f"{name} is an encoder-decoder, expected a decoder-only causal language model")
-    family = family_row(FAMILIES, model, module=__name__)
+    family = family_row(MODEL_SPECS, model, module=__name__)
     kinds = {
         type(layer).__name__ for layer in DynamicCache(config=model.config).layers if type(layer) is not DynamicLayer
     }
@@ -170,22 +170,22 @@ def _by_longest(model: PreTrainedModel) -> list[str]:
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers of a model, in order. Raises ValueError as `family_of` does."""
-    return list(model.get_submodule(family_of(model).layers))
+    """The decoder layers of a model, in order. Raises ValueError as `model_spec_of` does."""
+    return list(model.get_submodule(model_spec_of(model).layers))
 
 
 @torch.no_grad()
-def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
+def check_model(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Hold a model's row of the table against the model itself, on tokens (R, N) without padding, N at least 2: `layers`, `inner`,
     `keys_values`, `norm`; and in a decode step of padded rows `cache` and `row_arguments`: every argument of a layer whose length follows
     the number of rows must be named.
 
     Raises:
-        ValueError: as `family_of`; other tokens; an inner module that does not see every token once; layers whose keys and values, or a
+        ValueError: as `model_spec_of`; other tokens; an inner module that does not see every token once; layers whose keys and values, or a
             tail whose logits, are not what the row says; a layer that does not get the cache by that name, gets an argument of all rows
             that is not named, or returns something else than hidden states of its shape.
     """
-    family, layers, name = family_of(model), layers_of(model), type(model).__name__
+    family, layers, name = model_spec_of(model), layers_of(model), type(model).__name__
     if input_ids.ndim != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"tokens {tuple(input_ids.shape)}, expected (R, N) with N at least 2")
     states: list[tuple[Tensor, Rotary]] = []
@@ -225,7 +225,7 @@ def check_family(model: PreTrainedModel, input_ids: Tensor) -> None:
     _check_arguments(model, family, input_ids)
 
 
-def _check_arguments(model: PreTrainedModel, family: Family, input_ids: Tensor) -> None:
+def _check_arguments(model: PreTrainedModel, family: ModelSpec, input_ids: Tensor) -> None:
     """Whether layers get the cache and what follows the rows by the names of the row, and return hidden states of their shape."""
     name, many, few = type(model).__name__, *(_step(model, family, input_ids, len(rows)) for rows in (ROWS, FEWER))
     for layer, (seen, fewer) in enumerate(zip(many, few, strict=True)):
@@ -254,7 +254,7 @@ class _Seen:
     cache: DynamicCache
 
 
-def _step(model: PreTrainedModel, family: Family, input_ids: Tensor, rows: int) -> list[_Seen]:
+def _step(model: PreTrainedModel, family: ModelSpec, input_ids: Tensor, rows: int) -> list[_Seen]:
     """Each layer's call in the step that reads the last of the tokens, for so many rows; every second one begins with padding."""
     ids = input_ids[torch.arange(rows) % len(input_ids)]  # (R, N)
     mask = torch.ones_like(ids)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ee_diffusion.core.active_batch import Lane
+from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FullDepth
@@ -29,8 +29,8 @@ _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "log
 FROZEN = "waiting positions go through the upper layers together, for all sequences"
 
 
-class DeferredAttachment:
-    """Drives a session through the decode forwards of a model with one exit. A context manager, as `DecodeAttachment`.
+class ParallelRecomputeHook:
+    """Drives a session through the decode forwards of a model with one exit. A context manager, as `DecodingHook`.
 
     A step runs the layers below the exit on every sequence. Where all sequences leave, the upper layers do not run and their caches stay
     behind. Where one goes on, the upper layers read every waiting position and the present one in one call: a sequence that left keeps its
@@ -53,7 +53,7 @@ class DeferredAttachment:
         by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
         self._patched = patched([*by_layer, (model, self._forward)])
 
-    def __enter__(self) -> DeferredAttachment:
+    def __enter__(self) -> ParallelRecomputeHook:
         self._patched.__enter__()
         return self
 
@@ -77,7 +77,7 @@ class DeferredAttachment:
             return original(*args, **kwargs)
         self._armed, index = False, len(self.session.finished)
         step = self.session.step(index, float(index), absent=self._absent)
-        lane = Lane(step, self.heads, {})
+        lane = ActiveBatch(step, self.heads, {})
         ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs["past_key_values"]
         self._cache, place = cache, self._place(kwargs.get("position_ids"), mask, cache, ids)  # (R, 1)
         given = {"attention_mask": mask, "use_cache": True}

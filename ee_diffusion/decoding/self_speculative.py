@@ -1,6 +1,7 @@
 """Lossless decoding: the first layers draft some tokens, the others verify them at once from the drafts' own hidden states.
 
-`model.generate(..., custom_generate=lossless_generate, exit_depth=10, draft_tokens=4)` says what greedy search says. Nothing is computed
+`model.generate(..., custom_generate=self_speculative_generate, exit_depth=10, draft_tokens=4)` says what greedy search says. Nothing is
+computed
 twice: a draft's keys, values and hidden state at the exit are what the verification goes on from (the self-speculation of LayerSkip,
 arXiv 2404.16710, sec. 4.3). Sequences of a batch accept different numbers of drafts: the positions of rejected ones stay in the cache
 as holes that the attention mask hides, positions are explicit, and holes that all sequences share at the end are cut off.
@@ -32,7 +33,7 @@ _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "log
 
 
 @dataclass
-class LosslessOutput(GenerateDecoderOnlyOutput):
+class SelfSpeculativeOutput(GenerateDecoderOnlyOutput):
     """Sequences, and for each of them how often it was verified, how many drafts it made and how many of those were right.
 
     verified, drafted, accepted: (R,) int64. A sequence of T tokens was verified at most T - 1 times (the first token is the prompt's).
@@ -45,7 +46,7 @@ class LosslessOutput(GenerateDecoderOnlyOutput):
 
 class Sections:
     """A model whose forward runs its first `exit_depth` layers (`draft`) or the rest (`verify`). A context manager, as
-    `DecodeAttachment`."""
+    `DecodingHook`."""
 
     def __init__(self, model: PreTrainedModel, exit_depth: int, heads: ExitHeads):
         self.model, self.layers, self.exit_depth, self.heads = model, layers_of(model), exit_depth, heads
@@ -187,7 +188,7 @@ class Sequences:
         return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
 
 
-def lossless_generate(
+def self_speculative_generate(
     model: PreTrainedModel,
     input_ids: Tensor,
     *,
@@ -199,7 +200,7 @@ def lossless_generate(
     exit_heads: ExitHeads | None = None,
     exit_streamer: BaseStreamer | None = None,
     **model_kwargs,
-) -> LosslessOutput | Tensor:
+) -> SelfSpeculativeOutput | Tensor:
     """Greedy search in cycles: `draft_tokens` positions through the first `exit_depth` layers, then all of them through the rest at once.
 
     Each cycle adds 1 to `draft_tokens` tokens to every sequence, whatever its batch-mates do. To be handed to `model.generate` as
@@ -236,7 +237,7 @@ def lossless_generate(
     if not generation_config.return_dict_in_generate:
         return ids
     verified, drafted, accepted = sequences.counts
-    return LosslessOutput(sequences=ids, verified=verified, drafted=drafted, accepted=accepted)
+    return SelfSpeculativeOutput(sequences=ids, verified=verified, drafted=drafted, accepted=accepted)
 
 
 def _decode(

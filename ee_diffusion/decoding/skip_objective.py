@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Schedule
 from ee_diffusion.decoding.exit_objective import answer_places
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 
 
 class SkippingForward:
@@ -30,13 +30,13 @@ class SkippingForward:
     """
 
     def __init__(self, model: PreTrainedModel, runs: Tensor):
-        self.layers, self.family, self.runs = layers_of(model), family_of(model), runs
+        self.layers, self.family, self.runs = layers_of(model), model_spec_of(model), runs
         self._names = list(inspect.signature(type(self.layers[0]).forward).parameters)[1:]
-        self._interceptions: list[Interception] = []
+        self._interceptions: list[ForwardPatch] = []
 
     def __enter__(self) -> SkippingForward:
         self._interceptions = [
-            Interception(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)
+            ForwardPatch(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)
         ]
         return self
 

@@ -18,7 +18,7 @@ def is_guided(scale: float) -> bool:
     return scale > 1
 
 
-def asked_of(
+def prepare_model_input(
     scheduler: SchedulerMixin, latents: Tensor, time: Tensor, *, guidance_scale: float, dtype: torch.dtype
 ) -> Tensor:
     """The transformer's input (R, C, H, W), in its `dtype`, for latents (B, C, H, W) at a time of the scheduler."""
@@ -56,7 +56,7 @@ def sources_of_rows(now: Tensor | None, before: Tensor | None, *, num_rows: int,
     return sources
 
 
-def row_labels(
+def cfg_labels(
     class_labels: Sequence[int] | None, null_class: int | None, *, guidance_scale: float, device: torch.device
 ) -> Tensor | None:
     """The class of every row (R,); None of an unconditional model."""

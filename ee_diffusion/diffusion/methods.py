@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ee_diffusion.core.criteria import Accumulated, Patience, Threshold
+from ee_diffusion.core.criteria import ErrorBudget, Patience, Threshold
 from ee_diffusion.core.exits import require_depths
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, Periodic, PiecewiseDepth
 
 
-def deediff(threshold: float, *, exits: tuple[int, ...] | None = None, late: bool = False) -> Policy:
+def deediff(threshold: float, *, exits: tuple[int, ...] | None = None, delayed: bool = False) -> Policy:
     """DeeDiff as written (arXiv 2309.17074, sec. 3.4): answer at the first layer whose mean uncertainty `u_i,t < threshold`.
 
     threshold in [0, 1]; larger is bolder. Deviation: the mean is over the pixels of one image, never over the batch; under guidance the
-    image's two rows leave together, the more uncertain one deciding. `late`: it answers an exit after that layer, and the host never
+    image's two rows leave together, the more uncertain one deciding. `delayed`: it answers an exit after that layer, and the host never
     waits for the device (see `Policy`).
 
     Raises:
@@ -23,7 +23,7 @@ def deediff(threshold: float, *, exits: tuple[int, ...] | None = None, late: boo
     """
     if isinstance(threshold, bool) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold={threshold}, expected a bound on the mean uncertainty in [0, 1]")
-    return Policy(Threshold(1 - threshold), exits=exits, late=late)
+    return Policy(Threshold(1 - threshold), exits=exits, delayed=delayed)
 
 
 def deediff_released(threshold: float, *, depths: tuple[int, ...], num_layers: int, patience: bool = True) -> Policy:
@@ -70,8 +70,8 @@ def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
 def remembered(error: float, *, sensitivity: Sequence[float], exits: tuple[int, ...] = (0,)) -> Policy:
     """Answer from memory, per image, where that is expected to add at most `error` to the next sample: `sensitivity_step * u <= error`.
 
-    Ours, for `MemoryExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
-    `solver.step_sensitivity`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst
+    Ours, for `CachedOutputExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
+    `solver.local_error_gain`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst
     of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample. exits: with
     `TrackingExits` deeper ones too; the first whose own u is small enough answers.
 
@@ -89,17 +89,17 @@ def remembered(error: float, *, sensitivity: Sequence[float], exits: tuple[int, 
 def budgeted(budget: float, *, weights: tuple[float, ...], decay: float) -> Policy:
     """Answers from memory while the errors they are expected to add up to stay within a budget, image by image (ours).
 
-    `a_t = decay a_{t-1} + w_t u_t` where memory answers, `u_t` the expected error of the recalled clean image (`MemoryExits`); memory
+    `a_t = decay a_{t-1} + w_t u_t` where memory answers, `u_t` the expected error of the recalled clean image (`CachedOutputExits`); memory
     answers while `a_t <= budget`. `weights`: w_t for each step of the run, such as `gains.influence` of a model and its solver.
 
     Raises:
         ValueError: a budget or weights that are not positive and finite, a decay outside [0, 1].
     """
-    return Policy(Accumulated(budget, tuple(weights), decay), exits=(0,))
+    return Policy(ErrorBudget(budget, tuple(weights), decay), exits=(0,))
 
 
 def periodic_cache(period: int, *, warm_up: int) -> Policy:
-    """Every `period`-th step in full, the others from memory, alike for all images: the fixed-period cache (for `MemoryExits`).
+    """Every `period`-th step in full, the others from memory, alike for all images: the fixed-period cache (for `CachedOutputExits`).
 
     The control of `remembered`: memory without uncertainty. warm_up: full steps at the beginning, at least 1.
 
@@ -116,7 +116,7 @@ def periodic_cache(period: int, *, warm_up: int) -> Policy:
 def searched(full: Sequence[int], *, num_steps: int, num_layers: int) -> Policy:
     """The steps `full` in full, all others from memory, alike for all images: a static schedule, such as `search.search` finds (ours).
 
-    For `MemoryExits`. Nothing is measured and nothing decided while images are drawn.
+    For `CachedOutputExits`. Nothing is measured and nothing decided while images are drawn.
 
     Raises:
         ValueError: full steps that are not ascending places of the run, the first of them 0.

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.row_check import FEWER, ROWS, alike, apart, following, lengths_of
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.hooks.block_runner import Layer, layers_of, signature_of
 from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under, forward_of, passing, streams
-from ee_diffusion.diffusion.model_specs import Family, blocks_of, family_of, width_of
+from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of, model_spec_of, width_of
 
 Inputs = Callable[[list[int]], Mapping[str, Any]]
 
@@ -38,7 +38,7 @@ class _Seen:
 
 
 @torch.no_grad()
-def check_family(transformer: nn.Module, inputs: Inputs) -> None:
+def check_model(transformer: nn.Module, inputs: Inputs) -> None:
     """Hold a transformer's row of the family table against the transformer itself, which may be a tiny one with random weights.
 
     First by what its blocks get: every argument whose length follows the number of rows must be named by the row. Then by what comes
@@ -56,14 +56,14 @@ def check_family(transformer: nn.Module, inputs: Inputs) -> None:
     Raises:
         ValueError: no such row of the table; a model in train mode or in half precision; whatever of the above does not hold, by name.
     """
-    family = family_of(transformer)
+    family = model_spec_of(transformer)
     check = _Check(transformer, family, layers_of(transformer, _checked_names(transformer, family)), inputs)
     check.arguments()
     check.answers()
 
 
 class _Check:
-    def __init__(self, transformer: nn.Module, family: Family, layers: list[Layer], inputs: Inputs):
+    def __init__(self, transformer: nn.Module, family: ModelSpec, layers: list[Layer], inputs: Inputs):
         self.transformer, self.family, self.layers, self.inputs = transformer, family, layers, inputs
         self.name, self.blocks = family.class_name, blocks_of(transformer)
 
@@ -131,7 +131,7 @@ class _Check:
 
     def _mixed(self, depths: list[int], alone: dict[int, Tensor]) -> None:
         """A batch whose rows stop at these depths."""
-        output, executed = self._under(Policy(Planned((tuple(depths),))), ROWS)
+        output, executed = self._under(Policy(DepthTable((tuple(depths),))), ROWS)
         for row, depth in zip(ROWS, depths, strict=True):
             expected = alone[row]
             if depth < len(self.blocks):
@@ -222,7 +222,7 @@ class _Check:
             )
 
 
-def _checked_names(transformer: nn.Module, family: Family) -> Family:
+def _checked_names(transformer: nn.Module, family: ModelSpec) -> ModelSpec:
     """The family, if everything that it names is there."""
     name = family.class_name
     parameter = next(transformer.parameters())

@@ -20,7 +20,7 @@ Returns = Literal["image", "text, image", "image, text"]
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelSpec:
     """One transformer class.
 
     class_name: the class. blocks: its ModuleList of blocks. single_blocks: a second list that runs after the first, on one depth axis.
@@ -132,10 +132,10 @@ _BASIC = ("BasicTransformerBlock",)
 _CROSS = ("timestep", "encoder_hidden_states", "encoder_attention_mask", "attention_mask")
 _SINGLE = "single_transformer_blocks"
 
-FAMILIES: dict[str, Family] = {
+MODEL_SPECS: dict[str, ModelSpec] = {
     family.class_name: family
     for family in (
-        Family(
+        ModelSpec(
             "UViTTransformer2DModel",
             "transformer_blocks",
             block_classes=("UViTBlock",),
@@ -144,15 +144,15 @@ FAMILIES: dict[str, Family] = {
             prefix_tokens="num_prefix_tokens",
             inner="attn",
         ),
-        Family(
+        ModelSpec(
             "DiTTransformer2DModel",
             "transformer_blocks",
             block_classes=_BASIC,
             row_arguments=("timestep", "class_labels"),
             guided=_dit_guided,
         ),
-        Family("PixArtTransformer2DModel", "transformer_blocks", block_classes=_BASIC, row_arguments=_CROSS),
-        Family(
+        ModelSpec("PixArtTransformer2DModel", "transformer_blocks", block_classes=_BASIC, row_arguments=_CROSS),
+        ModelSpec(
             "SD3Transformer2DModel",
             "transformer_blocks",
             block_classes=("JointTransformerBlock", "SD3SingleTransformerBlock"),
@@ -162,7 +162,7 @@ FAMILIES: dict[str, Family] = {
             plain_if=("skip_layers",),  # skip-layer guidance: a third prediction, of the conditional rows alone
             inner="attn",
         ),
-        Family(
+        ModelSpec(
             "FluxTransformer2DModel",
             "transformer_blocks",
             single_blocks=_SINGLE,
@@ -174,14 +174,14 @@ FAMILIES: dict[str, Family] = {
             time=(1000.0, 0.0),
             inner="attn",
         ),
-        Family(
+        ModelSpec(
             "SanaTransformer2DModel",
             "transformer_blocks",
             block_classes=("SanaTransformerBlock",),
             row_arguments=_CROSS,
             residuals=("controlnet_block_samples",),
         ),
-        Family(
+        ModelSpec(
             "HunyuanDiT2DModel",
             "blocks",
             block_classes=("HunyuanDiTBlock",),
@@ -189,14 +189,14 @@ FAMILIES: dict[str, Family] = {
             earlier={"skip": _hunyuan_skip},
             residuals=("controlnet_block_samples",),  # added to the long skips
         ),
-        Family(
+        ModelSpec(
             "WanTransformer3DModel",
             "blocks",
             block_classes=("WanTransformerBlock",),
             row_arguments=("encoder_hidden_states", "temb"),
             guidance="calls",
         ),
-        Family(
+        ModelSpec(
             "QwenImageTransformer2DModel",
             "transformer_blocks",
             block_classes=("QwenImageTransformerBlock",),
@@ -208,7 +208,7 @@ FAMILIES: dict[str, Family] = {
             inner="attn",
             outputs=_qwen_outputs,
         ),
-        Family(
+        ModelSpec(
             "Flux2Transformer2DModel",
             "transformer_blocks",
             single_blocks=_SINGLE,
@@ -221,7 +221,7 @@ FAMILIES: dict[str, Family] = {
             time=(1000.0, 0.0),
             inner="attn",
         ),
-        Family(
+        ModelSpec(
             "CogVideoXTransformer3DModel",
             "transformer_blocks",
             block_classes=("CogVideoXBlock",),
@@ -229,13 +229,13 @@ FAMILIES: dict[str, Family] = {
             row_arguments=("temb", "attention_kwargs"),
             tail="norm_final",
         ),
-        Family(
+        ModelSpec(
             "LTXVideoTransformer3DModel",
             "transformer_blocks",
             block_classes=("LTXVideoTransformerBlock",),
             row_arguments=("encoder_hidden_states", "temb", "image_rotary_emb", "encoder_attention_mask"),
         ),
-        Family(
+        ModelSpec(
             "Lumina2Transformer2DModel",
             "layers",
             block_classes=("Lumina2TransformerBlock",),
@@ -247,7 +247,7 @@ FAMILIES: dict[str, Family] = {
             inner="attn",
             turned=True,
         ),
-        Family(
+        ModelSpec(
             "HunyuanVideoTransformer3DModel",
             "transformer_blocks",
             single_blocks=_SINGLE,
@@ -262,35 +262,35 @@ FAMILIES: dict[str, Family] = {
 
 
 # The classes that the package's own tests hold against diffusers; those that users register come on top.
-TESTED = frozenset(FAMILIES)
+TESTED = frozenset(MODEL_SPECS)
 
 
-def register_family(family: Family) -> None:
+def register_model(family: ModelSpec) -> None:
     """Make a transformer class known to `attach`. What is written down is believed: hold it against a transformer of that class with
-    `family_check.check_family`, for a forgotten row argument may be hidden by broadcasting.
+    `family_check.check_model`, for a forgotten row argument may be hidden by broadcasting.
 
     Raises:
         ValueError: the class is known already, or something else than a Family.
     """
-    if not isinstance(family, Family):
+    if not isinstance(family, ModelSpec):
         raise ValueError(f"{family!r}, expected Family(...)")
-    add_row(FAMILIES, family.class_name, family, called="the family table")
+    add_row(MODEL_SPECS, family.class_name, family, called="the family table")
 
 
-def family_of(transformer: nn.Module) -> Family:
+def model_spec_of(transformer: nn.Module) -> ModelSpec:
     """The table's row for a transformer.
 
     Raises:
         ValueError: its class is unknown.
     """
-    return family_row(FAMILIES, transformer, module=__name__)
+    return family_row(MODEL_SPECS, transformer, module=__name__)
 
 
 def blocks_of(transformer: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer of the table, in the order in which they run; depth d is the first d of them."""
-    return [block for name in family_of(transformer).lists for block in getattr(transformer, name)]
+    return [block for name in model_spec_of(transformer).lists for block in getattr(transformer, name)]
 
 
 def width_of(transformer: nn.Module) -> int:
     """D, the width of a transformer's image tokens."""
-    return math.prod(transformer.config[name] for name in family_of(transformer).width)
+    return math.prod(transformer.config[name] for name in model_spec_of(transformer).width)

@@ -11,7 +11,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ee_diffusion.core.exits import ExitHeads
-from ee_diffusion.core.history import Memory
+from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.core.schedules import Schedule
 
 
@@ -20,21 +20,21 @@ class DenoiserHeads(ExitHeads, Protocol):
     """What attaching needs of heads: those of the core, and what all exits of a forward share."""
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
-        """timestep (R,), in the scheduler's units -> tensors with leading R, `timestep` among them, for `certainty` and `answer`."""
+        """timestep (R,), in the scheduler's units -> tensors with leading R, `timestep` among them, for `confidence` and `answer`."""
         ...
 
 
 @runtime_checkable
-class RememberingHeads(DenoiserHeads, Protocol):
+class CachingHeads(DenoiserHeads, Protocol):
     """Heads that answer from what earlier steps of the run said."""
 
-    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+    def recall(self, memory: OutputHistory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """The context of a step: the session's memory (None: a run begins), sample (R, ...), timestep (R,) -> tensors with leading R."""
         ...
 
     def remember(
-        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
-    ) -> Memory:
+        self, memory: OutputHistory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
+    ) -> OutputHistory:
         """The memory after a step in which `rows` (r,) of the batch ran to the end."""
         ...
 
@@ -58,7 +58,7 @@ class PlanningHeads(DenoiserHeads, Protocol):
 
 
 @runtime_checkable
-class KeepingHeads(RememberingHeads, Protocol):
+class KeepingHeads(CachingHeads, Protocol):
     """Heads that remember hidden states too: `remember` also gets `hidden`, depth -> (r, N, D) of the rows that ran to the end."""
 
     @property

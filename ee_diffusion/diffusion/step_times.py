@@ -11,10 +11,10 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ee_diffusion.diffusion.model_specs import Family
+from ee_diffusion.diffusion.model_specs import ModelSpec
 
 
-def times_of(family: Family, timestep: Any, sample: Tensor) -> Tensor:
+def times_of(family: ModelSpec, timestep: Any, sample: Tensor) -> Tensor:
     """A forward's `timestep` for sample (R, ...) -> (R,) in the scheduler's units. Where every token has a time of its own, a row's is its
     latest (noisiest). One time for all rows stays one (`expand`).
 

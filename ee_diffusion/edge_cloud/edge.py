@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ee_diffusion.core.active_batch import Lane
+from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
@@ -27,7 +27,7 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.generate import check_made_for
 from ee_diffusion.decoding.heads import SharedTail
 from ee_diffusion.decoding.kv_cache import write_position
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 from ee_diffusion.edge_cloud.client import CloudLost, Helper
 from ee_diffusion.edge_cloud.split import Part
 
@@ -63,7 +63,7 @@ class Edge:
             raise ValueError(
                 f"the {part.side} part with {len(layers_of(model))} layers, expected the edge's {part.exits[1]}"
             )
-        self.model, self.part, self.family = model, part, family_of(model)
+        self.model, self.part, self.family = model, part, model_spec_of(model)
         self.heads = SharedTail(model, part.exits) if heads is None else heads
         if tuple(self.heads.depths) != tuple(part.exits):
             raise ValueError(f"heads at depths {self.heads.depths}, expected the part's exits {part.exits}")
@@ -96,7 +96,7 @@ class Edge:
             )
         ends = _ends(eos_token_id)
         check_made_for(self.model, policy, part_of=self.part.fingerprint)
-        if policy.late:
+        if policy.delayed:
             raise ValueError(
                 "a late policy, expected one that decides where it measures: the cloud is asked in between"
             )
@@ -112,7 +112,7 @@ class Edge:
         )
         ids = input_ids.to(self.model.device)
         output = EdgeOutput(ids, None)  # type: ignore[arg-type]  # the trace comes at the end
-        with _Passage(self, session, cloud) as passage:
+        with _BlockRunner(self, session, cloud) as passage:
             begun, new = time.monotonic(), ids
             for token in range(max_new_tokens):
                 started = time.monotonic()
@@ -126,7 +126,7 @@ class Edge:
         output.payload = 0 if cloud is None else cloud.payload
         return output
 
-    def _token(self, passage: _Passage, answer: tuple[int, Tensor] | None, output: EdgeOutput, token: int) -> int:
+    def _token(self, passage: _BlockRunner, answer: tuple[int, Tensor] | None, output: EdgeOutput, token: int) -> int:
         """The token of the exit that was sure, else the cloud's, else the second exit's."""
         if answer is not None:
             output.sources.append(f"exit {answer[0]}")
@@ -154,7 +154,7 @@ def _ends(eos_token_id: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset(ends)
 
 
-class _Passage:
+class _BlockRunner:
     """One generation's way through the edge's layers, when it has its turn: a context manager that leaves the model as it was."""
 
     def __init__(self, edge: Edge, session: Session, cloud: Helper | None):
@@ -168,10 +168,10 @@ class _Passage:
         by_layer = [(module, functools.partial(self._layer, layer)) for layer, module in enumerate(self.layers)]
         self._patched = patched(by_layer)
         self._step: StepSession
-        self._lane: Lane
+        self._lane: ActiveBatch
         self._whole = True
 
-    def __enter__(self) -> _Passage:
+    def __enter__(self) -> _BlockRunner:
         self._patched.__enter__()
         return self
 
@@ -182,7 +182,7 @@ class _Passage:
         """Read tokens (1, n) -> the exit that was sure and its logits (1, V), or None."""
         index = len(self.session.finished)
         self._step = self.session.step(index, float(index))
-        self._lane, self._whole = Lane(self._step, self.edge.heads, {}), index == 0
+        self._lane, self._whole = ActiveBatch(self._step, self.edge.heads, {}), index == 0
         positions = torch.arange(self.length, self.length + tokens.shape[1], device=tokens.device)[None]
         self.edge.model.base_model(tokens, position_ids=positions, past_key_values=self.cache, use_cache=True)
         if self._whole:

@@ -135,9 +135,9 @@ class CloudServer:
                 status = grpc.StatusCode.UNAUTHENTICATED
                 context.abort(status, "no token that is known here, or one that has expired")
             except (Late, CancelledError) as error:
-                late = isinstance(error, Late)
-                status = grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.UNAVAILABLE
-                context.abort(status, "not in time" if late else "the server ends")
+                delayed = isinstance(error, Late)
+                status = grpc.StatusCode.DEADLINE_EXCEEDED if delayed else grpc.StatusCode.UNAVAILABLE
+                context.abort(status, "not in time" if delayed else "the server ends")
             finally:
                 self._count(name, status, time.monotonic() - begun)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ee_diffusion.decoding.model_specs import family_of
+from ee_diffusion.decoding.model_specs import model_spec_of
 from ee_diffusion.edge_cloud.split import Part
 
 NO_TOKEN = -1
@@ -100,7 +100,7 @@ class ContextManager:
     ):
         if part.side != "cloud":
             raise ValueError(f"the {part.side} part, expected the cloud's")
-        family_of(model)  # refuses a model that reads a session in slices, or beside a longer one, as another text
+        model_spec_of(model)  # refuses a model that reads a session in slices, or beside a longer one, as another text
         self.model, self.part, self.limits, self.clock = model, part, limits, clock
         config = model.config
         self.width, self.vocabulary = config.hidden_size, config.vocab_size

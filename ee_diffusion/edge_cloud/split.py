@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ee_diffusion.decoding.fingerprint import digest_of, fingerprint_of
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 
 _FORMAT = "ee_diffusion.cloud.part.2"
 _WEIGHTS, _CONFIG, _ABOUT = "model.safetensors", "config.json", "part.json"
@@ -71,7 +71,7 @@ def split_model(model: PreTrainedModel, folder: str | os.PathLike, *, exits: tup
     Raises:
         ValueError: an unknown class, or one that adds something to inputs_embeds; exits out of order or range.
     """
-    family, num_layers = family_of(model), len(layers_of(model))
+    family, num_layers = model_spec_of(model), len(layers_of(model))
     if type(model).__name__ not in SPLITTABLE:
         raise ValueError(f"{type(model).__name__} cannot be split, expected one of {SPLITTABLE}")
     if len(exits) != 2 or not 1 <= exits[0] < exits[1] < num_layers:

@@ -1,6 +1,7 @@
 """Figures of classified texts or images: accuracy, F1, Matthews, calibration and Brier; of regressions Spearman and squared error.
 
-Here: figures of answers given, whichever exit gave them. Not here: which answer that was (classification/evaluation.py). n samples, C classes.
+Here: figures of answers given, whichever exit gave them. Not here: which answer that was (classification/evaluation.py). n samples, C
+classes.
 """
 
 from __future__ import annotations

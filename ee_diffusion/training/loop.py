@@ -204,8 +204,8 @@ class Trainer:
             return over
         if done % STEPS_BETWEEN_VOTES:
             return False
-        vote = torch.tensor(float(over), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(vote, reduction="sum").item() > 0)
+        joint_decision = torch.tensor(float(over), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(joint_decision, reduction="sum").item() > 0)
 
     def _checkpoint(self, step: int, line: dict) -> None:
         with self._main_alone():

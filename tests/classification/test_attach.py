@@ -20,11 +20,11 @@ from tiny_classifiers import CLASSES, LAYERS, NAMES, ROWS, batch_for, exits_for,
 from ee_diffusion.classification import methods
 from ee_diffusion.classification.attach import attach, watching
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.scores import ExitInputs
 from ee_diffusion.core.trace import Trace
 
 METHODS = {
@@ -41,14 +41,14 @@ METHODS = {
 @functools.cache
 def fixture(name: str, case: str) -> tuple[nn.Module, ClassifierExits, Policy]:
     """A model, exits and a policy whose number splits the batch: somebody leaves early, somebody later. `case`: a method, and perhaps
-    ` of the mean` of all tokens or decided ` late`."""
-    model, late = model_named(name), case.endswith(LATE)
+    ` of the mean` of all tokens or decided ` delayed`."""
+    model, delayed = model_named(name), case.endswith(LATE)
     case = case.removesuffix(LATE)
     method, pooling = case.removesuffix(MEAN), "mean" if case.endswith(MEAN) else "first"
     head, judge = methods.EXITS[method]
     for seed, value in itertools.product(range(11, 16), (0.5, 0.6, 0.4, 0.7, 0.3, 0.8, 0.2)):
         exits = exits_for(model, head=head, judge=judge, seed=seed, pooling=pooling)
-        policy = replace(METHODS[method](value), late=late)
+        policy = replace(METHODS[method](value), delayed=delayed)
         if len(run(model, exits, policy, batch_for(name))[1].depths.unique()) > 1:
             return model, exits, policy
     raise AssertionError(f"no number splits the batch of {name} under {case}")
@@ -146,7 +146,7 @@ def test_a_stricter_number_never_stops_earlier(method: str, stricter: float):
 @each
 def test_skipped_layers_are_not_executed(name: str, method: str):
     model, exits, policy = fixture(name, method)
-    family, seen = family_of(model), []
+    family, seen = model_spec_of(model), []
 
     def count(module, args, kwargs) -> None:
         seen.append((args[0] if args else kwargs["hidden_states"]).shape[0])
@@ -163,8 +163,8 @@ def test_skipped_layers_are_not_executed(name: str, method: str):
 
 def test_albert_counts_calls_of_its_one_layer():
     model = model_named("Albert", inner_group_num=2)
-    assert len(family_of(model).blocks(model)) == 2
-    assert family_of(model).num_layers(model) == 2 * LAYERS
+    assert len(model_spec_of(model).blocks(model)) == 2
+    assert model_spec_of(model).num_layers(model) == 2 * LAYERS
     exits = exits_for(model, head="shared", judge="none")
     assert exits.depths == tuple(range(1, 2 * LAYERS))
     logits, trace = run(model, exits, Policy(schedule=FixedDepth(5)), batch_for("Albert"))
@@ -269,7 +269,7 @@ def test_training_sees_what_inference_sees():
     with torch.no_grad(), watching(model) as states:
         model(**batch_for("Bert"))
         for exit, depth in enumerate(exits.depths):
-            observation = Observation(heads, exit, states[depth], context)
+            observation = ExitInputs(heads, exit, states[depth], context)
             torch.testing.assert_close(heads.judge(observation), everything.scores[0, exit])
             context |= observation.carried
 

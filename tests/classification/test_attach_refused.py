@@ -17,8 +17,8 @@ from ee_diffusion.classification import methods
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.exits import ClassifierExits
-from ee_diffusion.classification.model_specs import Family, family_of, register_family
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of, register_model
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 
 
@@ -35,11 +35,11 @@ class TestRefused:
 
     def test_unknown_class(self):
         with pytest.raises(ValueError, match="no family for Linear"):
-            family_of(nn.Linear(1, 1))
+            model_spec_of(nn.Linear(1, 1))
 
     def test_known_class_registered_again(self):
         with pytest.raises(ValueError, match="already"):
-            register_family(Family("BertForSequenceClassification", "", None, None))
+            register_model(ModelSpec("BertForSequenceClassification", "", None, None))
 
     @pytest.mark.parametrize("changes", [{"hidden_size": 24}, {"num_labels": 2}, {"num_hidden_layers": 2}])
     def test_exits_of_another_model(self, exits, changes):
@@ -140,7 +140,7 @@ class TestRefused:
     def test_longer_than_the_model(self, model, exits):
         with attach(model, exits, Policy()), pytest.raises(ValueError, match="17 tokens, the model takes at most 16"):
             model(input_ids=torch.ones(1, 17, dtype=torch.long))
-        assert family_of(model_named("Roberta")).positions(model_named("Roberta")) == 17
+        assert model_spec_of(model_named("Roberta")).positions(model_named("Roberta")) == 17
 
     @pytest.mark.parametrize(
         "labels, words", [([0, 3], r"0\.\.3, this model has the classes 0\.\.2"), ([-1, -100], r"-1\.\.-1, this model")]
@@ -179,14 +179,14 @@ class TestRefused:
 
     def test_too_few_columns_in_a_plan(self, model, exits):
         with (
-            attach(model, exits, Policy(Planned(((1, 2),)))),
+            attach(model, exits, Policy(DepthTable(((1, 2),)))),
             pytest.raises(ValueError, match="need columns in a plan"),
         ):
             model(**batch_for("Bert"))
 
     def test_an_error_inside_leaves_the_model_as_it_was(self, model, exits):
         before = model(**batch_for("Bert")).logits
-        with pytest.raises(ValueError, match="columns"), attach(model, exits, Policy(Planned(((1, 2),)))):
+        with pytest.raises(ValueError, match="columns"), attach(model, exits, Policy(DepthTable(((1, 2),)))):
             model(**batch_for("Bert"))
         assert torch.equal(model(**batch_for("Bert")).logits, before)
 

@@ -138,8 +138,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         "criterion, words",
         [
-            ({"kind": "Gate", "threshold": [0.5, 0.6]}, r"Gate\.threshold=\(0\.5, 0\.6\)"),
-            ({"kind": "Threshold", "threshold": 0.5, "score": "judged"}, "no learned judge"),
+            ({"kind": "GatedExit", "threshold": [0.5, 0.6]}, r"GatedExit\.threshold=\(0\.5, 0\.6\)"),
+            ({"kind": "Threshold", "threshold": 0.5, "score": "learned_confidence"}, "no learned judge"),
         ],
     )
     def test_a_folder_whose_policy_cannot_run(self, tmp_path: Path, criterion: dict, words: str):

@@ -84,7 +84,7 @@ def test_by_hand():
 def test_the_way_to_each_answer_grows_and_ends_above_one():
     model = model_named("Bert")
     exits = exits_for(model, head="linear", judge="statistics")
-    costs = costs_of(model, exits, TOKENS, score="judged")
+    costs = costs_of(model, exits, TOKENS, score="learned_confidence")
     ways = costs.up_to(exits.depths, LAYERS)
     assert bool((ways.diff() > 0).all())
     whole = LAYERS * costs.block + costs.tail
@@ -112,9 +112,9 @@ def test_the_way_of_each_text_is_what_its_own_costs_say():
         model = model_named(name)
         exits = exits_for(model, (1, 3), head="shared", judge="halting")
         lengths = torch.tensor([7, 3, 7])
-        found = ways(model, exits, lengths, score="judged")  # (3, A)
+        found = ways(model, exits, lengths, score="learned_confidence")  # (3, A)
         for row, tokens in zip(found, lengths.tolist(), strict=True):
-            costs = costs_of(model, exits, tokens, score="judged")
+            costs = costs_of(model, exits, tokens, score="learned_confidence")
             whole = costs.layers(LAYERS) + costs.tail
             assert row.tolist() == pytest.approx((costs.up_to(exits.depths, LAYERS) * whole).tolist())
 

@@ -16,11 +16,11 @@ from ee_diffusion.classification import evaluation as evaluate
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.evaluation import Look, look
 from ee_diffusion.classification.methods import berxit, confidence, fastbert, jei_dnn, pabee
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
-SCORES = ("judged", "max_probability", "low_entropy", "agreement")
+SCORES = ("learned_confidence", "max_probability", "negative_entropy", "agreement")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def seen(classifier) -> Look:
     return look(classifier, halves, scores=SCORES)
 
 
-PLAN = Policy(Planned(((1, 2, 3, 4, 1, 2),)))
+PLAN = Policy(DepthTable(((1, 2, 3, 4, 1, 2),)))
 
 
 @pytest.mark.parametrize("policy", [jei_dnn(0.5), confidence(0.6), fastbert(0.6), pabee(1), Policy(), PLAN])
@@ -59,7 +59,7 @@ def test_replayed_is_live_where_exits_look_at_what_is_left(judge: str, depths: t
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = (0.06, 0.1, 0.12, 0.2)
     halves = [batch_for("Bert", rows) | {"labels": LABELS[rows]} for rows in ([0, 1, 2], [3, 4, 5])]
-    seen = look(classifier, halves, scores=("judged",) * (judge != "none") + ("max_probability",))
+    seen = look(classifier, halves, scores=("learned_confidence",) * (judge != "none") + ("max_probability",))
     rules = [berxit(value) for value in (0.3, 0.5, 0.7) if judge != "none"]
     for policy in [*rules, confidence(0.5), confidence(0.7), Policy()]:
         classifier.policy = policy

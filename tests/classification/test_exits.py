@@ -15,7 +15,7 @@ from tiny_classifiers import CLASSES, ROWS, WIDTH, batch_for, exits_for, model_n
 
 from ee_diffusion.classification.attach import watching
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads, answer_statistics
-from ee_diffusion.core.scores import Observation
+from ee_diffusion.core.scores import ExitInputs
 
 
 def states_of(model) -> list[torch.Tensor]:
@@ -52,7 +52,7 @@ def test_halting_looks_at_this_state_and_the_one_before():
         for linear in linears[:-1]:
             x = (x @ linear.weight.T + linear.bias).tanh()
         expected = (x @ linears[-1].weight.T + linears[-1].bias)[:, 0].sigmoid()
-        observation = Observation(heads, exit, states[depth], context)
+        observation = ExitInputs(heads, exit, states[depth], context)
         torch.testing.assert_close(heads.judge(observation), expected)
         assert not observation.answered, "lambda costs no answer"
         context, before = observation.carried, z
@@ -63,15 +63,15 @@ def test_certainty_is_the_judges_word(judge: str):
     model = model_named("Bert")
     heads = ClassifierHeads(model, exits_for(model, head="pooled", judge=judge))
     hidden = states_of(model)[2]
-    expected = heads.judge(Observation(heads, 1, hidden, {}))
-    assert torch.equal(heads.certainty(1, hidden, {}), expected)
+    expected = heads.judge(ExitInputs(heads, 1, hidden, {}))
+    assert torch.equal(heads.confidence(1, hidden, {}), expected)
 
 
 def test_certainty_of_a_judge_with_a_memory_is_refused():
     model = model_named("Bert")
     heads = ClassifierHeads(model, exits_for(model, head="shared", judge="halting"))
-    with pytest.raises(ValueError, match="'judged'"):
-        heads.certainty(0, torch.zeros(1, 2, WIDTH), {})
+    with pytest.raises(ValueError, match="'learned_confidence'"):
+        heads.confidence(0, torch.zeros(1, 2, WIDTH), {})
 
 
 @pytest.mark.parametrize("judge, trains", [("correctness", False), ("statistics", False), ("halting", True)])
@@ -80,7 +80,7 @@ def test_which_judges_train_what_is_below_them(judge: str, trains: bool):
     exits = exits_for(model, head="pooled" if judge != "halting" else "shared", judge=judge)
     hidden = torch.randn(ROWS, 3, WIDTH, requires_grad=True)
     heads = ClassifierHeads(model, exits)
-    heads.judge(Observation(heads, 0, hidden, {})).sum().backward()
+    heads.judge(ExitInputs(heads, 0, hidden, {})).sum().backward()
     assert (hidden.grad is not None and bool((hidden.grad != 0).any())) == trains
     assert all(head.classify.weight.grad is None for head in exits.heads)
 
@@ -108,15 +108,15 @@ def test_exits_of_the_mean_look_at_all_tokens_but_padding(masked: bool):
     heads = ClassifierHeads(model, exits_for(model, head="pooled", judge="correctness", pooling="mean"))
     one = heads.exits.heads[1]
     torch.testing.assert_close(heads.answer(1, hidden, context), one.classify(one.pool(mean).tanh()))
-    judged = heads.judge_logits(Observation(heads, 1, hidden, context))
-    torch.testing.assert_close(judged, heads.exits.judges[0](mean)[:, 0])
+    learned_confidence = heads.judge_logits(ExitInputs(heads, 1, hidden, context))
+    torch.testing.assert_close(learned_confidence, heads.exits.judges[0](mean)[:, 0])
     linear = ClassifierHeads(model, exits_for(model, head="linear", judge="none", pooling="mean"))
     normed = torch.nn.functional.layer_norm(mean, (WIDTH,))
     torch.testing.assert_close(linear.answer(2, hidden, context), linear.exits.heads[2].classify(normed))
     shared = ClassifierHeads(model, exits_for(model, head="shared", judge="halting", pooling="mean"))
     own = model.classifier((model.bert.pooler.dense(mean)).tanh())
     torch.testing.assert_close(shared.answer(0, hidden, context), own)
-    observation = Observation(shared, 0, hidden, context)
+    observation = ExitInputs(shared, 0, hidden, context)
     pooled = model.bert.pooler.dense(mean).tanh()
     expected = shared.exits.judges[0](torch.cat([pooled, torch.zeros_like(pooled)], 1))[:, 0]
     torch.testing.assert_close(shared.judge_logits(observation), expected)

@@ -1,4 +1,4 @@
-"""`check_family` of classifiers: it holds for every class of the table and for one that a user registers, and names what a row forgets."""
+"""`check_model` of classifiers: it holds for every class of the table and for one that a user registers, and names what a row forgets."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import CONFIGS, LAYERS, NAMES, batch_for, class_name, exits_for, model_named, widen
 
 from ee_diffusion.classification.attach import attach
-from ee_diffusion.classification.model_check import check_family
-from ee_diffusion.classification.model_specs import FAMILIES, Family, register_family
+from ee_diffusion.classification.model_check import check_model
+from ee_diffusion.classification.model_specs import MODEL_SPECS, ModelSpec, register_model
 from ee_diffusion.classification.truncate import first_layers
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 
-BERT = FAMILIES["BertForSequenceClassification"]
-ELECTRA = Family(  # as a user writes it
+BERT = MODEL_SPECS["BertForSequenceClassification"]
+ELECTRA = ModelSpec(  # as a user writes it
     "ElectraForSequenceClassification",
     "ElectraLayer",
     pool=lambda model, hidden, mask: nn.functional.gelu(model.classifier.dense(hidden[:, 0])),
@@ -34,10 +34,10 @@ ELECTRA = Family(  # as a user writes it
 
 
 @pytest.fixture
-def table(monkeypatch) -> dict[str, Family]:
+def table(monkeypatch) -> dict[str, ModelSpec]:
     """The table, to be changed."""
-    known = FAMILIES | {}
-    monkeypatch.setattr("ee_diffusion.classification.model_specs.FAMILIES", known)
+    known = MODEL_SPECS | {}
+    monkeypatch.setattr("ee_diffusion.classification.model_specs.MODEL_SPECS", known)
     return known
 
 
@@ -54,18 +54,18 @@ def electra() -> nn.Module:
 def test_it_holds_for_the_table(name: str):
     model = model_named(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    check_family(model, functools.partial(batch_for, name))
+    check_model(model, functools.partial(batch_for, name))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_it_holds_for_a_block_of_several_layers():
-    check_family(model_named("Albert", inner_group_num=2), functools.partial(batch_for, "Albert"))
+    check_model(model_named("Albert", inner_group_num=2), functools.partial(batch_for, "Albert"))
 
 
 def test_it_holds_for_a_class_that_a_user_registers_right(table):
-    register_family(ELECTRA)
-    check_family(electra(), functools.partial(batch_for, "Bert"))
+    register_model(ELECTRA)
+    check_model(electra(), functools.partial(batch_for, "Bert"))
 
 
 WRONG = [
@@ -93,7 +93,7 @@ WRONG = [
 def test_a_wrong_row_is_told(name: str, change: dict, words: str, table):
     table[class_name(name)] = replace(table[class_name(name)], **change)
     with pytest.raises(ValueError, match=words):
-        check_family(model_named(name), functools.partial(batch_for, name))
+        check_model(model_named(name), functools.partial(batch_for, name))
 
 
 @pytest.mark.parametrize(
@@ -105,18 +105,18 @@ def test_a_wrong_row_is_told(name: str, change: dict, words: str, table):
 )
 def test_inputs_that_show_nothing_are_told(inputs, words: str):
     with pytest.raises(ValueError, match=words):
-        check_family(model_named("Bert"), inputs)
+        check_model(model_named("Bert"), inputs)
 
 
 def test_a_model_in_train_mode_is_refused():
     with pytest.raises(ValueError, match=r"in train mode, torch.float32, expected eval, float32"):
-        check_family(model_named("Bert").train(), functools.partial(batch_for, "Bert"))
+        check_model(model_named("Bert").train(), functools.partial(batch_for, "Bert"))
 
 
 @pytest.mark.parametrize("row", [object(), None, "BertForSequenceClassification"])
 def test_what_is_no_row_of_the_table_is_refused(row, table):
     with pytest.raises(ValueError, match=r"expected ee_diffusion.classification.model_specs.Family\(...\)"):
-        register_family(row)
+        register_model(row)
 
 
 class ShiftedLayer(nn.Module):
@@ -143,13 +143,13 @@ def test_one_row_broadcast_to_all_is_refused_in_a_run_too(table):
     model, batch = ShiftedForSequenceClassification(model_named("Bert").config), batch_for("Bert")
     widen(model.eval())
     right = replace(BERT, class_name=type(model).__name__, block="ShiftedLayer")
-    register_family(right)
-    check_family(model, functools.partial(batch_for, "Bert"))
+    register_model(right)
+    check_model(model, functools.partial(batch_for, "Bert"))
     exits = exits_for(model, (1, 2), head="shared", judge="none")
-    plan = Policy(Planned(((1, 1, LAYERS, 1, 1, 1),)))
+    plan = Policy(DepthTable(((1, 1, LAYERS, 1, 1, 1),)))
     table[right.class_name] = replace(right, row_arguments=())
     with pytest.raises(ValueError, match="the length of 'attention_mask', an argument of ShiftedLayer, follows"):
-        check_family(model, functools.partial(batch_for, "Bert"))
+        check_model(model, functools.partial(batch_for, "Bert"))
     with (
         attach(model, exits, plan),
         pytest.raises(
@@ -164,12 +164,12 @@ def test_one_row_broadcast_to_all_is_refused_in_a_run_too(table):
 
 @torch.no_grad()
 def test_a_registered_class_is_truncated_where_it_says_what_the_exit_says(table):
-    register_family(ELECTRA)
+    register_model(ELECTRA)
     model, batch = electra(), batch_for("Bert")
     with pytest.raises(ValueError, match=r"registered by hand.*give inputs="):
         first_layers(model, 2)
     exits = exits_for(model, (2,), head="shared", judge="none")
-    with attach(model, exits, Policy(Planned(((2,) * 6,)))):
+    with attach(model, exits, Policy(DepthTable(((2,) * 6,)))):
         expected = model(**batch).logits
     torch.testing.assert_close(first_layers(model, 2, inputs=batch)(**batch).logits, expected, rtol=1e-4, atol=1e-5)
     table[ELECTRA.class_name] = replace(ELECTRA, classify=lambda model, pooled: 2 * model.classifier.out_proj(pooled))

@@ -174,14 +174,18 @@ def test_jei_dnn_targets_use_costs_of_the_batchs_length():
         costs = costs_of(objective.classifier.model, exits, 9, score=score).up_to(exits.depths, LAYERS)
         return losses.gate_targets(each, costs, trade_off=trade_off)
 
-    torch.testing.assert_close(objective(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("judged", 0.5)))
+    torch.testing.assert_close(
+        objective(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("learned_confidence", 0.5))
+    )
     told = (value / 500 for value in range(1, 5000))
-    trade_off = next(value for value in told if not torch.equal(targets_for("judged", value), targets_for(None, value)))
+    trade_off = next(
+        value for value in told if not torch.equal(targets_for("learned_confidence", value), targets_for(None, value))
+    )
     gates_cost = ClassifierObjective(
         objective.classifier, method="jei_dnn", weights=Weights(trade_off=trade_off)
     ).eval()
     torch.testing.assert_close(
-        gates_cost(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("judged", trade_off))
+        gates_cost(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("learned_confidence", trade_off))
     )
 
 

@@ -90,7 +90,9 @@ def test_every_family(name: str, dtype: torch.dtype, tmp_path: Path):
         with loaded.recording() as again:
             torch.testing.assert_close(loaded(**batch).logits, logits)
     assert torch.equal(again[0].depths, traces[0].depths)
-    seen = look(classifier, [batch | {"labels": torch.arange(ROWS) % 3}], scores=["judged", "max_probability"])
+    seen = look(
+        classifier, [batch | {"labels": torch.arange(ROWS) % 3}], scores=["learned_confidence", "max_probability"]
+    )
     assert bool(seen.answers.isfinite().all())
 
 

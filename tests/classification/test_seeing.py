@@ -82,7 +82,7 @@ def test_stored_states_of_removed_tokens(pooling: str):
 
 def test_a_look_at_stored_states_is_the_look(tmp_path: Path):
     objective = objective_for("jei_dnn")
-    classifier, scores = objective.classifier, ("judged", "low_entropy", "agreement")
+    classifier, scores = objective.classifier, ("learned_confidence", "negative_entropy", "agreement")
     heads = ClassifierHeads(classifier.model, classifier.exits)
     kept = stored_states(heads, halves(), pruning=None, data="texts")
     expected = look(classifier, halves(), scores=scores)

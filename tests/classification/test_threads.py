@@ -17,7 +17,7 @@ from tiny_classifiers import LAYERS, batch_for, exits_for, model_named
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.methods import fastbert
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 
 
 def started(call) -> Queue:
@@ -59,7 +59,7 @@ def test_two_threads_get_what_each_gets_alone(pruning: tuple[float, ...] | None)
     classifier.policy, classifier.pruning = fastbert(0.9), pruning
     expected = [answers(batch), answers(other)]
     assert not torch.equal(expected[0], stock)
-    blocks = family_of(model).blocks(model)
+    blocks = model_spec_of(model).blocks(model)
     handle = blocks[1].attention.output.dense.register_forward_pre_hook(pause)
     try:
         first = started(lambda: answers(batch))

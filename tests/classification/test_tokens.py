@@ -18,7 +18,7 @@ from ee_diffusion.classification.attach import attach, watching
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import block_flops, pruned_flops, saliency_flops
 from ee_diffusion.classification.methods import fastbert
-from ee_diffusion.classification.model_specs import family_of
+from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.token_pruning import PARTS, saliency, soft_pruning
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
@@ -47,7 +47,7 @@ def salient(block: torch.nn.Module, hidden: torch.Tensor, keys: torch.Tensor) ->
 def test_saliency_against_the_models_own_attention(name: str):
     model, batch = model_named(name, attn_implementation="eager"), batch_for(name)
     keys = batch["attention_mask"].bool()
-    blocks = family_of(model).blocks(model)
+    blocks = model_spec_of(model).blocks(model)
     with torch.no_grad(), watching(model) as states:
         attentions = model(**batch, output_attentions=True).attentions
     for layer, attention in enumerate(attentions):  # (B, H, N, N)
@@ -65,7 +65,7 @@ def test_saliency_of_texts_longer_than_a_piece(monkeypatch):
     model, batch = model_named("Bert"), batch_for("Bert")
     with torch.no_grad(), watching(model) as states:
         model(**batch)
-    block, keys = family_of(model).blocks(model)[0], batch["attention_mask"].bool()
+    block, keys = model_spec_of(model).blocks(model)[0], batch["attention_mask"].bool()
     whole = salient(block, states[1], keys)
     monkeypatch.setattr(tokens, "QUERIES", 4)  # of 9: two whole pieces and a rest
     torch.testing.assert_close(salient(block, states[1], keys), whole)
@@ -85,7 +85,7 @@ def test_nothing_to_prune_is_the_stock_model(name: str, least: float):
 def slow_states(name: str, row: int) -> list[torch.Tensor]:
     """One text alone, layer by layer, tokens taken out by hand: the states (1, m, D) before each layer and after the last."""
     model, batch = model_named(name), batch_for(name, [row])
-    blocks = family_of(model).blocks(model)
+    blocks = model_spec_of(model).blocks(model)
     with watching(model) as states:
         model(**batch)
     hidden, found = states[0], [states[0]]
@@ -101,7 +101,7 @@ def slow_states(name: str, row: int) -> list[torch.Tensor]:
 
 def slow_logits(name: str, row: int) -> torch.Tensor:
     model, hidden = model_named(name), slow_states(name, row)[-1]
-    family = family_of(model)
+    family = model_spec_of(model)
     return family.classify(model, family.pool(model, hidden, None))[0]
 
 
@@ -174,8 +174,8 @@ def test_exits_of_the_mean_see_what_is_left_of_a_text():
 
 
 def test_token_traces_are_made_for_those_who_ask(monkeypatch):
-    made, trace = [], tokens.TokenLane.trace
-    monkeypatch.setattr(tokens.TokenLane, "trace", lambda lane: made.append(lane) or trace(lane))
+    made, trace = [], tokens.ActiveTokens.trace
+    monkeypatch.setattr(tokens.ActiveTokens, "trace", lambda lane: made.append(lane) or trace(lane))
     run("Bert", THRESHOLDS)
     assert len(made) == 1
     model = model_named("Bert")
@@ -262,7 +262,7 @@ def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
 @torch.no_grad()
 def test_faded_tokens_are_what_the_next_layer_sees():
     model, batch = model_named("Bert"), batch_for("Bert", [0])
-    blocks = family_of(model).blocks(model)
+    blocks = model_spec_of(model).blocks(model)
     with watching(model) as states:
         model(**batch)
     hidden, keys = states[0], batch["attention_mask"].bool()
@@ -273,7 +273,7 @@ def test_faded_tokens_are_what_the_next_layer_sees():
         hidden = torch.stack([output[:, j] * gate[:, j, None] for j in range(hidden.shape[1])], dim=1)
     with soft_pruning(model, torch.tensor(THRESHOLDS), batch["attention_mask"], temperature=0.05):
         found = model(**batch).logits
-    family = family_of(model)
+    family = model_spec_of(model)
     torch.testing.assert_close(found, family.classify(model, family.pool(model, hidden, None)), rtol=1e-4, atol=1e-5)
 
 
@@ -281,7 +281,7 @@ def test_a_token_at_its_threshold_stays():
     model, batch = model_named("Bert"), batch_for("Bert", [0])
     with torch.no_grad(), watching(model) as states:
         model(**batch)
-    s = salient(family_of(model).blocks(model)[0], states[0], batch["attention_mask"].bool())[0].detach()
+    s = salient(model_spec_of(model).blocks(model)[0], states[0], batch["attention_mask"].bool())[0].detach()
     order = s[1:].sort().values
     trace = run("Bert", (float(order[3]), 0.0, 0.0, 0.0), rows=[0])[2]
     assert int(trace.fed[0, 0]) == 1 + len(order) - 3

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ee_diffusion.core.active_batch import run_blocks
 from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.distributed import Vote
+from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.policy import Policy
 
 SAID = ((0.2, 0.9, 0.9), (0.8, 0.3, 0.9))  # what each rank's exits would say
@@ -30,7 +30,7 @@ class Heads:
     def answer(self, exit, hidden, context):
         return hidden
 
-    def certainty(self, exit, hidden, context):
+    def confidence(self, exit, hidden, context):
         return torch.full((len(hidden),), self.said[exit])
 
 
@@ -42,11 +42,11 @@ def block(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    folder, rank, voted = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "vote"
+    folder, rank, voted = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "joint_decision"
     wait = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=wait)
     policy, rows = Policy(Threshold(0.5)), torch.arange(1)
-    session = policy.start(4, Heads.depths, rows=rows, num_steps=1, vote=Vote() if voted else None)
+    session = policy.start(4, Heads.depths, rows=rows, num_steps=1, joint_decision=JointDecision() if voted else None)
     hidden, found = torch.ones(1, 1, 1), {}
     try:
         output = run_blocks([block] * 4, hidden, session.step(0, 1.0), heads=Heads(rank), tail=lambda hidden: hidden)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from factories import LAYOUTS, driver_named, recorded, run
 
-from ee_diffusion.core.criteria import Patience, Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay, shuffled_overall, shuffled_per_step, static_depths, value_for_budget
 from ee_diffusion.core.schedules import FixedDepth
@@ -94,7 +94,7 @@ def test_replay_of_other_rules_needs_every_score():
 
 def test_a_plan_can_be_replayed_on_any_recorded_trace():
     trace = recorded("plain-output", "single")
-    plan = Policy(Planned(((0, 1, 2, 4, 6, 5, 3),) * 2))
+    plan = Policy(DepthTable(((0, 1, 2, 4, 6, 5, 3),) * 2))
     assert replay(trace, plan)[0].tolist() == [0, 1, 2, 4, 6, 6, 4]
 
 

@@ -172,10 +172,10 @@ def test_correctness_of_a_regression():
     expected = [[1 - math.tanh(abs(float(answers[k, b, 0]) - float(labels[b]))) for b in range(ROWS)] for k in range(2)]
     close(losses.correctness(answers, labels), expected)
     answers.requires_grad_()
-    certainty = torch.rand(2, ROWS, requires_grad=True)
-    losses.learned_exit_loss(certainty, answers, labels).backward()
+    confidence = torch.rand(2, ROWS, requires_grad=True)
+    losses.learned_exit_loss(confidence, answers, labels).backward()
     assert answers.grad is None
-    assert bool((certainty.grad != 0).all())
+    assert bool((confidence.grad != 0).all())
 
 
 def test_gate_probabilities_sum_to_one(halting):

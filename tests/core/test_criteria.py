@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from ee_diffusion.core.criteria import (
-    Accumulated,
-    Cumulative,
     DecayingThreshold,
-    Gate,
+    DepthTable,
+    ErrorBudget,
+    GatedExit,
     Patience,
-    Planned,
-    Sampled,
+    QExit,
+    SampledExit,
     Threshold,
 )
-from ee_diffusion.core.criterion import Where
+from ee_diffusion.core.criterion import ExitPoint
 
 K, E, NAN = 4, 6, float("nan")
 
@@ -29,7 +29,7 @@ def depths(criterion, scores: torch.Tensor, step: int = 0, num_steps: int = 1) -
     state = criterion.start(torch.arange(scores.shape[1]), step=step, previous=None)
     first = [K] * scores.shape[1]
     for exit, score in enumerate(scores):
-        where = Where(step, num_steps, 0.0, depth=exit + 1, exit=exit)
+        where = ExitPoint(step, num_steps, 0.0, depth=exit + 1, exit=exit)
         stop, state = criterion.decide(score, where, state)
         assert stop.dtype == torch.bool
         for element in stop.nonzero()[:, 0].tolist():
@@ -80,14 +80,14 @@ def test_sampled_stops_where_the_cumulated_probability_passes_a_draw_of_the_elem
                 if stopped == K and 1 - left > drawn:
                     stopped = exit
             expected.append(stopped)
-        assert depths(Sampled(seed), scores) == expected
-    assert depths(Sampled(1), scores) != depths(Sampled(2), scores)
-    state = Sampled(3).start(torch.tensor([4, 2]), step=1, previous=None)
-    alone = Sampled(3).start(torch.tensor([2]), step=1, previous=None)
+        assert depths(SampledExit(seed), scores) == expected
+    assert depths(SampledExit(1), scores) != depths(SampledExit(2), scores)
+    state = SampledExit(3).start(torch.tensor([4, 2]), step=1, previous=None)
+    alone = SampledExit(3).start(torch.tensor([2]), step=1, previous=None)
     assert float(state["drawn"][1]) == float(alone["drawn"][0]), "an element's draw is its own in every batch"
-    assert float(alone["drawn"][0]) != float(Sampled(3).start(torch.tensor([2]), step=0, previous=None)["drawn"][0])
+    assert float(alone["drawn"][0]) != float(SampledExit(3).start(torch.tensor([2]), step=0, previous=None)["drawn"][0])
     with pytest.raises(ValueError, match="score='luck'"):
-        Sampled(0, score="luck")
+        SampledExit(0, score="luck")
 
 
 def test_cumulative():
@@ -103,7 +103,7 @@ def test_cumulative():
                     if total > q:
                         stopped = min(stopped, exit)
                 expected.append(stopped)
-            assert depths(Cumulative(q), scores) == expected
+            assert depths(QExit(q), scores) == expected
 
 
 def test_gate():
@@ -121,22 +121,22 @@ def test_gate():
                     if conditional >= threshold:
                         stopped = min(stopped, exit)
                 expected.append(stopped)
-            assert depths(Gate(threshold), scores) == expected
+            assert depths(GatedExit(threshold), scores) == expected
 
 
 def test_patience_and_cumulative_do_not_stop_at_their_numbers():
     scores = torch.tensor([[0.5, 0.75], [0.5, 0.75], [0, 0], [0, 0]])
     assert depths(Patience(0.5, 1), scores) == [K, 0]
-    assert depths(Cumulative(0.5), scores) == [1, 0]
-    assert depths(Cumulative(0.75), scores) == [K, 1]
+    assert depths(QExit(0.5), scores) == [1, 0]
+    assert depths(QExit(0.75), scores) == [K, 1]
 
 
 def test_gate_stops_at_its_threshold():
-    assert depths(Gate(0.5), torch.tensor([[0.5, 0.49], [0, 0], [0, 0], [0, 0]])) == [0, K]
+    assert depths(GatedExit(0.5), torch.tensor([[0.5, 0.49], [0, 0], [0, 0], [0, 0]])) == [0, K]
 
 
 def test_planned_stops_at_the_first_exit_deep_enough():
-    plan = Planned(((1, 2, 9, 4), (3, 3, 3, 3)))
+    plan = DepthTable(((1, 2, 9, 4), (3, 3, 3, 3)))
     nothing = torch.full((K, 4), NAN)
     assert depths(plan, nothing, step=0, num_steps=2) == [0, 1, K, 3]
     assert depths(plan, nothing, step=1, num_steps=2) == [2, 2, 2, 2]
@@ -147,7 +147,7 @@ def test_planned_stops_at_the_first_exit_deep_enough():
 
 @pytest.mark.parametrize(
     "criterion",
-    [Threshold(0.0), Patience(0.0, 1), Patience(0.0, 1, consecutive=False), Cumulative(0.0), Gate(0.0)],
+    [Threshold(0.0), Patience(0.0, 1), Patience(0.0, 1, consecutive=False), QExit(0.0), GatedExit(0.0)],
     ids=repr,
 )
 def test_nan_never_stops(criterion):
@@ -163,15 +163,15 @@ def test_nan_never_stops(criterion):
         Threshold(((0.9, 0.2, 0.4, 0.6), (0.8, 0.3, 0.5, 0.7))),
         DecayingThreshold(0.5, 4),
         Patience((0.3, 0.5, 0.7, 0.9), 2, consecutive=False),
-        Accumulated(0.7, (0.5, 1.0), 0.5),
+        ErrorBudget(0.7, (0.5, 1.0), 0.5),
     ],
     ids=repr,
 )
 def test_at_the_floor_nobody_stops_and_nothing_changes(criterion):
     state = criterion.start(torch.arange(3), step=0, previous=None)
-    _, state = criterion.decide(torch.tensor([0.95, 0.5, NAN]), Where(0, 2, 0.0, 1, 0), state)
+    _, state = criterion.decide(torch.tensor([0.95, 0.5, NAN]), ExitPoint(0, 2, 0.0, 1, 0), state)
     for step, exit in itertools.product(range(2), range(K)):
-        where = Where(step, 2, 0.0, exit + 1, exit)
+        where = ExitPoint(step, 2, 0.0, exit + 1, exit)
         floor = torch.tensor(criterion.floor(where), dtype=torch.float64).float()
         below = floor.nextafter(torch.tensor(-1.0)) if floor > criterion.floor(where) else floor
         stop, after = criterion.decide(torch.stack([below, below - 0.1, torch.tensor(NAN)]), where, state)
@@ -180,17 +180,17 @@ def test_at_the_floor_nobody_stops_and_nothing_changes(criterion):
 
 
 def test_a_criterion_that_changes_its_state_at_any_score_has_no_floor():
-    for criterion in (Patience(0.5, 2), Cumulative(0.5), Sampled(0), Gate(0.5), Planned(((1,),))):
-        assert criterion.floor(Where(0, 1, 0.0, 1, 0)) is None
+    for criterion in (Patience(0.5, 2), QExit(0.5), SampledExit(0), GatedExit(0.5), DepthTable(((1,),))):
+        assert criterion.floor(ExitPoint(0, 1, 0.0, 1, 0)) is None
 
 
-@pytest.mark.parametrize("criterion", [Threshold(0.5), Patience(0.3, 2), Cumulative(0.8), Gate(0.4)], ids=repr)
+@pytest.mark.parametrize("criterion", [Threshold(0.5), Patience(0.3, 2), QExit(0.8), GatedExit(0.4)], ids=repr)
 def test_decisions_are_pure_and_forget_the_step_before(criterion):
     (scores,) = draws(1)
     ids = torch.arange(E)
     state = criterion.start(ids, step=0, previous=None)
     before = {name: value.clone() for name, value in state.items()}
-    where = Where(0, 2, 0.0, depth=1, exit=0)
+    where = ExitPoint(0, 2, 0.0, depth=1, exit=0)
     stop, after = criterion.decide(scores[0], where, state)
     again, _ = criterion.decide(scores[0], where, state)
     assert torch.equal(stop, again)
@@ -201,7 +201,7 @@ def test_decisions_are_pure_and_forget_the_step_before(criterion):
 
 
 def test_elements_do_not_see_one_another():
-    for criterion in (Threshold(0.5), Patience(0.3, 2), Cumulative(0.8), Gate(0.4)):
+    for criterion in (Threshold(0.5), Patience(0.3, 2), QExit(0.8), GatedExit(0.4)):
         (scores,) = draws(1)
         whole = depths(criterion, scores)
         order = random.Random(0).sample(range(E), E)
@@ -230,16 +230,16 @@ def test_elements_do_not_see_one_another():
         lambda: Patience(0.5, ()),
         lambda: Patience(0.5, (1, 0)),
         lambda: Patience(2.0, 1),
-        lambda: Cumulative(1.1),
-        lambda: Cumulative(NAN),
-        lambda: Cumulative(-0.1),
-        lambda: Cumulative(0.5, score="sureness"),
-        lambda: Gate(1.5),
-        lambda: Gate(NAN),
-        lambda: Planned(()),
-        lambda: Planned(((),)),
-        lambda: Planned(((1, 2), (1,))),
-        lambda: Planned(((1, -2),)),
+        lambda: QExit(1.1),
+        lambda: QExit(NAN),
+        lambda: QExit(-0.1),
+        lambda: QExit(0.5, score="sureness"),
+        lambda: GatedExit(1.5),
+        lambda: GatedExit(NAN),
+        lambda: DepthTable(()),
+        lambda: DepthTable(((),)),
+        lambda: DepthTable(((1, 2), (1,))),
+        lambda: DepthTable(((1, -2),)),
     ],
 )
 def test_numbers_out_of_range_are_refused(make):
@@ -256,8 +256,8 @@ def test_numbers_out_of_range_are_refused(make):
         Threshold(((0.5,) * 4,) * 3),
         Patience((0.5,) * 3, 1),
         Patience(0.5, (1, 2, 3)),
-        Planned(((1, 2),)),
-        Planned(((1, 2),) * 2, every_step=True),
+        DepthTable(((1, 2),)),
+        DepthTable(((1, 2),) * 2, every_step=True),
     ],
     ids=repr,
 )
@@ -269,15 +269,15 @@ def test_wrong_lengths_are_refused(criterion):
 @pytest.mark.parametrize("ids", [[0, 2], [-1, 0]])
 def test_a_plan_knows_its_elements(ids):
     with pytest.raises(ValueError, match="column"):
-        Planned(((1, 2),)).start(torch.tensor(ids), step=0, previous=None)
+        DepthTable(((1, 2),)).start(torch.tensor(ids), step=0, previous=None)
 
 
 def test_a_plan_may_hold_at_every_step():
-    plan = Planned(((1, 2, 4),), every_step=True)
+    plan = DepthTable(((1, 2, 4),), every_step=True)
     plan.validate(7, 4)
     for step in (0, 6):
         state = plan.start(torch.tensor([2, 0]), step=step, previous=None)
-        stop, _ = plan.decide(torch.full((2,), torch.nan), Where(step, 7, 0.0, 2, 1), state)
+        stop, _ = plan.decide(torch.full((2,), torch.nan), ExitPoint(step, 7, 0.0, 2, 1), state)
         assert stop.tolist() == [False, True]
 
 
@@ -285,7 +285,7 @@ def test_a_decaying_threshold_decays():
     criterion = DecayingThreshold(0.6, 5, rate=2.0)
     for step in (0, 3, 50):
         limit = 0.9 * 0.6 + 0.1 * 0.6 * math.exp(-2 * step / 5)
-        stop, _ = criterion.decide(torch.tensor([limit - 1e-6, limit + 1e-6]), Where(step, 99, 0.0, 2, 1), {})
+        stop, _ = criterion.decide(torch.tensor([limit - 1e-6, limit + 1e-6]), ExitPoint(step, 99, 0.0, 2, 1), {})
         assert stop.tolist() == [False, True]
     for wrong, name in (
         ({"horizon": 0}, "horizon"),
@@ -301,12 +301,12 @@ def test_accumulated_is_a_slow_loop():
     scores = torch.rand(12, 5, generator=torch.Generator().manual_seed(3)).clamp(min=0.2)
     scores[4, 1], scores[5, 2] = 0.0, torch.nan  # nothing known; not measured
     weights = tuple(0.1 + 0.05 * step for step in range(12))
-    criterion = Accumulated(0.25, weights, 0.6)
+    criterion = ErrorBudget(0.25, weights, 0.6)
     criterion.validate(12, 1)
     spent, previous, stopped = [0.0] * 5, None, 0
     for step in range(12):
         state = criterion.start(torch.arange(5), step=step, previous=previous)
-        stop, previous = criterion.decide(scores[step], Where(step, 12, 0.0, 0, 0), state)
+        stop, previous = criterion.decide(scores[step], ExitPoint(step, 12, 0.0, 0, 0), state)
         for element in range(5):
             spent[element] *= 0.6 if step else 1.0
             score = scores[step, element].item()
@@ -326,23 +326,23 @@ def test_accumulated_refuses_what_makes_no_budget():
         (math.inf, (1.0,), 0),
     ):
         with pytest.raises(ValueError, match="expected a positive number and a factor"):
-            Accumulated(budget, weights, decay)
-    with pytest.raises(ValueError, match=r"Accumulated\.budget=nan, expected a number"):
-        Accumulated(math.nan, (1.0,), 0.5)
-    with pytest.raises(ValueError, match=r"Accumulated\.weights=\(nan,\), expected a tuple of numbers"):
-        Accumulated(1.0, (math.nan,), 0.5)
+            ErrorBudget(budget, weights, decay)
+    with pytest.raises(ValueError, match=r"ErrorBudget\.budget=nan, expected a number"):
+        ErrorBudget(math.nan, (1.0,), 0.5)
+    with pytest.raises(ValueError, match=r"ErrorBudget\.weights=\(nan,\), expected a tuple of numbers"):
+        ErrorBudget(1.0, (math.nan,), 0.5)
     for weights in ((), (math.inf,), (-1.0,)):
         with pytest.raises(ValueError, match="expected one finite number >= 0 for each step"):
-            Accumulated(1.0, weights, 0.5)
+            ErrorBudget(1.0, weights, 0.5)
     for steps in (1, 3):
         with pytest.raises(ValueError, match=f"weights for 2 steps, this run has {steps}"):
-            Accumulated(1.0, (1.0, 1.0), 0.5).validate(steps, 1)
+            ErrorBudget(1.0, (1.0, 1.0), 0.5).validate(steps, 1)
 
 
 def test_accumulated_spends_its_budget_to_the_last():
     """In numbers that float32 holds: 0.25 of 0.25, then half of it again, then what is left."""
-    criterion, previous = Accumulated(0.25, (0.5, 0.25, 1.0), 0.5), None
+    criterion, previous = ErrorBudget(0.25, (0.5, 0.25, 1.0), 0.5), None
     for step, (score, stops, spent) in enumerate(((0.5, True, 0.25), (0.5, True, 0.25), (0.75, False, 0.125))):
         state = criterion.start(torch.arange(1), step=step, previous=previous)
-        stop, previous = criterion.decide(torch.tensor([score]), Where(step, 3, 0.0, 0, 0), state)
+        stop, previous = criterion.decide(torch.tensor([score]), ExitPoint(step, 3, 0.0, 0, 0), state)
         assert (bool(stop[0]), float(previous["spent"][0])) == (stops, spent)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-from ee_diffusion.core.criteria import CRITERIA, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criteria import CRITERIA, DepthTable, GatedExit, Patience, Threshold
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import SCHEDULES, DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth, PowerDecay
@@ -19,11 +19,11 @@ SOUND = {
     "Threshold": {"threshold": 0.5},
     "DecayingThreshold": {"threshold": 0.5, "horizon": 4},
     "Patience": {"threshold": 0.5, "patience": 2},
-    "Cumulative": {"q": 0.5},
-    "Sampled": {"seed": 1},
-    "Gate": {"threshold": 0.5},
-    "Accumulated": {"budget": 0.5, "weights": (1.0,), "decay": 0.5},
-    "Planned": {"depths": ((1, 2),)},
+    "QExit": {"q": 0.5},
+    "SampledExit": {"seed": 1},
+    "GatedExit": {"threshold": 0.5},
+    "ErrorBudget": {"budget": 0.5, "weights": (1.0,), "decay": 0.5},
+    "DepthTable": {"depths": ((1, 2),)},
     "FullDepth": {},
     "FixedDepth": {"depth": 1},
     "DepthPerStep": {"depths": (1,)},
@@ -60,14 +60,14 @@ def test_every_field_of_every_kind_tells_what_is_none(kind: str, field: str):
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Gate((0.5, 0.6)), r"Gate\.threshold=\(0\.5, 0\.6\), expected a number"),
+        (lambda: GatedExit((0.5, 0.6)), r"GatedExit\.threshold=\(0\.5, 0\.6\), expected a number"),
         (lambda: PiecewiseDepth(("a",), (1, 2)), r"PiecewiseDepth\.edges=\('a',\), expected a tuple of numbers"),
         (lambda: Patience(0.5, 2, consecutive="false"), r"Patience\.consecutive='false', expected True or False"),
         (
-            lambda: Planned(((math.nan,),)),
-            r"Planned\.depths=\(\(nan,\),\), expected a tuple of tuples of whole numbers",
+            lambda: DepthTable(((math.nan,),)),
+            r"DepthTable\.depths=\(\(nan,\),\), expected a tuple of tuples of whole numbers",
         ),
-        (lambda: Planned(((1,),), every_step=1), r"Planned\.every_step=1, expected True or False"),
+        (lambda: DepthTable(((1,),), every_step=1), r"DepthTable\.every_step=1, expected True or False"),
         (lambda: Threshold(True), r"Threshold\.threshold=True, expected a number or a tuple of numbers or a tuple of"),
         (lambda: Threshold(0.5, score=3), r"Threshold\.score=3, expected a text"),
         (lambda: PowerDecay(math.nan, 2, bottom=None), r"PowerDecay\.alpha=nan, expected a number"),
@@ -109,14 +109,14 @@ def test_what_no_model_can_run_is_refused_where_it_is_made(make):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"criterion": {"kind": "Gate", "threshold": [0.5, 0.6]}}, "Gate.threshold="),
+        ({"criterion": {"kind": "GatedExit", "threshold": [0.5, 0.6]}}, "GatedExit.threshold="),
         (
             {"criterion": {"kind": "Patience", "threshold": 0.5, "patience": 1, "consecutive": "false"}},
             "Patience.consec",
         ),
         ({"schedule": {"kind": "PiecewiseDepth", "edges": ["a"], "depths": [1, 2]}}, "PiecewiseDepth.edges="),
-        ({"criterion": {"kind": "Planned", "depths": [[math.nan]]}}, "Planned.depths="),
-        ({"late": "no"}, "Policy.late="),
+        ({"criterion": {"kind": "DepthTable", "depths": [[math.nan]]}}, "DepthTable.depths="),
+        ({"delayed": "no"}, "Policy.delayed="),
         ({"criterion": {"kind": "Magic"}}, "Magic"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Interception: the forward is replaced on the instance alone and restored exactly, whatever stood there before."""
+"""ForwardPatch: the forward is replaced on the instance alone and restored exactly, whatever stood there before."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ee_diffusion.core.patch import Interception, Uncopied, restore_all
+from ee_diffusion.core.patch import ForwardPatch, Uncopied, restore_all
 
 
 def doubled(original, *args):
@@ -20,7 +20,7 @@ def doubled(original, *args):
 def test_forward_is_replaced_and_restored():
     module, other, x = nn.Linear(2, 2), nn.Linear(2, 2), torch.randn(3, 2)
     before, of_other, attributes, keys = module(x), other(x), dict(module.__dict__), list(module.state_dict())
-    interception = Interception(module, doubled)
+    interception = ForwardPatch(module, doubled)
     assert torch.equal(module(x), 2 * before)
     assert torch.equal(other(x), of_other), "the class is not touched"
     assert list(module.state_dict()) == keys
@@ -33,7 +33,7 @@ def test_what_stood_in_the_instance_stands_there_again():
     module, x = nn.Linear(2, 2), torch.randn(3, 2)
     mine = lambda x: x + 1  # noqa: E731
     module.forward = mine
-    interception = Interception(module, doubled)
+    interception = ForwardPatch(module, doubled)
     assert torch.equal(module(x), 2 * (x + 1))
     interception.restore()
     assert module.__dict__["forward"] is mine
@@ -42,7 +42,7 @@ def test_what_stood_in_the_instance_stands_there_again():
 def test_two_of_them_come_off_in_reverse_order_only():
     module, x = nn.Linear(2, 2), torch.randn(3, 2)
     before = module(x)
-    first, second = Interception(module, doubled), Interception(module, doubled)
+    first, second = ForwardPatch(module, doubled), ForwardPatch(module, doubled)
     torch.testing.assert_close(module(x), 4 * before)
     with pytest.raises(RuntimeError, match="replaced by something else after"):
         first.restore()
@@ -57,7 +57,7 @@ def test_any_method_of_any_object():
             return total
 
     one = Pipeline()
-    interception = Interception(one, doubled, name="bar")
+    interception = ForwardPatch(one, doubled, name="bar")
     assert (one.bar(3), Pipeline().bar(3)) == (6, 3)
     assert inspect.signature(one.bar) == inspect.signature(Pipeline().bar)
     interception.restore()
@@ -67,8 +67,8 @@ def test_any_method_of_any_object():
 
 def test_all_are_restored_or_none():
     module, x = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(3, 2)
-    ours = [Interception(layer, doubled) for layer in module]
-    theirs = Interception(module[0], doubled)
+    ours = [ForwardPatch(layer, doubled) for layer in module]
+    theirs = ForwardPatch(module[0], doubled)
     found = module(x)
     with pytest.raises(RuntimeError, match="replaced by something else after"):
         restore_all(ours)
@@ -86,9 +86,9 @@ def test_a_copy_is_plain_and_the_original_is_not_touched(made):
     module, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), torch.randn(3, 2)
     attributes = [set(one.__dict__) for one in module.modules()]
     plain = module(x)
-    ours = [Interception(one, doubled) for one in (module, module[0])]
-    ours.append(Interception(module, doubled, name="extra_repr"))
-    twice = Interception(module, doubled)
+    ours = [ForwardPatch(one, doubled) for one in (module, module[0])]
+    ours.append(ForwardPatch(module, doubled, name="extra_repr"))
+    twice = ForwardPatch(module, doubled)
     module.elsewhere = module[0].forward  # as an offload hook keeps it
     found, copied = module(x), made(module)
     assert torch.equal(copied(x), plain)
@@ -98,7 +98,7 @@ def test_a_copy_is_plain_and_the_original_is_not_touched(made):
     assert torch.equal(module(x), found)
     del module.elsewhere, copied.elsewhere
     assert [set(one.__dict__) for one in copied.modules()] == attributes
-    again = Interception(copied[0], doubled)
+    again = ForwardPatch(copied[0], doubled)
     torch.testing.assert_close(copied[0](x), 2 * plain_first)
     again.restore()
     twice.restore()
@@ -114,7 +114,7 @@ def test_a_copy_comes_without_our_hooks_and_with_theirs(made):
     plain = module(x)
     handle = module.register_forward_hook(Uncopied(lambda *args: heard.append(1)), with_kwargs=True)
     elsewhere = made(module)
-    interception = Interception(module, doubled)
+    interception = ForwardPatch(module, doubled)
     copied = made(module)
     assert torch.equal(copied(x), plain)
     assert torch.equal(elsewhere(x), plain)

@@ -9,7 +9,7 @@ import torch
 from factories import LAYOUTS, criterion_named, driver_named, recorded, run
 
 from ee_diffusion.core.arriving import sent
-from ee_diffusion.core.criteria import Patience, Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
@@ -38,7 +38,7 @@ def at(step: StepSession, depth: int, *scores: float):
 
 def test_a_decision_by_hand():
     """Two images of two rows and one of one: each leaves one exit after the one where its score was high enough."""
-    session = session_of(Policy(Threshold(0.5), late=True), rows=(0, 1, 0, 2, 1))
+    session = session_of(Policy(Threshold(0.5), delayed=True), rows=(0, 1, 0, 2, 1))
     step = session.step(0, 7.0)
     assert at(step, 0, 0.9, 0.9, 0.1, 0.6, 0.7) is None, "nobody has been measured yet"
     assert at(step, 1) is None, "no exit there"
@@ -55,7 +55,7 @@ def test_a_decision_by_hand():
 
 
 def test_thresholds_are_those_of_the_exit_that_was_measured():
-    step = session_of(Policy(Threshold((0.5, 0.9, 0.0)), late=True)).step(0, 0.0)
+    step = session_of(Policy(Threshold((0.5, 0.9, 0.0)), delayed=True)).step(0, 0.0)
     at(step, 0, 0.4, 0.6, 0.4)
     assert at(step, 2, 0.8, 0.95).rows == [1]
     assert at(step, 4).rows == [2], "above 0.9, the threshold of the exit at depth 2"
@@ -65,14 +65,14 @@ def test_thresholds_are_those_of_the_exit_that_was_measured():
 def test_everybody_leaves_one_exit_later(criterion: str):
     everything = recorded("plain-output", "together")
     rule, exits = criterion_named(criterion, "plain-output", "together"), [*everything.exits.tolist(), 6]
-    at_once, late = replay(everything, Policy(rule)), replay(everything, Policy(rule, late=True))
+    at_once, delayed = replay(everything, Policy(rule)), replay(everything, Policy(rule, delayed=True))
     following = dict(zip(exits, [*exits[1:], 6], strict=True))
-    assert late.tolist() == [[following[depth] for depth in row] for row in at_once.tolist()]
-    assert not torch.equal(late, at_once)
+    assert delayed.tolist() == [[following[depth] for depth in row] for row in at_once.tolist()]
+    assert not torch.equal(delayed, at_once)
 
 
 def test_nothing_is_measured_where_the_next_exit_is_everybodys_end():
-    session = session_of(Policy(Threshold(0.5), FixedDepth(2), late=True))
+    session = session_of(Policy(Threshold(0.5), FixedDepth(2), delayed=True))
     step = session.step(0, 0.0)
     assert at(step, 0) is None
     assert at(step, 2).rows == [0, 1, 2]
@@ -82,7 +82,7 @@ def test_nothing_is_measured_where_the_next_exit_is_everybodys_end():
 
 
 def test_scores_do_not_outlive_their_step():
-    session = session_of(Policy(Threshold(0.5), exits=(0, 4), late=True), num_steps=2)
+    session = session_of(Policy(Threshold(0.5), exits=(0, 4), delayed=True), num_steps=2)
     step = session.step(0, 1.0)
     at(step, 0, 0.9, 0.9, 0.9)
     step.close()
@@ -92,7 +92,7 @@ def test_scores_do_not_outlive_their_step():
 
 
 def test_a_nan_stops_nobody_and_raises_after_the_step():
-    session = session_of(Policy(Threshold(0.5), late=True))
+    session = session_of(Policy(Threshold(0.5), delayed=True))
     step = session.step(0, 0.0)
     at(step, 0, math.nan, 0.9, 0.1)
     assert at(step, 2, 0.1, 0.1).rows == [1]
@@ -102,7 +102,7 @@ def test_a_nan_stops_nobody_and_raises_after_the_step():
 
 
 def test_a_second_call_follows_and_asks_nothing():
-    session = session_of(Policy(Threshold(0.5), late=True))
+    session = session_of(Policy(Threshold(0.5), delayed=True))
     step = session.step(0, 0.0)
     at(step, 0, 0.9, 0.1, 0.1)
     at(step, 2, 0.1, 0.1)
@@ -115,7 +115,7 @@ def test_a_second_call_follows_and_asks_nothing():
 
 
 def test_recording_measures_every_exit_at_once():
-    policy = Policy(Threshold(0.5), late=True, record_all=True)
+    policy = Policy(Threshold(0.5), delayed=True, record_all=True)
     session = session_of(policy)
     step = session.step(0, 0.0)
     for depth in (0, 2, 4):
@@ -124,30 +124,30 @@ def test_recording_measures_every_exit_at_once():
     step.close()
     trace = session.trace()
     assert trace.measured.tolist() == [[3, 3, 3]]
-    assert replay(trace, Policy(Threshold(0.5), late=True)).tolist() == [[2, 5, 2]]
+    assert replay(trace, Policy(Threshold(0.5), delayed=True)).tolist() == [[2, 5, 2]]
 
 
 def test_a_policy_says_in_its_file_that_it_is_late(tmp_path):
-    policy = Policy(Threshold(0.5), exits=(1, 3), late=True)
+    policy = Policy(Threshold(0.5), exits=(1, 3), delayed=True)
     policy.save(tmp_path / "policy.json")
     assert Policy.load(tmp_path / "policy.json") == policy
     assert policy.to_dict() != Policy(Threshold(0.5), exits=(1, 3)).to_dict()
-    assert "late" not in Policy(Threshold(0.5)).to_dict(), "files of before are files of now"
+    assert "delayed" not in Policy(Threshold(0.5)).to_dict(), "files of before are files of now"
 
 
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Policy(late=True), "late=True with nothing to measure"),
-        (lambda: Policy(Planned(((1,),)), late=True), "late=True with nothing to measure"),
-        (lambda: Policy(Threshold(0.5), late=1), r"Policy\.late=1, expected True or False"),
+        (lambda: Policy(delayed=True), "delayed=True with nothing to measure"),
+        (lambda: Policy(DepthTable(((1,),)), delayed=True), "delayed=True with nothing to measure"),
+        (lambda: Policy(Threshold(0.5), delayed=1), r"Policy\.delayed=1, expected True or False"),
         (
-            lambda: Policy(Threshold(0.5), exits=(2,), late=True),
-            r"late=True with exits at \(2,\), expected two or more",
+            lambda: Policy(Threshold(0.5), exits=(2,), delayed=True),
+            r"delayed=True with exits at \(2,\), expected two or more",
         ),
         (
-            lambda: Policy(Threshold(0.5), late=True).start(5, (2,), rows=torch.tensor([0]), num_steps=1),
-            r"late=True with exits at \(2,\), expected two or more",
+            lambda: Policy(Threshold(0.5), delayed=True).start(5, (2,), rows=torch.tensor([0]), num_steps=1),
+            r"delayed=True with exits at \(2,\), expected two or more",
         ),
     ],
 )
@@ -161,13 +161,13 @@ def test_scores_made_of_answers_are_counted_and_what_they_carry_is_there_at_the_
     driver, layout = driver_named("plain-output"), LAYOUTS["together"]
     rule = Patience(0.5, 1, score="agreement")
     everything = run(driver, Policy(rule, record_all=True), layout).trace
-    late = run(driver, Policy(rule, late=True), layout).trace
-    assert torch.equal(replay(everything, Policy(rule, late=True)), late.depths)
-    assert len(late.depths.unique()) > 1
+    delayed = run(driver, Policy(rule, delayed=True), layout).trace
+    assert torch.equal(replay(everything, Policy(rule, delayed=True)), delayed.depths)
+    assert len(delayed.depths.unique()) > 1
     left = torch.stack(
-        [((late.depths == depth) * late.rows).sum(1) for depth in late.exits.tolist()], dim=1
+        [((delayed.depths == depth) * delayed.rows).sum(1) for depth in delayed.exits.tolist()], dim=1
     )  # (S, K) rows
-    assert torch.equal(late.answered, late.measured + left)
+    assert torch.equal(delayed.answered, delayed.measured + left)
 
 
 def test_on_a_cpu_scores_are_where_they_are():
@@ -198,8 +198,8 @@ def test_late_and_at_once_give_the_same_answers_at_the_same_depths():
     """A plain driver, end to end: a late policy's outputs are those of the plan of its depths."""
     driver, layout = driver_named("plain-hidden"), LAYOUTS["single"]
     rule = criterion_named("threshold", "plain-hidden", "single")
-    late = run(driver, Policy(rule, late=True), layout)
-    depths = tuple(tuple(row) for row in late.trace.depths.tolist())
-    planned = run(driver, Policy(Planned(depths)), layout)
-    torch.testing.assert_close(late.outputs, planned.outputs, rtol=1e-4, atol=1e-4)
-    assert len(late.trace.depths.unique()) > 1
+    delayed = run(driver, Policy(rule, delayed=True), layout)
+    depths = tuple(tuple(row) for row in delayed.trace.depths.tolist())
+    planned = run(driver, Policy(DepthTable(depths)), layout)
+    torch.testing.assert_close(delayed.outputs, planned.outputs, rtol=1e-4, atol=1e-4)
+    assert len(delayed.trace.depths.unique()) > 1

@@ -8,8 +8,8 @@ from factories import IMAGES, LAYOUTS, STEPS, PlainDriver, answer_at, images_of,
 from laws import counting
 from torch import nn
 
-from ee_diffusion.core.active_batch import Lane, run_blocks
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.active_batch import ActiveBatch, run_blocks
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
 
@@ -50,7 +50,7 @@ def test_a_hole_passes_its_input_on(driver: PlainDriver):
 
 
 def test_a_criterion_stops_within_a_schedule(driver: PlainDriver):
-    found = run(driver, Policy(Planned(((1, 6, 0, 3, 4, 5, 2),) * STEPS), FixedDepth(4)), SINGLE)
+    found = run(driver, Policy(DepthTable(((1, 6, 0, 3, 4, 5, 2),) * STEPS), FixedDepth(4)), SINGLE)
     assert found.trace.depths[0].tolist() == [1, 4, 0, 3, 4, 4, 2]
     inputs = images_of(EVERYBODY, 0, 1)
     for image, depth in enumerate([1, 4, 0, 3, 4, 4, 2]):
@@ -64,7 +64,7 @@ def test_everybody_stopped_leaves_nothing_for_the_tail(driver: PlainDriver):
     hooks = [
         block.register_forward_pre_hook(lambda module, args: calls.append(len(args[0]))) for block in driver.blocks
     ]
-    found = run(driver, Policy(Planned(((0, 1, 1, 2, 0, 2, 1),) * STEPS)), SINGLE)
+    found = run(driver, Policy(DepthTable(((0, 1, 1, 2, 0, 2, 1),) * STEPS)), SINGLE)
     for one in (hook, *hooks):
         one.remove()
     assert calls == [5, 2] * STEPS, "no block is called for nobody"
@@ -80,7 +80,7 @@ def test_everybody_stopped_leaves_nothing_for_the_tail(driver: PlainDriver):
 def test_one_departure_leaves_the_others_their_own_answers(driver: PlainDriver):
     """Two images leave together, the rest run to the end."""
     depths = [2, 6, 6, 2, 6, 6, 6]
-    found, inputs = run(driver, Policy(Planned((tuple(depths),) * STEPS)), SINGLE), images_of(EVERYBODY, 0, 1)
+    found, inputs = run(driver, Policy(DepthTable((tuple(depths),) * STEPS)), SINGLE), images_of(EVERYBODY, 0, 1)
     assert len(found.outputs[0]) == IMAGES
     for image, depth in enumerate(depths):
         torch.testing.assert_close(found.outputs[0][image], answer_at(driver, depth, inputs)[image])
@@ -137,23 +137,23 @@ def test_an_exit_that_is_not_measured_answers_for_itself():
 
 def test_states_that_are_kept_are_those_of_the_rows_that_go_on():
     heads, hidden = Carrying(), torch.arange(4.0)[:, None, None].expand(4, 2, 3)
-    plan = Policy(Planned(((1, 4, 2, 4),)))
+    plan = Policy(DepthTable(((1, 4, 2, 4),)))
     step = plan.start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
-    lane = Lane(step, heads, {}, keep=(0, 1))
+    lane = ActiveBatch(step, heads, {}, keep=(0, 1))
     kept = []
     for depth in range(4):
         hidden = lane.offer(depth, hidden)
         kept.append([value[:, 0, 0].tolist() for value in lane.kept.values()])
     assert kept == [[[0, 1, 2, 3]], [[1, 2, 3]] * 2, [[1, 3]] * 2, [[1, 3]] * 2]
     everybody = Policy(schedule=FixedDepth(2)).start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
-    lane = Lane(everybody, heads, {}, keep=(0,))
+    lane = ActiveBatch(everybody, heads, {}, keep=(0,))
     for depth in range(3):
         hidden = lane.offer(depth, torch.zeros(4, 2, 3))
     assert [len(value) for value in lane.kept.values()] == [0]
 
 
 def test_gradients_reach_the_blocks_that_ran(driver: PlainDriver):
-    session = driver.start(Policy(Planned(((2, 2, 6, 6, 6, 6, 6),))), rows=torch.arange(IMAGES), num_steps=1)
+    session = driver.start(Policy(DepthTable(((2, 2, 6, 6, 6, 6, 6),))), rows=torch.arange(IMAGES), num_steps=1)
     driver.under(session.step(0, 1.0), images_of(EVERYBODY, 0, 1))[:2].sum().backward()
     assert [block.inner.weight.grad is not None and bool(block.inner.weight.grad.any()) for block in driver.blocks] == [
         layer < 2 for layer in range(6)
@@ -205,7 +205,11 @@ class Carrying(nn.Module):
 
 def test_what_is_carried_follows_the_rows_that_go_on():
     heads, hidden = Carrying(), torch.tensor([2.0, 0.0, 1.0, 5.0])[:, None, None].expand(4, 2, 3)
-    step = Policy(Threshold(0.5, score="judged")).start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
+    step = (
+        Policy(Threshold(0.5, score="learned_confidence"))
+        .start(4, heads.depths, rows=torch.arange(4), num_steps=1)
+        .step(0, 0.0)
+    )
     run_blocks([lambda x: x] * 4, hidden, step, heads=heads, tail=lambda x: x[:, 0])
     assert heads.seen == [[2, 0, 1, 5], [2, 1, 5], [2, 5]]
     assert step.depths.tolist() == [3, 1, 2, 4]

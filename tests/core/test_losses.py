@@ -83,38 +83,38 @@ def test_layerwise_loss(drawn, weighted: bool):
 
 
 def test_released_uncertainty_loss(drawn):
-    certainty, predictions, target = drawn
+    confidence, predictions, target = drawn
     terms = []
     for k in range(K):  # a mean over exits too
         for at in elements(k):
             wanted = 1 - math.tanh(abs(number(predictions, at) - number(target, at[1:])))
-            terms.append((number(certainty, at) - wanted) ** 2)
-    found = losses.released_uncertainty_loss(certainty, predictions, target)
+            terms.append((number(confidence, at) - wanted) ** 2)
+    found = losses.released_uncertainty_loss(confidence, predictions, target)
     assert number(found, ()) == pytest.approx(sum(terms) / len(terms), abs=1e-12)
     found.backward()
     assert predictions.grad is None
     for k in range(K):
         for at in elements(k):
             wanted = 1 - math.tanh(abs(number(predictions, at) - number(target, at[1:])))
-            slope = 2 * (number(certainty, at) - wanted) / len(terms)
-            assert number(certainty.grad, at) == pytest.approx(slope, abs=1e-12)
+            slope = 2 * (number(confidence, at) - wanted) / len(terms)
+            assert number(confidence.grad, at) == pytest.approx(slope, abs=1e-12)
 
 
 def test_released_layerwise_loss(drawn):
-    certainty, predictions, target = drawn
+    confidence, predictions, target = drawn
     weights, errors = [], []
     for k in range(K):
-        weights.append(sum(number(certainty, at) for at in elements(k)) / len(elements(k)))
+        weights.append(sum(number(confidence, at) for at in elements(k)) / len(elements(k)))
         squares = [(number(predictions, at) - number(target, at[1:])) ** 2 for at in elements(k)]
         errors.append(sum(squares) / len(squares))
     expected = sum(weight / sum(weights) * error for weight, error in zip(weights, errors, strict=True))
-    found = losses.released_layerwise_loss(certainty, predictions, target)
+    found = losses.released_layerwise_loss(confidence, predictions, target)
     assert number(found, ()) == pytest.approx(expected, abs=1e-12)
     found.backward()
     for k in range(K):
         for at in elements(k):  # d (w_k / sum w) / d w_k, times the errors: the weights are not detached
             slope = (errors[k] - expected) / sum(weights) / len(elements(k))
-            assert number(certainty.grad, at) == pytest.approx(slope, abs=1e-12)
+            assert number(confidence.grad, at) == pytest.approx(slope, abs=1e-12)
             slope = (
                 2 * weights[k] / sum(weights) * (number(predictions, at) - number(target, at[1:])) / len(elements(k))
             )

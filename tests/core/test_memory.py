@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core.history import Memory
+from ee_diffusion.core.history import OutputHistory
 
 
-def filled(times: list[list[float]], length: int, course) -> Memory:
+def filled(times: list[list[float]], length: int, course) -> OutputHistory:
     """A memory of len(times) rows; row r was told `course(r, t)` at each of its times, in that order."""
-    memory = Memory.empty(torch.zeros(len(times), 2, 3, dtype=torch.float64), length=length)
+    memory = OutputHistory.empty(torch.zeros(len(times), 2, 3, dtype=torch.float64), length=length)
     for place in range(max(map(len, times))):
         rows = torch.tensor([row for row in range(len(times)) if place < len(times[row])])
         time = torch.tensor([times[row][place] for row in rows.tolist()], dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_recall_is_the_polynomial_through_the_newest_values_of_each_row(length: 
 
 
 def test_rows_that_remember_nothing_recall_zeros_and_promise_nothing():
-    memory = Memory.empty(torch.ones(3, 2), length=2)
+    memory = OutputHistory.empty(torch.ones(3, 2), length=2)
     now = torch.full((3,), 1.0, dtype=torch.float64)
     assert torch.equal(memory.recall(now), torch.zeros(3, 2))
     assert memory.expected_error(now).isnan().all()
@@ -94,8 +94,8 @@ def test_remembering_leaves_what_was_passed_in_and_the_other_rows_alone():
 
 def test_bad_input():
     with pytest.raises(ValueError, match="length 0, expected at least 1"):
-        Memory.empty(torch.zeros(2, 3), length=0)
-    memory = Memory.empty(torch.zeros(2, 3), length=2)
+        OutputHistory.empty(torch.zeros(2, 3), length=0)
+    memory = OutputHistory.empty(torch.zeros(2, 3), length=2)
     with pytest.raises(ValueError, match=r"value \(1, 4\) and time \(1,\), expected \(1, 3\)"):
         memory.remember(torch.tensor([0]), torch.zeros(1, 4), torch.zeros(1))
     with pytest.raises(ValueError, match="one time a row"):

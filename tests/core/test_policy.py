@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Cumulative, DecayingThreshold, Gate, Patience, Planned, Threshold
+from ee_diffusion.core.criteria import DecayingThreshold, DepthTable, GatedExit, Patience, QExit, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import (
     DepthPerStep,
@@ -26,10 +26,10 @@ POLICIES = [
     Policy(Threshold(((0.1, 0.2), (0.3, 0.4)), score="margin"), guidance="apart"),
     Policy(Patience(0.5, (2, 1), consecutive=False)),
     Policy(Patience((0.5, 0.4), 3), FixedDepth(3)),
-    Policy(Cumulative(0.9)),
-    Policy(Gate(0.5)),
-    Policy(Planned(((1, 2), (3, 4)))),
-    Policy(Planned(((1, 2),), every_step=True)),
+    Policy(QExit(0.9)),
+    Policy(GatedExit(0.5)),
+    Policy(DepthTable(((1, 2), (3, 4)))),
+    Policy(DepthTable(((1, 2),), every_step=True)),
     Policy(DecayingThreshold(0.5, 9)),
     Policy(schedule=LinearDecay(4, 2, 9, bottom=1)),
     Policy(schedule=LinearDecay(4, 2, 9, bottom=None)),
@@ -143,7 +143,7 @@ def test_a_truncated_file_is_refused(tmp_path):
         lambda: Policy(exits=(1, 1)),
         lambda: Policy(exits=(-1, 1)),
         lambda: Policy(record_all=True),
-        lambda: Policy(Planned(((1,),)), record_all=True),
+        lambda: Policy(DepthTable(((1,),)), record_all=True),
         lambda: Policy(guidance="both"),
         lambda: Policy("deediff"),
         lambda: Policy(schedule=None),
@@ -182,7 +182,7 @@ def start(policy: Policy, **changes):
         (Policy(Threshold((0.5,) * 3)), {}),
         (Policy(Threshold((0.5, 0.5)), exits=(1,)), {}),
         (Policy(Threshold(((0.5, 0.5),))), {}),
-        (Policy(Planned(((1, 2),))), {}),
+        (Policy(DepthTable(((1, 2),))), {}),
         (Policy(schedule=FixedDepth(2)), {}),
         (Policy(schedule=FixedDepth(6)), {}),
         (Policy(schedule=FixedDepth(3), exits=(1,)), {}),

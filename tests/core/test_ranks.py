@@ -33,7 +33,7 @@ def two(folder: Path, how: str) -> list[dict]:
 
 
 def test_voted_they_stop_together(tmp_path: Path):
-    for rank in two(tmp_path, "vote"):
+    for rank in two(tmp_path, "joint_decision"):
         assert rank["depth"] == 3, "0.2 and 0.8, 0.9 and 0.3, 0.9 and 0.9 at a threshold of 0.5"
         assert rank["output"] == 8.0
         assert rank["scores"] == pytest.approx([0.2, 0.3, 0.9])

@@ -9,7 +9,7 @@ import torch
 from factories import ToyHeads
 
 from ee_diffusion.core import scores
-from ee_diffusion.core.scores import Observation, register_score, score_named
+from ee_diffusion.core.scores import ExitInputs, register_score, score_named
 
 
 class CountingHeads(ToyHeads):
@@ -23,20 +23,20 @@ class CountingHeads(ToyHeads):
 
 
 @pytest.fixture
-def observation() -> Observation:
+def observation() -> ExitInputs:
     heads = CountingHeads((1, 2), "output", 6, 4)
-    return Observation(heads, 1, torch.randn(5, 3, 6), {"timestep": torch.zeros(5)})
+    return ExitInputs(heads, 1, torch.randn(5, 3, 6), {"timestep": torch.zeros(5)})
 
 
-@pytest.mark.parametrize("name", ["max_probability", "margin", "low_entropy"])
-def test_scores_of_logits(name: str, observation: Observation):
+@pytest.mark.parametrize("name", ["max_probability", "margin", "negative_entropy"])
+def test_scores_of_logits(name: str, observation: ExitInputs):
     logits = observation.heads.answer(1, observation.hidden, observation.context).double().detach()
     found = score_named(name).measure(observation).detach()
     for row, values in enumerate(logits.tolist()):
         exps = [math.exp(value) for value in values]
         p = sorted((value / sum(exps) for value in exps), reverse=True)
         entropy = -sum(value * math.log(value) for value in p)
-        expected = {"max_probability": p[0], "margin": p[0] - p[1], "low_entropy": 1 - entropy / math.log(4)}[name]
+        expected = {"max_probability": p[0], "margin": p[0] - p[1], "negative_entropy": 1 - entropy / math.log(4)}[name]
         assert float(found[row]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -44,13 +44,13 @@ def test_certain_and_undecided_logits():
     logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [50.0, 0.0, 0.0, 0.0]])
     heads = CountingHeads((1,), "output", 6, 4)
     heads.answer = lambda exit, hidden, context: logits
-    for name, low in (("max_probability", 0.25), ("margin", 0.0), ("low_entropy", 0.0)):
-        found = score_named(name).measure(Observation(heads, 0, torch.zeros(2, 3, 6), {}))
+    for name, low in (("max_probability", 0.25), ("margin", 0.0), ("negative_entropy", 0.0)):
+        found = score_named(name).measure(ExitInputs(heads, 0, torch.zeros(2, 3, 6), {}))
         torch.testing.assert_close(found, torch.tensor([low, 1.0]))
 
 
-def test_the_answer_is_computed_once_and_only_if_asked_for(observation: Observation):
-    score_named("certainty").measure(observation)
+def test_the_answer_is_computed_once_and_only_if_asked_for(observation: ExitInputs):
+    score_named("confidence").measure(observation)
     assert (observation.answered, observation.heads.calls) == (False, 0)
     score_named("margin").measure(observation)
     score_named("max_probability").measure(observation)
@@ -59,7 +59,7 @@ def test_the_answer_is_computed_once_and_only_if_asked_for(observation: Observat
 
 def test_names(monkeypatch):
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
-    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['agreement', 'certainty'"):
+    with pytest.raises(ValueError, match=r"score='sureness', expected one of \['agreement', 'closeness', 'confidence'"):
         score_named("sureness")
     register_score("sureness", lambda observation: observation.hidden.sum((1, 2)), low=-1.0, high=2.0)
     assert score_named("sureness").high == 2.0
@@ -70,7 +70,7 @@ def test_names(monkeypatch):
 def test_saturation_is_the_cosine_of_consecutive_states():
     before, after = torch.randn(5, 3, 6, dtype=torch.float64), torch.randn(5, 3, 6, dtype=torch.float64)
     heads = CountingHeads((1,), "output", 6, 4)
-    found = score_named("saturation").measure(Observation(heads, 0, after, {"previous": before}))
+    found = score_named("saturation").measure(ExitInputs(heads, 0, after, {"previous": before}))
     for row in range(5):
         a, b = before[row, -1].tolist(), after[row, -1].tolist()
         dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -78,7 +78,7 @@ def test_saturation_is_the_cosine_of_consecutive_states():
         assert float(found[row]) == pytest.approx(dot / norms, abs=1e-12)
     assert heads.calls == 0
     with pytest.raises(ValueError, match="only decoding keeps"):
-        score_named("saturation").measure(Observation(heads, 0, after, {}))
+        score_named("saturation").measure(ExitInputs(heads, 0, after, {}))
 
 
 class SayingHeads(ToyHeads):
@@ -93,10 +93,10 @@ class SayingHeads(ToyHeads):
         return observation.answer[:, 0].sigmoid()
 
 
-def saying(said: torch.Tensor, context: dict | None = None) -> Observation:
+def saying(said: torch.Tensor, context: dict | None = None) -> ExitInputs:
     heads = SayingHeads((1,), "output", 6, 4)
     heads.said = said
-    return Observation(heads, 0, torch.zeros(len(said), 3, 6), context or {})
+    return ExitInputs(heads, 0, torch.zeros(len(said), 3, 6), context or {})
 
 
 def test_agreement_is_with_the_exit_before():
@@ -116,5 +116,5 @@ def test_closeness_falls_with_the_distance_to_the_value_before():
 
 def test_judged_is_the_heads_own_word_on_the_whole_observation():
     observation = saying(torch.tensor([[0.3, 1.0]]))
-    assert score_named("judged").measure(observation).tolist() == pytest.approx([1 / (1 + math.exp(-0.3))])
+    assert score_named("learned_confidence").measure(observation).tolist() == pytest.approx([1 / (1 + math.exp(-0.3))])
     assert observation.answered, "what a judge asks for is counted"

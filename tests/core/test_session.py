@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import Accumulated, Patience, Planned, Threshold
-from ee_diffusion.core.criterion import Where
+from ee_diffusion.core.criteria import DepthTable, ErrorBudget, Patience, Threshold
+from ee_diffusion.core.criterion import ExitPoint
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
@@ -134,7 +134,7 @@ def test_state_belongs_to_a_step():
 
 def test_what_a_step_spent_is_missing_at_the_next():
     """Element 0 spends 0.4 of a budget of 0.5 at step 0 and cannot afford it again; element 1 has spent nothing."""
-    session = session_of(Policy(Accumulated(0.5, (1.0, 1.0), 1.0), exits=(0,)), rows=(0, 1))
+    session = session_of(Policy(ErrorBudget(0.5, (1.0, 1.0), 1.0), exits=(0,)), rows=(0, 1))
     for index, scores in enumerate(([0.6, 0.2], [0.6, 0.6])):
         step = session.step(index, 0.0)
         step.offer(0, lambda exit, scores=scores: torch.tensor(scores))
@@ -169,7 +169,7 @@ def test_nan_of_those_that_left_is_no_complaint():
 
 
 def test_plans_measure_nothing_and_raise_nothing():
-    session = session_of(Policy(Planned(((2, 0, 5),))), num_steps=1)
+    session = session_of(Policy(DepthTable(((2, 0, 5),))), num_steps=1)
     step = session.step(0, 0.0)
     for depth in (0, 2, 4):
         step.offer(depth, lambda exit: None)
@@ -179,7 +179,7 @@ def test_plans_measure_nothing_and_raise_nothing():
 
 
 def test_ids_of_elements_go_to_the_plan():
-    plan = Policy(Planned(((0, 2, 4, 5),)))
+    plan = Policy(DepthTable(((0, 2, 4, 5),)))
     session = session_of(plan, num_steps=1, elements=torch.tensor([3, 1, 0]))
     step = session.step(0, 0.0)
     for depth in (0, 2, 4):
@@ -223,10 +223,10 @@ def test_a_decision_knows_its_place():
             step.offer(depth, lambda exit: torch.zeros(3))
         step.close()
     assert seen == [
-        Where(0, 2, 7.5, 2, 0),
-        Where(0, 2, 7.5, 4, 1),
-        Where(1, 2, 2.5, 2, 0),
-        Where(1, 2, 2.5, 4, 1),
+        ExitPoint(0, 2, 7.5, 2, 0),
+        ExitPoint(0, 2, 7.5, 4, 1),
+        ExitPoint(1, 2, 2.5, 2, 0),
+        ExitPoint(1, 2, 2.5, 4, 1),
     ]
 
 
@@ -339,7 +339,7 @@ def test_rows_that_are_carried_along_count_as_executed():
     step = session.step(0, 1.0)
     step.executed(0)
     step.close()
-    mixed = session_of(Policy(Planned(((0, 5, 5),))), num_steps=1, frozen="a reason")
+    mixed = session_of(Policy(DepthTable(((0, 5, 5),))), num_steps=1, frozen="a reason")
     step = mixed.step(0, 1.0)
     step.offer(0, lambda exit: None)
     step.executed(0)

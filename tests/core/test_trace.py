@@ -9,12 +9,12 @@ import torch
 from factories import IMAGES, LAYOUTS, driver_named, run
 from safetensors.torch import save_file
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
 
-PLAN = Policy(Planned(((0, 1, 2, 4, 6, 6, 2) * 2, (6,) * 14)))
+PLAN = Policy(DepthTable(((0, 1, 2, 4, 6, 6, 2) * 2, (6,) * 14)))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from transformers import DynamicCache, MistralConfig
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.kv_cache import ClosedLayer, check_cache
-from ee_diffusion.decoding.model_specs import family_of, layers_of
+from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 
 WIDEST = max(LENGTHS)
 
@@ -20,7 +20,7 @@ WIDEST = max(LENGTHS)
 def test_the_table_computes_what_a_layer_writes(name: str):
     """Keys and values from the family table are, bit for bit, those that the layer itself puts into the cache from the same state."""
     model = model_named(name)
-    family, seen = family_of(model), {}
+    family, seen = model_spec_of(model), {}
 
     def hook(layer: int):
         def keep(module: nn.Module, args, kwargs):

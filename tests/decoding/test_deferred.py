@@ -28,7 +28,7 @@ from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import SharedTail
 from ee_diffusion.decoding.hooks import running_modules
 from ee_diffusion.decoding.methods import calm, skipdecode
-from ee_diffusion.decoding.parallel_recompute import DeferredAttachment
+from ee_diffusion.decoding.parallel_recompute import ParallelRecomputeHook
 
 DEPTH = EXITS[1]
 
@@ -92,8 +92,8 @@ def test_saturation_looks_at_the_layer_before_and_positions_need_no_ids():
     cache, ids = DynamicCache(), torch.zeros(2, 1, dtype=torch.int64)
     cache.update(torch.zeros(2, 1, 4, 8), torch.zeros(2, 1, 4, 8), 0)
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    assert DeferredAttachment._place(None, mask, cache, ids).tolist() == [[2], [4]]
-    assert DeferredAttachment._place(None, None, cache, ids).tolist() == [[4], [4]]
+    assert ParallelRecomputeHook._place(None, mask, cache, ids).tolist() == [[2], [4]]
+    assert ParallelRecomputeHook._place(None, None, cache, ids).tolist() == [[4], [4]]
 
 
 def test_upper_layers_run_once_for_each_position_and_only_when_needed():

@@ -17,7 +17,7 @@ from tree import ROOT, python_blocks
 
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.methods import depth_per_request
-from ee_diffusion.decoding.model_specs import FAMILIES, check_family, layers_of
+from ee_diffusion.decoding.model_specs import MODEL_SPECS, check_model, layers_of
 
 PAGE, MODEL = ROOT / "docs" / "decoding.md", "HuggingFaceTB/SmolLM2-135M-Instruct"
 TOKENS = torch.arange(2, 14).reshape(2, 6)
@@ -29,7 +29,7 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "runs" / "exits").mkdir(parents=True)
     width = AutoModelForCausalLM.from_pretrained(folder).config.hidden_size
     LearnedExits((2, 4), width, adapter_width=8).save("runs/exits/exits.safetensors")
-    monkeypatch.setattr("ee_diffusion.decoding.model_specs.FAMILIES", FAMILIES | {})
+    monkeypatch.setattr("ee_diffusion.decoding.model_specs.MODEL_SPECS", MODEL_SPECS | {})
     blocks = python_blocks(PAGE.read_text(encoding="utf-8"))
     assert [MODEL in block for block in blocks] == [True, False, False, False]
     names: dict = {}
@@ -43,10 +43,10 @@ def test_the_lines_of_the_page_run(tmp_path: Path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_row_of_the_table_holds(name: str):
-    check_family(model_named(name), TOKENS)
+    check_model(model_named(name), TOKENS)
 
 
-LLAMA = FAMILIES["LlamaForCausalLM"]
+LLAMA = MODEL_SPECS["LlamaForCausalLM"]
 
 
 def _twice(layer: nn.Module, hidden, rotary):
@@ -74,9 +74,9 @@ def _twice(layer: nn.Module, hidden, rotary):
     ],
 )
 def test_a_wrong_row_is_told(change: dict, told: str, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", replace(LLAMA, **change))
+    monkeypatch.setitem(MODEL_SPECS, "LlamaForCausalLM", replace(LLAMA, **change))
     with pytest.raises(ValueError, match=told):
-        check_family(model_named("llama"), TOKENS)
+        check_model(model_named("llama"), TOKENS)
 
 
 class ShiftedLayer(LlamaDecoderLayer):
@@ -91,19 +91,19 @@ def test_one_row_broadcast_to_all_is_refused_in_a_run_too(monkeypatch):
     model, one_goes_on = copy.deepcopy(model_named("llama")), depth_per_request((1, LAYERS, 1, 1), exits=(1,))
     for layer in layers_of(model):
         layer.__class__ = ShiftedLayer
-    check_family(model, TOKENS)
+    check_model(model, TOKENS)
     generate(model, one_goes_on)
     known = replace(LLAMA, row_arguments=("attention_mask", "position_embeddings"))
-    monkeypatch.setitem(FAMILIES, "LlamaForCausalLM", known)
+    monkeypatch.setitem(MODEL_SPECS, "LlamaForCausalLM", known)
     with pytest.raises(ValueError, match="the length of 'position_ids', an argument of layer 0, follows the number of"):
-        check_family(model, TOKENS)
+        check_model(model, TOKENS)
     with pytest.raises(ValueError, match="LlamaForCausalLM returned 4 rows for 1: an argument with one entry per row"):
         generate(model, one_goes_on)
 
 
 def test_a_single_token_is_too_few():
     with pytest.raises(ValueError, match=r"tokens \(2, 1\), expected \(R, N\) with N at least 2"):
-        check_family(model_named("llama"), TOKENS[:, :1])
+        check_model(model_named("llama"), TOKENS[:, :1])
 
 
 def test_layers_that_return_more_than_hidden_states_are_told(monkeypatch):
@@ -112,7 +112,7 @@ def test_layers_that_return_more_than_hidden_states_are_told(monkeypatch):
     handle = layer.register_forward_hook(lambda module, args, made: (made, None))
     monkeypatch.setattr(model.model, "norm", FirstOf(model.model.norm))
     with pytest.raises(ValueError, match="layer 5 returns tuple, expected hidden states"):
-        check_family(model, TOKENS)
+        check_model(model, TOKENS)
     handle.remove()
 
 

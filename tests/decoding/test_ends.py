@@ -33,10 +33,10 @@ from ee_diffusion.core.schedules import (
     Schedule,
 )
 from ee_diffusion.decoding.methods import d3, skipdecode, uniform_skipping
-from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.decoding.self_speculative import self_speculative_generate
 
 NAME, PAD, MANY = "llama", 0, 1_000_000
-DRAFTS = {"custom_generate": lossless_generate, "exit_depth": 4, "draft_tokens": 3, "output_logits": False}
+DRAFTS = {"custom_generate": self_speculative_generate, "exit_depth": 4, "draft_tokens": 3, "output_logits": False}
 NEVER = Policy(Threshold(1.0, "max_probability"), exits=(2,))
 WAYS = {
     "propagate": functools.partial(generate, policy=Policy(schedule=FixedDepth(LAYERS))),

@@ -163,12 +163,12 @@ def test_fresh_adapters_are_the_models_own_tail():
     bare = LearnedExits(EXITS, 32).double().bind(model)
     hidden = torch.randn(3, 2, 32, dtype=torch.float64)
     assert torch.equal(fresh.answer(1, hidden, {}), bare.answer(1, hidden, {}))
-    assert torch.equal(fresh.certainty(1, hidden, {}), fresh.certainty(1, hidden[:, 1:], {})), "of the last token"
+    assert torch.equal(fresh.confidence(1, hidden, {}), fresh.confidence(1, hidden[:, 1:], {})), "of the last token"
 
 
 def test_adapters_answer_in_a_batch_as_alone():
     model = model_named("llama")
-    exits, policy = exits_on(model), Policy(Threshold(0.5, "certainty"), exits=EXITS)
+    exits, policy = exits_on(model), Policy(Threshold(0.5, "confidence"), exits=EXITS)
     out = generate(model, policy, exit_heads=exits)
     assert len(set(out.trace.depths.flatten().tolist())) > 1, "some leave, some do not"
     for row in range(len(LENGTHS)):

@@ -30,7 +30,7 @@ from language import (
 )
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ee_diffusion.core.criteria import Sampled, Threshold
+from ee_diffusion.core.criteria import SampledExit, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
@@ -132,7 +132,7 @@ def test_batch_mates_do_not_matter(name: str, policy: str):
 
 def test_drawn_exits_belong_to_the_prompt():
     """Alone as in a batch, and one prompt's draws are not another's."""
-    model, rule = model_named("llama"), Policy(Sampled(3, "max_probability"), exits=EXITS)
+    model, rule = model_named("llama"), Policy(SampledExit(3, "max_probability"), exits=EXITS)
     together = generate(model, rule, prompts()).trace
     assert len(set(together.elements.tolist())) == len(LENGTHS)
     for row in range(len(LENGTHS)):

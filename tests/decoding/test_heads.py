@@ -15,7 +15,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.decoding.heads import LearnedExits, SharedTail
-from ee_diffusion.decoding.model_specs import Family, family_of, layers_of, register_family
+from ee_diffusion.decoding.model_specs import ModelSpec, layers_of, model_spec_of, register_model
 
 
 def learned(model) -> LearnedExits:
@@ -111,7 +111,7 @@ def test_learned_exits_are_saved_and_loaded(tmp_path: Path):
     hidden = torch.randn(3, 1, 32).double()
     exits.double()  # as the loaded ones are since they were bound
     for exit in range(len(EXITS)):
-        assert torch.equal(loaded.certainty(exit, hidden, {}), exits.certainty(exit, hidden, {}))
+        assert torch.equal(loaded.confidence(exit, hidden, {}), exits.confidence(exit, hidden, {}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["exits.safetensors"]
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="is not a readable file of exits: it is no file of exits"):
@@ -141,12 +141,12 @@ def test_exits_of_another_model_are_refused():
 
 
 def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ee_diffusion.decoding.model_specs.FAMILIES", {})
+    monkeypatch.setattr("ee_diffusion.decoding.model_specs.MODEL_SPECS", {})
     model = model_named("llama")
-    with pytest.raises(ValueError, match="register_family"):
-        family_of(model)
-    row = Family("LlamaForCausalLM", "model.layers", lambda model, hidden: hidden, lambda *_: None)
-    register_family(row)
-    assert family_of(model) is row
+    with pytest.raises(ValueError, match="register_model"):
+        model_spec_of(model)
+    row = ModelSpec("LlamaForCausalLM", "model.layers", lambda model, hidden: hidden, lambda *_: None)
+    register_model(row)
+    assert model_spec_of(model) is row
     with pytest.raises(ValueError, match="already"):
-        register_family(row)
+        register_model(row)

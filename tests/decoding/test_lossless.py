@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.hooks import running_modules
 from ee_diffusion.decoding.model_specs import layers_of
-from ee_diffusion.decoding.self_speculative import LosslessOutput, lossless_generate
+from ee_diffusion.decoding.self_speculative import SelfSpeculativeOutput, self_speculative_generate
 
 EXIT, LONGER = 3, 13
 
@@ -29,10 +29,10 @@ def well_drafted() -> PreTrainedModel:
     return model
 
 
-def lossless(model, inputs=None, *, exit_depth: int = EXIT, draft_tokens: int = 4, **more) -> LosslessOutput:
+def lossless(model, inputs=None, *, exit_depth: int = EXIT, draft_tokens: int = 4, **more) -> SelfSpeculativeOutput:
     options = {"max_new_tokens": TOKENS, "do_sample": False, "return_dict_in_generate": True, "eos_token_id": None}
     inputs = prompts() if inputs is None else inputs
-    modes = {"custom_generate": lossless_generate, "exit_depth": exit_depth, "draft_tokens": draft_tokens}
+    modes = {"custom_generate": self_speculative_generate, "exit_depth": exit_depth, "draft_tokens": draft_tokens}
     return model.generate(**inputs, **modes, **options | more)
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from ee_diffusion.core.criteria import DecayingThreshold, Threshold
-from ee_diffusion.core.criterion import Where
+from ee_diffusion.core.criterion import ExitPoint
 from ee_diffusion.decoding.methods import (
     calm,
     d3,
@@ -26,7 +26,7 @@ from ee_diffusion.decoding.methods import (
     skipdecode,
     uniform_skipping,
 )
-from ee_diffusion.decoding.model_specs import family_of
+from ee_diffusion.decoding.model_specs import model_spec_of
 
 
 def running(policy, step: int, num_layers: int) -> set[int]:
@@ -73,7 +73,7 @@ def test_calm_threshold_decays_with_the_position():
     for t in (0, 1, 7, 39, 200):
         limit = 0.9 * 0.8 + 0.1 * 0.8 * math.exp(-4 * t / 40)
         score = torch.tensor([limit - 1e-9, limit + 1e-9, math.nan], dtype=torch.float64)
-        stop, _ = policy.criterion.decide(score, Where(t, 300, float(t), 2, 0), {})
+        stop, _ = policy.criterion.decide(score, ExitPoint(t, 300, float(t), 2, 0), {})
         assert stop.tolist() == [False, True, False]
 
 
@@ -116,10 +116,10 @@ def test_models_that_forget_or_encode_are_refused():
     }
     windowed = MistralForCausalLM(MistralConfig(**sizes, num_hidden_layers=2, sliding_window=4))
     with pytest.raises(ValueError, match="sliding window"):
-        family_of(windowed)
+        model_spec_of(windowed)
     mixed = Qwen2Config(**sizes, num_hidden_layers=3, use_sliding_window=True, sliding_window=4, max_window_layers=1)
     with pytest.raises(ValueError, match="sliding window"):
-        family_of(Qwen2ForCausalLM(mixed))
+        model_spec_of(Qwen2ForCausalLM(mixed))
     both = T5ForConditionalGeneration(T5Config(vocab_size=11, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
     with pytest.raises(ValueError, match="encoder-decoder"):
-        family_of(both)
+        model_spec_of(both)

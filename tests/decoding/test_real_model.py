@@ -15,7 +15,7 @@ from tree import ROOT
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.methods import calm, skipdecode
-from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.decoding.self_speculative import self_speculative_generate
 
 sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
 
@@ -85,7 +85,7 @@ def test_a_real_model(loaded):
     assert 15 <= early.report.mean_executed < LAYERS
     lossless = model.generate(
         **inputs,
-        custom_generate=lossless_generate,
+        custom_generate=self_speculative_generate,
         exit_depth=20,
         draft_tokens=3,
         **{name: value for name, value in options.items() if name != "output_logits"},

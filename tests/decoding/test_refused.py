@@ -17,12 +17,12 @@ from ee_diffusion.decoding.exit_objective import ExitObjective, TokenStates, exi
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import LearnedExits, SharedTail
 from ee_diffusion.decoding.methods import calm, d3, depth_per_request, skipdecode, uniform_skipping
-from ee_diffusion.decoding.model_specs import register_family
-from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.decoding.model_specs import register_model
+from ee_diffusion.decoding.self_speculative import self_speculative_generate
 from ee_diffusion.decoding.skip_objective import SkipObjective
-from ee_diffusion.diffusion.model_specs import FAMILIES
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS
 
-CERTAIN = {"score": "certainty", "horizon": None}
+CERTAIN = {"score": "confidence", "horizon": None}
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ CERTAIN = {"score": "certainty", "horizon": None}
         (policy_named("skipdecode", "llama"), {"guidance_scale": 1.5}, "guidance_scale=1.5"),
         (Policy(Threshold(0.5, "saturation"), exits=(0, 2)), {}, "at depth 0"),
         (Policy(Threshold(0.5), exits=(2,)), {}, "learned exits"),
-        (Policy(Threshold(0.5, "judged"), exits=(2,)), {}, "exits that judge"),
+        (Policy(Threshold(0.5, "learned_confidence"), exits=(2,)), {}, "exits that judge"),
         (uniform_skipping(3, num_layers=4), {}, "chosen for a model of 4, this one has 6"),
         (Policy(schedule=FixedDepth(9)), {}, "the model has 6"),
         (calm(0.5, exits=(2,), **CERTAIN), {"exit_heads": LearnedExits}, "expected exits"),
@@ -54,7 +54,7 @@ def test_a_model_that_trains_without_a_cache_is_refused(call: str):
     model.gradient_checkpointing_enable()
     ways = {
         "early": {"custom_generate": early_exit_generate, "exit_policy": policy_named("skipdecode", "llama")},
-        "lossless": {"custom_generate": lossless_generate, "exit_depth": 2, "draft_tokens": 3},
+        "lossless": {"custom_generate": self_speculative_generate, "exit_depth": 2, "draft_tokens": 3},
     }
     options = {"max_new_tokens": 3, "do_sample": False}
     wanted = plain(model, alone(0), max_new_tokens=3).sequences
@@ -78,7 +78,7 @@ def test_a_model_that_trains_without_a_cache_is_refused(call: str):
         (lambda: calm(0.5, exits=2, score="margin", horizon=None), "exits=2"),
         (lambda: calm(0.5, exits=(), score="margin", horizon=None), "exits="),
         (lambda: calm(0.5, exits=(True,), score="margin", horizon=None), "whole numbers"),
-        (lambda: calm(0.5, exits=(2,), score="low_entropy", horizon=None), "score='low_entropy'"),
+        (lambda: calm(0.5, exits=(2,), score="negative_entropy", horizon=None), "score='negative_entropy'"),
         (
             lambda: calm((0.5, 0.6), exits=(2, 4), score="margin", horizon=10),
             r"threshold=\(0\.5, 0\.6\), expected a number",
@@ -96,7 +96,7 @@ def test_a_model_that_trains_without_a_cache_is_refused(call: str):
         (lambda: SharedTail(model_named("llama"), (-1, 2)), r"depths=\(-1, 2\)"),
         (lambda: SharedTail(model_named("llama"), (LAYERS + 1,)), r"depths=\(7,\)"),
         (lambda: SkipObjective(model_named("llama"), Policy(schedule=FixedLayers((1, 3))), num_steps=8), "layer 0"),
-        (lambda: register_family(FAMILIES["DiTTransformer2DModel"]), "decoding.families.Family"),
+        (lambda: register_model(MODEL_SPECS["DiTTransformer2DModel"]), "decoding.families.Family"),
     ],
 )
 def test_numbers_of_another_kind_are_refused(make, told: str):

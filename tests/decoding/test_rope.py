@@ -15,8 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.decoding.model_specs import family_of
-from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.decoding.model_specs import model_spec_of
+from ee_diffusion.decoding.self_speculative import self_speculative_generate
 from ee_diffusion.edge_cloud.sessions import ContextManager
 from ee_diffusion.edge_cloud.split import load_part, split_model
 
@@ -60,7 +60,7 @@ def prompt(row: int, length: int = 5) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name,kind", [*(("llama", kind) for kind in KINDS), ("neox", "dynamic"), ("neox", "yarn")])
 def test_it_says_what_the_model_says_or_is_refused_by_name(name: str, kind: str):
     model, options = model_with(kind, name), {"max_new_tokens": LENGTH - 5}
-    drafts = {"custom_generate": lossless_generate, "exit_depth": 3, "draft_tokens": 5, "output_logits": False}
+    drafts = {"custom_generate": self_speculative_generate, "exit_depth": 3, "draft_tokens": 5, "output_logits": False}
     ways = {
         "lossless": lambda inputs: plain(model, inputs, **drafts, **options),
         "propagate": lambda inputs: generate(model, NEVER, inputs, **options),
@@ -122,6 +122,6 @@ def test_codes_of_several_kinds_of_layers_are_all_looked_at():
     config.rope_parameters = {"full_attention": before, "sliding_attention": before | {"rope_type": "dynamic"}}
     try:
         with pytest.raises(ValueError, match="'dynamic'"):
-            family_of(model)
+            model_spec_of(model)
     finally:
         config.rope_parameters = before

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.model_specs import layers_of
-from ee_diffusion.decoding.self_speculative import lossless_generate
+from ee_diffusion.decoding.self_speculative import self_speculative_generate
 
 NAME = "llama"
 OFTEN = Policy(Threshold(0.02, "margin"), exits=(EXITS[1],))
@@ -23,7 +23,7 @@ WAYS = {
     "propagate": functools.partial(generate, policy=policy_named("softmax", NAME)),
     "recompute": functools.partial(generate, policy=OFTEN, exit_missing="recompute"),
     "lossless": functools.partial(
-        plain, custom_generate=lossless_generate, exit_depth=4, draft_tokens=3, output_logits=False
+        plain, custom_generate=self_speculative_generate, exit_depth=4, draft_tokens=3, output_logits=False
     ),
 }
 

@@ -21,8 +21,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel
 
-from ee_diffusion.core.criteria import Planned, Threshold
-from ee_diffusion.core.distributed import Vote, gather_traces
+from ee_diffusion.core.criteria import DepthTable, Threshold
+from ee_diffusion.core.distributed import JointDecision, gather_traces
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
@@ -33,7 +33,7 @@ from ee_diffusion.diffusion.hooks.attach import attach
 RANKS, ROWS, PATIENCE = 2, [0, 1, 2, 3], timedelta(seconds=300)
 MEASURE = Policy(Threshold(0.5), record_all=True)
 WEIGHTS = getattr(ColwiseParallel, "src_data_rank", None) is not None  # what diffusers wants of torch (2.7)
-FAMILIES = ("FluxTransformer2DModel", "WanTransformer3DModel", "Flux2Transformer2DModel")
+MODEL_SPECS = ("FluxTransformer2DModel", "WanTransformer3DModel", "Flux2Transformer2DModel")
 
 
 def inputs(name: str) -> dict[str, Any]:
@@ -81,11 +81,13 @@ def exits_of(model: nn.Module) -> AdapterExits:
     return fewer.eval()
 
 
-def run(model: nn.Module, exits: AdapterExits, policy: Policy, given: dict[str, Any], *, vote: bool = True) -> dict:
+def run(
+    model: nn.Module, exits: AdapterExits, policy: Policy, given: dict[str, Any], *, joint_decision: bool = True
+) -> dict:
     """One step -> its output and trace."""
     with attach(model, exits) as attachment:
-        if not vote:
-            attachment.vote = None
+        if not joint_decision:
+            attachment.joint_decision = None
         session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=1)
         with attachment.use(session.step(0, 700.0)):
             output = forward(model, given)
@@ -103,13 +105,13 @@ def together(name: str, share: Callable[[nn.Module], nn.Module]) -> dict[str, An
     given, whole, shared = inputs(name), model_named(name), share(model_named(name))
     exits = exits_of(whole)
     found: dict[str, Any] = {"plain": forward(whole, given), "off": run(shared, exits, Policy(), given)}
-    found["apart"] = run(shared, exits, MEASURE, given, vote=False)
+    found["apart"] = run(shared, exits, MEASURE, given, joint_decision=False)
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, found["apart"]["scores"])
     policy = found["policy"] = splitting(torch.stack(everyone)[:, 0])
     found["everyone"] = torch.stack(everyone)[:, 0]  # (ranks, K, E)
     found["voted"] = run(shared, exits, policy, given)
-    plan = Policy(Planned((tuple(found["voted"]["depths"][0].tolist()),)))
+    plan = Policy(DepthTable((tuple(found["voted"]["depths"][0].tolist()),)))
     found["planned"], found["alone"] = run(shared, exits, plan, given), run(whole, exits, plan, given)
     return found
 
@@ -153,15 +155,17 @@ def refused() -> dict[str, str]:
         "depth 0": lambda: attach(model, other),
         "compiled": lambda: attach(model, exits, compile_options={}),
         "after the tail": lambda: attach(dit, after),
-        "another policy": lambda: run(model, exits, Policy(schedule=FixedDepth(1 + rank)), inputs(FAMILIES[1])),
-        "another batch": lambda: Policy().start(3, (1,), rows=torch.arange(2 + rank), num_steps=1, vote=Vote()),
+        "another policy": lambda: run(model, exits, Policy(schedule=FixedDepth(1 + rank)), inputs(MODEL_SPECS[1])),
+        "another batch": lambda: Policy().start(
+            3, (1,), rows=torch.arange(2 + rank), num_steps=1, joint_decision=JointDecision()
+        ),
         "other ids": lambda: Policy().start(
-            3, (1,), rows=torch.arange(2), num_steps=1, elements=torch.arange(2) + rank, vote=Vote()
+            3, (1,), rows=torch.arange(2), num_steps=1, elements=torch.arange(2) + rank, joint_decision=JointDecision()
         ),
         "ids twice": lambda: gather_traces(trace_of(2)),
         "nobody": lambda: repr(gather_traces(None)),
         "one": lambda: repr(len(gather_traces(trace_of(2) if rank else None).elements)),
-        "NaN of one rank": lambda: repr(Vote().least(nan).tolist()),
+        "NaN of one rank": lambda: repr(JointDecision().least(nan).tolist()),
     }
     said = {}
     for name, call in calls.items():
@@ -196,21 +200,21 @@ def beside_each_other() -> dict[str, Any]:
 
 
 def good() -> dict[str, Any]:
-    found: dict[str, Any] = {name: together(name, share_tokens) for name in FAMILIES}
+    found: dict[str, Any] = {name: together(name, share_tokens) for name in MODEL_SPECS}
     if WEIGHTS:
-        found["weights"] = together(FAMILIES[0], share_weights)
+        found["weights"] = together(MODEL_SPECS[0], share_weights)
     return found | {"pipeline": in_a_pipeline(), "refused": refused(), "beside": beside_each_other()}
 
 
 def alone() -> dict[str, Any]:
     """The control: the same threshold, every rank deciding for itself."""
-    name = FAMILIES[0]
+    name = MODEL_SPECS[0]
     given, shared = inputs(name), share_tokens(model_named(name))
     exits = exits_of(shared)
-    scores = run(shared, exits, MEASURE, given, vote=False)["scores"]
+    scores = run(shared, exits, MEASURE, given, joint_decision=False)["scores"]
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, scores)
-    return run(shared, exits, splitting(torch.stack(everyone)[:, 0]), given, vote=False)
+    return run(shared, exits, splitting(torch.stack(everyone)[:, 0]), given, joint_decision=False)
 
 
 def main() -> None:

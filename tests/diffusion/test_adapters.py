@@ -46,7 +46,7 @@ def test_formulas_by_a_slow_loop():
             certainties[row] -= torch.sigmoid(logit) / 4
     for context in (exits.context(timestep), {"timestep": timestep}):
         torch.testing.assert_close(exits.answer(1, hidden, context), answers, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(exits.certainty(1, hidden, context), 1 + certainties, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(exits.confidence(1, hidden, context), 1 + certainties, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(1 - exits.uncertainty_map(1, hidden, timestep).mean(1), 1 + certainties)
 
 
@@ -55,7 +55,7 @@ def test_certainty_looks_at_image_tokens_alone():
     context = exits.context(torch.tensor([5, 6])) | {"image_tokens": torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]]).bool()}
     expected = [1 - exits.uncertainty_map(0, hidden, torch.tensor([5, 6]))[0, 1:3].mean()]
     expected.append(1 - exits.uncertainty_map(0, hidden, torch.tensor([5, 6]))[1, :2].mean())
-    torch.testing.assert_close(exits.certainty(0, hidden, context), torch.stack(expected))
+    torch.testing.assert_close(exits.confidence(0, hidden, context), torch.stack(expected))
     prefixed = exits_for(uvit())
     assert prefixed.uncertainty_map(0, torch.randn(2, 18, 16), torch.tensor([5, 6])).shape == (2, 16)
 
@@ -70,7 +70,7 @@ def test_untrained_and_without_adapters_an_answer_is_the_hidden_state():
 def test_gradients_reach_adapters_and_uncertainty_modules():
     exits, hidden = exits_for(model_named("SD3Transformer2DModel")), torch.randn(2, 4, 16)
     context = exits.context(torch.tensor([5, 6]))
-    (exits.answer(1, hidden, context).sum() + exits.certainty(1, hidden, context).sum()).backward()
+    (exits.answer(1, hidden, context).sum() + exits.confidence(1, hidden, context).sum()).backward()
     used = [*exits.heads[1].parameters(), exits.uncertainty_modules[1].weight]
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in used)
 
@@ -125,13 +125,13 @@ def test_half_precision(name: str):
     exits = exits_for(model, tuple(range(5))).to(torch.bfloat16)
     inputs = inputs_of(name, [0, 1, 2, 3])
     inputs = {key: value.to(torch.bfloat16) if key != "timestep" else value for key, value in inputs.items()}
-    with attach(model, exits, Policy(Threshold(0.5), record_all=True), branches=1, num_steps=1) as attachment:
+    with attach(model, exits, Policy(Threshold(0.5), record_all=True), rows_per_sample=1, num_steps=1) as attachment:
         plain = forward(model, inputs)
         scores = attachment.trace.scores
     assert scores.dtype == torch.float32
     best = scores[0].amax(0)  # (E,) the best score an image ever has
     policy = Policy(Threshold(float(best.min() + best.max()) / 2))
-    with attach(model, exits, policy, branches=1, num_steps=1) as attachment:
+    with attach(model, exits, policy, rows_per_sample=1, num_steps=1) as attachment:
         found = forward(model, inputs)
         assert len(attachment.trace.depths.unique()) >= 2
     assert found.dtype == plain.dtype == torch.bfloat16

@@ -29,13 +29,13 @@ from stock import dit_pipeline
 from tiny_families import forward, inputs_of, model_named
 from torch import Tensor, nn
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.packed import PackedExits
-from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach
-from ee_diffusion.diffusion.model_specs import FAMILIES, Family, family_of, register_family
+from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS, ModelSpec, model_spec_of, register_model
 
 EVERY_DEPTH = tuple(range(7))
 EVERYBODY = list(range(IMAGES))
@@ -43,7 +43,7 @@ SINGLE = LAYOUTS["single"]
 
 
 def plan(*depths: int, steps: int = STEPS) -> Policy:
-    return Policy(Planned((depths,) * steps))
+    return Policy(DepthTable((depths,) * steps))
 
 
 @pytest.fixture(scope="module", params=["uvit-paper", "uvit-released", "dit-paper", "dit-released"])
@@ -154,8 +154,8 @@ def test_each_run_packs_the_weights_of_its_time_and_gradients_find_the_parameter
     exits = exits_for(model, (1, 3))
     policy, inputs = Policy(Threshold(1.0)), (torch.randn(3, 3, SIZE, SIZE), torch.full((3,), 500), torch.arange(3))
 
-    asked, certainty = [], exits.certainty
-    monkeypatch.setitem(exits.__dict__, "certainty", lambda *args: asked.append(args[0]) or certainty(*args))
+    asked, confidence = [], exits.confidence
+    monkeypatch.setitem(exits.__dict__, "confidence", lambda *args: asked.append(args[0]) or confidence(*args))
 
     def scores(grad: bool = False) -> Tensor:
         with attach(model, exits) as attachment, torch.set_grad_enabled(grad):
@@ -369,21 +369,21 @@ def test_heads_of_another_model_are_refused():
 
 
 def test_families(monkeypatch):
-    known = dict(FAMILIES)
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
-    assert family_of(uvit()).inner == "attn"
+    known = dict(MODEL_SPECS)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", known)
+    assert model_spec_of(uvit()).inner == "attn"
     with pytest.raises(ValueError, match="in the family table already"):
-        register_family(family_of(uvit()))
+        register_model(model_spec_of(uvit()))
 
     class Mine(nn.Module):
         pass
 
     with pytest.raises(ValueError, match="no family for Mine"):
-        family_of(Mine())
-    register_family(Family("Mine", "blocks"))
-    assert family_of(Mine()).blocks == "blocks"
+        model_spec_of(Mine())
+    register_model(ModelSpec("Mine", "blocks"))
+    assert model_spec_of(Mine()).blocks == "blocks"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        family_of(Mine()).blocks = "layers"
+        model_spec_of(Mine()).blocks = "layers"
 
 
 # --- copies, and what comes after attaching
@@ -455,7 +455,7 @@ def test_what_was_replaced_since_is_left_as_it_stands():
         detach(pipe)
     block.forward = ours
     pipe([1], num_inference_steps=2)
-    assert attachment_of(pipe).report.mean_executed == 1, "nothing was taken off"
+    assert hook_of(pipe).report.mean_executed == 1, "nothing was taken off"
     detach(pipe)
     assert "forward" not in block.__dict__
     assert "progress_bar" not in pipe.__dict__
@@ -466,7 +466,7 @@ def test_a_cache_that_comes_after_the_exits():
     model = model_named(name)
     exits = AdapterExits.for_transformer(model, (1, 2), rank=0)
     config = FirstBlockCacheConfig(threshold=0.1)
-    with attach(model, exits, Policy(schedule=FixedDepth(1)), branches=1, num_steps=1):
+    with attach(model, exits, Policy(schedule=FixedDepth(1)), rows_per_sample=1, num_steps=1):
         with pytest.raises(ValueError, match="exits are attached to this FluxTransformer2DModel: a cache answers"):
             model.enable_cache(config)
         assert not model.is_cache_enabled

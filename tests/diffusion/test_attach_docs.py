@@ -14,8 +14,8 @@ from stock import dit_pipeline
 from torch import Tensor, nn
 from tree import ROOT, python_blocks
 
-from ee_diffusion import MemoryExits, Policy
-from ee_diffusion.diffusion.model_specs import FAMILIES
+from ee_diffusion import CachedOutputExits, Policy
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS
 from ee_diffusion.diffusion.model_table import family_table
 
 PAGE = ROOT / "docs" / "attach.md"
@@ -56,13 +56,13 @@ class MyTransformer2DModel(ModelMixin, ConfigMixin):
 
 @pytest.mark.parametrize("frozen", ["", "its row arguments are not known"])
 def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
-    recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "register_family(" in block)
+    recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "register_model(" in block)
     assert len(recipe.strip().splitlines()) < 20
     if frozen:
         recipe = recipe.replace('    row_arguments=("temb",),', f"    frozen={frozen!r},")
         assert frozen in recipe
-    known = dict(FAMILIES)
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
+    known = dict(MODEL_SPECS)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", known)
     model = randomise(MyTransformer2DModel(), seed=1)
     names = {
         "transformer": model,
@@ -76,9 +76,9 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
 
 
 def test_the_worked_example_is_checked_as_it_stands(monkeypatch):
-    recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "check_family(" in block)
-    known = dict(FAMILIES)
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
+    recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "check_model(" in block)
+    known = dict(MODEL_SPECS)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", known)
     exec(compile(recipe, str(PAGE), "exec"), {})
     row = known.pop("ChromaTransformer2DModel")
     assert row == registered.RIGHT["ChromaTransformer2DModel"]
@@ -98,5 +98,5 @@ def test_the_recipes_for_memory(tmp_path, monkeypatch, capsys):
         exec(compile(recipe, str(PAGE), "exec"), names)
     assert capsys.readouterr().out.count("executed blocks per element and step: 2.00 of 4 (50.0 %)") == 2
     assert Policy.load("20-of-50.json").schedule.depths.count(4) == 4
-    MemoryExits.from_pretrained("memory").check_fits(pipe.transformer)
+    CachedOutputExits.from_pretrained("memory").check_fits(pipe.transformer)
     assert "forward" not in vars(pipe.transformer)

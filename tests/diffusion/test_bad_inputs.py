@@ -16,7 +16,7 @@ from tiny_pipelines import STOCK, call_of, pipeline_named
 from torch import nn
 
 from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.distributed import Vote, gather_traces
+from ee_diffusion.core.distributed import JointDecision, gather_traces
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.distillation.collect import Exited, FreshStates, walk
 from ee_diffusion.diffusion.distillation.dataset import States, row_inputs
@@ -24,11 +24,11 @@ from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.distillation.objective import DistillationObjective, exit_errors, rows_of
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary, transformer_of
+from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary, transformer_of
 from ee_diffusion.diffusion.hooks.attention import set_attention
 from ee_diffusion.diffusion.hooks.block_runner import take_rows
 from ee_diffusion.diffusion.hooks.truncate import truncate
-from ee_diffusion.diffusion.model_specs import Family, blocks_of, family_of, register_family, width_of
+from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of, model_spec_of, register_model, width_of
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.step_times import times_of
 
@@ -58,15 +58,19 @@ ATTACH: dict[str, tuple[dict[str, Any], str]] = {
     "a module without exits": ({"heads": LINEAR}, "heads=Linear.*, expected exits"),
     "a number as policy": ({"policy": 0.3}, "policy=0.3, expected a Policy"),
     "the class as policy": ({"policy": Policy}, "expected a Policy"),
-    "a vote by name": ({"vote": "all"}, "vote='all', expected Vote"),
-    "no branches": ({"policy": POLICY, "num_steps": 3}, "needs branches="),
-    "no steps": ({"policy": POLICY, "branches": 1}, "needs branches="),
-    "branches alone": ({"branches": 2}, "without a policy"),
+    "a vote by name": ({"joint_decision": "all"}, "joint_decision='all', expected Vote"),
+    "no branches": ({"policy": POLICY, "num_steps": 3}, "needs rows_per_sample="),
+    "no steps": ({"policy": POLICY, "rows_per_sample": 1}, "needs rows_per_sample="),
+    "branches alone": ({"rows_per_sample": 2}, "without a policy"),
     "options by name": ({"compile_options": "inductor"}, "compile_options='inductor'"),
     **{
-        f"branches {n!r}": ({"policy": POLICY, "branches": n, "num_steps": 3}, "expected whole numbers") for n in COUNTS
+        f"branches {n!r}": ({"policy": POLICY, "rows_per_sample": n, "num_steps": 3}, "expected whole numbers")
+        for n in COUNTS
     },
-    **{f"steps {n!r}": ({"policy": POLICY, "branches": 1, "num_steps": n}, "expected whole numbers") for n in COUNTS},
+    **{
+        f"steps {n!r}": ({"policy": POLICY, "rows_per_sample": 1, "num_steps": n}, "expected whole numbers")
+        for n in COUNTS
+    },
 }
 
 
@@ -79,16 +83,14 @@ def test_attach(case: str, model, exits):
     assert [set(module.__dict__) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize(
-    "function", [detach, summary, attachment_of, transformer_of, lambda target: attach(target, None)]
-)
+@pytest.mark.parametrize("function", [detach, summary, hook_of, transformer_of, lambda target: attach(target, None)])
 @pytest.mark.parametrize("target", [None, "dit", 3, [LINEAR]])
 def test_what_is_no_pipeline_and_no_transformer(function: Callable, target: Any):
     with pytest.raises(ValueError, match="has no transformer"):
         function(target)
 
 
-@pytest.mark.parametrize("function", [detach, summary, attachment_of])
+@pytest.mark.parametrize("function", [detach, summary, hook_of])
 def test_what_nothing_is_attached_to(function: Callable, model, pipe):
     for target in (model, pipe):
         with pytest.raises(ValueError, match="no exits are attached to this DiTTransformer2DModel"):
@@ -142,16 +144,16 @@ FAMILY: dict[str, tuple[dict[str, Any], str]] = {
 def test_family(case: str):
     given, told = FAMILY[case]
     with pytest.raises(ValueError, match=told):
-        Family(**{"class_name": "Mine", "blocks": "layers"} | given)
+        ModelSpec(**{"class_name": "Mine", "blocks": "layers"} | given)
 
 
-@pytest.mark.parametrize("what", [None, "Mine", Family])
+@pytest.mark.parametrize("what", [None, "Mine", ModelSpec])
 def test_registering_something_else(what: Any):
     with pytest.raises(ValueError, match=r"expected Family\(\.\.\.\)"):
-        register_family(what)
+        register_model(what)
 
 
-@pytest.mark.parametrize("function", [family_of, blocks_of, width_of])
+@pytest.mark.parametrize("function", [model_spec_of, blocks_of, width_of])
 @pytest.mark.parametrize("what", [None, "dit", LINEAR])
 def test_classes_without_a_family(function: Callable, what: Any):
     with pytest.raises(ValueError, match="no family for"):
@@ -236,7 +238,7 @@ OTHERS: dict[str, tuple[Callable[[Any, Any, Any], Any], str]] = {
         lambda model, exits, pipe: objective(model, None),
         "exits=None, expected a module such as AdapterExits",
     ),
-    "a vote of one process": (lambda model, exits, pipe: Vote(), "torch.distributed is not initialised"),
+    "a vote of one process": (lambda model, exits, pipe: JointDecision(), "torch.distributed is not initialised"),
     "traces that are none": (lambda model, exits, pipe: gather_traces("trace"), "trace='trace', expected a Trace"),
     "rows of something else": (
         lambda model, exits, pipe: take_rows(torch.zeros(5, 2), torch.tensor([0]), 4, name="temb"),
@@ -307,7 +309,7 @@ def test_an_image_of_the_null_class_is_no_branch_of_another():
 
 
 def test_a_row_whose_tokens_have_times_of_their_own_is_at_its_latest():
-    family = family_of(model_named(NAME))
+    family = model_spec_of(model_named(NAME))
     times = torch.tensor([[3.0, 900.0], [500.0, 20.0]])
     assert times_of(family, times, torch.zeros(2, 1)).tolist() == [900.0, 500.0]
 
@@ -316,7 +318,7 @@ def test_another_batch_begins_another_run_though_time_goes_down(model, exits):
     first, second = inputs_of(NAME, [0, 1], time=900.0), inputs_of(NAME, [0, 1, 2], time=600.0)
     first["class_labels"], second["class_labels"] = torch.tensor([1, 2]), torch.tensor([1, 2, 3])
     first["timestep"], second["timestep"] = torch.full((2,), 900), torch.full((3,), 600)
-    with attach(model, exits, POLICY, branches=1, num_steps=2) as attachment:
+    with attach(model, exits, POLICY, rows_per_sample=1, num_steps=2) as attachment:
         forward(model, first)
         assert attachment.trace.depths.shape == (1, 2)
         forward(model, second)
@@ -328,6 +330,6 @@ def test_image_tokens_of_lumina_are_those_after_its_text_and_before_its_padding(
     size, latents = model.config.patch_size, torch.zeros(2, 1, 4, 4)
     count = (4 // size) ** 2
     arguments = {"encoder_attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]), "hidden_states": latents}
-    found = family_of(model).image_tokens(model, arguments)
+    found = model_spec_of(model).image_tokens(model, arguments)
     assert found.shape == (2, 3 + count)
     assert [row.nonzero()[:, 0].tolist() for row in found] == [[*range(2, 2 + count)], [*range(3, 3 + count)]]

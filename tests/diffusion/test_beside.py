@@ -18,7 +18,7 @@ from torch import nn
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary
+from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 IMAGES = [0, 1, 2]
@@ -51,7 +51,7 @@ def share(pipe, models: list[nn.Module], arguments) -> float:
         images_of(pipe, arguments())
         early = sum(rows)
         rows.clear()
-        attached = [(model, attachment_of(model)) for model in models if "_ee_attachment" in model.__dict__]
+        attached = [(model, hook_of(model)) for model in models if "_ee_hook" in model.__dict__]
         for model, _ in attached:
             detach(model)
         images_of(pipe, arguments())
@@ -94,7 +94,7 @@ def test_a_second_transformer(own: bool):
     images_of(pipe, arguments())
     attributes = [set(one.__dict__) for one in (pipe, *models[1].modules())]
     if own:
-        attach(models[1], exits_for(models[1]), Policy(schedule=FixedDepth(1)), branches=1, num_steps=3)
+        attach(models[1], exits_for(models[1]), Policy(schedule=FixedDepth(1)), rows_per_sample=1, num_steps=3)
     attach(pipe, exits_for(models[0]), Policy(schedule=FixedDepth(2)))
     images_of(pipe, arguments())
     text = summary(pipe)
@@ -124,7 +124,7 @@ def test_what_cannot_be_compared_is_named():
 
 def test_it_is_saved_and_joined(tmp_path):
     model = model_named("SD3Transformer2DModel")
-    with attach(model, exits_for(model), THREE, branches=1, num_steps=1) as attachment, torch.no_grad():
+    with attach(model, exits_for(model), THREE, rows_per_sample=1, num_steps=1) as attachment, torch.no_grad():
         given = inputs_of("SD3Transformer2DModel", IMAGES)
         model(**given)
         model(**given, skip_layers=[1])

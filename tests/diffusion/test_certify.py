@@ -11,7 +11,7 @@ from factories import pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.calibration.live import live_losses, marked
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import fingerprint, made_for_of
 from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
 
@@ -121,7 +121,7 @@ def test_what_exits_remember_is_part_of_what_a_policy_was_made_for():
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
     marks = []
     for terms in ("clean", "noise"):
-        pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
         marks.append(dict(made_for_of(pipe, **settings)))
     different = {name for name in marks[0] if marks[0][name] != marks[1][name]}
     assert different == {"exits settings"}

@@ -10,7 +10,7 @@ from tiny_families import TINY, exits_for, inner_modules, inputs_of, model_named
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.distillation.objective import observe
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
@@ -65,7 +65,7 @@ SUPPORTED = [name for name in TINY if name != "HunyuanDiT2DModel"]
 def test_outputs_and_gradients_are_those_without(name: str):
     model = model_named(name)
     layers = len(blocks_of(model))
-    exits, policy = exits_for(model), Policy(Planned(((1, layers, layers - 1, layers),)))
+    exits, policy = exits_for(model), Policy(DepthTable(((1, layers, layers - 1, layers),)))
     rows = seen(model)
     expected = gradients(model, exits, policy, lambda: None)
     once = rows.copy()
@@ -86,7 +86,7 @@ def test_outputs_and_gradients_are_those_without(name: str):
 @pytest.mark.parametrize("function", [None, reentrant])
 def test_enabled_before_or_after_attaching_and_with_ones_own_function(before: bool, function: Callable | None):
     model = model_named("DiTTransformer2DModel")
-    exits, policy = exits_for(model), Policy(Planned(((1, 5, 0, 4),)))
+    exits, policy = exits_for(model), Policy(DepthTable(((1, 5, 0, 4),)))
     expected = gradients(model, exits, policy, lambda: None)
 
     def enable() -> None:
@@ -115,7 +115,7 @@ def test_scores_and_heads_after_the_tail():
 
 def test_compiled_and_checkpointed():
     model = model_named("DiTTransformer2DModel")
-    exits, policy = exits_for(model), Policy(Planned(((1, 5, 0, 4),)))
+    exits, policy = exits_for(model), Policy(DepthTable(((1, 5, 0, 4),)))
     expected = gradients(model, exits, policy, lambda: None)
     found = gradients(model, exits, policy, model.enable_gradient_checkpointing, compile_options={"backend": "eager"})
     torch._dynamo.reset()

@@ -14,14 +14,14 @@ from stock import dit_pipeline
 from tiny_families import TINY, exits_for, forward, inner_modules, inputs_of, model_named, residuals_of
 from torch._dynamo.utils import counters
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks import compile as compiled
-from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary
+from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary
 from ee_diffusion.diffusion.hooks.compile import bucket
 from ee_diffusion.diffusion.methods import periodic_cache
 from ee_diffusion.diffusion.model_specs import blocks_of
@@ -32,7 +32,7 @@ COUNTED = {"backend": "eager"}
 QUICK = ("DiTTransformer2DModel",)
 # Its own forward asks the host how long each text is: no exit is needed to break that graph.
 OPEN = ("Lumina2Transformer2DModel",)
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+MODEL_SPECS = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def same(one: Trace, other: Trace) -> bool:
     return all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("depths", "ran", "answered"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODEL_SPECS)
 def test_a_schedule_is_one_whole_graph_per_distinct_depth(name: str):
     if name in OPEN:
         pytest.skip("diffusers' own forward of this class cannot be one graph")
@@ -84,12 +84,12 @@ def test_a_schedule_is_one_whole_graph_per_distinct_depth(name: str):
             assert graphs() == (2, 0), f"run {run}: one for depth 1, one for depth {layers}, none after the warm-up"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODEL_SPECS)
 def test_a_threshold_compiles_blocks_one_graph_per_number_of_rows(name: str):
     model = model_named(name)
     layers = len(blocks_of(model))
     kinds = len({type(block) for block in blocks_of(model)})
-    exits, policy = exits_for(model), Policy(Planned(((0, 1, 2, layers, layers, 1),) * 3))  # 5, 3 and 2 rows run
+    exits, policy = exits_for(model), Policy(DepthTable(((0, 1, 2, layers, layers, 1),) * 3))  # 5, 3 and 2 rows run
     plain, trace, _ = generate(model, exits, policy, None, residuals=True)
     again, record, padded = generate(model, exits, policy, COUNTED, residuals=True)
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
@@ -103,7 +103,7 @@ def test_a_threshold_compiles_blocks_one_graph_per_number_of_rows(name: str):
 
 def test_rows_are_counted_inside_the_blocks():
     model, rows = model_named("DiTTransformer2DModel"), []
-    exits, policy = exits_for(model), Policy(Planned(((0, 1, 2, 5, 5, 1),)))
+    exits, policy = exits_for(model), Policy(DepthTable(((0, 1, 2, 5, 5, 1),)))
 
     def count(module, args, kwargs) -> None:
         rows.append(len(args[0] if args else kwargs["hidden_states"]))
@@ -118,7 +118,7 @@ def test_rows_are_counted_inside_the_blocks():
 def test_rows_that_leave_within_one_size_of_padding():
     """4 rows, then 3 that run as 4: arguments by row follow the rows, not their number."""
     model = model_named("DiTTransformer2DModel")
-    exits, policy = exits_for(model), Policy(Planned(((0, 0, 1, 5, 2, 5),)))
+    exits, policy = exits_for(model), Policy(DepthTable(((0, 0, 1, 5, 2, 5),)))
     plain, _, _ = generate(model, exits, policy, None, steps=1)
     again, _, padded = generate(model, exits, policy, COUNTED, steps=1)
     torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
@@ -134,7 +134,7 @@ def test_padding():
 def test_heads_with_a_tail_of_their_own_and_layers_left_out(variant: str):
     model = model_named("DiTTransformer2DModel")
     exits = DenoisingExits.for_transformer(model, (1, 3), variant).eval()
-    policies = [Policy(schedule=DepthPerStep((1, 5, 3))), Policy(Planned(((1, 3, 5, 5, 1, 3),) * 3))]
+    policies = [Policy(schedule=DepthPerStep((1, 5, 3))), Policy(DepthTable(((1, 3, 5, 5, 1, 3),) * 3))]
     for policy in [*policies, Policy(schedule=FixedLayers((0, 2, 3)))]:
         plain, trace, _ = generate(model, exits, policy, None)
         again, record, _ = generate(model, exits, policy, COUNTED)
@@ -147,7 +147,7 @@ def test_heads_with_a_tail_of_their_own_and_layers_left_out(variant: str):
 def test_answers_from_memory_and_a_criterion_in_a_pipeline():
     pipe = dit_pipeline()
     call = {"class_labels": [0, 1, 2], "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
-    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     adapters = exits_for(pipe.transformer)
     for exits, policy in ((memory, periodic_cache(2, warm_up=2)), (adapters, Policy(Threshold(0.5)))):
         images = []
@@ -186,7 +186,7 @@ def test_attaching_to_what_is_compiled_already(compile_it):
     torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
     own = {one: one.__dict__.get("_compiled_call_impl") for one in (model, *blocks_of(model))}
     attachment = attach(held, exits, compile_options=COUNTED)
-    assert attachment_of(held) is attachment
+    assert hook_of(held) is attachment
     torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
     session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=1)
     before = counters["stats"]["unique_graphs"]
@@ -211,7 +211,9 @@ def test_a_compiled_pipeline_stays_compiled_with_exits():
         assert attachment.report.mean_executed == 1
 
 
-@pytest.mark.parametrize("policy", [Policy(schedule=DepthPerStep((1, 5))), Policy(Planned(((0, 1, 2, 5, 5, 1),) * 2))])
+@pytest.mark.parametrize(
+    "policy", [Policy(schedule=DepthPerStep((1, 5))), Policy(DepthTable(((0, 1, 2, 5, 5, 1),) * 2))]
+)
 def test_attaching_again_makes_no_new_graph(policy: Policy):
     model = model_named("DiTTransformer2DModel")
     exits, made = exits_for(model), []
@@ -260,7 +262,7 @@ def test_options_that_are_none_are_refused(options):
 def test_generated_code_says_the_same():
     model = model_named("DiTTransformer2DModel")
     exits = exits_for(model)
-    for policy in (Policy(schedule=DepthPerStep((1, 5, 3))), Policy(Planned(((0, 1, 2, 5, 5, 1),) * 3))):
+    for policy in (Policy(schedule=DepthPerStep((1, 5, 3))), Policy(DepthTable(((0, 1, 2, 5, 5, 1),) * 3))):
         plain, trace, _ = generate(model, exits, policy, None)
         again, record, _ = generate(model, exits, policy, {})
         torch.testing.assert_close(again, plain, rtol=1e-3, atol=1e-4)

@@ -22,7 +22,7 @@ from tiny_families import TINY, exits_for, model_named
 from tiny_pipelines import call_of, images_of, pipeline_named
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
@@ -39,7 +39,7 @@ if is_peft_available():
 
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 IMAGES, STEPS, CUT = 3, 2, 2
-PLAN = Policy(Planned(((1, 4, 2),) * STEPS))
+PLAN = Policy(DepthTable(((1, 4, 2),) * STEPS))
 
 
 def draw(pipe: DiffusionPipeline, policy: Policy | None = None) -> tuple[Tensor, Trace | None]:
@@ -148,7 +148,7 @@ def test_lora_weights_of_a_pipeline_loaded_before_and_after(tmp_path):
         LoraConfig(r=2, lora_alpha=8, init_lora_weights=False, target_modules=["to_q", "to_v"])
     )
     made.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(made.transformer))
-    policy, arguments = Policy(Planned(((1, 6, 3),) * 3)), {}
+    policy, arguments = Policy(DepthTable(((1, 6, 3),) * 3)), {}
     images = {}
     for order in ("without", "before", "after"):
         pipe = pipeline_named("flux")
@@ -168,7 +168,7 @@ def test_lora_weights_of_a_pipeline_loaded_before_and_after(tmp_path):
 
 
 def test_two_threads_with_two_pipelines_do_not_meet():
-    plans = [Policy(Planned(((1, 4, 2),) * STEPS)), Policy(Planned(((3, 0, 4),) * STEPS))]
+    plans = [Policy(DepthTable(((1, 4, 2),) * STEPS)), Policy(DepthTable(((3, 0, 4),) * STEPS))]
     pipes = [dit_pipeline(), dit_pipeline()]
     alone = [draw(pipe, plan) for pipe, plan in zip(pipes, plans, strict=True)]
     start, found = threading.Barrier(2), {}

@@ -13,8 +13,8 @@ from factories import pipeline
 from tiny_pipelines import call_of, images_of, pipeline_named
 
 from ee_diffusion import attach, fit_schedules
-from ee_diffusion.diffusion.exits.cached import MemoryExits
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.diffusion.step_cache.trajectories import record
 
 STEPS = 6
@@ -124,7 +124,7 @@ def test_a_scheduler_that_the_pipeline_cannot_drive_is_named(place: str):
 def test_our_own_pipelines_refuse_a_step_that_wants_more():
     pipe = pipeline()
     pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     told = "CogVideoXDPMScheduler wants old_pred_original_sample, timestep_back too, .* such as DDIMScheduler"
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(ValueError, match=told):
@@ -137,8 +137,8 @@ def test_a_sensitivity_is_that_of_a_step_with_its_history():
     """As CogVideoXPipeline calls its solver; the last step is of first order and lands on the clean image."""
     pipe = pipeline_named("cogvideox")
     solver = pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
-    exits = MemoryExits.for_pipeline(pipe.transformer, solver)
-    found = step_sensitivity(exits, solver, STEPS)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, solver)
+    found = local_error_gain(exits, solver, STEPS)
     assert found[-1] == pytest.approx(1.0, rel=0.01)
     solver.set_timesteps(STEPS)
     first, second = solver.timesteps[:2]
@@ -154,5 +154,5 @@ def test_a_sensitivity_is_that_of_a_step_with_its_history():
     moved = stepped(wrong, clean, second, first)[0] - stepped(zero, clean, second, first)[0]
     assert found[1] == pytest.approx(abs(moved.item()) / 0.01, rel=1e-3)
     assert found[1] != pytest.approx(
-        step_sensitivity(exits, CogVideoXDDIMScheduler.from_config(solver.config), STEPS)[1], rel=0.1
+        local_error_gain(exits, CogVideoXDDIMScheduler.from_config(solver.config), STEPS)[1], rel=0.1
     )

@@ -14,12 +14,12 @@ import torch
 from tiny_families import TINY, exits_for, forward, inner_modules, inputs_of, model_named, passing, residuals_of
 from torch import Tensor, nn
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.hooks.attach import Attachment, attach, detach
-from ee_diffusion.diffusion.model_specs import FAMILIES, blocks_of, family_of
+from ee_diffusion.diffusion.hooks.attach import TransformerHook, attach, detach
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS, blocks_of, model_spec_of
 
 ROWS = [0, 1, 2, 3, 4, 5]
 WITH_RESIDUALS = [name for name, tiny in TINY.items() if tiny.residuals]
@@ -33,7 +33,7 @@ def tiny(name: str) -> nn.Module:
     return model_named(name)
 
 
-def run(attachment: Attachment, policy: Policy, arguments: dict[str, Any]) -> tuple[Tensor, Trace]:
+def run(attachment: TransformerHook, policy: Policy, arguments: dict[str, Any]) -> tuple[Tensor, Trace]:
     """One step under a policy, a row an image."""
     rows = torch.arange(len(arguments["hidden_states"]))
     session = attachment.start(policy, rows=rows, num_steps=1)
@@ -43,7 +43,7 @@ def run(attachment: Attachment, policy: Policy, arguments: dict[str, Any]) -> tu
 
 
 def plan(*depths: int) -> Policy:
-    return Policy(Planned((depths,)))
+    return Policy(DepthTable((depths,)))
 
 
 def mixed(num_layers: int) -> list[int]:
@@ -54,7 +54,7 @@ def mixed(num_layers: int) -> list[int]:
 @contextmanager
 def truncated(model: nn.Module, depth: int) -> Iterator[None]:
     """The model with its first `depth` blocks alone. A U-ViT pairs its blocks and DiT's tail uses its first: there the others pass on."""
-    family = family_of(model)
+    family = model_spec_of(model)
     if depth == 0 or family.class_name == "UViTTransformer2DModel":
         with passing(model, depth):
             yield
@@ -90,7 +90,7 @@ def counted(model: nn.Module) -> Iterator[list[int]]:
 
 
 def test_every_family_is_tried():
-    assert set(TINY) == set(FAMILIES)
+    assert set(TINY) == set(MODEL_SPECS)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -189,7 +189,7 @@ def after_layer(name: str, argument: str, place: int) -> int:
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monkeypatch):
-    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], frozen="nobody knows its row arguments"))
+    monkeypatch.setitem(MODEL_SPECS, name, replace(MODEL_SPECS[name], frozen="nobody knows its row arguments"))
     model, arguments = tiny(name), inputs_of(name, ROWS)
     num_layers = len(blocks_of(model))
     depths = mixed(num_layers)
@@ -260,8 +260,8 @@ def test_nested_row_arguments_go_with_their_rows():
 
 def test_an_argument_that_is_no_row_argument_is_refused(monkeypatch):
     name = "DiTTransformer2DModel"
-    wrong = replace(FAMILIES[name], row_arguments=("timestep", "class_labels", "cross_attention_kwargs"))
-    monkeypatch.setitem(FAMILIES, name, wrong)
+    wrong = replace(MODEL_SPECS[name], row_arguments=("timestep", "class_labels", "cross_attention_kwargs"))
+    monkeypatch.setitem(MODEL_SPECS, name, wrong)
     model, depths = tiny(name), [1, 5, 5, 5, 5, 5]
     arguments = inputs_of(name, ROWS) | {"cross_attention_kwargs": {"mask": torch.zeros(4)}}
     with (

@@ -1,4 +1,4 @@
-"""`check_family`: it holds for every class of the table and for classes that a user registers, and names what a row forgets."""
+"""`check_model`: it holds for every class of the table and for classes that a user registers, and names what a row forgets."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from factories import uvit
 from torch import nn
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.row_check import ROWS, apart
 from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under
-from ee_diffusion.diffusion.model_check import check_family
-from ee_diffusion.diffusion.model_specs import FAMILIES, Family, blocks_of, register_family
+from ee_diffusion.diffusion.model_check import check_model
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS, ModelSpec, blocks_of, register_model
 
 ALL = dict.fromkeys(tiny_families.TINY, tiny_families) | dict.fromkeys(registered.RIGHT, registered)
 # Row arguments that these inputs do not give, or that only other kinds of the class have.
@@ -25,7 +25,7 @@ ABSENT = {"joint_attention_kwargs", "attention_kwargs", "modulate_index", "atten
 GIVEN = [
     (name, argument)
     for name in ALL
-    for argument in (FAMILIES | registered.RIGHT)[name].row_arguments
+    for argument in (MODEL_SPECS | registered.RIGHT)[name].row_arguments
     if argument not in ABSENT
     or (argument == "attention_mask" and name.startswith(("Chroma", "Lumina2", "HunyuanVideo")))
 ]
@@ -44,8 +44,8 @@ def inputs(name: str):
 @pytest.fixture
 def rows(monkeypatch):
     """The table, with the four classes in it, to be changed."""
-    known = FAMILIES | registered.RIGHT
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", known)
+    known = MODEL_SPECS | registered.RIGHT
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", known)
     return known
 
 
@@ -53,7 +53,7 @@ def rows(monkeypatch):
 def test_it_holds_for_the_table_and_for_right_rows(name: str, rows):
     model = tiny(name)
     before = [dict(module.__dict__) for module in model.modules()]
-    check_family(model, inputs(name))
+    check_model(model, inputs(name))
     for module, had in zip(model.modules(), before, strict=True):
         assert all(module.__dict__[key] is value for key, value in had.items())
         assert module.__dict__.keys() == had.keys()
@@ -64,9 +64,9 @@ def test_a_forgotten_row_argument_is_named(name: str, argument: str, rows):
     rest = tuple(one for one in rows[name].row_arguments if one != argument)
     rows[name] = replace(rows[name], row_arguments=rest)
     with pytest.raises(ValueError, match=rf"the length of '{argument}.*follows the number of rows, and row_arguments"):
-        check_family(tiny(name), inputs(name))
+        check_model(tiny(name), inputs(name))
     rows[name] = replace(rows[name], frozen="its row arguments are not known")
-    check_family(tiny(name), inputs(name))
+    check_model(tiny(name), inputs(name))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_forgotten_row_argument_is_named(name: str, argument: str, rows):
 def test_one_row_broadcast_to_all_is_refused_in_a_run_too(name: str, rows):
     """Where one row of six goes on, a block multiplies it with the arguments of all six."""
     model = tiny(name)
-    one_goes_on = Policy(Planned(((0, 0, len(blocks_of(model)), 0, 0, 0),)))
+    one_goes_on = Policy(DepthTable(((0, 0, len(blocks_of(model)), 0, 0, 0),)))
     expected = model(**inputs(name)([2]), return_dict=False)[0][0]
     assert apart(answer_under(model, one_goes_on, inputs(name)(ROWS))[2], expected) < 1e-4
     rows[name] = replace(rows[name], row_arguments=("attention_mask",) if name.startswith("Chroma") else ())
@@ -117,34 +117,34 @@ WRONG = [
 def test_other_mistakes_are_named(name: str, change: dict, words: str | None, rows):
     rows[name] = replace(rows[name], **change)
     if words is None:
-        check_family(tiny(name), inputs(name))
+        check_model(tiny(name), inputs(name))
         return
     with pytest.raises(ValueError, match=words):
-        check_family(tiny(name), inputs(name))
+        check_model(tiny(name), inputs(name))
 
 
 def test_inputs_that_could_not_show_anything_are_refused(rows):
     name = "FluxTransformer2DModel"
     model, right = tiny(name), inputs(name)
     with pytest.raises(ValueError, match=r"rows of inputs.* have the same output"):
-        check_family(model, lambda rows: right([0] * len(rows)))
+        check_model(model, lambda rows: right([0] * len(rows)))
     with pytest.raises(ValueError, match=r"alone is .* off from the row in a batch"):
-        check_family(model, lambda rows: right([row + len(rows) for row in rows]))
+        check_model(model, lambda rows: right([row + len(rows) for row in rows]))
     with pytest.raises(ValueError, match="expected a forward without them"):
-        check_family(model, lambda rows: right(rows) | tiny_families.residuals_of(name, rows))
+        check_model(model, lambda rows: right(rows) | tiny_families.residuals_of(name, rows))
     with pytest.raises(ValueError, match="in train mode"):
-        check_family(tiny_families.model_named(name).train(), right)
+        check_model(tiny_families.model_named(name).train(), right)
     with pytest.raises(ValueError, match=r"torch\.bfloat16, expected eval, float32"):
-        check_family(tiny_families.model_named(name).bfloat16(), right)
+        check_model(tiny_families.model_named(name).bfloat16(), right)
     idle = tiny_families.model_named("DiTTransformer2DModel")
     for parameter in idle.transformer_blocks.parameters():
         nn.init.zeros_(parameter)
     with pytest.raises(ValueError, match="its blocks change nothing"):
-        check_family(idle, inputs("DiTTransformer2DModel"))
+        check_model(idle, inputs("DiTTransformer2DModel"))
     with pytest.raises(ValueError, match=r"a forward of \['sample'\], expected its arguments by name"):
         answer_under(model, Policy(), {"sample": torch.zeros(2)})
     with pytest.raises(ValueError, match="no family for Linear"):
-        check_family(nn.Linear(2, 2), right)
+        check_model(nn.Linear(2, 2), right)
 
 
 def test_what_all_rows_share_may_be_as_long_as_the_batch(rows):
@@ -155,7 +155,7 @@ def test_what_all_rows_share_may_be_as_long_as_the_batch(rows):
         given = inputs(name)(chosen)
         return given | {"hidden_states": given["hidden_states"][:, :, :4, :6]}
 
-    check_family(tiny(name), small)
+    check_model(tiny(name), small)
 
 
 def test_attached_and_off_is_the_model_itself():
@@ -169,16 +169,16 @@ def test_attached_and_off_is_the_model_itself():
     with pytest.raises(
         ValueError, match=r"with exits attached that nobody takes it is [0-9.]+ off from the model itself"
     ):
-        check_family(model, inputs("DiTTransformer2DModel"))
+        check_model(model, inputs("DiTTransformer2DModel"))
 
 
 def test_a_uvit_without_long_skips():
-    check_family(uvit(long_skips=False), functools.partial(tiny_families.inputs_of, "UViTTransformer2DModel"))
+    check_model(uvit(long_skips=False), functools.partial(tiny_families.inputs_of, "UViTTransformer2DModel"))
 
 
 def test_a_registered_row_is_what_is_checked(rows):
     name = "CogView4Transformer2DModel"
     del rows[name]
-    register_family(Family(name, "transformer_blocks", returns="image, text"))
+    register_model(ModelSpec(name, "transformer_blocks", returns="image, text"))
     with pytest.raises(ValueError, match="the length of 'temb'"):
-        check_family(tiny(name), inputs(name))
+        check_model(tiny(name), inputs(name))

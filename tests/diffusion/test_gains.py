@@ -10,12 +10,12 @@ from factories import pipeline
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.methods import budgeted
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import between, gain_of, influence, step_gains
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.error_propagation import between, error_amplification, gain_of, influence
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
 STEPS, CALL = 9, {"num_inference_steps": 9, "guidance_scale": 2.0}
 
@@ -23,12 +23,14 @@ STEPS, CALL = 9, {"num_inference_steps": 9, "guidance_scale": 2.0}
 @pytest.fixture(scope="module")
 def pipe() -> EarlyExitPipeline:
     made = pipeline()
-    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    made.exits = CachedOutputExits.for_pipeline(made.transformer, made.scheduler)
     return made
 
 
 def gains(pipe: EarlyExitPipeline, every: int, labels: list[int]) -> tuple[float, ...]:
-    return step_gains(pipe, pipe.exits, labels, every=every, generator=torch.Generator().manual_seed(5), **CALL)
+    return error_amplification(
+        pipe, pipe.exits, labels, every=every, generator=torch.Generator().manual_seed(5), **CALL
+    )
 
 
 def final(pipe: EarlyExitPipeline, skipped: int | None) -> torch.Tensor:
@@ -48,7 +50,7 @@ def final(pipe: EarlyExitPipeline, skipped: int | None) -> torch.Tensor:
 def sampling(name: str) -> EarlyExitPipeline:
     """`sde`: DPM-Solver++ that draws noise."""
     pipe = pipeline()
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     changes = {"algorithm_type": "sde-dpmsolver++"} if name == "sde" else {}
     pipe.scheduler = sampler("dpm" if name == "sde" else name, like=pipe.scheduler, **changes)
     return pipe
@@ -59,7 +61,7 @@ def test_a_gain_is_the_final_distance_over_the_first(name: str):
     """Under a solver's noise too: the run that took the answer and the one that did not draw the same."""
     pipe = sampling(name)
     found = gains(pipe, 1, [1])
-    sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
+    sensitivity = local_error_gain(pipe.exits, pipe.scheduler, STEPS)
     plain, errors = final(pipe, None), true_errors(pipe)
     for step in (3, 5, 8):
         moved = (final(pipe, step) - plain).square().mean().sqrt().item()
@@ -79,7 +81,7 @@ def test_gains_under_noise_are_those_of_the_generator_alone(name: str):
 def test_there_is_a_gain_for_every_question_of_a_solver_that_asks_twice():
     pipe = sampling("heun")
     found = gains(pipe, 2, [0, 1])
-    sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
+    sensitivity = local_error_gain(pipe.exits, pipe.scheduler, STEPS)
     assert len(found) == len(sensitivity) == 2 * STEPS - 1
     assert all(value > 0 for value in found)
     policy = budgeted(1.0, weights=influence(sensitivity, found, power=0.5), decay=0.7)
@@ -135,7 +137,7 @@ def test_influence_and_bad_input(pipe: EarlyExitPipeline):
     with pytest.raises(ValueError, match="every=0"):
         gains(pipe, 0, [0])
     with pytest.raises(ValueError, match="more than 3 steps"):
-        step_gains(
+        error_amplification(
             pipe, pipe.exits, [0], num_inference_steps=3, guidance_scale=2.0, every=1, generator=torch.Generator()
         )
 
@@ -144,7 +146,7 @@ def test_influence_and_bad_input(pipe: EarlyExitPipeline):
 def test_a_budget_spends_what_it_has(pipe: EarlyExitPipeline, name: str):
     """Larger budgets answer more steps from memory; the sum never passes the budget."""
     made = pipeline()
-    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    made.exits = CachedOutputExits.for_pipeline(made.transformer, made.scheduler)
     use_sampler(made, name)
     made.scheduler.set_timesteps(12)
     weights = (0.5,) * len(made.scheduler.timesteps)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from factories import pipeline
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import Walk, fit_gauge, walk
+from ee_diffusion.diffusion.step_cache.error_estimator import Walk, fit_error_estimator, walk
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 2.0}
 
@@ -19,12 +19,12 @@ def pipe() -> EarlyExitPipeline:
     return pipeline()
 
 
-def seen(pipe: EarlyExitPipeline, exits: MemoryExits, *, skip: float = 0.5, states: str = "exited") -> Walk:
+def seen(pipe: EarlyExitPipeline, exits: CachedOutputExits, *, skip: float = 0.5, states: str = "exited") -> Walk:
     return walk(pipe, exits, [0, 1, 2], skip=skip, states=states, generator=torch.Generator().manual_seed(1), **CALL)
 
 
 def test_without_skipping_the_errors_are_those_of_the_line_through_the_last_two_steps(pipe: EarlyExitPipeline):
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     found = seen(pipe, exits, skip=0.0)
     clean: list[torch.Tensor] = []
 
@@ -46,7 +46,7 @@ def test_without_skipping_the_errors_are_those_of_the_line_through_the_last_two_
 
 def test_rows_are_the_images_with_their_labels_then_without(pipe: EarlyExitPipeline):
     """Both rows of an image are remembered, or neither; the first half of a step's rows is conditional; the walk is guided by both."""
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     kept: list[torch.Tensor] = []
     remember = exits.remember
@@ -78,7 +78,7 @@ def test_rows_are_the_images_with_their_labels_then_without(pipe: EarlyExitPipel
 
 def test_a_seed_repeats_a_walk_whose_scheduler_draws_noise(pipe: EarlyExitPipeline):
     noisy = EarlyExitPipeline(pipe.transformer, sampler("ddpm", like=pipe.scheduler), pipe.exits)
-    exits = MemoryExits.for_pipeline(pipe.transformer, noisy.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, noisy.scheduler)
     torch.manual_seed(1)
     first = seen(noisy, exits)
     torch.manual_seed(2)
@@ -86,7 +86,7 @@ def test_a_seed_repeats_a_walk_whose_scheduler_draws_noise(pipe: EarlyExitPipeli
 
 
 def test_states_differ_only_in_where_the_walk_leads(pipe: EarlyExitPipeline):
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     exited, full = (seen(pipe, exits, states=states) for states in ("exited", "full"))
     first = exited.steps <= 3
     torch.testing.assert_close(exited.errors[first], full.errors[full.steps <= 3])
@@ -95,11 +95,11 @@ def test_states_differ_only_in_where_the_walk_leads(pipe: EarlyExitPipeline):
 
 
 def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     features = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
     errors = (features[:, 0] + 0.7 + 0.5 * features[:, 2]).exp()
     before = {name: value.clone() for name, value in exits.state_dict().items()}
-    fit_gauge(exits, Walk(features, errors, torch.zeros(500)), iterations=300)
+    fit_error_estimator(exits, Walk(features, errors, torch.zeros(500)), iterations=300)
     with torch.no_grad():
         wrong = (exits.expected_error(features) / errors).log().abs().median()
     assert wrong < 0.05
@@ -108,7 +108,7 @@ def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
 
 
 def test_until_memory_was_put_to_the_test_every_row_remembers(pipe: EarlyExitPipeline, monkeypatch: pytest.MonkeyPatch):
-    exits, kept = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), []
+    exits, kept = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler), []
     remember = exits.remember
 
     def remembering(memory, rows, **said):
@@ -122,12 +122,12 @@ def test_until_memory_was_put_to_the_test_every_row_remembers(pipe: EarlyExitPip
 
 
 def test_bad_input(pipe: EarlyExitPipeline):
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     for bad in ({"skip": 1.0}, {"skip": float("nan")}, {"states": "both"}):
         with pytest.raises(ValueError, match="expected a probability below 1 and one of"):
             seen(pipe, exits, **bad)
     with pytest.raises(ValueError, match="the walk is empty"):
-        fit_gauge(exits, Walk(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
+        fit_error_estimator(exits, Walk(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
     for iterations in (0, -1):
         with pytest.raises(ValueError, match=f"iterations={iterations}, expected .* at least 1"):
-            fit_gauge(exits, Walk(torch.zeros(1, 4), torch.ones(1), torch.zeros(1)), iterations=iterations)
+            fit_error_estimator(exits, Walk(torch.zeros(1, 4), torch.ones(1), torch.zeros(1)), iterations=iterations)

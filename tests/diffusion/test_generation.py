@@ -8,7 +8,7 @@ from factories import CLASSES, pipeline
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, controls_of, generate, sampler, use_sampler
 
 SEEDS, LABELS = [5, 9, 2, 7, 1], [index % CLASSES for index in range(5)]
@@ -60,7 +60,7 @@ def test_controls_of_a_trace():
 def test_controls_leave_the_warm_up_as_it_was():
     """Full steps before the first answer from memory: under a plain static schedule the first would fall to depth 0."""
     pipe = pipeline()
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     call = {"batch_size": 2, "num_inference_steps": 8, "guidance_scale": 1.5}
     trace = generate(pipe, SEEDS, LABELS, exit_policy=Policy(Threshold(0.4)), **call).trace
     layers = trace.planned.shape[1]

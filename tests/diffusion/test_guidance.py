@@ -9,13 +9,13 @@ import torch
 from factories import NULL_CLASS, pipeline
 from torch import Tensor
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.exits.tracking_fit import walk_tracks
 from ee_diffusion.diffusion.pipelines.sampling import generate, sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
-from ee_diffusion.diffusion.step_cache.error_propagation import step_gains
+from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
 from ee_diffusion.diffusion.step_cache.trajectories import full_steps, record
 
 STEPS, SEEDS, LABELS = 6, [3, 4], [0, 1]
@@ -46,9 +46,9 @@ def same(found: Asked, expected: Asked) -> None:
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def made(dtype: torch.dtype = torch.float32) -> tuple[EarlyExitPipeline, MemoryExits]:
+def made(dtype: torch.dtype = torch.float32) -> tuple[EarlyExitPipeline, CachedOutputExits]:
     pipe = pipeline().to(dtype)
-    return pipe, MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    return pipe, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
 
 
 def call(scale: float) -> dict:
@@ -78,7 +78,9 @@ def test_walks_and_gains_ask_what_the_pipeline_asks(dtype: torch.dtype, scale: f
     walked = {"skip": 0.0, "states": "full", "generator": same_noise()}
     same(asked(pipe, lambda: walk(pipe, exits, LABELS, **walked, **call(scale))), own)
     rows = len(own[0][0])
-    gained = asked(pipe, lambda: step_gains(pipe, exits, LABELS, every=1, generator=same_noise(), **call(scale)))
+    gained = asked(
+        pipe, lambda: error_amplification(pipe, exits, LABELS, every=1, generator=same_noise(), **call(scale))
+    )
     same(gained[:4], own[:4])  # no branch yet
     for found, expected in zip(gained, own, strict=True):
         assert found[0].dtype == dtype
@@ -151,7 +153,9 @@ def test_runs_that_cannot_be_are_refused_before_the_model_is_asked():
         "walk": lambda labels, **given: walk(
             pipe, exits, labels, skip=0.5, states="full", generator=generator, **given
         ),
-        "step_gains": lambda labels, **given: step_gains(pipe, exits, labels, every=1, generator=generator, **given),
+        "error_amplification": lambda labels, **given: error_amplification(
+            pipe, exits, labels, every=1, generator=generator, **given
+        ),
     }
     bad = (
         ({"num_inference_steps": 0}, LABELS, "num_inference_steps=0, expected an integer of at least 1$"),

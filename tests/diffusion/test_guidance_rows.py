@@ -22,11 +22,11 @@ from tiny_families import TEXT, exits_for
 from tiny_pipelines import STOCK, call_of, images_of, pipe
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned, Threshold
-from ee_diffusion.core.history import Memory
+from ee_diffusion.core.criteria import DepthTable, Threshold
+from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.guidance import sources_of_rows
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import searched
@@ -82,7 +82,7 @@ def holds(one: DiffusionPipeline, arguments: Callable[..., dict[str, Any]], rows
     depths, alone = ((1, full), (full, 0), (2, full), (full, 1)), None
     for images in BATCHES:
         several = len(images) > 1  # of which the last one never leaves
-        plan = Policy(Planned(tuple((*row[: len(images) - 1], full) if several else row[:1] for row in depths)))
+        plan = Policy(DepthTable(tuple((*row[: len(images) - 1], full) if several else row[:1] for row in depths)))
         stock = images_of(one, arguments(images))
         assert torch.equal(under(one, Policy(), arguments(images))[0], stock), "off"
         found, trace = under(one, plan, arguments(images))
@@ -110,7 +110,7 @@ def test_diffusers_own_cutoff():
     ending = SD3CFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=1)
     arguments = functools.partial(call, "sd3", [0], ending)
     assert torch.equal(under(pipe("sd3"), Policy(), arguments())[0], images_of(pipe("sd3"), arguments()))
-    _, trace = under(pipe("sd3"), Policy(Planned(((1,), (4,), (2,), (0,)))), arguments())
+    _, trace = under(pipe("sd3"), Policy(DepthTable(((1,), (4,), (2,), (0,)))), arguments())
     assert trace.rows.tolist() == [[2], [2], [1], [1]]
     assert trace.depths.tolist() == [[1], [4], [2], [0]]
 
@@ -135,7 +135,7 @@ def test_perturbed_attention_takes_the_rows_of_an_image_together():
 
 def test_compiled_blocks_under_perturbed_attention_get_no_padding():
     """Which would shift its rows."""
-    one, plan = perturbing("sd3"), Policy(Planned(((1, 4, 5), (5, 0, 5), (2, 5, 5), (5, 1, 5))))
+    one, plan = perturbing("sd3"), Policy(DepthTable(((1, 4, 5), (5, 0, 5), (2, 5, 5), (5, 1, 5))))
     arguments = functools.partial(call, "sd3", [0, 1, 2], pag_scale=3.0)
     expected, _ = under(one, plan, arguments())
     with attach(one, exits_for(one.transformer), plan, compile_options={"backend": "eager"}) as attachment:
@@ -151,7 +151,7 @@ def test_truncated_guidance(guidance: str):
     stock = images_of(one, arguments([0, 1, 2]))
     assert torch.equal(under(one, Policy(guidance=guidance), arguments([0, 1, 2]))[0], stock)
     depths = ((1, 4, 2), (4, 4, 3), (2, 4, 0), (4, 4, 2))
-    found, trace = under(one, Policy(Planned(depths), guidance=guidance), arguments([0, 1, 2]))
+    found, trace = under(one, Policy(DepthTable(depths), guidance=guidance), arguments([0, 1, 2]))
     torch.testing.assert_close(found[1], stock[1], rtol=1e-3, atol=1e-4)
     first = [list(row) for row in depths]
     if guidance == "together":
@@ -179,7 +179,7 @@ def test_image_to_image_with_latents_of_ones_own():
     arguments = call("sd3", [0, 1, 2]) | {"image": torch.rand(3, 3, 8, 8), "strength": 1.0}
     arguments |= {"latents": torch.randn(3, 4, 8, 8)}
     arguments.pop("height"), arguments.pop("width")
-    _, trace = under(one, Policy(Planned(((1, 5, 2),) * STEPS)), arguments)
+    _, trace = under(one, Policy(DepthTable(((1, 5, 2),) * STEPS)), arguments)
     assert trace.rows.tolist() == [[2] * 3] * STEPS
 
 
@@ -192,7 +192,7 @@ def test_rows_that_are_no_whole_number_for_each_image():
     arguments["callback_on_step_end_tensor_inputs"].append("latents")
     one = pipe("sd3")
     with (
-        attach(one, exits_for(one.transformer), Policy(Planned(((1, 4, 2),) * STEPS))),
+        attach(one, exits_for(one.transformer), Policy(DepthTable(((1, 4, 2),) * STEPS))),
         pytest.raises(ValueError, match="4 rows at step 1 for 3 images: no whole number of rows for each"),
     ):
         images_of(one, arguments)
@@ -204,7 +204,7 @@ def test_rows_that_are_no_whole_number_for_each_image():
 def test_conditional_rows_keep_what_they_remember():
     """A clean image that is said again: after guidance it is the one that the conditional row said."""
     one, seen = pipe("sd3"), []
-    exits = MemoryExits.for_pipeline(one.transformer, FlowMatchEulerDiscreteScheduler(), length=1, terms="clean")
+    exits = CachedOutputExits.for_pipeline(one.transformer, FlowMatchEulerDiscreteScheduler(), length=1, terms="clean")
     policy = searched([0, 1], num_steps=STEPS, num_layers=5)
 
     def look(module, args, kwargs, output):
@@ -235,7 +235,7 @@ def test_a_row_goes_on_from_the_one_that_was_asked_the_same():
 
 
 def test_rows_without_a_source_remember_nothing():
-    memory = Memory.empty(torch.zeros(3, 2), length=2)
+    memory = OutputHistory.empty(torch.zeros(3, 2), length=2)
     for time in (9.0, 5.0, 3.0):
         memory = memory.remember(torch.arange(3), torch.rand(3, 2), torch.full((3,), time).double())
     kept = memory.regrouped([2, None, 0])

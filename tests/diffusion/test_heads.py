@@ -44,7 +44,7 @@ def test_the_uncertainty_module_is_its_formula(variant: str):
             mean = float(image.mean())
             expected = 1 - mean if variant == "paper" else mean
             for context in ({"timestep": times}, exits.context(times)):
-                said = exits.certainty(exit, hidden, context)
+                said = exits.confidence(exit, hidden, context)
                 assert float(said[row]) == pytest.approx(expected, abs=1e-5)
 
 
@@ -59,17 +59,17 @@ def test_packed_exits_say_the_same():
         packed = exits.packed()
         assert (packed.depths, packed.space) == (exits.depths, exits.space)
         for exit in range(len(DEPTHS)):
-            expected = exits.certainty(exit, tokens, {"timestep": times})
-            said = packed.certainty(exit, tokens, packed.context(times))
+            expected = exits.confidence(exit, tokens, {"timestep": times})
+            said = packed.confidence(exit, tokens, packed.context(times))
             torch.testing.assert_close(said, expected, rtol=1e-5, atol=1e-6)
-            alone = packed.certainty(exit, tokens[1:2], packed.context(times[1:2]))
+            alone = packed.confidence(exit, tokens[1:2], packed.context(times[1:2]))
             torch.testing.assert_close(alone[0], said[1], rtol=1e-6, atol=1e-6)
             assert torch.equal(packed.answer(exit, tokens, {}), exits.answer(exit, tokens, {}))
             together = times[1:2].expand(len(tokens))  # all rows at one time
             assert isinstance(packed.context(together)["time_part"], tuple), "made once, not for each row"
-            expected = exits.certainty(exit, tokens, {"timestep": together})
+            expected = exits.confidence(exit, tokens, {"timestep": together})
             for context in (packed.context(together), packed.context(together.contiguous())):
-                torch.testing.assert_close(packed.certainty(exit, tokens, context), expected, rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(packed.confidence(exit, tokens, context), expected, rtol=1e-5, atol=1e-6)
     for same in (exits_for(uvit(), DEPTHS, "released"), exits.to(torch.bfloat16)):
         assert same.packed() is same
 
@@ -79,9 +79,9 @@ def test_prefix_tokens_are_not_looked_at_and_time_only_by_the_paper():
     other = torch.cat([hidden[:, :PREFIX] + 1, hidden[:, PREFIX:]], 1)
     for variant in ("paper", "released"):
         exits = exits_for(uvit(), DEPTHS, variant)
-        said = exits.certainty(1, hidden, {"timestep": times})
-        assert torch.equal(exits.certainty(1, other, {"timestep": times}), said)
-        later = exits.certainty(1, hidden, {"timestep": times + 100})
+        said = exits.confidence(1, hidden, {"timestep": times})
+        assert torch.equal(exits.confidence(1, other, {"timestep": times}), said)
+        later = exits.confidence(1, hidden, {"timestep": times + 100})
         assert torch.equal(later, said) == (variant == "released")
 
 
@@ -115,7 +115,7 @@ def test_save_and_load(variant: str, tmp_path):
     assert (loaded.depths, loaded.space, loaded.config.variant) == (exits.depths, exits.space, variant)
     for exit in range(len(DEPTHS)):
         context = {"timestep": times}
-        assert torch.equal(loaded.certainty(exit, hidden, context), exits.certainty(exit, hidden, context))
+        assert torch.equal(loaded.confidence(exit, hidden, context), exits.confidence(exit, hidden, context))
         assert torch.equal(loaded.answer(exit, hidden, context), exits.answer(exit, hidden, context))
 
 
@@ -125,9 +125,9 @@ def test_half_precision(dtype):
     hidden, times = drawn()
     for variant in ("paper", "released"):
         exits = exits_for(uvit(), DEPTHS, variant)
-        full = exits.certainty(1, hidden, {"timestep": times})
+        full = exits.confidence(1, hidden, {"timestep": times})
         exits = exits.to(dtype)
-        said = exits.certainty(1, hidden.to(dtype), exits.context(times))
+        said = exits.confidence(1, hidden.to(dtype), exits.context(times))
         assert said.dtype == dtype
         torch.testing.assert_close(said.float(), full, rtol=0, atol=0.02)
         assert exits.answer(1, hidden.to(dtype), {}).dtype == dtype

@@ -13,12 +13,12 @@ from factories import CLASSES, CRITERIA, NULL_CLASS, criteria_for, pipeline
 from laws import Work, counting, margin_of, say_near
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.model_specs import family_of
+from ee_diffusion.diffusion.model_specs import model_spec_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
 
 COUNT, STEPS = 5, 3
@@ -122,7 +122,7 @@ def test_batch_mates_do_not_matter(setting: Setting, name: str):
         columns = [image, image + COUNT] if setting.layout == "apart" else [image]
         depths = together.trace.depths[:, columns]
         if not torch.equal(alone.trace.depths, depths):
-            assert not isinstance(policy.criterion, Planned)
+            assert not isinstance(policy.criterion, DepthTable)
             first = int((alone.trace.depths != depths).any(1).nonzero()[0])  # what follows differs for good reason
             near = margin_of(together.trace, policy)[:, columns][first]
             say_near(f"1 in {setting}, {name}, image {image}")
@@ -161,7 +161,7 @@ def test_skipped_work_is_not_executed(setting: Setting, name: str):
         assert seen.blocks == [tokens * int(rows[depths > layer].sum()) for layer in range(7)]
         assert seen.heads == [int(rows[depths == depth].sum()) for depth in trace.exits]
         reached = [int(rows[depths >= depth].sum()) for depth in trace.exits]
-        assert seen.uncertainty == ([0] * len(reached) if isinstance(criterion, Planned) else reached)
+        assert seen.uncertainty == ([0] * len(reached) if isinstance(criterion, DepthTable) else reached)
         assert trace.measured[index].tolist() == seen.uncertainty
         assert trace.answered[index].tolist() == seen.heads
 
@@ -171,7 +171,7 @@ class Probe:
 
     def __init__(self, pipe: EarlyExitPipeline):
         self.heads = pipe.exits
-        blocks = getattr(pipe.transformer, family_of(pipe.transformer).blocks)
+        blocks = getattr(pipe.transformer, model_spec_of(pipe.transformer).blocks)
         self.inners, self.num_layers = [block.attn for block in blocks], len(blocks)
 
 
@@ -194,12 +194,12 @@ def test_generation_is_the_slow_reference(solver: str, layout: str, variant: str
 def reference(pipe: EarlyExitPipeline, guidance: float, threshold: float, *, apart: bool) -> tuple[Tensor, Tensor]:
     labels = torch.tensor(labels_of(list(range(COUNT))))
     noise = [torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(100 + image)) for image in range(COUNT)]
-    scheduler, branches = pipe.scheduler, 2 if guidance > 1 else 1
+    scheduler, rows_per_sample = pipe.scheduler, 2 if guidance > 1 else 1
     scheduler.set_timesteps(STEPS)
     latents, depths = torch.cat(noise) * scheduler.init_noise_sigma, []
     for time in scheduler.timesteps:
         scaled = scheduler.scale_model_input(latents, time)
-        classes = [labels, torch.full_like(labels, NULL_CLASS)][:branches]
+        classes = [labels, torch.full_like(labels, NULL_CLASS)][:rows_per_sample]
         seen = [_depths_and_answers(pipe, scaled, time, label) for label in classes]
         scores = torch.stack([score for score, _ in seen])  # (branches, K + 1, B)
         if not apart:
@@ -224,7 +224,7 @@ def _depths_and_answers(pipe: EarlyExitPipeline, latents: Tensor, time: Tensor, 
     output = pipe.transformer(latents, time.expand(COUNT), labels, output_hidden_states=True)
     context = {"timestep": time.expand(COUNT)}
     states = [output.hidden_states[depth] for depth in pipe.exits.depths]
-    scores = [pipe.exits.certainty(exit, state, context) for exit, state in enumerate(states)]
+    scores = [pipe.exits.confidence(exit, state, context) for exit, state in enumerate(states)]
     answers = [pipe.exits.answer(exit, state, context) for exit, state in enumerate(states)]
     if pipe.exits.space == "hidden":
         answers = [pipe.transformer.tail(answer) for answer in answers]

@@ -12,16 +12,16 @@ from tiny_families import model_named
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.history import Memory
+from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, Periodic
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
 STEPS = 8
 
@@ -29,7 +29,7 @@ STEPS = 8
 @pytest.fixture(scope="module")
 def pipe() -> EarlyExitPipeline:
     made = pipeline()
-    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    made.exits = CachedOutputExits.for_pipeline(made.transformer, made.scheduler)
     return made
 
 
@@ -54,7 +54,7 @@ def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, pred
     like.register_to_config(prediction_type=prediction_type)
     scheduler = sampler(name, like=like)
     scheduler.set_timesteps(6)
-    exits = MemoryExits.for_pipeline(uvit(), like)
+    exits = CachedOutputExits.for_pipeline(uvit(), like)
     start, slope = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     memory, rows, checked = None, torch.tensor([0, 1]), 0
     sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2)) * scheduler.init_noise_sigma
@@ -74,7 +74,7 @@ def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, pred
 @torch.no_grad()
 def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyExitPipeline):
     """Four outputs of noise that move linearly in t, at samples that do not: each is recalled as it will be."""
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     start, slope = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     memory, rows = None, torch.tensor([0, 1])
     for time in (900.0, 800.0, 650.0):
@@ -83,13 +83,13 @@ def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyEx
         if time == 650.0:
             torch.testing.assert_close(exits.recall(memory, sample, timestep)["recalled"], output, rtol=1e-4, atol=1e-4)
         memory = exits.remember(memory, rows, sample=sample, timestep=timestep, output=output)
-    missed = Memory(memory.values, memory.times, torch.full((2,), 2e-6, dtype=torch.float64))
+    missed = OutputHistory(memory.values, memory.times, torch.full((2,), 2e-6, dtype=torch.float64))
     said = exits.expected_error(exits.recall(missed, sample, torch.full((2,), 600.0))["features"])
     alpha = pipe.scheduler.alphas_cumprod[600].double()
     expected = 2e-6 * 50 * 200 * ((1 - alpha) / alpha).sqrt()  # of the clean image that the noise means
     torch.testing.assert_close(said.double(), expected.expand(2), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="expected one of"):
-        MemoryExits(terms="velocity")
+        CachedOutputExits(terms="velocity")
 
 
 def test_off_and_never_are_the_plain_model(pipe: EarlyExitPipeline):
@@ -162,13 +162,13 @@ def test_memory_ends_with_its_run(pipe: EarlyExitPipeline):
     with pytest.raises(RuntimeError, match="stop"):
         pipe([3], STEPS, 2.0, exit_policy=policy, callback_on_step_end=interrupt)
     assert torch.equal(draw(pipe, policy)[0], images)
-    assert "_ee_attachment" not in pipe.transformer.__dict__
+    assert "_ee_hook" not in pipe.transformer.__dict__
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_draws_from_memory(name: str):
     pipe = pipeline()
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     use_sampler(pipe, name)
     images, trace = draw(pipe, Policy(schedule=Periodic(2, 2)))
     assert images.isfinite().all()
@@ -197,7 +197,7 @@ def test_save_and_load_keep_decisions(pipe: EarlyExitPipeline, tmp_path: Path):
         policy.save(tmp_path / "policy.json")
         again = EarlyExitPipeline.from_pretrained(tmp_path)
         again.set_progress_bar_config(disable=True)
-        assert isinstance(again.exits, MemoryExits)
+        assert isinstance(again.exits, CachedOutputExits)
         loaded, its_trace = draw(again, Policy.load(tmp_path / "policy.json"))
     finally:
         with torch.no_grad():
@@ -207,7 +207,7 @@ def test_save_and_load_keep_decisions(pipe: EarlyExitPipeline, tmp_path: Path):
 
 
 def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline):
-    memory = Memory(
+    memory = OutputHistory(
         torch.zeros(2, 2, 3, 8, 8),
         torch.tensor([[500.0, 520.0], [500.0, 540.0]]).double(),
         torch.tensor([1e-4, 2e-4]).double(),
@@ -216,7 +216,7 @@ def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline
     context = pipe.exits.recall(memory, torch.zeros(2, 3, 8, 8), time)
     expected = torch.tensor([1e-4 * 20 * 40, 2e-4 * 20 * 60])
     torch.testing.assert_close(pipe.exits.expected_error(context["features"]), expected)
-    torch.testing.assert_close(pipe.exits.certainty(0, None, context), 1 - expected)
+    torch.testing.assert_close(pipe.exits.confidence(0, None, context), 1 - expected)
 
 
 @torch.no_grad()
@@ -235,8 +235,8 @@ def test_the_second_call_of_guidance_has_a_memory_of_its_own(pipe: EarlyExitPipe
         timestep = torch.full((2,), time)
         output = model(sample, timestep, labels[1]).sample
         memory = exits.remember(memory, torch.tensor([0, 1]), sample=sample, timestep=timestep, output=output)
-    torch.testing.assert_close(session.memories[1].values, memory.values)
-    assert not torch.allclose(session.memories[0].values, memory.values)
+    torch.testing.assert_close(session.histories[1].values, memory.values)
+    assert not torch.allclose(session.histories[0].values, memory.values)
     torch.testing.assert_close(said, exits.recall(memory, sample, torch.full((2,), 700))["recalled"])
 
 
@@ -244,15 +244,15 @@ def test_the_second_call_of_guidance_has_a_memory_of_its_own(pipe: EarlyExitPipe
 def test_half_precision_stays_finite(dtype: torch.dtype, tmp_path: Path):
     """The schedule's table and what is remembered are not rounded: their logarithm and small differences matter."""
     pipe = pipeline()
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    sensitivity = step_sensitivity(pipe.exits, pipe.scheduler, STEPS)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    sensitivity = local_error_gain(pipe.exits, pipe.scheduler, STEPS)
     pipe.exits.save_pretrained(tmp_path)
-    loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=dtype)
+    loaded = CachedOutputExits.from_pretrained(tmp_path, torch_dtype=dtype)
     pipe = pipe.to(dtype)
     rows, time, zero = torch.tensor([0, 1]), torch.tensor([9, 9]), torch.zeros(2, 3, 8, 8, dtype=dtype)
     for exits in (pipe.exits, loaded):
         assert exits.alphas_cumprod.dtype == torch.float32
-        assert step_sensitivity(exits, pipe.scheduler, STEPS) == sensitivity
+        assert local_error_gain(exits, pipe.scheduler, STEPS) == sensitivity
         assert exits.remember(None, rows, sample=zero, timestep=time, output=zero).values.dtype == torch.float32
     pipe.exits = loaded
     images, trace = draw(pipe, remembered(0.5, sensitivity=sensitivity))
@@ -262,7 +262,7 @@ def test_half_precision_stays_finite(dtype: torch.dtype, tmp_path: Path):
 
 def test_a_solvers_second_question_at_one_time_is_answered_in_full():
     pipe = pipeline()
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     use_sampler(pipe, "heun")
     trace = draw(pipe, Policy(Threshold(0.0)))[1]
     again = [step for step in range(1, len(trace.times)) if trace.times[step] == trace.times[step - 1]]
@@ -290,7 +290,9 @@ def test_a_broken_output_is_not_remembered_in_silence(pipe: EarlyExitPipeline):
 
 def test_the_features_by_hand(pipe: EarlyExitPipeline):
     """log(bend |t - t_0| |t - t_1|), log(|t - t_0| / 20), l / 5 and its square, l = log(a_t / s_t)."""
-    memory = Memory(torch.zeros(1, 2, 3, 8, 8), torch.tensor([[520.0, 560.0]]).double(), torch.tensor([1e-4]).double())
+    memory = OutputHistory(
+        torch.zeros(1, 2, 3, 8, 8), torch.tensor([[520.0, 560.0]]).double(), torch.tensor([1e-4]).double()
+    )
     said = pipe.exits.recall(memory, torch.zeros(1, 3, 8, 8), torch.tensor([480]))["features"]
     alpha = pipe.scheduler.alphas_cumprod[480].double()
     ratio = (alpha / (1 - alpha)).log() / 2 / 5
@@ -304,9 +306,11 @@ def test_zero_terminal_snr_is_finite():
     pipe = pipeline()
     scheduler = type(pipe.scheduler)(rescale_betas_zero_snr=True, prediction_type="v_prediction", clip_sample=False)
     pipe.register_modules(scheduler=scheduler)
-    pipe.exits = MemoryExits.for_pipeline(pipe.transformer, scheduler)
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, scheduler)
     assert draw(pipe, Policy(schedule=Periodic(2, 2)))[0].isfinite().all()
-    last = Memory(torch.zeros(1, 2, 3, 8, 8), torch.tensor([[1019.0, 1039.0]]).double(), torch.tensor([1e-4]).double())
+    last = OutputHistory(
+        torch.zeros(1, 2, 3, 8, 8), torch.tensor([[1019.0, 1039.0]]).double(), torch.tensor([1e-4]).double()
+    )
     said = pipe.exits.recall(last, torch.zeros(1, 3, 8, 8), torch.tensor([999]))
     assert said["features"].isfinite().all()
     assert said["recalled"].isfinite().all()
@@ -315,40 +319,44 @@ def test_zero_terminal_snr_is_finite():
 def test_unfitted_exits_are_the_same_wherever_they_are_made():
     pipe = pipeline()
     torch.manual_seed(1)
-    one = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
+    one = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
     torch.manual_seed(2)
-    other = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
+    other = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert len(one["gauge.0.weight"].unique()) > 100
 
 
 def test_bad_input(pipe: EarlyExitPipeline):
     with pytest.raises(ValueError, match="length=0, expected at least 1"):
-        MemoryExits(length=0)
+        CachedOutputExits(length=0)
     with pytest.raises(ValueError, match="prediction_type='score', expected one of"):
-        MemoryExits(prediction_type="score")
+        CachedOutputExits(prediction_type="score")
     with pytest.raises(ValueError, match="sample_size is 16, the model's is 8"):
-        MemoryExits(sample_size=16).check_fits(pipe.transformer)
+        CachedOutputExits(sample_size=16).check_fits(pipe.transformer)
     with pytest.raises(ValueError, match="know no noise schedule"):
-        MemoryExits(sample_size=8).check_fits(pipe.transformer)
+        CachedOutputExits(sample_size=8).check_fits(pipe.transformer)
     flow = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
     with pytest.raises(
         ValueError,
         match="UniPCMultistepScheduler with prediction_type='flow_prediction', use_flow_sigmas=True: expected",
     ):
-        MemoryExits.for_pipeline(pipe.transformer, flow)
+        CachedOutputExits.for_pipeline(pipe.transformer, flow)
     with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler with prediction_type=None"):
-        MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+        CachedOutputExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
     with pytest.raises(ValueError, match="KarrasVeScheduler with prediction_type=None"):
-        MemoryExits.for_pipeline(pipe.transformer, KarrasVeScheduler())
+        CachedOutputExits.for_pipeline(pipe.transformer, KarrasVeScheduler())
     with pytest.raises(ValueError, match="turns the output's sign and its times around"):
-        MemoryExits.for_pipeline(model_named("Lumina2Transformer2DModel"), FlowMatchEulerDiscreteScheduler())
+        CachedOutputExits.for_pipeline(model_named("Lumina2Transformer2DModel"), FlowMatchEulerDiscreteScheduler())
     with pytest.raises(ValueError, match="read 'flow', the scheduler 'epsilon'"):
-        MemoryExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler()).check_scheduler(pipe.scheduler)
+        CachedOutputExits.for_pipeline(pipe.transformer, FlowMatchEulerDiscreteScheduler()).check_scheduler(
+            pipe.scheduler
+        )
     with pytest.raises(ValueError, match="another noise schedule"):
-        MemoryExits(prediction_type="flow").check_scheduler(FlowMatchEulerDiscreteScheduler(num_train_timesteps=500))
+        CachedOutputExits(prediction_type="flow").check_scheduler(
+            FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)
+        )
     with pytest.raises(ValueError, match="puts out 5 channels, expected the 3"):
-        MemoryExits.for_pipeline(
+        CachedOutputExits.for_pipeline(
             DiTTransformer2DModel(2, 8, 3, 5, num_layers=1, sample_size=8, patch_size=2), pipe.scheduler
         )
 
@@ -359,7 +367,7 @@ def test_flow_matching_is_the_line_from_noise_to_data(shape: tuple[int, ...], te
     """x = (1 - s) x_0 + s eps, the output eps - x_0, s = t / 1000, for images, tokens and frames; both terms lead back to the output."""
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    exits = MemoryExits(prediction_type="flow", in_channels=shape[1], sample_size=None, terms=terms)
+    exits = CachedOutputExits(prediction_type="flow", in_channels=shape[1], sample_size=None, terms=terms)
     for time in (1000.0, 723.5, 31.25):
         sigma, timestep = time / 1000, torch.full((2,), time)
         sample, said = (1 - sigma) * clean + sigma * noise, noise - clean
@@ -374,7 +382,7 @@ def test_flow_matching_is_the_line_from_noise_to_data(shape: tuple[int, ...], te
 
 def test_a_line_in_time_is_recalled_exactly_under_flow_matching():
     """Two full steps of a velocity whose noise moves along a line in time, then one from memory."""
-    exits = MemoryExits(prediction_type="flow", in_channels=3, sample_size=None, terms="noise")
+    exits = CachedOutputExits(prediction_type="flow", in_channels=3, sample_size=None, terms="noise")
     generator = torch.Generator().manual_seed(1)
     start, slope, sample = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
     memory = None

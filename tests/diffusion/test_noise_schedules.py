@@ -11,15 +11,15 @@ from factories import NULL_CLASS, pipeline
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.exits.tracking_fit import walk_tracks
 from ee_diffusion.diffusion.hooks.attach import attach, detach
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
-from ee_diffusion.diffusion.step_cache.error_propagation import step_gains
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.diffusion.step_cache.trajectories import record
 
 CALL = {"num_inference_steps": 5, "guidance_scale": 2.0}
@@ -28,10 +28,10 @@ OTHER = DDIMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2")
 KINDS = ("memory", "tracking", "oracle")
 
 
-def exits_named(kind: str, pipe: EarlyExitPipeline) -> MemoryExits | TrackingExits | OracleExits:
+def exits_named(kind: str, pipe: EarlyExitPipeline) -> CachedOutputExits | TrackingExits | OracleExits:
     if kind == "tracking":
         return TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(2,))
-    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     if kind == "memory":
         return memory
     oracle = OracleExits(memory, pipe.transformer)
@@ -66,13 +66,15 @@ def test_attaching_refuses_them(pipe: EarlyExitPipeline):
     attach(pipe.transformer, exits)  # no scheduler at hand
 
 
-def in_turn() -> dict[str, Callable[[EarlyExitPipeline, MemoryExits], object]]:
+def in_turn() -> dict[str, Callable[[EarlyExitPipeline, CachedOutputExits], object]]:
     given = {"skip": 0.5, "states": "full", "generator": torch.Generator(), **CALL}
     return {
-        "step_sensitivity": lambda pipe, exits: step_sensitivity(exits, pipe.scheduler, 5),
+        "local_error_gain": lambda pipe, exits: local_error_gain(exits, pipe.scheduler, 5),
         "record": lambda pipe, exits: record(pipe, exits, [1], [0], **CALL),
         "walk": lambda pipe, exits: walk(pipe, exits, [0], **given),
-        "step_gains": lambda pipe, exits: step_gains(pipe, exits, [0], every=1, generator=torch.Generator(), **CALL),
+        "error_amplification": lambda pipe, exits: error_amplification(
+            pipe, exits, [0], every=1, generator=torch.Generator(), **CALL
+        ),
     }
 
 

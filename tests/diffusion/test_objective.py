@@ -146,8 +146,8 @@ def reading(
             uncertainty = uncertainty + (said - (1 - gap)).square().mean() / len(states)
             errors.append((answer - target).square().mean())
             certainties.append(said.mean())
-    for certainty, error in zip(certainties, errors, strict=True):
-        layerwise = layerwise + certainty / sum(certainties) * error
+    for confidence, error in zip(certainties, errors, strict=True):
+        layerwise = layerwise + confidence / sum(certainties) * error
     return {"simple": simple, "uncertainty": uncertainty, "layerwise": layerwise}
 
 

@@ -203,10 +203,10 @@ def test_the_exits_in_the_authors_checkpoint_say_what_their_architecture_says(tm
             "lte.bias": state[f"lte_classifer.{layer}.lte.bias"],
         }
         expected = 1 / (1 + np.exp(-linear({k: v.numpy() for k, v in w.items()}, "lte", slow[layer])))
-        found = exits.certainty(layer, hidden[layer + 1], {"timestep": torch.tensor([40])})
+        found = exits.confidence(layer, hidden[layer + 1], {"timestep": torch.tensor([40])})
         np.testing.assert_allclose(float(found), expected.mean(), rtol=1e-5)
     for depth in exits.depths:
-        with attach(model, exits, Policy(schedule=FixedDepth(depth)), branches=1, num_steps=1):
+        with attach(model, exits, Policy(schedule=FixedDepth(depth)), rows_per_sample=1, num_steps=1):
             answer = model(**inputs).sample[0]
         np.testing.assert_allclose(answer.numpy(), slow_tail(state, slow[depth - 1], SIZE), rtol=1e-5, atol=1e-5)
 
@@ -220,22 +220,22 @@ def test_the_authors_rule_on_their_exits(patience: bool):
     exits = load_official_exits(state, model)
     image = torch.randn(1, CHANNELS, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     slow = slow_states(state, image[0].double().numpy(), 40.0, 4)
-    certainty = []
+    confidence = []
     for layer, tokens in enumerate(slow):
         weight, bias = (state[f"lte_classifer.{layer}.lte.{part}"].numpy() for part in ("weight", "bias"))
-        certainty.append(float((1 / (1 + np.exp(-(tokens @ weight.T + bias)))).mean()))
+        confidence.append(float((1 / (1 + np.exp(-(tokens @ weight.T + bias)))).mean()))
     found = []
-    for threshold in [0.0, *(value - 1e-4 for value in certainty), 1.0]:
+    for threshold in [0.0, *(value - 1e-4 for value in confidence), 1.0]:
         expected = len(slow)
-        for layer, value in reversed(list(enumerate(certainty))):
-            before = sum(one > threshold for one in certainty[:layer])
+        for layer, value in reversed(list(enumerate(confidence))):
+            before = sum(one > threshold for one in confidence[:layer])
             if value > threshold and not (patience and layer < HALF and before == 0):
                 expected = layer + 1
         policy = deediff_released(threshold, depths=exits.depths, num_layers=len(slow), patience=patience)
-        with attach(model, exits, policy, branches=1, num_steps=1) as attachment:
+        with attach(model, exits, policy, rows_per_sample=1, num_steps=1) as attachment:
             model(image, torch.tensor([40]), torch.tensor([4]))
         found.append(int(attachment.trace.depths[0, 0]))
-        assert found[-1] == expected, (threshold, certainty)
+        assert found[-1] == expected, (threshold, confidence)
     assert (found[0], found[-1]) == (2 if patience else 1, len(slow))
 
 

@@ -9,7 +9,7 @@ from factories import NULL_CLASS, pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits, seconds_on
 from ee_diffusion.diffusion.pipelines.sampling import generate
 from ee_diffusion.diffusion.step_cache.trajectories import full_steps
@@ -20,7 +20,7 @@ SEEDS, LABELS = [1, 2], [0, 1]
 
 def oracle() -> tuple:
     made = pipeline()
-    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    made.exits = CachedOutputExits.for_pipeline(made.transformer, made.scheduler)
     seer = OracleExits(made.exits, made.transformer)
     seer.labels = torch.tensor([*LABELS, NULL_CLASS, NULL_CLASS])
     return made, made.exits, seer
@@ -73,7 +73,7 @@ def test_it_vouches_for_nothing_while_memory_is_not_full():
     answer = seer.answer(0, sample, context)
     error = (exits.clean_of(sample, answer, now) - context["true"]).square().mean((1, 2, 3)).sqrt()
     assert bool((error < 0.5).all())
-    assert seer.certainty(0, sample, context).tolist() == [0.0] * 4
+    assert seer.confidence(0, sample, context).tolist() == [0.0] * 4
 
 
 def test_seconds_add_up_and_are_taken_when_the_device_is_done(monkeypatch: pytest.MonkeyPatch):

@@ -10,9 +10,9 @@ from factories import pipeline
 from tiny_texts import text_pipeline
 
 from ee_diffusion import attach, fit_schedules, periodic_cache
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.recording import rehearse
+from ee_diffusion.diffusion.step_cache.recording import record_call
 from ee_diffusion.diffusion.step_cache.trajectories import record
 
 STEPS, SEEDS, LABELS = 9, (1, 2, 3), (0, 1, 2)
@@ -41,7 +41,7 @@ def call_of(pipe: EarlyExitPipeline, kind: str, scale: float, **more) -> Callabl
 @pytest.mark.parametrize(("kind", "scale"), GUIDED)
 def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: float):
     pipe, policy = made(kind), periodic_cache(2, warm_up=2)
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     with attach(pipe, exits, policy) as attachment:
         attached = call_of(pipe, kind, scale)()
         assert attachment.trace.rows.unique().tolist() == [2 if scale > 1 else 1]
@@ -51,7 +51,7 @@ def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: flo
 
 def test_two_calls_of_other_guidance_have_rows_of_their_own():
     pipe = made("class")
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     with attach(pipe, exits, periodic_cache(2, warm_up=2)) as attachment:
         for scale, rows in ((2.0, 2), (1.0, 1), (3.0, 2)):
             call_of(pipe, "class", scale)()
@@ -68,9 +68,9 @@ def test_a_call_says_its_guidance_as_pipelines_of_diffusers_do():
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_a_rehearsal_finds_the_course_that_a_walk_records(scale: float):
     pipe = made("class")
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     walked = record(pipe, exits, SEEDS, LABELS, num_inference_steps=STEPS, guidance_scale=scale)
-    course = rehearse(pipe, exits, call_of(pipe, "class", scale)).course
+    course = record_call(pipe, exits, call_of(pipe, "class", scale)).course
     torch.testing.assert_close(course.times, walked.times)
     torch.testing.assert_close(course.samples, walked.samples, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(course.clean, walked.clean, rtol=1e-3, atol=1e-4)
@@ -84,7 +84,7 @@ def test_schedules_are_fitted_and_run(kind: str, scale: float):
     exits, policies = fit_schedules(pipe, call_of(pipe, kind, scale), every=3)
     assert torch.equal(call_of(pipe, kind, scale)(), full)
     apart = []
-    for chosen in (exits, MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)):
+    for chosen in (exits, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)):
         with attach(pipe, chosen, policies[5]) as attachment:
             drawn = call_of(pipe, kind, scale)()
             assert attachment.report.mean_executed == pytest.approx(7 * 5 / STEPS)

@@ -18,10 +18,10 @@ from diffusers import (
 )
 from factories import CLASSES, dit, exits_for, pipeline, uvit
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import deediff, periodic_cache
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
@@ -101,7 +101,7 @@ def test_latents_generators_and_ids(pipe):
     assert torch.equal(call(pipe, latents=noise, generator=None).images, drawn)
     single = torch.Generator().manual_seed(3)
     assert call(pipe, generator=single).images.shape == (3, 3, 8, 8)
-    plan = Policy(Planned(((0, 2, 5, 7, 3),) * 2))
+    plan = Policy(DepthTable(((0, 2, 5, 7, 3),) * 2))
     trace = call(pipe, exit_policy=plan, image_ids=torch.tensor([4, 0, 3])).trace
     assert trace.depths.tolist() == [[3, 0, 7]] * 2
     assert trace.elements.tolist() == [4, 0, 3]
@@ -231,7 +231,7 @@ def refused(pipe: EarlyExitPipeline, match: str, **arguments) -> None:
     assert "forward" not in pipe.transformer.__dict__
 
 
-STEP_PLAN = Policy(Planned(((0, 2, 5),) * 2))
+STEP_PLAN = Policy(DepthTable(((0, 2, 5),) * 2))
 
 
 @pytest.mark.parametrize(
@@ -280,8 +280,8 @@ STEP_PLAN = Policy(Planned(((0, 2, 5),) * 2))
         ("stops at depth 1", {"exit_policy": Policy(schedule=DepthPerStep((7, 1)))}),
         ("stops at depth 1", {"exit_policy": Policy(schedule=PiecewiseDepth((300.0,), (1, 7)))}),
         ("holes", {"exit_policy": Policy(Threshold(0.5), FixedLayers((0, 3)))}),
-        ("the plan has 1 steps", {"exit_policy": Policy(Planned(((0, 2, 5),)))}),
-        ("column", {"exit_policy": Policy(Planned(((0, 2),) * 2))}),
+        ("the plan has 1 steps", {"exit_policy": Policy(DepthTable(((0, 2, 5),)))}),
+        ("column", {"exit_policy": Policy(DepthTable(((0, 2),) * 2))}),
         ("column", {"exit_policy": STEP_PLAN, "image_ids": torch.tensor([0, 1, 5])}),
         ("element ids", {"exit_policy": STEP_PLAN, "image_ids": torch.tensor([0, 1])}),
         (
@@ -308,10 +308,10 @@ def test_models_that_cannot_do_it(pipe):
         EarlyExitPipeline(dit(), DDIMScheduler())
     other.exits = torch.nn.Linear(1, 1)
     refused(other, "exits is a Linear", exit_threshold=0.5)
-    wrong = MemoryExits.for_pipeline(pipe.transformer, DDIMScheduler(prediction_type="v_prediction"))
+    wrong = CachedOutputExits.for_pipeline(pipe.transformer, DDIMScheduler(prediction_type="v_prediction"))
     memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
     refused(memory, "read 'v_prediction', the scheduler 'epsilon'", exit_policy=periodic_cache(2, warm_up=1))
-    wrong = MemoryExits.for_pipeline(pipe.transformer, DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
+    wrong = CachedOutputExits.for_pipeline(pipe.transformer, DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
     memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
     refused(memory, "know another noise schedule", exit_policy=periodic_cache(2, warm_up=1))
 
@@ -338,13 +338,13 @@ def test_autocast_runs_with_exits(pipe):
 
 def test_exits_that_come_later_are_saved(tmp_path):
     made = pipeline()
-    late = EarlyExitPipeline(made.transformer, made.scheduler)
-    late.exits = made.exits
-    late.save_pretrained(tmp_path / "late")
-    again = EarlyExitPipeline.from_pretrained(tmp_path / "late")
+    delayed = EarlyExitPipeline(made.transformer, made.scheduler)
+    delayed.exits = made.exits
+    delayed.save_pretrained(tmp_path / "delayed")
+    again = EarlyExitPipeline.from_pretrained(tmp_path / "delayed")
     assert again.exits.depths == made.exits.depths
-    late.exits = None
-    late.save_pretrained(tmp_path / "none")
+    delayed.exits = None
+    delayed.save_pretrained(tmp_path / "none")
     assert EarlyExitPipeline.from_pretrained(tmp_path / "none").exits is None
 
 

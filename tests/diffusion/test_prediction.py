@@ -11,15 +11,15 @@ import pytest
 import torch
 from factories import pipeline
 
-from ee_diffusion.core.history import Memory
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.core.history import OutputHistory
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.pipelines.sampling import use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
-from ee_diffusion.diffusion.step_cache.trajectories import Course, fit_prediction, record, values_of
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, record, values_of
 from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
@@ -33,12 +33,12 @@ def pipe() -> EarlyExitPipeline:
 
 
 @pytest.fixture(scope="module")
-def exits(pipe: EarlyExitPipeline) -> MemoryExits:
-    return MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+def exits(pipe: EarlyExitPipeline) -> CachedOutputExits:
+    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
 
 
 @pytest.fixture(scope="module")
-def course(pipe: EarlyExitPipeline, exits: MemoryExits) -> Course:
+def course(pipe: EarlyExitPipeline, exits: CachedOutputExits) -> Trajectory:
     return record(pipe, exits, seeds("fit", 2), [0, 1], **CALL)
 
 
@@ -61,9 +61,9 @@ def test_the_weights_are_those_of_least_squares():
 
 
 @pytest.mark.parametrize("terms", ["clean", "noise"])
-def test_exits_miss_a_course_by_no_more_than_least_squares(terms: str, pipe: EarlyExitPipeline, course: Course):
+def test_exits_miss_a_course_by_no_more_than_least_squares(terms: str, pipe: EarlyExitPipeline, course: Trajectory):
     """Of what is remembered in their terms, under guidance: here nearly the same at every step, so that weights are free, misses not."""
-    made = fit_prediction(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms), course)
+    made = fit_prediction(CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms), course)
     times, values = course.times, values_of(made, course).double()
     for places, now in (([3, 2], 5), ([6, 5], 7), ([1, 0], 4)):
         weights = made.prediction.weights(times[places][None], times[[now]])[0]
@@ -80,23 +80,23 @@ def test_exits_miss_a_course_by_no_more_than_least_squares(terms: str, pipe: Ear
     assert made.value_of(course.samples[5], course.clean[5], time).shape == values[5].shape
 
 
-def test_it_holds_at_the_times_of_the_course_and_the_line_elsewhere(exits: MemoryExits, course: Course):
+def test_it_holds_at_the_times_of_the_course_and_the_line_elsewhere(exits: CachedOutputExits, course: Trajectory):
     made = fit_prediction(exits, course)
     times = torch.stack([course.times[[3, 2]], course.times[[3, 2]], course.times[[3, 2]] + 0.01, course.times[[3, 2]]])
     times[3] = NOTHING
     now = torch.stack([course.times[5], course.times[5] + 0.01, course.times[5], course.times[5]])
-    memory = Memory(torch.randn(4, 2, 3, 8, 8), times, torch.full((4,), NOTHING))
+    memory = OutputHistory(torch.randn(4, 2, 3, 8, 8), times, torch.full((4,), NOTHING))
     weights, line = made.weights_of(memory, now), memory.weights(now)
     assert torch.equal(weights[1:], line[1:]), "another time now, other times then, no memory"
     assert not torch.allclose(weights[0], line[0], atol=1e-3)
 
 
-def test_a_searched_run_answers_by_it(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+def test_a_searched_run_answers_by_it(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     """Image by image nearer to the full model than the line, and the search knows the prices of what is drawn."""
     made, layers = fit_prediction(exits, course), len(pipe.transformer.transformer_blocks)
     policy = searched([0, 1, 3, 5], num_steps=STEPS, num_layers=layers)
 
-    def drawn(heads: MemoryExits | None) -> torch.Tensor:
+    def drawn(heads: CachedOutputExits | None) -> torch.Tensor:
         pipe.exits = exits if heads is None else heads
         call = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds("fit", 2)], "output_type": "pt"}
         return pipe([0, 1], exit_policy=None if heads is None else policy, **call, **CALL).images
@@ -110,39 +110,41 @@ def test_a_searched_run_answers_by_it(pipe: EarlyExitPipeline, exits: MemoryExit
     assert nearest(search(prices[1], STEPS), 5).price < nearest(search(prices[0], STEPS), 5).price
 
 
-def test_files_and_half_precision_keep_it(exits: MemoryExits, course: Course, tmp_path: Path):
+def test_files_and_half_precision_keep_it(exits: CachedOutputExits, course: Trajectory, tmp_path: Path):
     made = fit_prediction(exits, course)
     made.save_pretrained(tmp_path)
     times, now = course.times[[3, 2]][None], course.times[[5]]
     wanted = made.prediction.weights(times, now)
     for kind in (None, torch.float16, torch.bfloat16):
-        loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=kind)
+        loaded = CachedOutputExits.from_pretrained(tmp_path, torch_dtype=kind)
         assert loaded.config.course_steps == STEPS
         assert torch.equal(loaded.prediction.weights(times, now), wanted)
         assert torch.equal(loaded.to(kind or torch.float32).prediction.weights(times, now), wanted)
 
 
-def test_fitting_changes_nothing_of_the_exits_given(exits: MemoryExits, course: Course):
+def test_fitting_changes_nothing_of_the_exits_given(exits: CachedOutputExits, course: Trajectory):
     before = {name: value.clone() for name, value in exits.state_dict().items()}
     made = fit_prediction(exits, course)
     assert exits.prediction is None
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in before.items())
 
 
-def test_another_course_takes_the_place_of_the_first(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+def test_another_course_takes_the_place_of_the_first(
+    pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory
+):
     shorter = record(pipe, exits, seeds("fit", 2), [0, 1], **CALL | {"num_inference_steps": 5})
     again, once = fit_prediction(fit_prediction(exits, course), shorter), fit_prediction(exits, shorter)
     assert again.config.course_steps == 5
     assert all(torch.equal(value, once.state_dict()[name]) for name, value in again.state_dict().items())
 
 
-def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     with pytest.raises(ValueError, match="know no course"):
-        MemoryExits.from_config(exits.config, course_steps=STEPS).check_fits(pipe.transformer)
+        CachedOutputExits.from_config(exits.config, course_steps=STEPS).check_fits(pipe.transformer)
     with pytest.raises(ValueError, match=r"course_steps=3, learned_trust=True"):
-        MemoryExits(course_steps=3, learned_trust=True)
+        CachedOutputExits(course_steps=3, learned_trust=True)
     with pytest.raises(ValueError, match="course_steps=-1"):
-        MemoryExits(course_steps=-1)
+        CachedOutputExits(course_steps=-1)
     with pytest.raises(ValueError, match="expected distinct ones"):
         fit_prediction(exits, replace(course, times=course.times[[0, 0, *range(2, STEPS)]]))
     broken = course.clean.clone()
@@ -151,15 +153,15 @@ def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
         fit_prediction(exits, replace(course, clean=broken))
     with pytest.raises(ValueError, match="expected 3 of both"):
         LinearPrediction(3).fit(course.times, values_of(exits, course))
-    clean = fit_prediction(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), course)
+    clean = fit_prediction(CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler), course)
     with pytest.raises(ValueError, match="the line through two clean images"):
         TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1,), memory=clean)
 
 
-def test_a_run_that_the_weights_are_not_for_is_told(exits: MemoryExits, course: Course, tmp_path: Path):
+def test_a_run_that_the_weights_are_not_for_is_told(exits: CachedOutputExits, course: Trajectory, tmp_path: Path):
     pipe = pipeline()
     fit_prediction(exits, course).save_pretrained(tmp_path)
-    pipe.exits = MemoryExits.from_pretrained(tmp_path)
+    pipe.exits = CachedOutputExits.from_pretrained(tmp_path)
     policy = searched((0, 1, 3), num_steps=STEPS, num_layers=len(pipe.transformer.transformer_blocks))
     shorter = searched((0, 1, 3), num_steps=STEPS - 1, num_layers=len(pipe.transformer.transformer_blocks))
     with warnings.catch_warnings():

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from diffusion.ranks_run import FAMILIES, RANKS, WEIGHTS
+from diffusion.ranks_run import MODEL_SPECS, RANKS, WEIGHTS
 from tree import ROOT
 
-from ee_diffusion.core.distributed import Vote, gather_traces
+from ee_diffusion.core.distributed import JointDecision, gather_traces
 from ee_diffusion.diffusion.hooks.parallel import vote_of
 
 if not dist.is_available():
     pytest.skip("needs torch.distributed", allow_module_level=True)
-TOGETHER = [*FAMILIES, *(["weights"] if WEIGHTS else [])]
+TOGETHER = [*MODEL_SPECS, *(["weights"] if WEIGHTS else [])]
 
 
 def ranks(scenario: str, folder: Path, *, seconds: int) -> tuple[list[Any], list[str]]:
@@ -62,7 +62,7 @@ def test_off_and_by_a_plan_the_shared_model_is_the_model_of_one_process(name: st
         torch.testing.assert_close(one["planned"]["output"], one["alone"]["output"], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODEL_SPECS)
 def test_alone_the_ranks_would_stop_elsewhere(name: str, found):
     """The control: each sees other tokens."""
     one = found[0][name]
@@ -146,7 +146,7 @@ def test_what_cannot_go_on_together_ends_in_words_on_every_rank(found):
 def test_in_one_process():
     assert vote_of(torch.nn.Linear(1, 1)) is None
     with pytest.raises(ValueError, match=r"torch\.distributed is not initialised"):
-        Vote()
+        JointDecision()
     assert gather_traces(None) is None
 
 
@@ -155,8 +155,8 @@ def test_a_rank_outside_of_the_group(tmp_path: Path):
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="rank 0 is not in the group"):
-            Vote(dist.GroupMember.NON_GROUP_MEMBER)
+            JointDecision(dist.GroupMember.NON_GROUP_MEMBER)
         score = torch.tensor([0.25, torch.nan])
-        torch.testing.assert_close(Vote().least(score), score, equal_nan=True)
+        torch.testing.assert_close(JointDecision().least(score), score, equal_nan=True)
     finally:
         dist.destroy_process_group()

@@ -20,10 +20,10 @@ from tiny_pipelines import STOCK, images_of, pipeline_named
 from tiny_pipelines import call_of as arguments_of
 from tiny_pipelines import pipe as pipe_named
 
-from ee_diffusion import attach, fit_schedules, influence, periodic_cache, searched, step_sensitivity
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion import attach, fit_schedules, influence, local_error_gain, periodic_cache, searched
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import _settings
-from ee_diffusion.diffusion.step_cache.recording import rehearse, rehearsed_gains
+from ee_diffusion.diffusion.step_cache.recording import record_call, recorded_error_amplification
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 
@@ -47,8 +47,8 @@ def pipe() -> DiTPipeline:
     return dit_pipeline()
 
 
-def exits_of(pipe: DiTPipeline, **more) -> MemoryExits:
-    return MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, **more)
+def exits_of(pipe: DiTPipeline, **more) -> CachedOutputExits:
+    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, **more)
 
 
 @pytest.mark.parametrize("kind", [None, DPMSolverMultistepScheduler])
@@ -59,7 +59,7 @@ def test_a_course_is_what_the_transformer_was_asked_and_said(pipe: DiTPipeline, 
     pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((args[0], kwargs["timestep"], output[0])), with_kwargs=True
     )
-    course = rehearse(pipe, exits, call_of(pipe)).course
+    course = record_call(pipe, exits, call_of(pipe)).course
     assert len(course.times) == len(seen) == STEPS
     for step, (asked, times, said) in enumerate(seen):
         torch.testing.assert_close(course.samples[step], asked)
@@ -79,7 +79,9 @@ def test_a_scaled_sample_is_seen_as_the_model_sees_it():
     stock.transformer.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
     stock.transformer.register_forward_hook(lambda module, args, output: said.append(output[0]))
     exits = exits_of(stock)
-    course = rehearse(stock, exits, lambda: images_of(stock, arguments_of("pixart-sigma", [0, 1], steps=STEPS))).course
+    course = record_call(
+        stock, exits, lambda: images_of(stock, arguments_of("pixart-sigma", [0, 1], steps=STEPS))
+    ).course
     torch.testing.assert_close(course.samples, torch.stack(asked)[:, :2])
     for step, output in enumerate(said):
         unconditional, conditional = output[:, :LATENT_CHANNELS].chunk(2)
@@ -92,17 +94,17 @@ def test_exits_of_another_noise_schedule_are_refused(pipe: DiTPipeline):
     exits = exits_of(pipe)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, beta_end=0.05)
     with pytest.raises(ValueError, match="another noise schedule"):
-        rehearse(pipe, exits, lambda: pytest.fail("the call was made"))
+        record_call(pipe, exits, lambda: pytest.fail("the call was made"))
 
 
 def test_watching_changes_nothing_and_goes_away(pipe: DiTPipeline):
     plain, call = call_of(pipe)(), call_of(pipe)
     kept = []
-    rehearse(pipe, exits_of(pipe), lambda: kept.append(call()))
+    record_call(pipe, exits_of(pipe), lambda: kept.append(call()))
     assert (kept[0] == plain).all()
     assert "step" not in vars(pipe.scheduler)
     with pytest.raises(RuntimeError, match="stop"):
-        rehearse(pipe, exits_of(pipe), lambda: (_ for _ in ()).throw(RuntimeError("stop")))
+        record_call(pipe, exits_of(pipe), lambda: (_ for _ in ()).throw(RuntimeError("stop")))
     assert "step" not in vars(pipe.scheduler)
 
 
@@ -125,9 +127,9 @@ def test_what_a_solver_draws_it_draws_when_watched(noisy: str):
 
     plain, kept = latents(), []
     exits = exits_of(stock)
-    full = rehearse(stock, exits, lambda: kept.append(latents()))
+    full = record_call(stock, exits, lambda: kept.append(latents()))
     assert torch.equal(kept[0], plain)
-    assert all(gain > 0 for gain in rehearsed_gains(stock, exits, latents, full, every=3))
+    assert all(gain > 0 for gain in recorded_error_amplification(stock, exits, latents, full, every=3))
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, LCMScheduler])
@@ -152,14 +154,14 @@ def test_a_compiled_transformer_is_fitted_as_it_is(pipe: DiTPipeline):
 
 def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
     exits, call = exits_of(pipe, terms="noise"), call_of(pipe)
-    full = rehearse(pipe, exits, call)
-    gains = rehearsed_gains(pipe, exits, call, full, every=1)
-    sensitivity = step_sensitivity(exits, pipe.scheduler, STEPS)
+    full = record_call(pipe, exits, call)
+    gains = recorded_error_amplification(pipe, exits, call, full, every=1)
+    sensitivity = local_error_gain(exits, pipe.scheduler, STEPS)
     assert len(gains) == STEPS
     for skipped in (3, 6, 8):
         rest = [step for step in range(STEPS) if step != skipped]
         with attach(pipe, exits, searched(rest, num_steps=STEPS, num_layers=4)) as attachment:
-            erred = rehearse(pipe, exits, call)
+            erred = record_call(pipe, exits, call)
             assert attachment.report.mean_executed == pytest.approx(4 * (STEPS - 1) / STEPS)
         wrong = (erred.course.clean[skipped] - full.course.clean[skipped]).flatten(1).square().mean(1).sqrt().mean()
         apart = (erred.final - full.final).flatten(1).square().mean(1).sqrt().mean()
@@ -170,10 +172,10 @@ def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
 def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
     exits, policies = fit_schedules(pipe, call_of(pipe), every=2, power=0.5)
     unfitted = exits_of(pipe, terms="noise")
-    full = rehearse(pipe, unfitted, call_of(pipe))
+    full = record_call(pipe, unfitted, call_of(pipe))
     weights = influence(
-        step_sensitivity(unfitted, pipe.scheduler, STEPS),
-        rehearsed_gains(pipe, unfitted, call_of(pipe), full, every=2),
+        local_error_gain(unfitted, pipe.scheduler, STEPS),
+        recorded_error_amplification(pipe, unfitted, call_of(pipe), full, every=2),
         power=0.5,
     )
     fitted = fit_prediction(unfitted, full.course)
@@ -194,11 +196,11 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
 def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipeline):
     exits, _ = fit_schedules(pipe, call_of(pipe))
     policy, line = periodic_cache(2, warm_up=2), exits_of(pipe, terms="noise")
-    full = rehearse(pipe, line, call_of(pipe))
+    full = record_call(pipe, line, call_of(pipe))
 
-    def missed(chosen: MemoryExits) -> float:
+    def missed(chosen: CachedOutputExits) -> float:
         with attach(pipe, chosen, policy):
-            return float((rehearse(pipe, line, call_of(pipe)).final - full.final).square().mean())
+            return float((record_call(pipe, line, call_of(pipe)).final - full.final).square().mean())
 
     assert missed(exits) < missed(line)
 
@@ -309,21 +311,21 @@ def test_a_scheduler_that_draws_with_the_variance_is_refused():
     pipe = with_variance()
     learned = DDPMScheduler.from_config(pipe.scheduler.config, variance_type="learned_range")
     with pytest.raises(ValueError, match="variance_type='learned_range' draws with the predicted variance"):
-        MemoryExits.for_pipeline(pipe.transformer, learned)
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+        CachedOutputExits.for_pipeline(pipe.transformer, learned)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     named = DDIMScheduler.from_config(learned.config)  # which knows nothing of it, but keeps the word
     assert named.config.variance_type == "learned_range"
-    MemoryExits.for_pipeline(pipe.transformer, named)
+    CachedOutputExits.for_pipeline(pipe.transformer, named)
     with pytest.raises(ValueError, match="it puts out 4 channels, they 8"):
         exits.check_fits(dit(4, channels=LATENT_CHANNELS, classes=1000))
-    MemoryExits.for_pipeline(dit(4, channels=LATENT_CHANNELS, classes=1000), learned)  # which predicts none
+    CachedOutputExits.for_pipeline(dit(4, channels=LATENT_CHANNELS, classes=1000), learned)  # which predicts none
 
 
 def test_a_saved_memory_of_a_variance_comes_back(tmp_path):
     pipe = with_variance()
     exits, _ = fit_schedules(pipe, call_of(pipe), every=3)
     exits.save_pretrained(tmp_path)
-    again = MemoryExits.from_pretrained(tmp_path)
+    again = CachedOutputExits.from_pretrained(tmp_path)
     again.check_fits(pipe.transformer)
     assert again.num_outputs == 2 * LATENT_CHANNELS
 
@@ -358,10 +360,10 @@ def test_bad_input(pipe: DiTPipeline):
         ValueError, match="the call took 18 steps from 888 to 0, expected the 9 that its scheduler is set to"
     ):
         fit_schedules(pipe, lambda: (call(), call()))
-    full = rehearse(pipe, exits, call)
+    full = record_call(pipe, exits, call)
     for every in (0, True, 1.5):
         with pytest.raises(ValueError, match="every="):
-            rehearsed_gains(pipe, exits, call, full, every=every)
+            recorded_error_amplification(pipe, exits, call, full, every=every)
     with pytest.raises(ValueError, match="a run of 3 steps, expected more than 3"):
         fit_schedules(pipe, call_of(pipe, steps=3))
     shared = torch.Generator().manual_seed(0)
@@ -383,16 +385,18 @@ def test_bad_input(pipe: DiTPipeline):
     with pytest.raises(ValueError, match="no image to image"):
         fit_schedules(pipe, midway)
     with pytest.raises(ValueError, match=r"got \(1, 8, 8, 8\) for a sample of"):
-        rehearse(pipe, exits, lambda: pipe.scheduler.step(torch.zeros(1, 8, 8, 8), 1, torch.zeros(1, 4, 8, 8)))
+        record_call(pipe, exits, lambda: pipe.scheduler.step(torch.zeros(1, 8, 8, 8), 1, torch.zeros(1, 4, 8, 8)))
     assert "step" not in vars(pipe.scheduler)
 
 
 def test_settings_of_earlier_exits_keep_their_fingerprint():
     """A policy that was calibrated before exits knew of variances is still theirs."""
-    exits = MemoryExits(num_train_timesteps=10, sample_size=8)
+    exits = CachedOutputExits(num_train_timesteps=10, sample_size=8)
     added = ("out_channels", "course_worth", "course_embedded_guidance", "course_shape", "model_weights")
     known = {name: value for name, value in exits.config.items() if name not in added}
     assert len(known) == len(exits.config) - len(added)
     assert _settings(exits.config) == _settings(known)
-    assert _settings(MemoryExits(num_train_timesteps=10, sample_size=8, out_channels=6).config) != _settings(known)
+    assert _settings(CachedOutputExits(num_train_timesteps=10, sample_size=8, out_channels=6).config) != _settings(
+        known
+    )
     assert _settings({"trained_betas": None}) != _settings({}), "of schedulers nothing is left out"

@@ -14,9 +14,9 @@ from factories import pipeline, randomise, uvit
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 
 from ee_diffusion import attach, fit_schedules, periodic_cache
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
-from ee_diffusion.diffusion.step_cache.error_estimator import fit_gauge, walk
+from ee_diffusion.diffusion.step_cache.error_estimator import fit_error_estimator, walk
 from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, setup_of, steady
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, fit_trust, record
 
@@ -26,7 +26,7 @@ REFUSED = {"lumina2"}  # by fit_schedules
 SIZES = {"sd3": {"height": 16, "width": 8}, "flux": {"height": 16, "width": 8}, "pixart": {"height": 16, "width": 16}}
 
 
-def fitted(name: str, **more) -> tuple[DiffusionPipeline, MemoryExits]:
+def fitted(name: str, **more) -> tuple[DiffusionPipeline, CachedOutputExits]:
     pipe = pipeline_named(name)
     exits, _ = fit_schedules(pipe, lambda: draw(pipe, name, **more), every=STEPS)
     return pipe, exits
@@ -36,7 +36,7 @@ def draw(pipe: DiffusionPipeline, name: str, **more) -> torch.Tensor:
     return images_of(pipe, call_of(name, [0, 1], steps=STEPS, **more))
 
 
-def told(pipe: DiffusionPipeline, exits: MemoryExits, call: Callable[[], object]) -> list[str]:
+def told(pipe: DiffusionPipeline, exits: CachedOutputExits, call: Callable[[], object]) -> list[str]:
     """What a call says of where its exits were fitted."""
     with warnings.catch_warnings(record=True) as caught, attach(pipe, exits, POLICY):
         warnings.simplefilter("always")
@@ -209,7 +209,7 @@ def test_our_own_pipelines_tell_it_before_they_run():
     pipe = pipeline()
     call = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # takes times by hand
-    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     pipe.exits = fit_prediction(memory, record(pipe, memory, [1, 2], [0, 1], **call))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -225,11 +225,11 @@ def test_our_own_pipelines_tell_it_before_they_run():
 
 def test_an_uncertainty_and_a_trust_are_of_one_model_too():
     pipe, call = pipeline(), {"num_inference_steps": STEPS, "guidance_scale": 2.0}
-    gauged = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    gauged = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     generator = torch.Generator().manual_seed(0)
     seen = walk(pipe, gauged, [0, 1], skip=0.5, states="full", generator=generator, **call)
-    fit_gauge(gauged, seen, iterations=1)
-    trusting = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    fit_error_estimator(gauged, seen, iterations=1)
+    trusting = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
     fit_trust(trusting, [record(pipe, trusting, [1], [0], **call)], iterations=1)
     for pipe.exits in (gauged, trusting):
         assert setup_of(pipe.exits) == RunSetup(weights=weights_of(pipe.transformer))
@@ -244,10 +244,10 @@ def test_an_uncertainty_and_a_trust_are_of_one_model_too():
 def test_what_was_fitted_is_kept_with_the_exits(tmp_path):
     pipe, exits = fitted("sd3")
     exits.save_pretrained(tmp_path)
-    again = MemoryExits.from_pretrained(tmp_path)
+    again = CachedOutputExits.from_pretrained(tmp_path)
     assert setup_of(again) == setup_of(exits)
     assert setup_of(again).weights == weights_of(pipe.transformer)
-    assert setup_of(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)) == RunSetup()
+    assert setup_of(CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)) == RunSetup()
 
 
 def drawn(*shape: int, seed: int) -> torch.Tensor:

@@ -16,14 +16,14 @@ from stock import dit_pipeline
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FullDepth, Periodic, PiecewiseDepth, Schedule
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import ALONE, LinearPrediction
 from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.recording import rehearse
-from ee_diffusion.diffusion.step_cache.trajectories import Course, fit_prediction, record
+from ee_diffusion.diffusion.step_cache.recording import record_call
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, record
 from ee_diffusion.metrics.splits import seeds
 
 STEPS, FULL, LAYERS = 8, [0, 1, 4, 6], 4
@@ -38,12 +38,12 @@ def pipe() -> EarlyExitPipeline:
 
 
 @pytest.fixture(scope="module")
-def exits(pipe: EarlyExitPipeline) -> MemoryExits:
-    return MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+def exits(pipe: EarlyExitPipeline) -> CachedOutputExits:
+    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
 
 
 @pytest.fixture(scope="module")
-def course(pipe: EarlyExitPipeline, exits: MemoryExits) -> Course:
+def course(pipe: EarlyExitPipeline, exits: CachedOutputExits) -> Trajectory:
     return record(pipe, exits, seeds("fit", 2), [0, 1], **CALL)
 
 
@@ -200,7 +200,7 @@ NO_PLAN = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: MemoryExits, course: Course):
+def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: CachedOutputExits, course: Trajectory):
     made = fit_prediction(exits, course, (1.0,) * STEPS)
     along = made.along(schedule, num_steps=STEPS, num_layers=LAYERS)
     ran = [
@@ -214,7 +214,7 @@ def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: MemoryE
     assert along.prediction is made.prediction
 
 
-def test_without_a_plan_they_stay_as_they_are(exits: MemoryExits, course: Course):
+def test_without_a_plan_they_stay_as_they_are(exits: CachedOutputExits, course: Trajectory):
     made, alone = fit_prediction(exits, course, (1.0,) * STEPS), fit_prediction(exits, course)
     for schedule in NO_PLAN.values():
         assert made.along(schedule, num_steps=STEPS, num_layers=LAYERS) is made
@@ -225,28 +225,28 @@ def test_without_a_plan_they_stay_as_they_are(exits: MemoryExits, course: Course
     assert made.along(FullDepth(), num_steps=STEPS, num_layers=LAYERS)._run.weights.isnan().all()
 
 
-def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline, course: Course):
+def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline, course: Trajectory):
     weights = tuple(0.1 * (step + 1) for step in range(STEPS))
     for terms in ("clean", "noise"):
-        own = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+        own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
         made = fit_prediction(own, course, weights)
         signal = pipe.scheduler.alphas_cumprod.double()[course.times.long()] ** 0.5
         moved = torch.ones(STEPS, dtype=torch.float64) if terms == "clean" else (1 - signal**2) ** 0.5 / signal
         torch.testing.assert_close(made.prediction.worth.double(), torch.tensor(weights) * moved, rtol=1e-3, atol=1e-6)
-    flow = MemoryExits(num_train_timesteps=1000, prediction_type="flow", terms="noise")
+    flow = CachedOutputExits(num_train_timesteps=1000, prediction_type="flow", terms="noise")
     found = flow.clean_per_value(torch.tensor([500.0, 250.0], dtype=torch.float64))
     torch.testing.assert_close(found, torch.tensor([1.0, 1 / 3], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("full", [(0, 1, 3, 5), None], ids=["searched", "period"])
-def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyExitPipeline, course: Course):
+def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyExitPipeline, course: Trajectory):
     """Nearer to the full model, image by image in any batch, and not where the policy decides by itself."""
     layers = len(pipe.transformer.transformer_blocks)
     policy = periodic_cache(3, warm_up=2) if full is None else searched(full, num_steps=STEPS, num_layers=layers)
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     apart, together = fit_prediction(exits, course), fit_prediction(exits, course, (1.0,) * STEPS)
 
-    def drawn(heads: MemoryExits, chosen: Policy | None, images: tuple[int, ...] = (0, 1)) -> torch.Tensor:
+    def drawn(heads: CachedOutputExits, chosen: Policy | None, images: tuple[int, ...] = (0, 1)) -> torch.Tensor:
         pipe.exits = heads
         call = {"generator": [torch.Generator().manual_seed(seeds("fit", 2)[image]) for image in images]}
         return pipe(list(images), exit_policy=chosen, output_type="pt", **call, **CALL).images
@@ -260,8 +260,8 @@ def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyE
     assert torch.equal(drawn(together, deciding), drawn(apart, deciding))
 
 
-def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipeline, course: Course):
-    longer = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise", length=3)
+def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipeline, course: Trajectory):
+    longer = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise", length=3)
     made = fit_prediction(longer, course, (1.0,) * STEPS).along(SCHEDULES["depths"], num_steps=STEPS, num_layers=LAYERS)
     assert made._run.places[5].tolist() == [4, 1, 0]
 
@@ -270,7 +270,7 @@ def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipelin
 def test_a_plan_is_of_its_run_alone():
     """One attachment, one policy that fits any number of steps: the second run is another one, and is drawn as if it were the first."""
     pipe = dit_pipeline()
-    own = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     period = periodic_cache(2, warm_up=2)
 
     def drawn(steps: int) -> np.ndarray:
@@ -278,7 +278,7 @@ def test_a_plan_is_of_its_run_alone():
             [0, 1], generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np"
         ).images
 
-    made = fit_prediction(own, rehearse(pipe, own, lambda: drawn(STEPS)).course, (1.0,) * STEPS)
+    made = fit_prediction(own, record_call(pipe, own, lambda: drawn(STEPS)).course, (1.0,) * STEPS)
     alone = []
     for steps in (STEPS, 6):
         with attach(pipe, made, period):
@@ -289,12 +289,12 @@ def test_a_plan_is_of_its_run_alone():
         np.testing.assert_array_equal(images, wanted)
 
 
-def test_files_half_precision_and_fingerprints(exits: MemoryExits, course: Course, tmp_path: Path):
+def test_files_half_precision_and_fingerprints(exits: CachedOutputExits, course: Trajectory, tmp_path: Path):
     made = fit_prediction(exits, course, (1.0,) * STEPS)
     made.save_pretrained(tmp_path)
     wanted = made.prediction.over_run(FULL, 2).weights
     for kind in (None, torch.bfloat16):
-        loaded = MemoryExits.from_pretrained(tmp_path, torch_dtype=kind)
+        loaded = CachedOutputExits.from_pretrained(tmp_path, torch_dtype=kind)
         assert loaded.config.course_worth is True
         assert torch.equal(loaded.prediction.over_run(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
     moved = copy.deepcopy(made).to(torch.bfloat16)
@@ -305,7 +305,7 @@ def test_files_half_precision_and_fingerprints(exits: MemoryExits, course: Cours
     assert fit_prediction(made, course).config.course_worth is None
 
 
-def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
+def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     prediction, _ = fitted()
     for full in ([], [1, 2], [0, 3, 2], [0, 0], [0, STEPS]):
         with pytest.raises(ValueError, match="expected ascending places, the first of them 0"):
@@ -339,9 +339,9 @@ def test_refused(pipe: EarlyExitPipeline, exits: MemoryExits, course: Course):
     with pytest.raises(ValueError, match="has_worth=True, expected both or neither"):
         LinearPrediction(STEPS, has_worth=True).fit(course.times, course.clean)
     with pytest.raises(ValueError, match="course_worth=True with course_steps=0"):
-        MemoryExits(course_worth=True)
+        CachedOutputExits(course_worth=True)
     with pytest.raises(ValueError, match="know no course"):
-        MemoryExits.from_config(exits.config, course_steps=STEPS, course_worth=True).check_fits(pipe.transformer)
+        CachedOutputExits.from_config(exits.config, course_steps=STEPS, course_worth=True).check_fits(pipe.transformer)
     broken = fit_prediction(exits, course, (1.0,) * STEPS)
     broken.prediction.worth[3] = torch.nan
     with pytest.raises(ValueError, match="know no course"):

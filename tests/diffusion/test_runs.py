@@ -12,12 +12,12 @@ from diffusers.modular_pipelines.flux.modular_blocks_flux import FluxCoreDenoise
 from tiny_families import exits_for, forward, inner_modules, inputs_of, model_named
 from tiny_pipelines import STEPS, call_of, images_of, pipe
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
-from ee_diffusion.diffusion.hooks.attach import attach, attachment_of, detach, summary
-from ee_diffusion.diffusion.hooks.run_tracker import Runs
-from ee_diffusion.diffusion.model_specs import family_of
+from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary
+from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
+from ee_diffusion.diffusion.model_specs import model_spec_of
 
 IMAGES = [0, 1, 2]
 
@@ -31,8 +31,8 @@ def test_a_bare_transformer_in_a_loop_of_ones_own():
     name = "Lumina2Transformer2DModel"
     model = model_named(name)
     inputs = [inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0)]
-    plan = Policy(Planned(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
-    with attach(model, exits_for(model), plan, branches=1, num_steps=3) as attachment:
+    plan = Policy(DepthTable(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
+    with attach(model, exits_for(model), plan, rows_per_sample=1, num_steps=3) as attachment:
         for _ in range(2):  # two runs
             for one in inputs:
                 forward(model, one)
@@ -41,7 +41,10 @@ def test_a_bare_transformer_in_a_loop_of_ones_own():
             assert trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
             assert trace.calls == (2, 2, 2)
             assert trace.ran.sum((1, 2)).tolist() == [14, 14, 6]
-    with attach(model, exits_for(model), plan, branches=1, num_steps=2), pytest.raises(ValueError, match="plan has 3"):
+    with (
+        attach(model, exits_for(model), plan, rows_per_sample=1, num_steps=2),
+        pytest.raises(ValueError, match="plan has 3"),
+    ):
         forward(model, inputs[0])
 
 
@@ -55,12 +58,12 @@ def test_the_transformer_inside_a_modular_pipeline(by: str):
     )  # it divides by a factor of 8, having no autoencoder
     arguments = {name: value for name, value in arguments.items() if name not in ("true_cfg_scale", "output_type")}
     plain = made(**arguments, output="latents")
-    plan = Policy(Planned(((1, 6, 2), (4, 6, 0), (3, 6, 6))))
+    plan = Policy(DepthTable(((1, 6, 2), (4, 6, 0), (3, 6, 6))))
     target = {"pipeline": made, "transformer": model}[by]
-    with pytest.raises(ValueError, match=r"bare FluxTransformer2DModel needs branches="):
+    with pytest.raises(ValueError, match=r"bare FluxTransformer2DModel needs rows_per_sample="):
         attach(target, exits_for(model), plan)
-    with attach(target, exits_for(model), plan, branches=1, num_steps=STEPS) as attachment:
-        assert attachment_of(made) is attachment
+    with attach(target, exits_for(model), plan, rows_per_sample=1, num_steps=STEPS) as attachment:
+        assert hook_of(made) is attachment
         generators = [torch.Generator().manual_seed(image) for image in IMAGES]
         found = made(**arguments | {"generator": generators}, output="latents")
         assert attachment.trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
@@ -76,8 +79,8 @@ def test_a_forward_that_fails_ends_its_run(monkeypatch):
     name = "Lumina2Transformer2DModel"
     model = model_named(name)
     first, second, third = (inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0))
-    plan = Policy(Planned(((1, 4, 2), (4, 3, 0))))
-    with attach(model, exits_for(model), plan, branches=1, num_steps=2) as attachment:
+    plan = Policy(DepthTable(((1, 4, 2), (4, 3, 0))))
+    with attach(model, exits_for(model), plan, rows_per_sample=1, num_steps=2) as attachment:
         forward(model, first)
         with monkeypatch.context() as patch:
             patch.setattr(inner_modules(model)[0], "forward", _broken)
@@ -98,14 +101,14 @@ def test_misuse_is_refused_before_work():
     exits = exits_for(one.transformer)
     with pytest.raises(ValueError, match="no exits are attached"):
         summary(one)
-    with pytest.raises(ValueError, match=r"needs branches= .* and num_steps="):
+    with pytest.raises(ValueError, match=r"needs rows_per_sample= .* and num_steps="):
         attach(one.transformer, exits, policy)
     with pytest.raises(ValueError, match=r"policy=0\.2, expected a Policy"):
         attach(one, exits, 0.2)
-    with pytest.raises(ValueError, match="branches=0, num_steps=None, expected whole numbers, at least 1"):
-        attach(one, exits, policy, branches=0)
+    with pytest.raises(ValueError, match="rows_per_sample=0, num_steps=None, expected whole numbers, at least 1"):
+        attach(one, exits, policy, rows_per_sample=0)
     with pytest.raises(ValueError, match="without a policy"):
-        attach(one, exits, branches=2)
+        attach(one, exits, rows_per_sample=2)
     with pytest.raises(ValueError, match="has no transformer"):
         attach("a pipeline", exits, policy)
     with attach(one, exits, policy) as attachment:
@@ -115,9 +118,9 @@ def test_misuse_is_refused_before_work():
         assert attachment.trace is None
     with pytest.raises(ValueError, match="no exits are attached"):
         detach(one)
-    with attach(one, exits, policy, branches=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
+    with attach(one, exits, policy, rows_per_sample=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
         images_of(one, call_of("dit", IMAGES))
-    with attach(one, exits, Policy(Planned(((1, 2, 0),)))), pytest.raises(ValueError, match="the plan has 1 steps"):
+    with attach(one, exits, Policy(DepthTable(((1, 2, 0),)))), pytest.raises(ValueError, match="the plan has 1 steps"):
         images_of(one, call_of("dit", IMAGES))
     assert "progress_bar" not in one.__dict__
 
@@ -126,7 +129,7 @@ def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
     one = pipe("pixart")
     with attach(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
         patch.setattr(one, "prepare_latents", functools.partial(type(one).prepare_latents, one))
-        with pytest.raises(ValueError, match="does not say whether it guides: attach with branches="):
+        with pytest.raises(ValueError, match="does not say whether it guides: attach with rows_per_sample="):
             images_of(one, call_of("pixart", IMAGES))
 
 
@@ -163,10 +166,10 @@ class Forwards:
         def start(policy: Policy, *, rows: torch.Tensor, num_steps: int, device) -> Session:
             return policy.start(4, (1,), rows=rows, num_steps=num_steps)
 
-        said = {"pipeline": pipeline, "branches": None, "num_steps": None, "renew": lambda: None}
+        said = {"pipeline": pipeline, "rows_per_sample": None, "num_steps": None, "renew": lambda: None}
         if not solver:
-            said |= {"pipeline": None, "branches": 1, "num_steps": len(times)}
-        self.runs = Runs(Policy(Threshold(0.5), **policy), start, model, family_of(model), **said)
+            said |= {"pipeline": None, "rows_per_sample": 1, "num_steps": len(times)}
+        self.runs = RunTracker(Policy(Threshold(0.5), **policy), start, model, model_spec_of(model), **said)
 
     def __call__(self, time: float, branch: str | None = None, sample: float = 0.0, rows: int = 1) -> None:
         seen = torch.tensor(time).to(self.dtype).expand(rows)

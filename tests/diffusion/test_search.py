@@ -12,12 +12,12 @@ import torch
 from factories import pipeline
 
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, price_of, search
-from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Course, fit_trust, full_steps, moments, record
+from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Trajectory, fit_trust, full_steps, moments, record
 from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
@@ -27,12 +27,12 @@ CALL = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
 @pytest.fixture(scope="module")
 def pipe() -> EarlyExitPipeline:
     made = pipeline()
-    made.exits = MemoryExits.for_pipeline(made.transformer, made.scheduler)
+    made.exits = CachedOutputExits.for_pipeline(made.transformer, made.scheduler)
     return made
 
 
 @pytest.fixture(scope="module")
-def course(pipe: EarlyExitPipeline) -> Course:
+def course(pipe: EarlyExitPipeline) -> Trajectory:
     return record(pipe, pipe.exits, seeds("fit", 2), [0, 1], **CALL)
 
 
@@ -44,17 +44,17 @@ def test_a_full_run_draws_the_images_of_the_pipeline(name: str):
     conditional, unconditional = said[-1].output.chunk(2)
     pipe.scheduler.set_timesteps(STEPS)
     drawn = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, **CALL).images
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     guided = unconditional + 2.0 * (conditional - unconditional)
     last = exits.clean_of(said[-1].sample[:2], guided, said[-1].time.expand(2)).float()  # where the last step ends
     torch.testing.assert_close((last.clamp(-1, 1) / 2 + 0.5), drawn, rtol=1e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("terms", ["clean", "noise"])
-def test_prices_are_those_of_a_slow_loop(terms: str, pipe: EarlyExitPipeline, course: Course):
+def test_prices_are_those_of_a_slow_loop(terms: str, pipe: EarlyExitPipeline, course: Trajectory):
     weights = tuple(np.random.default_rng(0).uniform(0.5, 2.0, STEPS))
     course = replace(course, clip=1.0)
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
     prices = gap_prices(exits, course, weights)
     clean, times, asked = course.clean.double().numpy(), course.times.numpy(), course.samples.double().numpy()
     alphas = pipe.scheduler.alphas_cumprod.double().numpy()[times.astype(int)]
@@ -121,7 +121,7 @@ def test_a_long_run_has_no_schedule_with_gaps_that_were_not_priced():
     assert min(search(prices, size)) == 2 + math.ceil((size - 1) / LONGEST) - 1
 
 
-def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, course: Course):
+def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, course: Trajectory):
     best = search(gap_prices(pipe.exits, course, (1.0,) * STEPS), STEPS)[4]
     layers = len(pipe.transformer.transformer_blocks)
     drawn = generate(
@@ -148,10 +148,10 @@ def test_schedules_that_make_no_sense_are_refused(full: tuple[int, ...]):
         searched(full, num_steps=STEPS, num_layers=3)
 
 
-def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Course):
+def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Trajectory):
     with pytest.raises(ValueError, match="weights"):
         gap_prices(pipe.exits, course, (1.0,) * (STEPS - 1))
-    short = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1)
+    short = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1)
     with pytest.raises(ValueError, match="2 predictions"):
         gap_prices(short, course, (1.0,) * STEPS)
     with pytest.raises(ValueError, match="at least 3"):
@@ -172,7 +172,7 @@ def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Course):
     with pytest.raises(ValueError, match="learned_trust"):
         fit_trust(pipe.exits, [course], iterations=1)
     trusting, longer = (
-        MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=length, learned_trust=True)
+        CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=length, learned_trust=True)
         for length in (2, 3)
     )
     with pytest.raises(ValueError, match=r"length=3, expected .* 2 predictions"):
@@ -183,12 +183,12 @@ def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Course):
     with pytest.raises(ValueError, match=r"a course of 2 steps, .* expected at least 3"):
         fit_trust(trusting, [course, two], iterations=1)
     with pytest.raises(ValueError, match="one has no line"):
-        MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1, learned_trust=True)
+        CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1, learned_trust=True)
 
 
-def test_trust_is_fitted_to_least_squares(pipe: EarlyExitPipeline, course: Course):
+def test_trust_is_fitted_to_least_squares(pipe: EarlyExitPipeline, course: Trajectory):
     """The loss is that of a slow loop; on a random walk, where no line leads anywhere, nothing is left of the trust."""
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
     walk = torch.randn(STEPS, 2, 4000, generator=torch.Generator().manual_seed(0)).cumsum(0)
     untrained = fit_trust(exits, [replace(course, clean=walk)], iterations=1, learning_rate=0.0)
     clean, times, losses = walk.double(), course.times, []
@@ -199,7 +199,7 @@ def test_trust_is_fitted_to_least_squares(pipe: EarlyExitPipeline, course: Cours
             left = (now - newest - r * (newest - before)).square().sum()
             losses.append(float(left / (now - newest).square().sum()))
     assert untrained == pytest.approx(sum(losses) / len(losses), rel=1e-3)
-    assert fit_trust(exits, [Course(times, walk, walk, None)], iterations=300) == pytest.approx(1.0, abs=0.02)
+    assert fit_trust(exits, [Trajectory(times, walk, walk, None)], iterations=300) == pytest.approx(1.0, abs=0.02)
     with torch.no_grad():
         assert exits.trust_of(times[[3, 2]][None], times[[4]]).item() == pytest.approx(0.0, abs=0.1)
 
@@ -211,7 +211,7 @@ def test_moments_are_two_full_steps_and_a_later_one():
 
 
 def test_trust_looks_at_the_distance_the_spacing_and_the_noise(pipe: EarlyExitPipeline):
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
     seen: list[torch.Tensor] = []
     exits.trust.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     remembered = torch.tensor([[700.0, 760.0], [500.0, 510.0]], dtype=torch.float64)
@@ -224,7 +224,7 @@ def test_trust_looks_at_the_distance_the_spacing_and_the_noise(pipe: EarlyExitPi
 
 
 def test_trust_reaches_what_is_recalled(pipe: EarlyExitPipeline):
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
     sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     memory, rows = None, torch.arange(2)
     for time in (900.0, 800.0):

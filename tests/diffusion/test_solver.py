@@ -6,17 +6,17 @@ import pytest
 import torch
 from factories import pipeline
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, use_sampler
-from ee_diffusion.diffusion.step_cache.solver import step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
 
 def test_ddim_is_what_its_formula_says():
     """x_s = a_s x_0 + s_s (x_t - a_t x_0) / s_t, differentiated by x_0."""
     pipe = pipeline()
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    measured = step_sensitivity(exits, pipe.scheduler, 10)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    measured = local_error_gain(exits, pipe.scheduler, 10)
     pipe.scheduler.set_timesteps(10)
     alphas = pipe.scheduler.alphas_cumprod.double()
     for time, found in zip(pipe.scheduler.timesteps.tolist(), measured, strict=True):
@@ -28,9 +28,9 @@ def test_ddim_is_what_its_formula_says():
 def test_euler_is_compared_in_the_scale_the_model_sees():
     """Its samples are x_0 + sigma eps; the model sees them over sqrt(1 + sigma^2)."""
     pipe = pipeline()
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     use_sampler(pipe, "euler")
-    measured = step_sensitivity(exits, pipe.scheduler, 10)
+    measured = local_error_gain(exits, pipe.scheduler, 10)
     pipe.scheduler.set_timesteps(10)
     sigmas = pipe.scheduler.sigmas.double()
     for now, then, found in zip(sigmas, sigmas[1:], measured, strict=False):
@@ -41,18 +41,18 @@ def test_euler_is_compared_in_the_scale_the_model_sees():
 def test_clipping_of_the_clean_image_does_not_hide_the_error():
     """The probe is small and starts from zero, so that a scheduler that clips gives the numbers of one that does not."""
     pipe = pipeline()
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     clipping = type(pipe.scheduler).from_config(pipe.scheduler.config, clip_sample=True)
-    assert step_sensitivity(exits, clipping, 10) == pytest.approx(step_sensitivity(exits, pipe.scheduler, 10), rel=1e-3)
+    assert local_error_gain(exits, clipping, 10) == pytest.approx(local_error_gain(exits, pipe.scheduler, 10), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_gives_a_positive_number_for_each_model_call(name: str):
     pipe = pipeline()
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     use_sampler(pipe, name)
     before = dict(pipe.scheduler.__dict__)
-    measured = step_sensitivity(exits, pipe.scheduler, 7)
+    measured = local_error_gain(exits, pipe.scheduler, 7)
     assert pipe.scheduler.__dict__.keys() == before.keys()
     pipe.scheduler.set_timesteps(7)
     assert len(measured) == len(pipe.scheduler.timesteps)
@@ -75,4 +75,4 @@ def test_the_policy_asks_more_certainty_where_a_step_is_sensitive():
 def test_no_steps_have_no_sensitivity():
     pipe = pipeline()
     with pytest.raises(ValueError, match="num_inference_steps=0"):
-        step_sensitivity(MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler), pipe.scheduler, 0)
+        local_error_gain(CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler), pipe.scheduler, 0)

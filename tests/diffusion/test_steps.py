@@ -25,7 +25,7 @@ from tiny_families import TINY, exits_for
 from tiny_pipelines import STOCK, call_of, images_of, pipe
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.hooks.attach import attach
@@ -87,7 +87,7 @@ def test_a_scheduler_with_a_time_after_the_last_step():
     transformer = randomise(SanaTransformer2DModel(**config), seed=2).eval()
     one = SanaSprintPipeline(**STOCK["sana"].make() | {"scheduler": SCMScheduler(), "transformer": transformer})
     one.set_progress_bar_config(disable=True)
-    with attach(one, exits_for(transformer), Policy(Planned(((1, 2), (3, 0))))) as attachment:
+    with attach(one, exits_for(transformer), Policy(DepthTable(((1, 2), (3, 0))))) as attachment:
         arguments = call_of("sana", [0, 1], guided=False, steps=2)
         arguments.pop("negative_prompt")
         images_of(one, arguments)

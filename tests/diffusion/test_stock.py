@@ -18,7 +18,7 @@ from tiny_families import exits_for, forward, inner_modules, inputs_of, passing
 from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipe, pipeline_named
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
@@ -94,7 +94,7 @@ def test_an_image_in_a_batch_is_the_image_alone_and_work_is_counted(name: str):
 
 @pytest.mark.parametrize("name", STOCK)
 def test_without_guidance_a_row_is_an_image(name: str):
-    plan = Policy(Planned(((1, 2, 0),) * STEPS))
+    plan = Policy(DepthTable(((1, 2, 0),) * STEPS))
     _, trace = under(name, plan, call_of(name, IMAGES, guided=False))
     assert trace.depths.tolist() == [[1, 2, 0]] * STEPS
     assert trace.ran.sum((0, 2)).tolist() == [STEPS, 2 * STEPS, 0]
@@ -124,7 +124,7 @@ def test_nothing_is_left_from_one_call_to_the_next(name: str, monkeypatch):
         assert torch.equal(images_of(one, call_of(name, IMAGES)), first)
         assert torch.equal(attachment.trace.depths, trace.depths)
         with monkeypatch.context() as patch:
-            patch.setattr(AdapterExits, "certainty", _broken)
+            patch.setattr(AdapterExits, "confidence", _broken)
             with pytest.raises(RuntimeError, match="in between"):
                 images_of(one, call_of(name, IMAGES))
         assert torch.equal(images_of(one, call_of(name, [7, 8], guided=False, steps=2)), second)
@@ -155,7 +155,7 @@ def _broken(*args, **kwargs):
 
 def test_a_solver_that_repeats_its_times(monkeypatch):
     monkeypatch.setattr(pipe("dit"), "scheduler", HeunDiscreteScheduler())
-    _, trace = under("dit", Policy(Planned(((1, 5, 2),) * 5)), call_of("dit", IMAGES))
+    _, trace = under("dit", Policy(DepthTable(((1, 5, 2),) * 5)), call_of("dit", IMAGES))
     times = pipe("dit").scheduler.timesteps.double().tolist()
     assert len(times) == 5
     assert times[1] == times[2]
@@ -168,7 +168,7 @@ def test_image_to_image_begins_in_the_middle():
     made.set_progress_bar_config(disable=True)
     arguments = call_of("sd3", IMAGES, steps=4) | {"image": torch.rand(3, 3, 8, 8), "strength": 0.5}
     arguments.pop("height"), arguments.pop("width")
-    plan = Policy(Planned(((1, 5, 2), (5, 3, 0))))
+    plan = Policy(DepthTable(((1, 5, 2), (5, 3, 0))))
     with attach(made, exits_for(made.transformer), plan) as attachment:
         images_of(made, arguments)
         assert attachment.trace.depths.tolist() == [[1, 5, 2], [5, 3, 0]]
@@ -183,7 +183,7 @@ def test_image_to_image_in_half_precision():
     arguments = call_of("flux", [0], guided=False, steps=8) | {"image": torch.rand(1, 3, 8, 8), "strength": 0.5}
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         arguments[name] = arguments[name].to(torch.bfloat16)
-    with attach(made, exits, Policy(Planned(((1,), (5,), (2,), (0,))))) as attachment:
+    with attach(made, exits, Policy(DepthTable(((1,), (5,), (2,), (0,))))) as attachment:
         images_of(made, {name: value for name, value in arguments.items() if name != "true_cfg_scale"})
     assert attachment.trace.depths.flatten().tolist() == [1, 5, 2, 0]
     assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[4:]
@@ -192,7 +192,7 @@ def test_image_to_image_in_half_precision():
 def test_skip_layer_guidance_runs_without_exits():
     """Its third prediction, of the conditional rows alone, is another model's; the guided pair keeps its exits."""
     arguments = call_of("sd3", IMAGES, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
-    _, trace = under("sd3", Policy(Planned(((1, 5, 2),) * STEPS)), arguments)
+    _, trace = under("sd3", Policy(DepthTable(((1, 5, 2),) * STEPS)), arguments)
     assert trace.depths.tolist() == [[1, 5, 2]] * STEPS
     model = pipe("sd3").transformer
     with attach(model, exits_for(model)) as attachment:
@@ -216,7 +216,7 @@ def test_heads_see_the_schedulers_time(name: str, monkeypatch):
 @pytest.mark.parametrize("order", ["offload, attach", "attach, offload"])
 def test_model_offload_renews_its_hooks_after_every_call(order: str):
     """`enable_model_cpu_offload` takes the hook off the transformer when a call ends, and puts it on again."""
-    plan, one = Policy(Planned(((1, 5, 2),) * STEPS)), pipeline_named("dit")
+    plan, one = Policy(DepthTable(((1, 5, 2),) * STEPS)), pipeline_named("dit")
     expected, trace = under("dit", plan, call_of("dit", IMAGES))
     if order == "offload, attach":
         one.enable_model_cpu_offload(device="cpu")
@@ -249,7 +249,7 @@ def test_calls_do_not_gather_memory(name: str, monkeypatch):
             images_of(one, call_of(name, [seed, seed + 1, seed + 2]))
             if seed == 2:
                 with monkeypatch.context() as patch:
-                    patch.setattr(AdapterExits, "certainty", _broken)
+                    patch.setattr(AdapterExits, "confidence", _broken)
                     with pytest.raises(RuntimeError, match="in between"):
                         images_of(one, call_of(name, IMAGES))
                 images_of(one, call_of(name, [seed, seed + 1, seed + 2]))
@@ -260,7 +260,7 @@ def test_calls_do_not_gather_memory(name: str, monkeypatch):
 
 def test_detached_and_dropped_everything_is_freed():
     one = pipeline_named("flux")
-    attachment = attach(one, exits_for(one.transformer), Policy(Planned(((1, 3, 2),) * STEPS)))
+    attachment = attach(one, exits_for(one.transformer), Policy(DepthTable(((1, 3, 2),) * STEPS)))
     images_of(one, call_of("flux", IMAGES))
     gone = [weakref.ref(what) for what in (attachment, attachment.runs, attachment.heads)]
     attachment.detach()

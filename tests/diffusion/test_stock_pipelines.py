@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_pipelines import STEPS, STOCK, call_of, images_of, pipeline_named
 from tree import ROOT
 
-from ee_diffusion.core.criteria import Planned, Threshold
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.hooks.attach import attach
@@ -35,7 +35,7 @@ KINDS = {
     "flux": EarlyExitFluxPipeline,
 }
 IMAGES = [0, 1]
-PLAN = Policy(Planned(((1, 3), (2, 0), (5, 1))))
+PLAN = Policy(DepthTable(((1, 3), (2, 0), (5, 1))))
 
 
 @functools.cache

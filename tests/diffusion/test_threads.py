@@ -16,7 +16,7 @@ from tiny_families import exits_for, forward, inner_modules, inputs_of, model_na
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 from torch import Tensor, nn
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
@@ -24,7 +24,7 @@ from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 IMAGES = [0, 1, 2]
-PLAN = Policy(Planned(((1, 3, 2),) * 3))
+PLAN = Policy(DepthTable(((1, 3, 2),) * 3))
 SHORT = Policy(schedule=FixedDepth(1))
 
 
@@ -121,7 +121,7 @@ def in_step(*each: Callable[[Callable[[], None]], Tensor]) -> list[Tensor]:
 def test_loops_of_ones_own_around_one_transformer(name: str):
     """Under a policy for every forward: each thread has a run of its own, whatever times the others are at."""
     model = model_named(name)
-    policy = Policy(Planned(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
+    policy = Policy(DepthTable(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
 
     def loop(images: list[int], times: tuple[float, ...]) -> Callable[[Callable[[], None]], Tensor]:
         def run(wait: Callable[[], object]) -> Tensor:
@@ -142,9 +142,9 @@ def test_loops_of_ones_own_around_one_transformer(name: str):
     exits = exits_for(model)
     alone = []
     for one in loops:
-        with attach(model, exits, policy, branches=1, num_steps=3) as attachment:
+        with attach(model, exits, policy, rows_per_sample=1, num_steps=3) as attachment:
             alone.append(one(lambda: None))
-    with attach(model, exits, policy, branches=1, num_steps=3) as attachment:
+    with attach(model, exits, policy, rows_per_sample=1, num_steps=3) as attachment:
         for _ in range(3):
             for found, expected in zip(in_step(*loops), alone, strict=True):
                 assert torch.equal(found, expected)

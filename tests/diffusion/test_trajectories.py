@@ -68,7 +68,7 @@ def test_exits_on_a_stock_pipeline():
     exits = exits_for(pipe.transformer, (1, 2))
     states = walk(pipe, SEEDS, LABELS, exited=Exited(Policy(Threshold(0.3)), exits), **CALL)
     assert not torch.equal(states.varying["hidden_states"], walk(pipe, SEEDS, LABELS, **CALL).varying["hidden_states"])
-    assert "_ee_attachment" not in pipe.transformer.__dict__
+    assert "_ee_hook" not in pipe.transformer.__dict__
 
 
 def test_unconditional():
@@ -85,7 +85,7 @@ def test_an_error_on_the_way_leaves_the_transformer_whole():
     with pytest.raises(ValueError, match="heads of another model"):
         walk(pipe, SEEDS, LABELS, exited=broken, **CALL)
     assert "forward" not in pipe.transformer.__dict__
-    assert "_ee_attachment" not in pipe.transformer.__dict__
+    assert "_ee_hook" not in pipe.transformer.__dict__
 
 
 def test_a_scheduler_that_draws_by_itself_draws_by_the_seeds():

@@ -17,7 +17,7 @@ from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.hooks.attach import attach, summary
 from ee_diffusion.diffusion.hooks.truncate import truncate
-from ee_diffusion.diffusion.model_specs import FAMILIES, blocks_of
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS, blocks_of
 
 SKIPPING = ("UViTTransformer2DModel", "HunyuanDiT2DModel")
 ROWS = [0, 1, 2]
@@ -79,7 +79,7 @@ def test_a_uvit_without_long_skips_is_a_shallow_uvit():
 @pytest.fixture
 def others(monkeypatch) -> None:
     """Four classes are registered, as a user would."""
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", FAMILIES | registered.RIGHT)
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", MODEL_SPECS | registered.RIGHT)
 
 
 @pytest.mark.parametrize("name", ["CogView4Transformer2DModel", "AuraFlowTransformer2DModel"])
@@ -118,13 +118,13 @@ def test_first_blocks_that_are_no_model_of_their_class_are_refused(name: str, wo
 def test_lists_that_other_config_entries_count_are_named(monkeypatch):
     name = "AuraFlowTransformer2DModel"
     row = replace(registered.RIGHT[name], counts=("num_layers", "num_single_layers"))
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", {name: row})
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", {name: row})
     with pytest.raises(
         ValueError, match=r"has 2 joint_transformer_blocks, and num_layers=None in its config: name the"
     ):
         truncate(registered.model_named(name), 1, inputs=registered.inputs_of(name, ROWS))
     row = replace(registered.RIGHT[name], counts=("num_mmdit_layers",))
-    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.FAMILIES", {name: row})
+    monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", {name: row})
     with pytest.raises(ValueError, match=r"counts=\('num_mmdit_layers',\) .* expected a config entry for each of"):
         truncate(registered.model_named(name), 1, inputs=registered.inputs_of(name, ROWS))
 

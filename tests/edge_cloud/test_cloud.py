@@ -312,7 +312,7 @@ def test_what_does_not_belong_to_the_edge_is_refused():
         other,
         skipdecode(warm_up=1, least=2, most=5, horizon=5),
         None,
-        dataclasses.replace(policy, late=True),
+        dataclasses.replace(policy, delayed=True),
     ):
         with pytest.raises(ValueError, match=r"another model|leaves out layers|expected a Policy|a late policy"):
             edge().generate(prompt(0), wrong, max_new_tokens=2)

@@ -45,7 +45,7 @@ def line(port: int) -> RemoteTransport:
     return RemoteTransport(f"127.0.0.1:{port}", parts("llama")[0][1], width=WIDTH)
 
 
-def judged(out: EdgeOutput, row: int) -> EdgeOutput:
+def learned_confidence(out: EdgeOutput, row: int) -> EdgeOutput:
     """Assert that the answer is complete and every token is that of whoever said it."""
     begun = prompt(row).shape[1]
     assert out.sequences.shape[1] == begun + TOKENS
@@ -77,7 +77,7 @@ def generate(
         return ask(position, vocabulary=vocabulary)
 
     cloud.ask = slowly  # type: ignore[method-assign]
-    return judged(edge().generate(prompt(row), Policy(), cloud, max_new_tokens=TOKENS), row)
+    return learned_confidence(edge().generate(prompt(row), Policy(), cloud, max_new_tokens=TOKENS), row)
 
 
 class Killing:
@@ -225,7 +225,7 @@ def test_a_cloud_that_is_too_slow_costs_no_more_than_its_deadline():
         with Link(there.port, round_trip=3.0, rate=None) as link, line(link.port) as transport:
             begun = time.monotonic()
             with client(transport, deadline=0.3, retry_after=60.0) as cloud:
-                out = judged(edge().generate(prompt(0), Policy(), cloud, max_new_tokens=TOKENS), 0)
+                out = learned_confidence(edge().generate(prompt(0), Policy(), cloud, max_new_tokens=TOKENS), 0)
                 took = time.monotonic() - begun
     assert out.sources == ["own"] * TOKENS
     assert 0.3 <= took < 2.0  # one deadline, not one for every token
@@ -243,7 +243,7 @@ def test_a_server_of_another_version_leaves_the_edge_alone(monkeypatch: pytest.M
     monkeypatch.setattr("ee_diffusion.edge_cloud.grpc_transport.VERSION", 3)
     with serving() as there, line(there.port) as transport:
         with client(transport, retry_after=60.0) as cloud:
-            out = judged(edge().generate(prompt(1), Policy(), cloud, max_new_tokens=TOKENS), 1)
+            out = learned_confidence(edge().generate(prompt(1), Policy(), cloud, max_new_tokens=TOKENS), 1)
     assert out.sources == ["own"] * TOKENS
     assert "version 3, expected 2" in out.losses[0][1]
 

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler
 from tree import ROOT
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
@@ -43,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made, where = EarlyExitPipeline(transformer, DDIMScheduler(), exits), tmp_path_factory.mktemp("ablation")
     made.save_pretrained(where / "model")
     deeper = {"deeper": (2, 3)}
-    MemoryExits.for_pipeline(made.transformer, made.scheduler, learned_trust=True).save_pretrained(where / "trust")
+    CachedOutputExits.for_pipeline(made.transformer, made.scheduler, learned_trust=True).save_pretrained(
+        where / "trust"
+    )
     for name, heads in (("learned", None), ("residual", made.exits)):
         exits = TrackingExits.for_pipeline(made.transformer, made.scheduler, heads=heads, **deeper)
         exits.save_pretrained(where / name)

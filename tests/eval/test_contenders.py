@@ -13,7 +13,7 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
@@ -108,7 +108,7 @@ def test_schedules_are_searched_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch
 def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipe, seen = pipeline(), noted_seeds(monkeypatch)
     made = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
-    assert isinstance(made, MemoryExits)
+    assert isinstance(made, CachedOutputExits)
     assert len(seen) == 2
     assert all(seed in SEEDS["fit"] for seed in seen)
     again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
@@ -177,7 +177,9 @@ def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path:
 
 def test_gains_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
     pipe, seen = pipeline(), []
-    monkeypatch.setattr(contenders, "step_gains", lambda *_, generator, **__: seen.append(generator.initial_seed()))
+    monkeypatch.setattr(
+        contenders, "error_amplification", lambda *_, generator, **__: seen.append(generator.initial_seed())
+    )
     contenders.gains_of(pipe, contenders.load_memory(pipe, None), SAMPLING, OPTIONS)
     assert len(seen) == 1
     assert seen[0] in SEEDS["fit"]

@@ -96,7 +96,7 @@ def test_a_stopped_frontier_draws_nothing_twice_and_takes_all_times_anew(copied,
     folder, words = copied
     before = rows_of(folder)
     own, theirs = told(monkeypatch)
-    monkeypatch.setattr(contenders, "step_gains", None)  # noted
+    monkeypatch.setattr(contenders, "error_amplification", None)  # noted
     monkeypatch.setattr(contenders, "record", None)
     run(frontier, *words)
     after = rows_of(folder)

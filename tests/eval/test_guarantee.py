@@ -12,7 +12,7 @@ from factories import pipeline
 from safetensors.torch import load_file, save_file
 from tree import ROOT
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
 
@@ -29,7 +29,7 @@ def call(monkeypatch: pytest.MonkeyPatch, script, *words: object) -> None:
 def words(tmp_path: Path) -> list:
     pipe = pipeline()
     pipe.save_pretrained(tmp_path / "model")
-    MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler).save_pretrained(tmp_path / "memory")
+    CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler).save_pretrained(tmp_path / "memory")
     made = ["--model", tmp_path / "model", "--memory", tmp_path / "memory", "--output_dir", tmp_path, "--count", 40]
     made += ["--batch_size", 20, "--calibration_count", 10, "--resamplings", 50, "--num_inference_steps", 8]
     return [*made, "--values", 0.001, 0.02, 0.5, "--cap", 0.001, "--delta", 0.2]
@@ -72,7 +72,7 @@ def test_losses_drawn_under_something_else_are_refused(words: list, tmp_path: Pa
         call(monkeypatch, guarantee, *words, "--sampler", "dpm")
     with pytest.raises(ValueError, match=r"values \[0.001, 0.02, 0.5\], expected \[0.001, 0.02, 0.4\]"):
         call(monkeypatch, guarantee, *words, "--values", 0.001, 0.02, 0.4)
-    exits = MemoryExits.from_pretrained(tmp_path / "memory")
+    exits = CachedOutputExits.from_pretrained(tmp_path / "memory")
     torch.nn.init.ones_(exits.gauge[2].bias)
     exits.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="drawn under weights"):

@@ -135,8 +135,8 @@ def test_bad_settings_of_the_journey_end_in_words(words, told, monkeypatch):
 
 
 def test_exits_of_another_kind_end_in_words(tmp_path):
-    (tmp_path / "config.json").write_text('{"_class_name": "MemoryExits"}')
-    with pytest.raises(ValueError, match="holds MemoryExits, expected one of"):
+    (tmp_path / "config.json").write_text('{"_class_name": "CachedOutputExits"}')
+    with pytest.raises(ValueError, match="holds CachedOutputExits, expected one of"):
         journey.load_exits(tmp_path)
 
 

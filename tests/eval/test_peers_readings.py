@@ -30,7 +30,7 @@ from contenders import candidates_of
 from frontier_options import FrontierOptions
 
 from ee_diffusion.diffusion.hooks.forward_to_depth import passing
-from ee_diffusion.diffusion.model_specs import blocks_of, family_of
+from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
 
 STEPS = 12
 RATIOS = [1.0, 0.9, 1.05, 0.98, 1.03, 0.97, 1.01, 0.99, 1.2, 0.98, 1.01, 0.97]  # of S calls
@@ -64,7 +64,7 @@ def states_of(transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
 
 def with_residual(transformer: nn.Module, args: tuple, kwargs: dict[str, Any], depth: int, residual: Tensor) -> Tensor:
     """The answer of the first `depth` blocks and the tail, with a residual added once in between."""
-    tail = getattr(transformer, family_of(transformer).tail)
+    tail = getattr(transformer, model_spec_of(transformer).tail)
     handle = tail.register_forward_pre_hook(lambda module, given: (given[0] + residual, *given[1:]))
     with passing(transformer, depth):
         output = transformer(*args, **kwargs)[0]

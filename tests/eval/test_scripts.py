@@ -16,7 +16,7 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -191,7 +191,7 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert sorted(rows["searched 4 full"]["report"]["executed_per_step"]) == [0, 0, 0, 0, 5, 5, 5, 5]
     assert sorted(rows["searched noise 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
     assert sorted(rows["searched fitted 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
-    fitted = MemoryExits.from_pretrained(tmp_path / "fitted")
+    fitted = CachedOutputExits.from_pretrained(tmp_path / "fitted")
     assert (fitted.config.course_steps, fitted.config.terms) == (8, "noise")
     assert rows["periodic fitted 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
     assert rows["periodic fitted 2"]["psnr"]["mean"] != rows["periodic cache 2"]["psnr"]["mean"]
@@ -221,7 +221,7 @@ def test_speed(model, tmp_path, monkeypatch, capsys):
     call(monkeypatch, speed, *words, "--mean_depths", 0.6)
     report = json.loads((tmp_path / "speed.json").read_text())
     assert [row["batch"] for row in report["overhead"]] == [1, 3]
-    assert all(row["off"] > 0 and row["never"] > 0 and row["late"] > 0 for row in report["overhead"])
+    assert all(row["off"] > 0 and row["never"] > 0 and row["delayed"] > 0 for row in report["overhead"])
     assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in report["realised"])
     assert all(row["alone_ms"] > 0 for row in report["realised"])
     calls = {row["policy"]: row for row in report["pipeline"]}

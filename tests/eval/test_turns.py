@@ -13,7 +13,7 @@ from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.metrics.splits import seeds
 
@@ -133,12 +133,15 @@ def test_files_that_also_hold_seconds_can_be_read(tmp_path: Path):
 
 def test_contents_are_weights_and_settings_not_folders():
     pipe = pipeline()
-    exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     before = keeping.contents(pipe, exits)
     assert before == keeping.contents(pipe, exits)
     assert before["device"] == "cpu"
     assert before["versions"]["torch"] == torch.__version__
-    assert keeping.contents(pipe, MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")) != before
+    assert (
+        keeping.contents(pipe, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise"))
+        != before
+    )
     assert keeping.contents(pipe, None) != before
     with torch.no_grad():
         exits.gauge[2].bias += 1

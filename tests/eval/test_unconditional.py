@@ -19,7 +19,7 @@ from ee_diffusion.cli import main as cli
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
@@ -155,9 +155,9 @@ def test_it_is_calibrated(goal: str, model: Path, kind: str, tmp_path: Path):
     pipe = EarlyExitPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
     if fit:
-        pipe.exits = MemoryExits.from_pretrained(memory)
+        pipe.exits = CachedOutputExits.from_pretrained(memory)
     elif goal == "budgeted":
-        pipe.exits = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     size = {"batch_size": 2} if LABELS[kind] is None else {"class_labels": LABELS[kind][:2]}
     drawn = pipe(**size, num_inference_steps=STEPS, exit_policy=Policy.load(policy), output_type="pt")
     assert drawn.report.fraction_executed < 1
@@ -186,7 +186,7 @@ def test_what_else_is_fitted_and_measured(model: Path, tmp_path: Path):
     words = ["--model", model, *CALL, "--skip", 0.5, "--iterations", 2]
     run(fit_memory, *words, "--output_dir", tmp_path / "memory", "--count", 2, "--linear_prediction")
     memory = tmp_path / "memory" / "exits"
-    plain = MemoryExits.for_pipeline(made("classes").transformer, DDIMScheduler())
+    plain = CachedOutputExits.for_pipeline(made("classes").transformer, DDIMScheduler())
     plain.save_pretrained(tmp_path / "plain")
     tracks = ("--memory", tmp_path / "plain", "--deeper", 1, 2, "--train_batch_size", 2)
     run(fit_tracking, *words, "--output_dir", tmp_path / "tracking", "--count", 2, "--test_count", 2, *tracks)
@@ -240,7 +240,7 @@ def test_uncertainty_is_looked_at_and_training_draws(kind: str, tmp_path: Path, 
 
 def test_an_oracle_of_an_unconditional_model_asks_without_labels():
     pipe = made("unconditional")
-    memory = MemoryExits.for_pipeline(pipe.transformer, pipe.scheduler)
+    memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     sample, time = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
     found = OracleExits(memory, pipe.transformer).recall(None, sample, time)
     said = pipe.transformer(sample, time).sample

@@ -66,7 +66,7 @@ def test_exits_come_nearer_to_the_frozen_model(base: Path, monkeypatch, capsys):
     model = AutoModelForCausalLM.from_pretrained(base / "model").eval()
     exits = LearnedExits.load(base / "fit" / "exits.safetensors").bind(model)
     assert exits.depths == EXITS
-    out = generate(model, Policy(Threshold(0.4, "certainty"), exits=(1, 4)), exit_heads=exits)
+    out = generate(model, Policy(Threshold(0.4, "confidence"), exits=(1, 4)), exit_heads=exits)
     assert out.trace.depths.max() <= 6
     assert f"depth 4 loss {report['after'][2]['loss']:.4g}" in capsys.readouterr().out
 
@@ -116,7 +116,7 @@ def test_the_edge_answers_through_the_exits_of_its_depths(base: Path, monkeypatc
     hidden = torch.randn(1, 3, 32)
     for exit in (0, 1):
         assert torch.equal(heads.answer(exit, hidden, {}), whole.answer(exit + 1, hidden, {}))
-        assert torch.equal(heads.certainty(exit, hidden, {}), whole.certainty(exit + 1, hidden, {}))
+        assert torch.equal(heads.confidence(exit, hidden, {}), whole.confidence(exit + 1, hidden, {}))
     with pytest.raises(ValueError, match="4 layers"):
         whole.at(part.exits).bind(part_model)
     with pytest.raises(ValueError, match="fingerprints"):

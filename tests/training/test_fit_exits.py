@@ -170,8 +170,8 @@ def test_along_the_exited_models_trajectories(states, folders, tmp_path, monkeyp
     assert gain["full"]["before"]["error"] != gain["exited"]["before"]["error"]
     assert EarlyExitPipeline.from_pretrained(tmp_path / "fit").exits.depths == (2, 4)
     call(monkeypatch, common, exited, "--trajectories full --output_dir", tmp_path / "full")
-    judged = report_of(tmp_path / "full")["gain"]
-    assert {kind: gain[kind]["before"] for kind in gain} == {kind: judged[kind]["before"] for kind in gain}
+    learned_confidence = report_of(tmp_path / "full")["gain"]
+    assert {kind: gain[kind]["before"] for kind in gain} == {kind: learned_confidence[kind]["before"] for kind in gain}
     one, other = weights_of(tmp_path / "fit"), weights_of(tmp_path / "full")
     assert not all(torch.equal(one[name], other[name]) for name in one)
 

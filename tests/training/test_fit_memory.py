@@ -10,7 +10,7 @@ import pytest
 from factories import pipeline
 from tree import ROOT
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
 from ee_diffusion.metrics.splits import seeds
@@ -35,7 +35,7 @@ def test_the_fit_is_written_with_its_figures(count: int, tmp_path: Path, monkeyp
     assert [row["uncertainty"] for row in report["rows"]] == ["unfitted", "fitted"]
     assert all(row["factor"] >= 1 for row in report["rows"])
     assert (report["rows"][0]["rank"] is None) == (count == 1)  # two rows a step do not rank
-    exits = MemoryExits.from_pretrained(tmp_path / "out" / "exits")
+    exits = CachedOutputExits.from_pretrained(tmp_path / "out" / "exits")
     exits.check_fits(made.transformer)
     assert exits.gauge[2].weight.abs().sum() > 0
 
@@ -45,7 +45,7 @@ def test_a_trust_is_learned_where_it_is_asked_for(tmp_path: Path, monkeypatch: p
     words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 8]
     call(monkeypatch, *words, "--count", 2, "--guidance_scale", 2.0, "--iterations", 20, "--learn_trust")
     assert json.loads((tmp_path / "out" / "report.json").read_text())["trust"] > 0
-    assert MemoryExits.from_pretrained(tmp_path / "out" / "exits").trust[2].weight.abs().sum() > 0
+    assert CachedOutputExits.from_pretrained(tmp_path / "out" / "exits").trust[2].weight.abs().sum() > 0
 
 
 def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

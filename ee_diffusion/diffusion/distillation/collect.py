@@ -18,12 +18,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.diffusion.distillation.dataset import States, row_inputs
 from ee_diffusion.diffusion.hooks.attach import attach
-from ee_diffusion.diffusion.hooks.transformer_hook import Attachment
+from ee_diffusion.diffusion.hooks.transformer_hook import TransformerHook
 from ee_diffusion.diffusion.protocols import DenoiserHeads
 
 Conditions = Sequence[int] | Sequence[str] | None
@@ -174,14 +174,14 @@ class _Recorder:
         self.pipeline, self.num_images, self.exited = pipeline, num_images, exited
         self.calls: list[dict[str, Tensor]] = []  # each (R, ...)
         self._signature = inspect.signature(type(pipeline.transformer).forward)
-        self._attachment: Attachment | None = None
+        self._attachment: TransformerHook | None = None
         self._session: Session | None = None
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         transformer = self.pipeline.transformer
         self._attachment = None if self.exited is None else attach(transformer, self.exited.exits)
-        interception = Interception(transformer, self._forward)
+        interception = ForwardPatch(transformer, self._forward)
         try:
             yield
         finally:

@@ -38,20 +38,20 @@ def layerwise_loss(
     return (errors if weights is None else errors * weights).mean(1).sum()
 
 
-def released_uncertainty_loss(certainty: Tensor, predictions: Tensor, target: Tensor) -> Tensor:
+def released_uncertainty_loss(confidence: Tensor, predictions: Tensor, target: Tensor) -> Tensor:
     """The authors' released code: certainty against `1 - tanh|g_i - eps|`, mean (not sum) over exits. Shapes as above."""
-    _check(certainty, predictions, target)
-    return (certainty - (1 - uncertainty_target(predictions, target))).square().mean()
+    _check(confidence, predictions, target)
+    return (confidence - (1 - uncertainty_target(predictions, target))).square().mean()
 
 
-def released_layerwise_loss(certainty: Tensor, predictions: Tensor, target: Tensor) -> Tensor:
+def released_layerwise_loss(confidence: Tensor, predictions: Tensor, target: Tensor) -> Tensor:
     """The authors' released code: `sum_i w_i mean (g_i - eps)^2`, `w_i` the mean certainty of exit i over the batch, divided by their
     sum over exits. Not detached, unlike eq. 7: through `w_i` it also trains the certainty to be higher where errors are lower.
 
     Shapes as above.
     """
-    _check(certainty, predictions, target)
-    weights = certainty.flatten(1).mean(1)  # (K,)
+    _check(confidence, predictions, target)
+    weights = confidence.flatten(1).mean(1)  # (K,)
     errors = (predictions - target).square().flatten(1).mean(1)  # (K,)
     return (weights / weights.sum() * errors).sum()
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from diffusers.utils import is_peft_available
 from torch import nn
 
-from ee_diffusion.diffusion.model_specs import family_of
+from ee_diffusion.diffusion.model_specs import model_spec_of
 
 if is_peft_available():
     from peft import LoraConfig, inject_adapter_in_model
@@ -35,7 +35,7 @@ def add_lora(transformer: nn.Module, *, rank: int) -> nn.Module:
         raise ValueError(f"rank={rank!r}, expected a whole number, at least 1")
     if _layers(transformer):
         raise ValueError(f"this {type(transformer).__name__} has adapters already; merge or unload them first")
-    lists = tuple(f"{name}." for name in family_of(transformer).lists)
+    lists = tuple(f"{name}." for name in model_spec_of(transformer).lists)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
     targets = [name for name in linear if name.startswith(lists)]
     transformer.requires_grad_(False)

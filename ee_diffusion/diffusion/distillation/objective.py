@@ -42,7 +42,7 @@ class _Listener:
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         raise AssertionError("nobody leaves where every exit is only recorded")
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         self.heard.append(hidden)
         return torch.zeros(len(hidden), device=hidden.device)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ee_diffusion.core.exits import Space, require_depths
 from ee_diffusion.diffusion.exits.loading import load_strictly
 from ee_diffusion.diffusion.model_cards import card_of, write_card
-from ee_diffusion.diffusion.model_specs import blocks_of, family_of, width_of
+from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of, width_of
 from ee_diffusion.diffusion.models.uvit import timestep_embedding
 
 TIME_WIDTH = 256
@@ -44,8 +44,8 @@ class Adapter(nn.Module):
 class AdapterExits(ModelMixin, ConfigMixin):
     """The exits of one transformer: for each depth an adapter, whose answer goes through the model's own tail, and an uncertainty module.
 
-    Uncertainty: `u_i = sigmoid(w_i^T [L_i ; e_t] + b_i)` per image token, `certainty = 1 - mean u_i`. DeeDiff (arXiv 2309.17074, eq. 4) has
-    p*p*C values per patch; here it is one, for classes whose tokens are no square patches of pixels.
+    Uncertainty: `u_i = sigmoid(w_i^T [L_i ; e_t] + b_i)` per image token, `confidence = 1 - mean u_i`. DeeDiff (arXiv 2309.17074, eq. 4)
+    has p*p*C values per patch; here it is one, for classes whose tokens are no square patches of pixels.
 
     Args:
         depths: executed blocks at each exit, ascending, from 0 up to below the model's number of layers.
@@ -121,7 +121,7 @@ class AdapterExits(ModelMixin, ConfigMixin):
             return hidden
         return self.heads[exit](hidden, self._time(context))
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D), context with `timestep` (R,) and, where text stands among the tokens, `image_tokens` (R, N) bool
         -> (R,) in [0, 1]; larger is safer: `1 - mean u_i` over the image tokens."""
         values = self._uncertainty(exit, hidden, context)  # (R, N)
@@ -148,7 +148,7 @@ class AdapterExits(ModelMixin, ConfigMixin):
 
 
 def _facts(transformer: nn.Module) -> dict[str, Any]:
-    prefix = family_of(transformer).prefix_tokens
+    prefix = model_spec_of(transformer).prefix_tokens
     return {
         "hidden_dim": width_of(transformer),
         "num_prefix_tokens": 0 if prefix is None else getattr(transformer, prefix),

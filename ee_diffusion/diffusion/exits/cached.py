@@ -18,7 +18,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.exits import Space
-from ee_diffusion.core.history import Memory, weighted
+from ee_diffusion.core.history import OutputHistory, weighted
 from ee_diffusion.core.schedules import Schedule, full_steps_of
 from ee_diffusion.diffusion.exits.cached_inputs import check_noise, check_variance, noise_of, outputs_of, sizes_of
 from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction, RunWeights
@@ -41,7 +41,7 @@ def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
     return made
 
 
-class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
+class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
     """One exit at depth 0: the clean image is extrapolated in time from the last `length` full steps of the same row.
 
     With `x_t = a_t x_0 + s_t eps`, each full step's output is read as a prediction of `x_0`; recalled at t it is turned back into what the
@@ -49,7 +49,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
 
     The uncertainty is an expected root mean square error of the recalled `x_0` (data in [-1, 1]; 1 or more is worthless):
     `u = exp(log e + MLP(log e, log distance, log-SNR))` where `e` is what the interpolation's remainder predicts from the error that this
-    very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `certainty = 1 - min(u, 1)`; 0 while memory is not full.
+    very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `confidence = 1 - min(u, 1)`; 0 while memory is not full.
 
     `terms`: what is remembered and extrapolated. `clean`: x_0, and the recalled x_0 knows nothing of the sample now; `noise`: eps, so that
     `x_0 = (x_t - s_t eps) / a_t` follows the sample, and an error of eps counts s_t / a_t times: less and less towards the data.
@@ -135,7 +135,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         length: int = 2,
         learned_trust: bool = False,
         terms: str = "clean",
-    ) -> MemoryExits:
+    ) -> CachedOutputExits:
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
         Raises:
@@ -169,7 +169,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         if self.prediction is not None and not self.prediction.is_fitted:
             raise ValueError("these exits know no course; make them with courses.fit_prediction")
         if bool(self.alphas_cumprod.isnan().any()):
-            raise ValueError("these exits know no noise schedule; make them with MemoryExits.for_pipeline")
+            raise ValueError("these exits know no noise schedule; make them with CachedOutputExits.for_pipeline")
 
     @property
     def num_outputs(self) -> int:
@@ -190,7 +190,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             self.alphas_cumprod = table.to(self.alphas_cumprod.device)
         return self
 
-    def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> MemoryExits:
+    def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> CachedOutputExits:
         """The same exits (weights and tables are shared) for a run under a static schedule of full steps and answers from memory: weighed
         together, where they know how. For all else, themselves. Raises ValueError for a schedule that does not fit the run."""
         if self.prediction is None or not self.config.course_worth or num_steps != self.config.course_steps:
@@ -207,11 +207,11 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         return {"timestep": timestep}
 
     @torch.no_grad()
-    def recall(self, memory: Memory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+    def recall(self, memory: OutputHistory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, O, H, W), the output that follows
         from memory, `remembers` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
         if memory is None:
-            memory = Memory.empty(sample.float(), length=self.config.length)
+            memory = OutputHistory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
         value = weighted(memory.values, self.weights_of(memory, time))
         output = self.output_of(sample, self.clean_from(sample, value, timestep), timestep).to(sample.dtype)
@@ -226,11 +226,11 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def remember(
-        self, memory: Memory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
-    ) -> Memory:
+        self, memory: OutputHistory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
+    ) -> OutputHistory:
         """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, O, H, W)."""
         if memory is None:
-            memory = Memory.empty(sample.float(), length=self.config.length)
+            memory = OutputHistory.empty(sample.float(), length=self.config.length)
         rows = rows.to(sample.device)
         sample, timestep, output = (tensor.index_select(0, rows) for tensor in (sample, timestep, output))
         if self.num_outputs > self.config.in_channels:  # images: what follows is their variance
@@ -248,7 +248,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
             raise ValueError("an answer from memory before the first full step; let the first steps run to the end")
         return context["recalled"]
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """`1 - min(u, 1)` (R,); 0 where memory is not full yet or was never put to the test; NaN where what it remembers is not finite."""
         error = self.expected_error(context["features"])
         finite = context["recalled"].flatten(1).isfinite().all(1)  # (R,)
@@ -259,7 +259,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         known = features.nan_to_num(0.0).to(self.gauge[0].weight.dtype)
         return torch.exp(features[:, 0] + self.gauge(known)[:, 0])
 
-    def weights_of(self, memory: Memory, time: Tensor) -> Tensor:
+    def weights_of(self, memory: OutputHistory, time: Tensor) -> Tensor:
         """What each remembered value counts at time (R,) -> (R, M)."""
         line = memory.weights(time, self.trust_of(memory.times, time))
         if self.prediction is None:
@@ -278,7 +278,7 @@ class MemoryExits(Parametrised, ModelMixin, ConfigMixin):
         seen = torch.stack([distance, spacing, snr, snr.square()], 1)  # (R, 4)
         return 1 + self.trust(seen.nan_to_num(0.0).to(self.trust[0].weight.dtype))[:, 0]
 
-    def _features(self, memory: Memory, time: Tensor) -> Tensor:
+    def _features(self, memory: OutputHistory, time: Tensor) -> Tensor:
         snr = self._log_snr(time)  # (R,)
         expected = memory.expected_error(time).clamp(min=1e-6).log()
         if self.config.terms == "noise":  # of the clean image that follows from it

@@ -13,7 +13,7 @@ from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin, UnCL
 from torch import Tensor, nn
 
 from ee_diffusion.diffusion.exits.parameterization import prediction_type_of
-from ee_diffusion.diffusion.model_specs import FAMILIES
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS
 
 DRAW_WITH_VARIANCE = (
     DDPMScheduler,
@@ -36,7 +36,7 @@ def sizes_of(transformer: nn.Module) -> dict[str, Any]:
     name, channels = type(transformer).__name__, transformer.config.get("in_channels")
     if not isinstance(channels, int):
         raise ValueError(f"{name} has in_channels={channels!r}, expected a number")
-    if (family := FAMILIES.get(name)) is not None and family.turned:
+    if (family := MODEL_SPECS.get(name)) is not None and family.turned:
         raise ValueError(
             f"{name}: its pipeline turns the output's sign and its times around, which memory does not know"
         )
@@ -50,7 +50,7 @@ def sizes_of(transformer: nn.Module) -> dict[str, Any]:
 
 def outputs_of(model: nn.Module) -> int | None:
     """Channels that a transformer puts out, None: it does not say. HunyuanDiT's config has no number, the model has."""
-    family = FAMILIES.get(type(model).__name__)
+    family = MODEL_SPECS.get(type(model).__name__)
     if family is not None and family.outputs is not None:
         return family.outputs(model)
     return vars(model).get("out_channels") or model.config.get("out_channels")

@@ -1,7 +1,7 @@
 """Exits of a denoiser: an output head and an uncertainty estimation module (UEM) per exit, saved as one component.
 
-Here: the modules of DeeDiff (arXiv 2309.17074), as written and as released. Not here: when to stop (core), their training (deediff_objective.py).
-R rows, X prefix tokens, P patches, N = X + P, D width, C channels, p patch size, K exits.
+Here: the modules of DeeDiff (arXiv 2309.17074), as written and as released. Not here: when to stop (core), their training
+(deediff_objective.py). R rows, X prefix tokens, P patches, N = X + P, D width, C channels, p patch size, K exits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ee_diffusion.core.exits import Space, require_depths
 from ee_diffusion.diffusion.exits.loading import load_strictly
 from ee_diffusion.diffusion.exits.packed import PackedExits
 from ee_diffusion.diffusion.model_cards import card_of, write_card
-from ee_diffusion.diffusion.model_specs import blocks_of, family_of, width_of
+from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of, width_of
 from ee_diffusion.diffusion.models.uvit import timestep_embedding, unpatchify
 
 
@@ -43,7 +43,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
     """The exits of one denoiser: for each depth an output head g_i and an uncertainty module.
 
     `variant="paper"` (DeeDiff eq. 4): `u_i = sigmoid(w_i^T [L_i ; timestep embedding] + b_i)` per pixel, own head g_i per exit,
-    `certainty = 1 - mean u_i`. `variant="released"` (the authors' code, which differs): `sigmoid(w_i^T L_i + b_i)` on the *detached*
+    `confidence = 1 - mean u_i`. `variant="released"` (the authors' code, which differs): `sigmoid(w_i^T L_i + b_i)` on the *detached*
     patch tokens, no timestep, is a *certainty*; there is no own head: an exit answers through the model's own tail.
 
     Args:
@@ -152,7 +152,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
             return hidden
         return self.heads[exit](self._patches(hidden), self.config.sample_size)
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D), context (with `timestep` (R,), best made by `context`) -> (R,) in [0, 1]; larger is safer.
 
         Mean over C, H, W of `uncertainty_map`.
@@ -187,7 +187,7 @@ class DenoisingExits(ModelMixin, ConfigMixin):
 
 
 def _sizes(transformer: ModelMixin) -> dict[str, int]:
-    family, config = family_of(transformer), transformer.config
+    family, config = model_spec_of(transformer), transformer.config
     squares = all(isinstance(config.get(name), int) for name in ("patch_size", "sample_size"))
     if not squares or family.image_tokens is not None:
         raise ValueError(

@@ -14,12 +14,12 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 
 
 class OracleExits:
-    """`exits` with `certainty = 1 - min(rms(clean image of the answer - clean image of the full model), 1)` at every exit.
+    """`exits` with `confidence = 1 - min(rms(clean image of the answer - clean image of the full model), 1)` at every exit.
 
     At every step where an exit is possible, a copy of the model says in full what it would have said, for all rows. `seconds` adds up what
     that took, to be taken off a measured time. `labels` (R,): the class of every row of the run that comes, set by whoever starts it (of
@@ -27,9 +27,9 @@ class OracleExits:
     that plans.
     """
 
-    def __init__(self, exits: MemoryExits | TrackingExits, transformer: nn.Module):
+    def __init__(self, exits: CachedOutputExits | TrackingExits, transformer: nn.Module):
         self.exits, self.depths, self.space = exits, exits.depths, exits.space
-        self._memory = exits if isinstance(exits, MemoryExits) else exits.memory
+        self._memory = exits if isinstance(exits, CachedOutputExits) else exits.memory
         self._model = copy.deepcopy(transformer).eval()
         self.labels: Tensor | None = None
         self.seconds = 0.0
@@ -77,9 +77,9 @@ class OracleExits:
         """As the exits have it."""
         return self.exits.answer(exit, hidden, context)
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """(r,), from the truth; 0 where the exits themselves know nothing yet (their memory is not full)."""
-        said = self.exits.certainty(exit, hidden, context)
+        said = self.exits.confidence(exit, hidden, context)
         if bool((context["remembers"] == 0).any()):
             return said
         answer = self.exits.answer(exit, hidden, context)

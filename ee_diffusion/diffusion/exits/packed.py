@@ -76,7 +76,7 @@ class PackedExits:
         said = torch.addmv(self.bias, self.for_time, torch.cat([angles.cos(), angles.sin()]))  # (K V,)
         return {"timestep": timestep, "time_part": said.split(len(said) // len(self.depths))}
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Any]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Any]) -> Tensor:
         """hidden (R, N, D) -> `1 - mean u` (R,), the mean over patches alone."""
         time, weight = context["time_part"], self.for_hidden[exit]
         if isinstance(time, tuple):

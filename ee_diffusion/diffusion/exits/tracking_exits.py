@@ -16,8 +16,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from ee_diffusion.core.exits import Space
-from ee_diffusion.core.history import Memory, weighted
-from ee_diffusion.diffusion.exits.cached import FEATURES, MemoryExits, small_mlp
+from ee_diffusion.core.history import OutputHistory, weighted
+from ee_diffusion.diffusion.exits.cached import FEATURES, CachedOutputExits, small_mlp
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits, OutputHead
 from ee_diffusion.diffusion.exits.loading import load_strictly
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel, unpatchify
@@ -30,11 +30,11 @@ GAUGED = FEATURES + 2  # those of memory, log rms of the innovation, log rms of 
 class Tracks:
     """The memory of a run: clean images (R, M, C, H, W), and of every deeper exit what it read, (R, M, K, P, V)."""
 
-    clean: Memory
-    read: Memory
+    clean: OutputHistory
+    read: OutputHistory
 
     def regrouped(self, sources: Sequence[int | None]) -> Tracks:
-        """As `Memory.regrouped`: row i goes on from row `sources[i]`."""
+        """As `OutputHistory.regrouped`: row i goes on from row `sources[i]`."""
         return Tracks(self.clean.regrouped(sources), self.read.regrouped(sources))
 
 
@@ -64,7 +64,7 @@ def rms(values: Tensor) -> Tensor:
 
 
 class TrackingExits(ModelMixin, ConfigMixin):
-    """Depth 0 answers from memory (`MemoryExits`); a deeper exit d adds a correction to the recalled clean image.
+    """Depth 0 answers from memory (`CachedOutputExits`); a deeper exit d adds a correction to the recalled clean image.
 
     `z_d` is what exit d reads after d blocks, `z^_d` what follows for now from the z_d of the last full steps, as the clean image does.
 
@@ -74,7 +74,7 @@ class TrackingExits(ModelMixin, ConfigMixin):
       recalled image moved last, and of the time (`Correction`).
 
     Uncertainty of a deeper exit: `u = exp(log e + MLP(memory's features, log rms of the innovation, log rms of the movement))`, the
-    expected root mean square error of its clean image, as `MemoryExits` has it at depth 0.
+    expected root mean square error of its clean image, as `CachedOutputExits` has it at depth 0.
 
     Raises:
         ValueError: depths not ascending from 1 on, an unknown variant, a length other than 2.
@@ -103,7 +103,7 @@ class TrackingExits(ModelMixin, ConfigMixin):
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r}, expected one of {VARIANTS}")
         self.depths = (0, *deeper)
-        self.memory = MemoryExits(num_train_timesteps, prediction_type, in_channels, sample_size, length=2)
+        self.memory = CachedOutputExits(num_train_timesteps, prediction_type, in_channels, sample_size, length=2)
         values = patch_size**2 * in_channels
         self.corrections = nn.ModuleList(Correction(width, values, hidden_dim) for _ in deeper if variant == "learned")
         self.heads = nn.ModuleList(OutputHead(width, patch_size, in_channels) for _ in deeper if variant == "residual")
@@ -116,7 +116,7 @@ class TrackingExits(ModelMixin, ConfigMixin):
         scheduler: SchedulerMixin,
         *,
         deeper: tuple[int, ...],
-        memory: MemoryExits | None = None,
+        memory: CachedOutputExits | None = None,
         heads: DenoisingExits | None = None,
     ) -> TrackingExits:
         """Exits for a U-ViT. memory: fitted exits at depth 0 to begin with. heads: trained output heads; with them the variant is
@@ -124,11 +124,11 @@ class TrackingExits(ModelMixin, ConfigMixin):
 
         Raises:
             ValueError: another class of model; memory of another noise schedule; heads without an exit at one of the depths; as
-                `MemoryExits.for_pipeline`.
+                `CachedOutputExits.for_pipeline`.
         """
         if not isinstance(transformer, UViTTransformer2DModel):
             raise ValueError(f"{type(transformer).__name__}, expected a UViTTransformer2DModel: its patches are known")
-        known = MemoryExits.for_pipeline(transformer, scheduler) if memory is None else memory
+        known = CachedOutputExits.for_pipeline(transformer, scheduler) if memory is None else memory
         wrong = known.config.terms != "clean" or known.config.learned_trust or known.config.length != 2
         if wrong or known.config.course_steps:
             raise ValueError(f"memory {dict(known.config)}, expected the line through two clean images")
@@ -174,7 +174,7 @@ class TrackingExits(ModelMixin, ConfigMixin):
                 )
 
     def check_scheduler(self, scheduler: SchedulerMixin) -> None:
-        """As `MemoryExits.check_scheduler`: another noise schedule than the one that is remembered under is a ValueError."""
+        """As `CachedOutputExits.check_scheduler`: another noise schedule than the one that is remembered under is a ValueError."""
         self.memory.check_scheduler(scheduler)
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
@@ -183,8 +183,8 @@ class TrackingExits(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def recall(self, memory: Tracks | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """What `MemoryExits.recall` has, and for the deeper exits `sample`, `clean` (R, C, H, W), `moved` (R, P, V), the movement of the
-        last two clean images, `lean` (R, M), and `read` (R, M, K, P, V), to be weighed with it where an exit is evaluated."""
+        """What `CachedOutputExits.recall` has, and for the deeper exits `sample`, `clean` (R, C, H, W), `moved` (R, P, V), the movement
+        of the last two clean images, `lean` (R, M), and `read` (R, M, K, P, V), to be weighed with it where an exit is evaluated."""
         known = self.memory.recall(None if memory is None else memory.clean, sample, timestep)
         if memory is None:
             return known
@@ -216,7 +216,11 @@ class TrackingExits(ModelMixin, ConfigMixin):
         read = torch.stack([self.read(k, hidden[d], own_sample, own_time) for k, d in enumerate(self.keeps)], 1)
         clean = None if memory is None else memory.clean
         clean = self.memory.remember(clean, rows, sample=sample, timestep=timestep, output=output)
-        past = Memory.empty(read.new_zeros(len(sample), *read.shape[1:]), length=2) if memory is None else memory.read
+        past = (
+            OutputHistory.empty(read.new_zeros(len(sample), *read.shape[1:]), length=2)
+            if memory is None
+            else memory.read
+        )
         return Tracks(clean, past.remember(rows, read, own_time.double()))
 
     def read(self, place: int, hidden: Tensor, sample: Tensor, timestep: Tensor) -> Tensor:
@@ -260,10 +264,10 @@ class TrackingExits(ModelMixin, ConfigMixin):
         clean = self.corrected(exit, self.innovation(exit, hidden, context), context)
         return self.memory.output_of(context["sample"], clean, context["timestep"]).to(recalled.dtype)
 
-    def certainty(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
+    def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """`1 - min(u, 1)` of that exit (R,); 0 where memory is not full yet; NaN where what it remembers is not finite."""
         if exit == 0 or "read" not in context:
-            return self.memory.certainty(0, hidden, context)
+            return self.memory.confidence(0, hidden, context)
         innovation = self.innovation(exit, hidden, context)
         error = self.expected_error(exit, self.gauged(innovation, context))
         finite = innovation.flatten(1).isfinite().all(1)

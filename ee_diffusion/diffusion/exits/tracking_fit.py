@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.diffusion.distillation.objective import observe
 from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits, Tracks
-from ee_diffusion.diffusion.guidance import row_labels
+from ee_diffusion.diffusion.guidance import cfg_labels
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import STATES
 from ee_diffusion.diffusion.step_cache.trajectories import full_steps
@@ -71,7 +71,7 @@ def walk_tracks(
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
     run = full_steps(pipeline, seeds, class_labels, **call)
     device, null = pipeline.transformer.device, pipeline.transformer.config.null_class
-    labels = row_labels(class_labels, null, guidance_scale=guidance_scale, device=device)  # (R,)
+    labels = cfg_labels(class_labels, null, guidance_scale=guidance_scale, device=device)  # (R,)
     asked = next(run)
     while asked is not None:
         timestep = asked.time.expand(len(asked.sample))

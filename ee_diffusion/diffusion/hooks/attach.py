@@ -13,7 +13,7 @@ from typing import Any
 from diffusers import DiffusionPipeline, ModularPipeline
 from torch import nn
 
-from ee_diffusion.core.distributed import Vote
+from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.hooks.block_runner import layers_of
 from ee_diffusion.diffusion.hooks.compatibility import require_attachable
@@ -21,9 +21,9 @@ from ee_diffusion.diffusion.hooks.compile import compiler_for, is_compiled, unwr
 from ee_diffusion.diffusion.hooks.in_use import OneCall
 from ee_diffusion.diffusion.hooks.other_work import Counted
 from ee_diffusion.diffusion.hooks.parallel import require_parallel, vote_of
-from ee_diffusion.diffusion.hooks.run_tracker import Runs
-from ee_diffusion.diffusion.hooks.transformer_hook import Attachment
-from ee_diffusion.diffusion.model_specs import blocks_of, family_of
+from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
+from ee_diffusion.diffusion.hooks.transformer_hook import TransformerHook
+from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
 from ee_diffusion.diffusion.protocols import DenoiserHeads, ScheduledHeads
 from ee_diffusion.diffusion.step_cache.run_setup import Watch, is_fitted
 
@@ -36,18 +36,19 @@ def attach(
     heads: DenoiserHeads,
     policy: Policy | None = None,
     *,
-    branches: int | None = None,
+    rows_per_sample: int | None = None,
     num_steps: int | None = None,
     compile_options: Mapping[str, Any] | None = None,
-    vote: Vote | None = None,
-) -> Attachment:
+    joint_decision: JointDecision | None = None,
+) -> TransformerHook:
     """Attach exits to a diffusers transformer, or to the transformer of a pipeline.
 
     With a policy, calls of the pipeline run with exits from now on, without further code; `summary(pipe)` tells what happened. On a bare
-    transformer (in a loop of one's own) and on a modular pipeline, whose transformer is as good as bare, say `branches` and `num_steps`.
+    transformer (in a loop of one's own) and on a modular pipeline, whose transformer is as good as bare, say `rows_per_sample` and
+    `num_steps`.
 
     Args:
-        policy: when to stop; None: only forwards inside `Attachment.use(step)` run with exits.
+        policy: when to stop; None: only forwards inside `TransformerHook.use(step)` run with exits.
         branches: rows an image has in a forward (2: guidance in one batch). Default: read from the pipeline's call.
         num_steps: forwards of a run. Default: read from the pipeline's scheduler.
         compile_options: run compiled, with these options of `torch.compile` ({}: its own), see `compiled.Compiler`. Default: compiled if
@@ -57,21 +58,21 @@ def attach(
 
     Raises:
         ValueError: an unknown class of model or block, an attachment already there, heads of another model (depth or width) or noise
-            schedule, a diffusers cache that is active, blocks managed by FSDP, a policy on a bare transformer without `branches` and
+            schedule, a diffusers cache that is active, blocks managed by FSDP, a policy on a bare transformer without `rows_per_sample` and
             `num_steps`, exits that cannot run on a part of the tokens, arguments of another kind.
     """
     wrapper = _held(target)
     transformer = unwrapped(wrapper)
-    family = family_of(transformer)
+    family = model_spec_of(transformer)
     if not isinstance(heads, DenoiserHeads):
         raise ValueError(
             f"heads={heads!r}, expected exits such as AdapterExits.for_transformer(transformer, depths, rank=...)"
         )
-    if not isinstance(vote, Vote | None):
-        raise ValueError(f"vote={vote!r}, expected Vote(group)")
+    if not isinstance(joint_decision, JointDecision | None):
+        raise ValueError(f"joint_decision={joint_decision!r}, expected Vote(group)")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     _require_free(transformer)
-    _check_arguments(transformer, policy, branches, num_steps, bare=pipeline is None)
+    _check_arguments(transformer, policy, rows_per_sample, num_steps, bare=pipeline is None)
     num_layers = len(blocks_of(transformer))
     if heads.depths[-1] >= num_layers:
         raise ValueError(
@@ -86,27 +87,34 @@ def attach(
         options = {} if compile_options is None else compile_options
         compiler = compiler_for(transformer, heads, family, layers=layers_of(transformer, family), options=options)
     require_parallel(transformer, blocks_of(transformer), heads, compiled=compiler is not None)
-    vote = vote_of(transformer) if vote is None else vote
+    joint_decision = vote_of(transformer) if joint_decision is None else joint_decision
     held = None if wrapper is transformer else wrapper
     with _ATTACHING:
         _require_free(transformer)
-        attachment = Attachment(transformer, heads, family, compiler=compiler, wrapper=held, vote=vote)
+        attachment = TransformerHook(
+            transformer, heads, family, compiler=compiler, wrapper=held, joint_decision=joint_decision
+        )
         if policy is not None:
-            said = {"pipeline": pipeline, "branches": branches, "num_steps": num_steps, "renew": attachment.renew}
+            said = {
+                "pipeline": pipeline,
+                "rows_per_sample": rows_per_sample,
+                "num_steps": num_steps,
+                "renew": attachment.renew,
+            }
             begins = functools.partial(_run_begins, attachment, pipeline)
-            runs = Runs(policy, attachment.start, transformer, family, **said, begins=begins)
+            runs = RunTracker(policy, attachment.start, transformer, family, **said, begins=begins)
             counted = Counted(transformer, pipeline)
             attachment.watch = Watch(pipeline, heads) if pipeline is not None and is_fitted(heads) else None
             attachment.run_under(
                 runs, counted, None if pipeline is None else OneCall(pipeline, attachment.require_not_compiled_since)
             )
-        transformer.__dict__["_ee_attachment"] = attachment
+        transformer.__dict__["_ee_hook"] = attachment
     return attachment
 
 
 def _require_free(transformer: nn.Module) -> None:
     """Raises ValueError if exits are attached."""
-    attachment = transformer.__dict__.get("_ee_attachment")
+    attachment = transformer.__dict__.get("_ee_hook")
     if attachment is None:
         return
     kind = type(transformer).__name__
@@ -118,7 +126,7 @@ def _require_free(transformer: nn.Module) -> None:
     )
 
 
-def _run_begins(attachment: Attachment, pipeline: DiffusionPipeline | None, num_steps: int) -> None:
+def _run_begins(attachment: TransformerHook, pipeline: DiffusionPipeline | None, num_steps: int) -> None:
     """The pipeline may have another scheduler now. Raises ValueError for one that the heads do not know."""
     attachment.counted.begin(attachment.runs)
     if pipeline is None:
@@ -131,12 +139,12 @@ def _run_begins(attachment: Attachment, pipeline: DiffusionPipeline | None, num_
 
 
 def _check_arguments(
-    transformer: nn.Module, policy: Policy | None, branches: int | None, num_steps: int | None, *, bare: bool
+    transformer: nn.Module, policy: Policy | None, rows_per_sample: int | None, num_steps: int | None, *, bare: bool
 ) -> None:
     if policy is None:
-        if branches is not None or num_steps is not None:
+        if rows_per_sample is not None or num_steps is not None:
             raise ValueError(
-                f"branches={branches}, num_steps={num_steps} without a policy: they say how a policy is run"
+                f"rows_per_sample={rows_per_sample}, num_steps={num_steps} without a policy: they say how a policy is run"
             )
         return
     if not isinstance(policy, Policy):
@@ -146,14 +154,16 @@ def _check_arguments(
             "the policy was calibrated for one pipeline and its settings, which are not looked at here: "
             "give it to the call of that pipeline (exit_policy=), or make it anew without made_for"
         )
-    if bare and (branches is None or num_steps is None):
+    if bare and (rows_per_sample is None or num_steps is None):
         raise ValueError(
-            f"a policy on a bare {type(transformer).__name__} needs branches= (rows an image has in a forward) and num_steps=; "
-            f"got {branches} and {num_steps}"
+            f"a policy on a bare {type(transformer).__name__} needs rows_per_sample= (rows an image has in a forward) and num_steps=; "
+            f"got {rows_per_sample} and {num_steps}"
         )
-    for count in (branches, num_steps):
+    for count in (rows_per_sample, num_steps):
         if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
-            raise ValueError(f"branches={branches!r}, num_steps={num_steps!r}, expected whole numbers, at least 1")
+            raise ValueError(
+                f"rows_per_sample={rows_per_sample!r}, num_steps={num_steps!r}, expected whole numbers, at least 1"
+            )
 
 
 def detach(target: Target) -> None:
@@ -162,7 +172,7 @@ def detach(target: Target) -> None:
     Raises:
         ValueError: nothing is attached.
     """
-    attachment_of(target).detach()
+    hook_of(target).detach()
 
 
 def summary(target: Target) -> str:
@@ -171,19 +181,19 @@ def summary(target: Target) -> str:
     Raises:
         ValueError: nothing is attached.
     """
-    return attachment_of(target).summary()
+    return hook_of(target).summary()
 
 
-def attachment_of(target: Target) -> Attachment:
+def hook_of(target: Target) -> TransformerHook:
     """The attachment on a pipeline's transformer or on a transformer.
 
     Raises:
         ValueError: nothing is attached.
     """
     transformer = transformer_of(target)
-    if "_ee_attachment" not in transformer.__dict__:
+    if "_ee_hook" not in transformer.__dict__:
         raise ValueError(f"no exits are attached to this {type(transformer).__name__}")
-    return transformer.__dict__["_ee_attachment"]
+    return transformer.__dict__["_ee_hook"]
 
 
 def transformer_of(target: Target) -> nn.Module:

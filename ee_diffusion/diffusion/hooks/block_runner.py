@@ -1,7 +1,7 @@
-"""Passage: the rows of one forward on their way through the blocks of a diffusers transformer, up to its tail.
+"""BlockRunner: the rows of one forward on their way through the blocks of a diffusers transformer, up to its tail.
 
-Here: which rows of which argument a block gets, and what its parent gets back. Not here: who stops (core), facts on classes (model_specs.py).
-R rows of the batch, r running rows, N tokens, D width, L layers.
+Here: which rows of which argument a block gets, and what its parent gets back. Not here: who stops (core), facts on classes
+(model_specs.py). R rows of the batch, r running rows, N tokens, D width, L layers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.active_batch import Lane
+from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.rows import require_rows
 from ee_diffusion.diffusion.hooks.gradient_checkpointing import Checkpoint, checkpointed
-from ee_diffusion.diffusion.model_specs import Family
+from ee_diffusion.diffusion.model_specs import ModelSpec
 
 TEXT = "encoder_hidden_states"
 
@@ -33,7 +33,7 @@ class Layer:
     text: bool
 
 
-def layers_of(transformer: nn.Module, family: Family) -> list[Layer]:
+def layers_of(transformer: nn.Module, family: ModelSpec) -> list[Layer]:
     """The layers of a transformer, in the order in which they run."""
     return [
         Layer(tuple(signature_of(type(block)).parameters)[1:], together, family.returns != "image" and not together)
@@ -49,17 +49,18 @@ def signature_of(kind: type) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-class Passage:
+class BlockRunner:
     """One forward under one step session.
 
     Rows that stop are dropped: a block gets, and its parent gets back, the r running rows. Where the parent adds something to all rows
-    between blocks (`Family.residuals`), it gets R rows back, those that stopped as they were. A frozen family's blocks run on all R rows.
+    between blocks (`ModelSpec.residuals`), it gets R rows back, those that stopped as they were. A frozen family's blocks run on all R
+    rows.
     """
 
     def __init__(
         self,
-        lane: Lane,
-        family: Family,
+        lane: ActiveBatch,
+        family: ModelSpec,
         layers: list[Layer],
         arguments: Mapping[str, Any],
         *,

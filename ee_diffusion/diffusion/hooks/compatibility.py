@@ -9,7 +9,7 @@ import torch
 from diffusers.models.cache_utils import CacheMixin
 from torch import nn
 
-from ee_diffusion.diffusion.model_specs import Family
+from ee_diffusion.diffusion.model_specs import ModelSpec
 
 # Hooks of diffusers that answer from memory or skip blocks themselves (the names under which diffusers registers them).
 CACHE_HOOKS = (
@@ -25,7 +25,7 @@ CACHE_HOOKS = (
 )
 
 
-def require_attachable(transformer: nn.Module, family: Family) -> None:
+def require_attachable(transformer: nn.Module, family: ModelSpec) -> None:
     """Raises ValueError if exits cannot be attached to this transformer as it stands, and says what to do."""
     require_no_cache(transformer)
     for name in family.lists:
@@ -54,7 +54,7 @@ def perturbs_attention(transformer: nn.Module) -> bool:
     return any(type(module.__dict__.get("processor")).__name__.startswith("PAG") for module in transformer.modules())
 
 
-def _require_known(block: nn.Module, place: str, family: Family) -> None:
+def _require_known(block: nn.Module, place: str, family: ModelSpec) -> None:
     if _is_sharded(block):
         raise ValueError(
             f"{place} is managed by FSDP, which gathers its weights on every rank alike: ranks that skip different blocks would wait for "
@@ -64,7 +64,7 @@ def _require_known(block: nn.Module, place: str, family: Family) -> None:
     if family.block_classes and kind not in family.block_classes:
         raise ValueError(
             f"{place} is a {kind}; the table knows {', '.join(family.block_classes)} in {family.class_name}. "
-            "For a class of your own write a row: register_family(Family(...))"
+            "For a class of your own write a row: register_model(Family(...))"
         )
 
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from ee_diffusion.core.exits import ExitHeads
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.diffusion.hooks.block_runner import TEXT, Layer
-from ee_diffusion.diffusion.model_specs import Family
+from ee_diffusion.diffusion.model_specs import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Compiler:
         ValueError: options that are no mapping.
     """
 
-    def __init__(self, heads: ExitHeads, family: Family, layers: list[Layer], options: Mapping[str, Any]):
+    def __init__(self, heads: ExitHeads, family: ModelSpec, layers: list[Layer], options: Mapping[str, Any]):
         if not isinstance(options, Mapping):
             raise ValueError(f"compile_options={options!r}, expected options of torch.compile by name, such as {{}}")
         self.heads, self.family, self.layers = heads, family, layers
@@ -100,7 +100,7 @@ class Compiler:
         self,
         step: StepSession,
         forward: Callable[..., Any],
-        places: Sequence[Interception],
+        places: Sequence[ForwardPatch],
         *,
         given: tuple[dict[str, Any], dict[str, Tensor]],
         call: tuple[tuple, dict[str, Any]],
@@ -139,7 +139,7 @@ class Compiler:
         return run
 
     @contextmanager
-    def _standing(self, places: Sequence[Interception]) -> Iterator[None]:
+    def _standing(self, places: Sequence[ForwardPatch]) -> Iterator[None]:
         """Within, blocks and tail have the same forwards as in every other run: to torch a new object would be a new graph."""
         before = [place.target.__dict__["forward"] for place in places]
         for index, place in enumerate(places):
@@ -184,7 +184,7 @@ _COMPILERS: WeakKeyDictionary[nn.Module, Compiler] = WeakKeyDictionary()
 
 
 def compiler_for(
-    transformer: nn.Module, heads: ExitHeads, family: Family, *, layers: list[Layer], options: Mapping[str, Any]
+    transformer: nn.Module, heads: ExitHeads, family: ModelSpec, *, layers: list[Layer], options: Mapping[str, Any]
 ) -> Compiler:
     """The compiler of this transformer with these exits and options; a new one for others. Raises ValueError as `Compiler` does."""
     made, known = Compiler(heads, family, layers, options), _COMPILERS.get(transformer)

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.hooks.block_runner import TEXT, Layer, layers_of
-from ee_diffusion.diffusion.model_specs import blocks_of, family_of
+from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
 
 
 def answer_under(transformer: nn.Module, policy: Policy, arguments: Mapping[str, Any]) -> Tensor:
@@ -52,7 +52,7 @@ def forward_of(transformer: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
 @contextmanager
 def passing(transformer: nn.Module, depth: int) -> Iterator[None]:
     """The blocks from `depth` on return what they get: the model without its later blocks."""
-    family = family_of(transformer)
+    family = model_spec_of(transformer)
 
     def pass_on(facts: Layer, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         image, text = streams(facts, args, kwargs)
@@ -61,7 +61,7 @@ def passing(transformer: nn.Module, depth: int) -> Iterator[None]:
         return (text, image) if family.returns == "text, image" else (image, text)
 
     held = [
-        Interception(block, functools.partial(pass_on, facts))
+        ForwardPatch(block, functools.partial(pass_on, facts))
         for block, facts in list(zip(blocks_of(transformer), layers_of(transformer, family), strict=True))[depth:]
     ]
     try:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ee_diffusion.core.patch import Interception
+from ee_diffusion.core.patch import ForwardPatch
 
 Checkpoint = Callable[..., Any]  # (module, *args) -> what the module returns for them
 
@@ -32,7 +32,7 @@ def blocks_called_directly(transformer: nn.Module, blocks: Sequence[nn.Module]) 
     def direct(original: Checkpoint, module: nn.Module, *args: Any) -> Any:
         return module(*args) if module in blocks else original(module, *args)
 
-    interception = Interception(transformer, direct, name="_gradient_checkpointing_func")
+    interception = ForwardPatch(transformer, direct, name="_gradient_checkpointing_func")
     try:
         yield
     finally:

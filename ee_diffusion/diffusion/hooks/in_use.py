@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ee_diffusion.core.patch import Interception, restore_all
+from ee_diffusion.core.patch import ForwardPatch, restore_all
 
 _TURNS: WeakKeyDictionary[Any, threading.RLock] = (
     WeakKeyDictionary()
@@ -48,11 +48,11 @@ class OneCall:
         self._lock, self._thread = threading.Lock(), 0
         checks = callable(getattr(pipeline, "check_inputs", None))  # first of all, but not every class has it
         self._interceptions = [
-            *([Interception(pipeline, self._begins, name="check_inputs")] if checks else []),
-            Interception(pipeline, self._loop_begins, name="progress_bar"),
-            Interception(pipeline, self._ends, name="maybe_free_model_hooks"),
+            *([ForwardPatch(pipeline, self._begins, name="check_inputs")] if checks else []),
+            ForwardPatch(pipeline, self._loop_begins, name="progress_bar"),
+            ForwardPatch(pipeline, self._ends, name="maybe_free_model_hooks"),
         ]
-        self._scheduler: Interception | None = None  # within a loop: other threads may not set its steps anew
+        self._scheduler: ForwardPatch | None = None  # within a loop: other threads may not set its steps anew
 
     def enter(self) -> None:
         """This thread is in the call, or in a forward of it.
@@ -93,7 +93,7 @@ class OneCall:
         self.enter()
         self._free_scheduler()
         self._check(self._pipeline.transformer)
-        self._scheduler = Interception(self._pipeline.scheduler, self._steps_set, name="set_timesteps")
+        self._scheduler = ForwardPatch(self._pipeline.scheduler, self._steps_set, name="set_timesteps")
         return original(*args, **kwargs)
 
     def _steps_set(self, original, *args, **kwargs):

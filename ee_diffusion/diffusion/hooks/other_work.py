@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ee_diffusion.core.patch import Interception, Uncopied, restore_all
+from ee_diffusion.core.patch import ForwardPatch, Uncopied, restore_all
 from ee_diffusion.core.trace import Beside
 from ee_diffusion.diffusion.hooks.compile import unwrapped
-from ee_diffusion.diffusion.hooks.run_tracker import Runs
-from ee_diffusion.diffusion.model_specs import FAMILIES, blocks_of
+from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
+from ee_diffusion.diffusion.model_specs import MODEL_SPECS, blocks_of
 
 
 class Counted:
@@ -26,7 +26,7 @@ class Counted:
     def __init__(self, transformer: nn.Module, pipeline: DiffusionPipeline | None):
         self._transformer, self._pipeline = transformer, pipeline
         # runs -> what was asked for -> forwards, rows x blocks
-        self._plain: WeakKeyDictionary[Runs, dict[str, list[int]]] = WeakKeyDictionary()
+        self._plain: WeakKeyDictionary[RunTracker, dict[str, list[int]]] = WeakKeyDictionary()
         self._others: dict[str, _Forwards] = {}
         self._uncounted: list[str] = []
         self._handles: list[RemovableHandle] = []
@@ -34,24 +34,24 @@ class Counted:
             []
             if pipeline is None
             else [
-                Interception(pipeline, self._loop_begins, name="progress_bar"),
-                Interception(pipeline, self._call_ends, name="maybe_free_model_hooks"),
+                ForwardPatch(pipeline, self._loop_begins, name="progress_bar"),
+                ForwardPatch(pipeline, self._call_ends, name="maybe_free_model_hooks"),
             ]
         )
 
-    def begin(self, runs: Runs) -> None:
+    def begin(self, runs: RunTracker) -> None:
         """A run begins: what this transformer did without exits before is not its own."""
         self._plain[runs] = {}
 
-    def forward(self, runs: Runs, reason: str) -> None:
+    def forward(self, runs: RunTracker, reason: str) -> None:
         """A forward without exits, because of the argument `reason`."""
         self._plain.setdefault(runs, {}).setdefault(reason, [0, 0])[0] += 1
 
-    def block(self, runs: Runs, reason: str, rows: int) -> None:
+    def block(self, runs: RunTracker, reason: str, rows: int) -> None:
         """Within it a block runs on so many rows."""
         self._plain[runs][reason][1] += rows
 
-    def seen(self, runs: Runs) -> tuple[Beside, ...]:
+    def seen(self, runs: RunTracker) -> tuple[Beside, ...]:
         """Since the last run began."""
         plain = [Beside(name, forwards, ran, ran) for name, (forwards, ran) in self._plain.get(runs, {}).items()]
         others = [one.seen() for one in self._others.values() if one.forwards]
@@ -87,7 +87,7 @@ class Counted:
 
 
 def _denoises(model: nn.Module) -> bool:
-    return type(model).__name__ in FAMILIES or "ControlNet" in type(model).__name__
+    return type(model).__name__ in MODEL_SPECS or "ControlNet" in type(model).__name__
 
 
 class _Forwards:
@@ -99,13 +99,13 @@ class _Forwards:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.forwards += 1
-        if type(self._model).__name__ in FAMILIES:
+        if type(self._model).__name__ in MODEL_SPECS:
             self._rows += len(args[0] if args else kwargs["hidden_states"])
 
     def seen(self) -> Beside:
         """With the blocks that exits of its own left out, if the model is of the family table."""
         blocks = self._rows and self._rows * len(blocks_of(self._model))
-        attachment = self._model.__dict__.get("_ee_attachment")
+        attachment = self._model.__dict__.get("_ee_hook")
         trace = None if attachment is None else attachment.trace
         ran, whole = (1, 1) if trace is None else trace.work
         return Beside(

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from torch import nn
 
-from ee_diffusion.core.distributed import Vote
+from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.diffusion.protocols import DenoiserHeads
 
 
-def vote_of(transformer: nn.Module) -> Vote | None:
+def vote_of(transformer: nn.Module) -> JointDecision | None:
     """The vote of the ranks that diffusers runs this transformer on (`enable_parallelism`, or `parallel_config` on loading); None: this
     process runs it alone."""
     config = getattr(transformer, "_parallel_config", None)  # models that are not of diffusers have none
     if config is None:
         return None
     if config.context_parallel_config is not None:
-        return Vote(config.context_parallel_config._flattened_mesh.get_group())
-    return Vote(config.tensor_parallel_config._mesh.get_group())
+        return JointDecision(config.context_parallel_config._flattened_mesh.get_group())
+    return JointDecision(config.tensor_parallel_config._mesh.get_group())
 
 
 def require_parallel(transformer: nn.Module, blocks: list[nn.Module], heads: DenoiserHeads, *, compiled: bool) -> None:

@@ -19,18 +19,18 @@ from diffusers import DiffusionPipeline
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.patch import Interception, restore_all
+from ee_diffusion.core.patch import ForwardPatch, restore_all
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.guidance import condition_of, sources_of_rows
 from ee_diffusion.diffusion.hooks.compatibility import perturbs_attention
-from ee_diffusion.diffusion.model_specs import Family
+from ee_diffusion.diffusion.model_specs import ModelSpec
 from ee_diffusion.diffusion.step_times import times_from
 
 
-class Runs:
+class RunTracker:
     """Turns the forwards of a transformer into the steps of runs, under one policy. Nothing of a run survives it or an exception."""
 
     def __init__(
@@ -38,10 +38,10 @@ class Runs:
         policy: Policy,
         start: Callable[..., Session],
         transformer: nn.Module,
-        family: Family,
+        family: ModelSpec,
         *,
         pipeline: DiffusionPipeline | None,
-        branches: int | None,
+        rows_per_sample: int | None,
         num_steps: int | None,
         renew: Callable[[], None],
         begins: Callable[[int], None] = lambda num_steps: None,
@@ -50,25 +50,25 @@ class Runs:
         self._renew = renew  # called when a call has ended, for model offload then replaces the transformer's forward
         self.policy, self._start, self._family, self._pipeline = policy, start, family, pipeline
         self._transformer = transformer
-        self._given_branches, self._given_steps = branches, num_steps
+        self._given_branches, self._given_steps = rows_per_sample, num_steps
         self._last: Trace | None = None
         self._said_images: int | None = None  # B, seen where the pipeline draws its latents
         self._looping = False  # inside the loop of the pipeline
         self._branch: str | None = None  # the name the pipeline gives to the forward that comes ("cond", "uncond")
-        self._threads: WeakKeyDictionary[threading.Thread, Runs] = WeakKeyDictionary()
-        self._interceptions: list[Interception] = []
+        self._threads: WeakKeyDictionary[threading.Thread, RunTracker] = WeakKeyDictionary()
+        self._interceptions: list[ForwardPatch] = []
         self._forget()
         if isinstance(transformer, CacheMixin):
-            named = Interception(transformer, self._cache_context_of_this_thread, name="cache_context")
+            named = ForwardPatch(transformer, self._cache_context_of_this_thread, name="cache_context")
             self._interceptions.append(named)
         if pipeline is not None:
-            self._interceptions.append(Interception(pipeline, self._loop_begins, name="progress_bar"))
-            self._interceptions.append(Interception(pipeline, self._call_ends, name="maybe_free_model_hooks"))
+            self._interceptions.append(ForwardPatch(pipeline, self._loop_begins, name="progress_bar"))
+            self._interceptions.append(ForwardPatch(pipeline, self._call_ends, name="maybe_free_model_hooks"))
             for name, wrapper in (("check_inputs", self._call_begins), ("prepare_latents", self._latents_drawn)):
                 if callable(getattr(pipeline, name, None)):
-                    self._interceptions.append(Interception(pipeline, wrapper, name=name))
+                    self._interceptions.append(ForwardPatch(pipeline, wrapper, name=name))
 
-    def of_this_thread(self) -> Runs:
+    def of_this_thread(self) -> RunTracker:
         """A bare transformer runs for each thread by itself; a pipeline's calls come one at a time."""
         if self._pipeline is not None:
             return self
@@ -225,7 +225,8 @@ class Runs:
             guided = getattr(self._pipeline, "do_classifier_free_guidance", None)  # what it says of its own call
         if guided is None:
             raise ValueError(
-                f"{type(self._pipeline).__name__} does not say whether it guides: attach with branches= (rows an image has in a forward)"
+                f"{type(self._pipeline).__name__} does not say whether it guides: attach with rows_per_sample= (rows an image has in a "
+                f"forward)"
             )
         return 1 + bool(guided) + bool(getattr(self._pipeline, "do_perturbed_attention_guidance", False))
 

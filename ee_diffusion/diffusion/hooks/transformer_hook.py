@@ -1,4 +1,4 @@
-"""Attachment: exits on one transformer. Its blocks run on the rows that are still going; no forward is copied.
+"""TransformerHook: exits on one transformer. Its blocks run on the rows that are still going; no forward is copied.
 
 Here: the driver of step sessions. Not here: the user's interface (attach.py), facts about classes (model_specs.py), rows on their way
 (block_runner.py), which forwards of a stock pipeline make a run (run_tracker.py), decisions (core). R rows of the batch, L layers.
@@ -18,14 +18,14 @@ import torch
 from diffusers.models.cache_utils import CacheMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.active_batch import Lane
-from ee_diffusion.core.distributed import Vote
-from ee_diffusion.core.patch import Interception, restore_all
+from ee_diffusion.core.active_batch import ActiveBatch
+from ee_diffusion.core.distributed import JointDecision
+from ee_diffusion.core.patch import ForwardPatch, restore_all
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.step_session import StepSession
 from ee_diffusion.core.trace import Report, Trace
-from ee_diffusion.diffusion.hooks.block_runner import Passage, layers_of, signature_of
+from ee_diffusion.diffusion.hooks.block_runner import BlockRunner, layers_of, signature_of
 from ee_diffusion.diffusion.hooks.compatibility import require_no_cache
 from ee_diffusion.diffusion.hooks.compile import (
     Compiler,
@@ -37,14 +37,23 @@ from ee_diffusion.diffusion.hooks.compile import (
 from ee_diffusion.diffusion.hooks.gradient_checkpointing import blocks_called_directly, checkpoint_of
 from ee_diffusion.diffusion.hooks.in_use import OneCall
 from ee_diffusion.diffusion.hooks.other_work import Counted
-from ee_diffusion.diffusion.hooks.run_tracker import Runs
-from ee_diffusion.diffusion.model_specs import Family, blocks_of
-from ee_diffusion.diffusion.protocols import DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads, RememberingHeads
+from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
+from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of
+from ee_diffusion.diffusion.protocols import CachingHeads, DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads
 from ee_diffusion.diffusion.step_cache.run_setup import Watch
 from ee_diffusion.diffusion.step_times import times_of
 
 OF_OTHER_MODELS = frozenset(
-    ["max_probability", "margin", "low_entropy", "saturation", "judged", "agreement", "closeness", "pruned_probability"]
+    [
+        "max_probability",
+        "margin",
+        "negative_entropy",
+        "saturation",
+        "learned_confidence",
+        "agreement",
+        "closeness",
+        "pruned_probability",
+    ]
 )
 COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -53,11 +62,11 @@ class _Now(threading.local):
     """What a thread is doing: the step that its next forward runs under, and the forward that goes on."""
 
     step: StepSession | None = None
-    passage: Passage | None = None
+    passage: BlockRunner | None = None
     plain: str = ""  # why the forward that goes on runs without exits
 
 
-class Attachment:
+class TransformerHook:
     """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
     compute exactly what they did before. Each thread has its own step and forward.
 
@@ -68,24 +77,24 @@ class Attachment:
         self,
         transformer: nn.Module,
         heads: DenoiserHeads,
-        family: Family,
+        family: ModelSpec,
         *,
         compiler: Compiler | None = None,
         wrapper: nn.Module | None = None,
-        vote: Vote | None = None,
+        joint_decision: JointDecision | None = None,
     ):
         """wrapper: what `torch.compile(transformer)` returned, if the caller holds that. vote: ranks that decide together."""
-        self.transformer, self.heads, self.family, self.vote = transformer, heads, family, vote
+        self.transformer, self.heads, self.family, self.joint_decision = transformer, heads, family, joint_decision
         self.blocks = blocks_of(transformer)
         self.layers = layers_of(transformer, family)
         self.compiler, self._held = compiler, wrapper
         self.padded = 0  # rows x blocks that ran for no image
-        self._runs: Runs | None = None
-        self._latest: Runs | None = None  # in which the last forward ran
+        self._runs: RunTracker | None = None
+        self._latest: RunTracker | None = None  # in which the last forward ran
         self.counted: Counted | None = None  # with a policy: what the call does beside
         self.watch: Watch | None = None
         self.one_call: OneCall | None = None  # with a policy on a pipeline
-        self._remembering = isinstance(heads, RememberingHeads)  # asked once: a protocol's check is slow
+        self._remembering = isinstance(heads, CachingHeads)  # asked once: a protocol's check is slow
         self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
@@ -95,14 +104,14 @@ class Attachment:
         self._alone = threading.RLock()  # for forwards that replace more than we did: compiled or checkpointed ones
         self._signature = signature_of(type(transformer))
         self._interceptions = [
-            Interception(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
+            ForwardPatch(block, functools.partial(self._block, layer)) for layer, block in enumerate(self.blocks)
         ]
-        self._interceptions.append(Interception(getattr(transformer, family.tail), self._tail))
-        self._interceptions.append(Interception(transformer, self._forward))
+        self._interceptions.append(ForwardPatch(getattr(transformer, family.tail), self._tail))
+        self._interceptions.append(ForwardPatch(transformer, self._forward))
         if isinstance(transformer, CacheMixin):
-            self._interceptions.append(Interception(transformer, self._enable_cache, name="enable_cache"))
+            self._interceptions.append(ForwardPatch(transformer, self._enable_cache, name="enable_cache"))
         if wrapper is not None:
-            self._interceptions.append(Interception(wrapper, self._wrapper))
+            self._interceptions.append(ForwardPatch(wrapper, self._wrapper))
         self._suspended = {
             module: call
             for module in (transformer, *self.blocks)
@@ -124,7 +133,7 @@ class Attachment:
         require_no_cache(self.transformer)
         score = getattr(policy.criterion, "score", None)
         if score in OF_OTHER_MODELS:
-            raise ValueError(f"score {score!r} looks at logits or tokens, a denoiser has none: expected 'certainty'")
+            raise ValueError(f"score {score!r} looks at logits or tokens, a denoiser has none: expected 'confidence'")
         return policy.start(
             len(self.blocks),
             self.heads.depths,
@@ -133,7 +142,7 @@ class Attachment:
             elements=elements,
             device=next(self.transformer.parameters()).device if device is None else device,
             frozen=self.family.frozen,
-            vote=self.vote,
+            joint_decision=self.joint_decision,
         )
 
     @contextmanager
@@ -152,7 +161,7 @@ class Attachment:
             self._now.step, self._now.passage = None, None
 
     @property
-    def runs(self) -> Runs | None:
+    def runs(self) -> RunTracker | None:
         """This thread's; None without a policy."""
         return None if self._runs is None else self._runs.of_this_thread()
 
@@ -162,7 +171,7 @@ class Attachment:
         if around or is_compiled(self.transformer, self.blocks):
             refuse_compiling_after_attaching()
 
-    def run_under(self, runs: Runs, counted: Counted, one_call: OneCall | None) -> None:
+    def run_under(self, runs: RunTracker, counted: Counted, one_call: OneCall | None) -> None:
         """From now on every forward runs under a policy. Called by `attach`."""
         self._runs = self._latest = runs
         self.counted, self.one_call = counted, one_call
@@ -186,7 +195,7 @@ class Attachment:
         for module, call in self._suspended.items():
             module._compiled_call_impl = call
         self._suspended = {}
-        del self.transformer.__dict__["_ee_attachment"]
+        del self.transformer.__dict__["_ee_hook"]
 
     def renew(self) -> None:
         """Intercept again what something else has replaced meanwhile (offload hooks are renewed after every call of a pipeline)."""
@@ -225,7 +234,7 @@ class Attachment:
             lines.append("no run yet" if self.trace is None else self.trace.report().summary())
         return "\n".join(lines)
 
-    def __enter__(self) -> Attachment:
+    def __enter__(self) -> TransformerHook:
         return self
 
     def __exit__(self, *exception) -> None:
@@ -234,7 +243,7 @@ class Attachment:
 
     @property
     def _attached(self) -> bool:
-        return self.transformer.__dict__.get("_ee_attachment") is self
+        return self.transformer.__dict__.get("_ee_hook") is self
 
     def _enable_cache(self, original, *args, **kwargs):
         raise ValueError(
@@ -294,8 +303,8 @@ class Attachment:
             facts = {"sample": sample, "timestep": timestep, "output": said}
             if self._keeping:
                 facts["hidden"] = self._now.passage.lane.kept
-            memories = step.session.memories
-            memories[step.call] = self.heads.remember(memories.get(step.call), step.rows, **facts)
+            histories = step.session.histories
+            histories[step.call] = self.heads.remember(histories.get(step.call), step.rows, **facts)
         step.close()
         return output
 
@@ -337,8 +346,8 @@ class Attachment:
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
         keep = self.heads.keeps if self._keeping and step.last == step.session.num_layers else ()
         padding = self.compiler is not None and (self.runs is None or not self.runs.perturbed)
-        lane, rows_for = Lane(step, heads, context, keep=keep), bucket if padding else None
-        passage = Passage(lane, self.family, self.layers, arguments, rows_for=rows_for, checkpoint=checkpoint)
+        lane, rows_for = ActiveBatch(step, heads, context, keep=keep), bucket if padding else None
+        passage = BlockRunner(lane, self.family, self.layers, arguments, rows_for=rows_for, checkpoint=checkpoint)
         self._now.passage = passage
         with self._alone_if(self.compiler is not None or checkpoint is not None):
             if checkpoint is None:
@@ -367,7 +376,7 @@ class Attachment:
     def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
         if self._remembering and step.may_exit:
-            return heads.recall(step.session.memories.get(step.call), sample, timestep)
+            return heads.recall(step.session.histories.get(step.call), sample, timestep)
         return heads.context(timestep) if step.measures else {"timestep": timestep}
 
     def _check(self, step: StepSession, sample: Tensor) -> None:

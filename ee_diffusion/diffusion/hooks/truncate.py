@@ -17,7 +17,7 @@ from ee_diffusion.core.row_check import alike, apart
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.hooks.attach import transformer_of
 from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under, forward_of
-from ee_diffusion.diffusion.model_specs import TESTED, Family, blocks_of, family_of
+from ee_diffusion.diffusion.model_specs import TESTED, ModelSpec, blocks_of, model_spec_of
 
 
 def truncate(model: nn.Module, depth: int, *, inputs: Mapping[str, Any] | None = None) -> nn.Module:
@@ -37,7 +37,7 @@ def truncate(model: nn.Module, depth: int, *, inputs: Mapping[str, Any] | None =
             are attached.
     """
     model = transformer_of(model)
-    family, layers = family_of(model), len(blocks_of(model))
+    family, layers = model_spec_of(model), len(blocks_of(model))
     name = family.class_name
     if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth < layers:
         raise ValueError(f"depth={depth!r}, expected an integer in 1..{layers - 1}")
@@ -76,7 +76,7 @@ def _compare(model: nn.Module, shallow: nn.Module, depth: int, inputs: Mapping[s
 def _check_weights(
     state: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
-    family: Family,
+    family: ModelSpec,
     counts: Mapping[str, int],
     *,
     no_model: str,
@@ -98,7 +98,7 @@ def _check_weights(
     )
 
 
-def _counts(model: nn.Module, family: Family, depth: int) -> dict[str, int]:
+def _counts(model: nn.Module, family: ModelSpec, depth: int) -> dict[str, int]:
     """How many blocks each list keeps, by config entry."""
     left, counts = depth, {}
     if len(family.counts) < len(family.lists):
@@ -117,7 +117,7 @@ def _counts(model: nn.Module, family: Family, depth: int) -> dict[str, int]:
     return counts
 
 
-def _kept(name: str, family: Family, counts: dict[str, int]) -> bool:
+def _kept(name: str, family: ModelSpec, counts: dict[str, int]) -> bool:
     for entry, blocks in zip(family.counts, family.lists, strict=False):
         found = re.match(rf"{blocks}\.(\d+)\.", name)
         if found is not None:

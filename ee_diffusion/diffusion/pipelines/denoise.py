@@ -17,9 +17,9 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided
+from ee_diffusion.diffusion.guidance import guided, is_guided, prepare_model_input
 from ee_diffusion.diffusion.hooks.attach import attach
-from ee_diffusion.diffusion.hooks.transformer_hook import Attachment
+from ee_diffusion.diffusion.hooks.transformer_hook import TransformerHook
 from ee_diffusion.diffusion.step_cache.run_setup import setup_here, warn_of_setup
 
 
@@ -57,7 +57,7 @@ def denoise(
         with pipeline.progress_bar(total=len(times)) as progress:
             for index, time in enumerate(times):
                 call = {"guidance_scale": guidance_scale, "dtype": pipeline.transformer.dtype}
-                inputs = asked_of(pipeline.scheduler, latents, time, **call)  # (R, C, H, W)
+                inputs = prepare_model_input(pipeline.scheduler, latents, time, **call)  # (R, C, H, W)
                 with _step(attachment, session, index, time):
                     timestep = time.to(inputs.device).expand(len(inputs))  # (R,)
                     prediction = pipeline.transformer(inputs, timestep, **conditions).sample
@@ -71,7 +71,7 @@ def denoise(
 
 
 @contextmanager
-def _exits_on(pipeline: DiffusionPipeline, policy: Policy) -> Iterator[Attachment | None]:
+def _exits_on(pipeline: DiffusionPipeline, policy: Policy) -> Iterator[TransformerHook | None]:
     if policy.is_off:
         yield None
         return
@@ -80,7 +80,7 @@ def _exits_on(pipeline: DiffusionPipeline, policy: Policy) -> Iterator[Attachmen
 
 
 @contextmanager
-def _step(attachment: Attachment | None, session: Session | None, index: int, time: Tensor) -> Iterator[None]:
+def _step(attachment: TransformerHook | None, session: Session | None, index: int, time: Tensor) -> Iterator[None]:
     if attachment is None or session is None:
         yield
         return

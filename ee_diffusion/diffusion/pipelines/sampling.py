@@ -23,7 +23,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from ee_diffusion.core.criteria import Planned
+from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import shuffled_overall, shuffled_per_step, static_depths
 from ee_diffusion.core.schedules import DepthPerStep
@@ -138,7 +138,7 @@ def controls_of(trace: Trace, *, seed: int, warm_up: int = 0) -> dict[str, Polic
     generator = torch.Generator().manual_seed(seed)
 
     def planned(table: Tensor) -> Policy:
-        return Policy(Planned(tuple(tuple(row) for row in table.tolist())))
+        return Policy(DepthTable(tuple(tuple(row) for row in table.tolist())))
 
     exits = tuple(trace.exits.tolist())
     begun = (static_depths(row[None], exits, num_layers=num_layers)[0] for row in first)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.fingerprint import check_made_for
 from ee_diffusion.diffusion.guidance import is_guided
@@ -50,7 +50,7 @@ class EarlyExitTextPipeline(EarlyExitPipeline):
         self,
         transformer: UViTTransformer2DModel,
         scheduler: SchedulerMixin,
-        exits: AdapterExits | DenoisingExits | MemoryExits | None = None,
+        exits: AdapterExits | DenoisingExits | CachedOutputExits | None = None,
         vae: AutoencoderTiny | AutoencoderKL | None = None,
         text_encoder: Any = None,
         tokenizer: Any = None,

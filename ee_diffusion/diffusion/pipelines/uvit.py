@@ -23,7 +23,7 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.exits.loading import keep_exits
 from ee_diffusion.diffusion.fingerprint import check_made_for
@@ -68,7 +68,7 @@ class EarlyExitPipeline(DiffusionPipeline):
     """Generate images with a U-ViT, every image deciding at every step how many blocks it needs.
 
     Components: `transformer` (UViTTransformer2DModel), `scheduler` (any that predicts what the transformer was trained on), `exits`
-    (DenoisingExits, or MemoryExits; None: no early exit).
+    (DenoisingExits, or CachedOutputExits; None: no early exit).
     """
 
     _optional_components = ["exits"]
@@ -81,7 +81,7 @@ class EarlyExitPipeline(DiffusionPipeline):
         self,
         transformer: UViTTransformer2DModel,
         scheduler: SchedulerMixin,
-        exits: AdapterExits | DenoisingExits | MemoryExits | None = None,
+        exits: AdapterExits | DenoisingExits | CachedOutputExits | None = None,
     ):
         super().__init__()
         if "num_classes" not in transformer.config:

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.history import Memory
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.core.history import OutputHistory
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import weights_of
-from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
+from ee_diffusion.diffusion.guidance import cfg_labels, guided, prepare_model_input
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.step_cache.solver import accepted
 from ee_diffusion.diffusion.step_cache.trajectories import check_run
@@ -36,7 +36,7 @@ class Walk:
 @torch.no_grad()
 def walk(
     pipeline: EarlyExitPipeline,
-    exits: MemoryExits,
+    exits: CachedOutputExits,
     class_labels: Sequence[int] | None,
     *,
     batch_size: int = 1,
@@ -65,15 +65,15 @@ def walk(
     count = batch_size if class_labels is None else len(class_labels)
     exits.check_scheduler(scheduler)
     device, call = transformer.device, {"guidance_scale": guidance_scale}
-    labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
+    labels = cfg_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
     size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
     scheduler.set_timesteps(num_inference_steps, device=device)
     noise = accepted(scheduler, generator=generator)
     latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
-    memory: Memory | None = None
+    memory: OutputHistory | None = None
     seen: list[tuple[Tensor, Tensor, int]] = []
     for index, time in enumerate(scheduler.timesteps):
-        sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
+        sample = prepare_model_input(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
         timestep = time.expand(len(sample))
         output = transformer(sample, timestep, labels).sample
         known = exits.recall(memory, sample, timestep)
@@ -91,7 +91,9 @@ def walk(
     return Walk(features, errors, torch.cat(steps), weights_of(transformer))
 
 
-def fit_gauge(exits: MemoryExits, seen: Walk, *, iterations: int = 1000, learning_rate: float = 1e-2) -> None:
+def fit_error_estimator(
+    exits: CachedOutputExits, seen: Walk, *, iterations: int = 1000, learning_rate: float = 1e-2
+) -> None:
     """Train the uncertainty of `exits` on a walk: smooth L1 between log u and the logarithm of the true error, all moments at once.
 
     Raises:

@@ -15,11 +15,11 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ee_diffusion.core.history import Memory
-from ee_diffusion.diffusion.exits.cached import MemoryExits
-from ee_diffusion.diffusion.guidance import asked_of, guided, row_labels
+from ee_diffusion.core.history import OutputHistory
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
+from ee_diffusion.diffusion.guidance import cfg_labels, guided, prepare_model_input
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
-from ee_diffusion.diffusion.step_cache.solver import accepted, step_sensitivity
+from ee_diffusion.diffusion.step_cache.solver import accepted, local_error_gain
 from ee_diffusion.diffusion.step_cache.trajectories import check_run
 
 
@@ -34,9 +34,9 @@ class _Branch:
 
 
 @torch.no_grad()
-def step_gains(
+def error_amplification(
     pipeline: EarlyExitPipeline,
-    exits: MemoryExits,
+    exits: CachedOutputExits,
     class_labels: Sequence[int] | None,
     *,
     batch_size: int = 1,
@@ -46,7 +46,7 @@ def step_gains(
     generator: torch.Generator,
 ) -> tuple[float, ...]:
     """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one
-    (`step_sensitivity` times its true error). Above 1 the model makes it grow, below 1 it mends it.
+    (`local_error_gain` times its true error). Above 1 the model makes it grow, below 1 it mends it.
 
     Measured at every `every`-th step on images of the given classes (of an unconditional model, None: `batch_size` images), one branch
     each, run to the end; between them log-linear. Where a
@@ -58,7 +58,7 @@ def step_gains(
     """
     check_numbers(guidance_scale, every=every, batch_size=batch_size)
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-    sensitivity = step_sensitivity(exits, pipeline.scheduler, num_inference_steps)
+    sensitivity = local_error_gain(exits, pipeline.scheduler, num_inference_steps)
     scheduler, device = copy.deepcopy(pipeline.scheduler), pipeline.transformer.device
     scheduler.set_timesteps(num_inference_steps, device=device)
     first = exits.config.length + 1  # memory must be full and have been put to the test
@@ -68,10 +68,10 @@ def step_gains(
     count = batch_size if class_labels is None else len(class_labels)
     size = (count, config.in_channels, config.sample_size, config.sample_size)
     latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
-    memory: Memory | None = None
-    branches: list[_Branch] = []
+    memory: OutputHistory | None = None
+    rows_per_sample: list[_Branch] = []
     for index, time in enumerate(scheduler.timesteps):
-        samples = [latents, *(branch.latents for branch in branches)]
+        samples = [latents, *(branch.latents for branch in rows_per_sample)]
         call = {"scheduler": scheduler, "time": time, "guidance_scale": guidance_scale}
         sample, output = _asked(pipeline, samples, class_labels, **call)  # (1 + branches, R, C, H, W)
         timestep, born = time.expand(sample.shape[1]), None
@@ -83,11 +83,11 @@ def step_gains(
             born = _Branch(own, _stepped(own, answer, latents, **step), index, sensitivity[index] * rms(wrong))
         rows = torch.arange(sample.shape[1])
         memory = exits.remember(memory, rows, sample=sample[0], timestep=timestep, output=output[0])
-        for branch, said in zip(branches, output[1:], strict=True):
+        for branch, said in zip(rows_per_sample, output[1:], strict=True):
             branch.latents = _stepped(branch.scheduler, guided(said, guidance_scale), branch.latents, **step)
         latents = _stepped(scheduler, guided(output[0], guidance_scale), latents, **step)
-        branches += [] if born is None else [born]
-    found = {branch.step: gain_of(rms(branch.latents - latents), branch.moved) for branch in branches}
+        rows_per_sample += [] if born is None else [born]
+    found = {branch.step: gain_of(rms(branch.latents - latents), branch.moved) for branch in rows_per_sample}
     return between(found, len(scheduler.timesteps))
 
 
@@ -119,8 +119,8 @@ def _asked(
 ) -> tuple[Tensor, Tensor]:
     """What the model is asked and says for runs of B images each: two of (runs, R, C, H, W)."""
     transformer, call = pipeline.transformer, {"guidance_scale": guidance_scale}
-    rows = torch.cat([asked_of(scheduler, one, time, dtype=transformer.dtype, **call) for one in samples])
-    labels = row_labels(class_labels, transformer.config.null_class, device=rows.device, **call)  # (R,)
+    rows = torch.cat([prepare_model_input(scheduler, one, time, dtype=transformer.dtype, **call) for one in samples])
+    labels = cfg_labels(class_labels, transformer.config.null_class, device=rows.device, **call)  # (R,)
     labels = labels if labels is None else labels.repeat(len(samples))
     output = transformer(rows, time.expand(len(rows)), labels).sample  # (runs R, C, H, W)
     return rows.unflatten(0, (len(samples), -1)), output.unflatten(0, (len(samples), -1))

@@ -1,8 +1,8 @@
 """Rehearsals: what a stock pipeline's own call hands to its solver, in full and with one answer from memory; from them, memory that is
 fitted to the call, and the steps it is to run in full.
 
-Here: watching calls, gains from them, one entry point. Not here: our own pipelines, which are walked step by step (trajectories.py, error_propagation.py).
-B images as the solver has them (DiT's: with their second rows), S steps.
+Here: watching calls, gains from them, one entry point. Not here: our own pipelines, which are walked step by step (trajectories.py,
+error_propagation.py). B images as the solver has them (DiT's: with their second rows), S steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline, DiTPipeline, SchedulerMixin
 from torch import Tensor
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import weights_of
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.hooks.compile import unwrapped
@@ -27,23 +27,23 @@ from ee_diffusion.diffusion.model_specs import blocks_of
 from ee_diffusion.diffusion.step_cache.error_propagation import between, gain_of, influence, rms
 from ee_diffusion.diffusion.step_cache.run_setup import Listener, intercept_step, steady
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
-from ee_diffusion.diffusion.step_cache.solver import scaled, sensitivity_along
-from ee_diffusion.diffusion.step_cache.trajectories import Course, check_distinct, clip_of, fit_prediction
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain_along, scaled
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, check_distinct, clip_of, fit_prediction
 
 SAME = 1e-2  # two runs that differ by less of their root mean square drew the same noise
 
 
 @dataclass(frozen=True, eq=False)
-class Rehearsal:
+class RecordedCall:
     """One call: its course, `final` (B, ...), the sample it ended with, and `solver`, the scheduler as it was before the first step."""
 
-    course: Course
+    course: Trajectory
     final: Tensor
     solver: SchedulerMixin
 
 
 @torch.no_grad()
-def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[], object]) -> Rehearsal:
+def record_call(pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Callable[[], object]) -> RecordedCall:
     """Make a call and watch its solver: `call` runs the pipeline once, from noise, at its own generators.
 
     Raises:
@@ -94,7 +94,7 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         watched.restore()
         listener.remove()
     _check_times(ready, times)
-    course = Course(
+    course = Trajectory(
         torch.tensor(times, dtype=torch.float64),
         torch.stack(clean),
         torch.stack(samples),
@@ -104,31 +104,31 @@ def rehearse(pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[],
         embedded_guidance=embedded[0],
         weights=weights_of(unwrapped(pipeline.transformer)),
     )
-    return Rehearsal(course, last[0].float(), ready[0])
+    return RecordedCall(course, last[0].float(), ready[0])
 
 
-def rehearsed_gains(
-    pipeline: DiffusionPipeline, exits: MemoryExits, call: Callable[[], object], full: Rehearsal, *, every: int
+def recorded_error_amplification(
+    pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Callable[[], object], full: RecordedCall, *, every: int
 ) -> tuple[float, ...]:
     """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one,
     from the call made again with that answer at every `every`-th step.
 
-    Over the error of what the solver is given, under guidance: schedules are priced by it. (`gains.step_gains`: over that of the
+    Over the error of what the solver is given, under guidance: schedules are priced by it. (`gains.error_amplification`: over that of the
     model's rows, which is what an uncertainty knows.)
 
     Raises:
-        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `rehearse` and `attach`.
+        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `record_call` and `attach`.
     """
     num_steps, first = len(full.course.times), exits.config.length + 1
     _check_every(every)
     if num_steps <= first:
         raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
-    sensitivity, found = sensitivity_along(exits, full.solver), {}
+    sensitivity, found = local_error_gain_along(exits, full.solver), {}
     layers = len(blocks_of(unwrapped(pipeline.transformer)))
     for index in range(first, num_steps, every):
         others = [step for step in range(num_steps) if step != index]
         with attach(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
-            erred = rehearse(pipeline, exits, call)
+            erred = record_call(pipeline, exits, call)
         before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
         if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
             raise ValueError(
@@ -148,7 +148,7 @@ def fit_schedules(
     every: int = 4,
     power: float = 0.5,
     last_full: bool = False,
-) -> tuple[MemoryExits, dict[int, Policy]]:
+) -> tuple[CachedOutputExits, dict[int, Policy]]:
     """Memory fitted to a pipeline's call, and the steps it is best to run in full: -> exits and, by number of full steps, policies.
 
         def call():
@@ -164,13 +164,13 @@ def fit_schedules(
     fit. Where images are then drawn in half precision, say `last_full` (`search.search` says why).
 
     Raises:
-        ValueError: no pipeline around a transformer, one with exits attached already, no call, numbers out of range; as `rehearse`,
-            `rehearsed_gains`, `MemoryExits.for_pipeline`.
+        ValueError: no pipeline around a transformer, one with exits attached already, no call, numbers out of range; as `record_call`,
+            `recorded_error_amplification`, `CachedOutputExits.for_pipeline`.
     """
     transformer = getattr(pipeline, "transformer", None)
     if not isinstance(pipeline, DiffusionPipeline) or transformer is None:
         raise ValueError(f"{type(pipeline).__name__}, expected a diffusers pipeline around a transformer")
-    if "_ee_attachment" in unwrapped(transformer).__dict__:
+    if "_ee_hook" in unwrapped(transformer).__dict__:
         raise ValueError(
             "exits are attached to this pipeline already, expected none: its call is to run in full; detach first"
         )
@@ -179,16 +179,16 @@ def fit_schedules(
     influence((), (), power=power)
     _check_every(every)
     transformer = unwrapped(transformer)
-    exits = MemoryExits.for_pipeline(transformer, pipeline.scheduler, terms=terms)
-    full = rehearse(pipeline, exits, call)
+    exits = CachedOutputExits.for_pipeline(transformer, pipeline.scheduler, terms=terms)
+    full = record_call(pipeline, exits, call)
     num_steps, layers = len(full.course.times), len(blocks_of(transformer))
-    sensitivity = sensitivity_along(exits, full.solver)
+    sensitivity = local_error_gain_along(exits, full.solver)
     if not all(map(math.isfinite, sensitivity)):
         raise ValueError(
             f"{type(pipeline.scheduler).__name__} makes {sensitivity} of an error of each step, expected finite numbers: at zero terminal "
             "SNR noise says nothing of the image, expected prediction_type='v_prediction'"
         )
-    gains = rehearsed_gains(pipeline, exits, call, full, every=every)
+    gains = recorded_error_amplification(pipeline, exits, call, full, every=every)
     weights = influence(sensitivity, gains, power=power)
     exits = fit_prediction(exits, full.course, weights)
     found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)

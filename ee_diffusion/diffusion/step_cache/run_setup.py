@@ -17,8 +17,8 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
-from ee_diffusion.core.patch import Interception, Uncopied
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.core.patch import ForwardPatch, Uncopied
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import NEAR
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
 from ee_diffusion.diffusion.hooks.compile import unwrapped
@@ -49,7 +49,7 @@ class RunSetup:
 
 def setup_of(exits: object) -> RunSetup:
     """What exits were fitted under."""
-    if not isinstance(exits, MemoryExits):
+    if not isinstance(exits, CachedOutputExits):
         return RunSetup()
     config, times = exits.config, None if exits.prediction is None else tuple(exits.prediction.times.tolist())
     return RunSetup(
@@ -156,7 +156,7 @@ def steady(values: Sequence[float | None]) -> Guidance:
     return known[len(known) // 2] if known[-1] - known[0] <= CLOSE * abs(known[-1]) else tuple(values)
 
 
-def intercept_step(scheduler: SchedulerMixin, wrapper: Callable[..., Any]) -> Interception:
+def intercept_step(scheduler: SchedulerMixin, wrapper: Callable[..., Any]) -> ForwardPatch:
     """`scheduler.step(...)` becomes `wrapper(original, arguments by name)`."""
     signature = inspect.signature(scheduler.step)
 
@@ -170,7 +170,7 @@ def intercept_step(scheduler: SchedulerMixin, wrapper: Callable[..., Any]) -> In
             ) from unfit
         return wrapper(partial(original, *args, **kwargs), arguments)
 
-    return Interception(scheduler, step, name="step")
+    return ForwardPatch(scheduler, step, name="step")
 
 
 class Listener:
@@ -181,7 +181,7 @@ class Listener:
         self._said: list[Tensor] = []
         self._embedded: float | None = None
         if vars(transformer).get("_compiled_call_impl") is not None:  # a hook would be compiled, too
-            self.remove = Interception(transformer, self._called, name="_compiled_call_impl").restore
+            self.remove = ForwardPatch(transformer, self._called, name="_compiled_call_impl").restore
         else:
             self.remove = transformer.register_forward_hook(Uncopied(self._hooked), with_kwargs=True).remove
 
@@ -213,7 +213,7 @@ class Watch:
         self._pipeline, self._exits = pipeline, exits
         self._here: RunSetup | None = None  # of the run that goes on, as long as it has not warned
         self._index = 0
-        self._interception: Interception | None = None
+        self._interception: ForwardPatch | None = None
         self._listener = Listener(pipeline.transformer, self._heard)
 
     def begin(self, num_steps: int) -> None:

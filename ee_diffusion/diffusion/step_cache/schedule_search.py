@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.history import Memory, weighted
-from ee_diffusion.diffusion.exits.cached import MemoryExits
-from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Course, values_of
+from ee_diffusion.core.history import OutputHistory, weighted
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
+from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Trajectory, values_of
 
 Prices = dict[tuple[int, int, int], float]
 
@@ -27,7 +27,7 @@ class Found:
     price: float
 
 
-def gap_prices(exits: MemoryExits, course: Course, weights: Sequence[float]) -> Prices:
+def gap_prices(exits: CachedOutputExits, course: Trajectory, weights: Sequence[float]) -> Prices:
     """(a, b, c) -> what it costs to answer the steps between full steps b and c from memory of a and b:
 
         mean over images and values of (sum_t w_t (recalled_t - said_t))^2.
@@ -58,12 +58,14 @@ def gap_prices(exits: MemoryExits, course: Course, weights: Sequence[float]) -> 
 
 
 @torch.no_grad()
-def _missed(exits: MemoryExits, course: Course, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
+def _missed(exits: CachedOutputExits, course: Trajectory, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
     """Recalled clean image minus the one that was said, as the solver sees them (B, ...); values (S, B, ...) in the exits' terms."""
     a, b, t = moment
     known = course.times.to(values.device)
     times, time = known[[b, a]][None], known[t][None]
-    memory = Memory(values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64, device=values.device))
+    memory = OutputHistory(
+        values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64, device=values.device)
+    )
     recalled = weighted(memory.values, exits.weights_of(memory, time))[0]  # (B, ...)
     recalled = exits.clean_from(course.samples[t], recalled, time.expand(len(recalled)))
     return course.clipped(recalled) - course.clipped(course.clean[t])

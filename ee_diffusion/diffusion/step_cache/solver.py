@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 
 PROBE = 1e-3  # small, so that no clipping of the clean image interferes
 
@@ -21,7 +21,9 @@ def accepted(scheduler: SchedulerMixin, **offered: Any) -> dict[str, Any]:
     return {name: value for name, value in offered.items() if name in known}
 
 
-def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inference_steps: int) -> tuple[float, ...]:
+def local_error_gain(
+    exits: CachedOutputExits, scheduler: SchedulerMixin, num_inference_steps: int
+) -> tuple[float, ...]:
     """How far the next sample moves per unit of error in the clean image, at each step of a run (S numbers, first order).
 
     Each step of a copy of the scheduler is taken twice, with and without a small error, after steps without one. Of what a multistep
@@ -35,11 +37,11 @@ def step_sensitivity(exits: MemoryExits, scheduler: SchedulerMixin, num_inferenc
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected at least 1")
     walked = copy.deepcopy(scheduler)
     walked.set_timesteps(num_inference_steps)
-    return sensitivity_along(exits, walked)
+    return local_error_gain_along(exits, walked)
 
 
-def sensitivity_along(exits: MemoryExits, ready: SchedulerMixin) -> tuple[float, ...]:
-    """`step_sensitivity` along the times that a scheduler is set to, before its first step; it is left as it is."""
+def local_error_gain_along(exits: CachedOutputExits, ready: SchedulerMixin) -> tuple[float, ...]:
+    """`local_error_gain` along the times that a scheduler is set to, before its first step; it is left as it is."""
     walked = copy.deepcopy(ready)
     zero, there, found = torch.zeros(1, 1, 1, 1), exits.alphas_cumprod.device, []
     before: dict[str, Any] = {"old_pred_original_sample": None, "timestep_back": None}  # what some want to be told

@@ -15,9 +15,9 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from ee_diffusion.diffusion.exits.cached import MemoryExits
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import weights_of
-from ee_diffusion.diffusion.guidance import asked_of, guided, is_guided, row_labels
+from ee_diffusion.diffusion.guidance import cfg_labels, guided, is_guided, prepare_model_input
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.step_cache.solver import accepted, check_step
 
@@ -25,7 +25,7 @@ LONGEST = 9  # steps between two full steps, at most, that anything is fitted to
 
 
 @dataclass(frozen=True, eq=False)
-class Course:
+class Trajectory:
     """`times` (S,); `clean` (S, B, ...) the clean images under guidance, `samples` (S, B, ...) what the model was asked; `clip`: what the
     solver clips clean images to, None: nothing. `scheduler`, `guidance_scale` (of all steps or of each), `embedded_guidance`, `weights`
     (`fingerprint.weights_of` the transformer): what made it, None: not known."""
@@ -107,10 +107,10 @@ def full_steps(
     size = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
     latents = torch.stack([torch.randn(size, generator=one) for one in generators]).to(device)
     latents = latents * scheduler.init_noise_sigma
-    labels = row_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
+    labels = cfg_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
     noise = accepted(scheduler, generator=generators)
     for index, time in enumerate(scheduler.timesteps):
-        sample = asked_of(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
+        sample = prepare_model_input(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
         output = transformer(sample, time.expand(len(sample)), labels).sample
         used = yield Asked(index, time, sample, output)
         answer = guided(output if used is None else used, guidance_scale)  # (B, C, H, W)
@@ -119,13 +119,13 @@ def full_steps(
 
 def record(
     pipeline: EarlyExitPipeline,
-    exits: MemoryExits,
+    exits: CachedOutputExits,
     seeds: Sequence[int],
     class_labels: Sequence[int] | None,
     *,
     num_inference_steps: int,
     guidance_scale: float,
-) -> Course:
+) -> Trajectory:
     """The course of a full run.
 
     Raises:
@@ -144,17 +144,21 @@ def record(
     clip = clip_of(pipeline.scheduler)
     made_by = {"scheduler": type(pipeline.scheduler).__name__, "guidance_scale": float(guidance_scale)}
     made_by["weights"] = weights_of(pipeline.transformer)
-    return Course(torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by)
+    return Trajectory(
+        torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by
+    )
 
 
-def values_of(exits: MemoryExits, course: Course) -> Tensor:
+def values_of(exits: CachedOutputExits, course: Trajectory) -> Tensor:
     """What exits would remember of a course, (S, B, ...): its clean images in the exits' terms."""
     times = course.times.to(course.clean.device)[:, None].expand(course.clean.shape[:2])  # (S, B)
     said = zip(course.samples, course.clean, times, strict=True)
     return torch.stack([exits.value_of(*one).float() for one in said])
 
 
-def fit_prediction(exits: MemoryExits, course: Course, weights: Sequence[float] | None = None) -> MemoryExits:
+def fit_prediction(
+    exits: CachedOutputExits, course: Trajectory, weights: Sequence[float] | None = None
+) -> CachedOutputExits:
     """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
 
     weights: w_t (S,), what an error of the clean image at step t does in the end (`gains.influence`). With them the answers of a static
@@ -198,7 +202,9 @@ def moments(num_steps: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int, learning_rate: float = 1e-2) -> float:
+def fit_trust(
+    exits: CachedOutputExits, courses: Sequence[Trajectory], *, iterations: int, learning_rate: float = 1e-2
+) -> float:
     """Fit c of `newest + c (line - newest)` at all moments of some courses; -> the loss that is left, of 1 for repeating the newest:
 
         mean over moments and images of |x_t - x_b - c r (x_b - x_a)|^2 / |x_t - x_b|^2,  r = (t - t_b) / (t_b - t_a).
@@ -232,7 +238,7 @@ def fit_trust(exits: MemoryExits, courses: Sequence[Course], *, iterations: int,
     return float(loss.detach())
 
 
-def _products(course: Course) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _products(course: Trajectory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """For n moments (the first axis): r <x_t - x_b, x_b - x_a> / |x_t - x_b|^2 and r^2 |x_b - x_a|^2 / |x_t - x_b|^2 (n, B), the
     remembered times (n, 2), newest first, and the time (n,)."""
     clean, times = course.clean.flatten(2).double(), course.times  # differences of products that are nearly equal
