@@ -53,6 +53,7 @@ EXTRAS = {
 }
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub",
     "grpc": "grpcio",
     "grpc_health": "grpcio-health-checking",
