@@ -65,7 +65,6 @@ _HOMES = {
     "remembered": "diffusion.methods",
     "searched": "diffusion.methods",
     "fit_schedules": "diffusion.step_cache.recording",
-    "TrackingExits": "diffusion.exits.tracking_exits",
     "local_error_gain": "diffusion.step_cache.solver",
     "EarlyExitPipeline": "diffusion.pipelines.uvit",
     "EarlyExitDiTPipeline": "diffusion.pipelines.stock",
@@ -143,7 +142,6 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.exits.adapter import AdapterExits
     from ee_diffusion.diffusion.exits.cached import CachedOutputExits
     from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-    from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
     from ee_diffusion.diffusion.hooks.attach import attach, detach, summary
     from ee_diffusion.diffusion.hooks.attention import set_attention
     from ee_diffusion.diffusion.hooks.truncate import truncate

@@ -1,11 +1,11 @@
 """What each part of answering from memory is worth: one table, the same seeds, one run.
 
 python eval/ablation.py --memory runs/memory/exits --memory_full_states runs/memory_full/exits --memory_trust runs/memory_trust/exits
-    --tracking runs/tracking/exits --residual runs/residual/exits --output_dir runs/ablation
+    --output_dir runs/ablation
 
 Lines: memory without uncertainty (a fixed period), uncertainty without memory (DeeDiff), both; the decision per image and for the whole
 batch by its worst image; the uncertainty fitted along the exited and along the full model's trajectories; the line through memory and
-a learned trust in it; depth 0 alone and with deeper exits, residual and learned. A folder that is not given: its lines are left out.
+a learned trust in it; the bound on each step alone. A folder that is not given: its lines are left out.
 Images are kept in drawn/; times are measured at the end, on --clock_images images, in turns with the full model.
 Writes ablation.json and ablation.md.
 """
@@ -28,7 +28,6 @@ from turns import Candidate, by_batch, clock_images_of, clocked
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate
 from ee_diffusion.diffusion.step_cache.error_propagation import influence
@@ -47,11 +46,9 @@ class AblationOptions:
     memory: str | None = flag("Exits of train/fit_memory.py (--states exited); none: unfitted.")
     memory_full_states: str | None = flag("The same with --states full.")
     memory_trust: str | None = flag("The same with --learn_trust.")
-    tracking: str | None = flag("Exits of train/fit_tracking.py (--variant learned).")
-    residual: str | None = flag("The same with --variant residual.")
     budget: float = flag("Of `budgeted`.", 0.0048)
     decay: float = flag("Of `budgeted`.", 0.7)
-    error: float = flag("Error per step with and without deeper exits.", 0.0015)
+    error: float = flag("Of `remembered`.", 0.0015)
     period: int = flag("Of the fixed cache.", 3)
     threshold: float = flag("Of DeeDiff, on u.", 0.1)
 
@@ -73,12 +70,7 @@ def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iter
         trusting = load_memory(pipeline, options.memory_trust)
         yield "both, learned trust", trusting, both
         yield "learned trust without uncertainty", trusting, periodic_cache(options.period, warm_up=WARM_UP)
-    yield "per step, depth 0 alone", memory, remembered(options.error, sensitivity=sensitivity)
-    for name, folder in (("learned", options.tracking), ("residual", options.residual)):
-        if folder:
-            exits = TrackingExits.from_pretrained(folder).to(pipeline.transformer.device)
-            policy = remembered(options.error, sensitivity=sensitivity, exits=exits.depths)
-            yield f"per step, {name} deeper exits too", exits, policy
+    yield "both, bounded step by step", memory, remembered(options.error, sensitivity=sensitivity)
 
 
 def main() -> None:

@@ -21,7 +21,6 @@ from turns import Candidate, clock_images_of, clocked
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.metrics.tables import environment
 
@@ -55,11 +54,10 @@ def main() -> None:
     pipeline = load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
     memory = load_memory(pipeline, known["memory"])
-    tracking = known["tracking"] and TrackingExits.from_pretrained(known["tracking"]).to(pipeline.transformer.device)
     some = sorted((candidate_of(row) for row in report["rows"]), key=lambda one: one.kind != "full")
     fitted = fitted_beside(pipeline, folder)
     check_fitted(some, fitted, folder)
-    draw = drawer(pipeline, sampling, memory, tracking, fitted)
+    draw = drawer(pipeline, sampling, memory, fitted)
     times = clocked(some, draw, images=images, batch=sampling.batch_size, num_classes=num_classes)
     report["rows"] = [row | times[row["name"]] for row in report["rows"]]
     batch = min(sampling.batch_size, images)

@@ -22,7 +22,6 @@ from turns import Candidate, Draw, Labels
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.guidance import cfg_labels
 from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered, searched
@@ -34,9 +33,9 @@ from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, recor
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import write_json
 
-OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together", "tracked")
+OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together")
 FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together
-DECIDE = ("remembered", "budgeted", "tracked")  # those that look at the image, and so have controls made of their trace
+DECIDE = ("remembered", "budgeted")  # those that look at the image, and so have controls made of their trace
 WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
 
 
@@ -116,13 +115,12 @@ def check_fitted(candidates: Iterable[Candidate], fitted: Mapping[str, CachedOut
 def exits_by_kind(
     pipeline: EarlyExitPipeline,
     memory: CachedOutputExits,
-    tracking: TrackingExits | None = None,
     fitted: Mapping[str, CachedOutputExits] | None = None,
 ) -> dict[str, nn.Module | None]:
     """Kind of candidate -> the exits it draws with; the oracle's are those it is asked about. Controls go by the kind they were made of.
     fitted: by the names of FITTED."""
     found = dict.fromkeys(("remembered", "budgeted", "searched", "periodic_cache", "oracle"), memory)
-    found |= {"deediff": pipeline.exits, "tracked": tracking, "searched noise": noise_memory(pipeline)}
+    found |= {"deediff": pipeline.exits, "searched noise": noise_memory(pipeline)}
     return found | {f"{kind} {name}": (fitted or {}).get(name) for kind in ("searched", "periodic") for name in FITTED}
 
 
@@ -135,12 +133,11 @@ def drawer(
     pipeline: EarlyExitPipeline,
     sampling: SamplingOptions,
     memory: CachedOutputExits,
-    tracking: TrackingExits | None = None,
     fitted: Mapping[str, CachedOutputExits] | None = None,
 ) -> Draw:
     """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
     peers, oracle = dict[str, Peer](), OracleExits(memory, pipeline.transformer)
-    kinds = exits_by_kind(pipeline, memory, tracking, fitted) | {"oracle": oracle}
+    kinds = exits_by_kind(pipeline, memory, fitted) | {"oracle": oracle}
 
     def draw(candidate: Candidate, chosen: list[int], labels: Labels, first: int) -> Generated:
         call = {"num_inference_steps": candidate.steps, "guidance_scale": sampling.guidance_scale}
@@ -219,9 +216,8 @@ def candidates_of(
     options: FrontierOptions,
     sensitivity: tuple[float, ...],
     weights: tuple[float, ...],
-    depths: tuple[int, ...] = (0,),
 ) -> list[Candidate]:
-    """The full model and everything that needs neither a trace nor a search. depths: of the exits of --tracking."""
+    """The full model and everything that needs neither a trace nor a search."""
     steps, found = len(sensitivity), []
     for budget in options.budgets:
         policy = budgeted(budget, weights=weights, decay=options.decay)
@@ -232,12 +228,6 @@ def candidates_of(
     for error in options.oracles:
         policy = remembered(error, sensitivity=sensitivity)
         found.append(Candidate(f"oracle {error}", "oracle", error, policy, steps))
-    for error in options.tracked:
-        found.append(
-            Candidate(
-                f"tracked {error}", "tracked", error, remembered(error, sensitivity=sensitivity, exits=depths), steps
-            )
-        )
     for period in options.periods:
         policy = periodic_cache(period, warm_up=WARM_UP)
         found.append(Candidate(f"periodic cache {period}", "periodic_cache", None, policy, steps))

@@ -28,7 +28,6 @@ from turns import Candidate, Draw, Labels
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors, write_text
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.metrics.distribution import Statistics, frechet_distance, paired_difference
 from ee_diffusion.metrics.features import ResNetFeatures, extract, resnet20_features
@@ -154,17 +153,14 @@ def main() -> None:
     if reason:
         raise ValueError(f"no FD against {against.name}: {reason}")
     memory = load_memory(pipeline, settings["memory"])
-    tracking = settings["tracking"] and TrackingExits.from_pretrained(settings["tracking"]).to(
-        pipeline.transformer.device
-    )
     fitted = fitted_beside(pipeline, source)
     check_fitted(finalists, fitted, source)
-    draw, network = drawer(pipeline, sampling, memory, tracking, fitted), resnet20_features(against.data)
+    draw, network = drawer(pipeline, sampling, memory, fitted), resnet20_features(against.data)
     reference = known_reference(against, network, size=size).statistics
     chosen = seeds("test", options.count, first=settings["count"])
     labels = balanced_labels(options.count, num_classes)
     sampled = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
-    kinds, rows, full = exits_by_kind(pipeline, memory, tracking, fitted), [], None
+    kinds, rows, full = exits_by_kind(pipeline, memory, fitted), [], None
     for candidate in finalists:
         known = {"sampling": sampled, "contents": contents(pipeline, kinds.get(base_of(candidate.kind)))}
         features = seen(candidate, draw, network, chosen, labels=labels, store=folder / "seen", known=known)

@@ -3,8 +3,8 @@
 python eval/frontier.py --output_dir runs/frontier --count 128
 
 Candidates: fewer steps; a cache of fixed period (memory without uncertainty); schedules found by search (`searched`); answers from memory
-per image (memory with uncertainty), bounded step by step (`remembered`) or by what adds up (`budgeted`), or with deeper exits too
-(`tracked`), and for each of those a static schedule and random exits made of its own trace; an oracle that knows the true error of each
+per image (memory with uncertainty), bounded step by step (`remembered`) or by what adds up (`budgeted`), and for each of
+those a static schedule and random exits made of its own trace; an oracle that knows the true error of each
 step (its shadow of the full model is not counted); DeeDiff (uncertainty without memory); diffusers' caches. Images and traces are kept in
 drawn/: a run that was stopped goes on when started again. Times are not kept: at the end all candidates draw --clock_images images in
 turns with the full model, each warm, and a time is the median over batches of (candidate / full model). Where other work disturbs this
@@ -44,7 +44,6 @@ from turns import Candidate, by_batch, clock_images_of, clocked
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_propagation import influence
@@ -123,8 +122,7 @@ def candidates(
     """All that need no trace. What is dear to find is noted in `store`. kinds: of `exits_by_kind`."""
     steps, layers = sampling.num_inference_steps, len(pipeline.transformer.transformer_blocks)
     weights = influence(sensitivity, gains or (1.0,) * steps, power=options.power)
-    depths = kinds["tracked"].depths if kinds["tracked"] else (0,)
-    found = candidates_of(options, sensitivity, weights, depths)
+    found = candidates_of(options, sensitivity, weights)
     weights = influence(sensitivity, gains or (1.0,) * steps, power=options.search_power)
     asked = {
         "searched": options.shares,
@@ -176,7 +174,6 @@ def main() -> None:
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)
 
     memory = load_memory(pipeline, options.memory)
-    tracking = options.tracking and TrackingExits.from_pretrained(options.tracking).to(pipeline.transformer.device)
     known = asdict(sampling) | dict.fromkeys(("model", "output_dir", "device"))  # `contents` says more of them
     store, steps = folder / "drawn", sampling.num_inference_steps
     sensitivity = local_error_gain(memory, pipeline.scheduler, steps)
@@ -186,12 +183,12 @@ def main() -> None:
     if options.together_shares:
         weights = influence(sensitivity, gains, power=options.search_power)
         fitted["together"] = fitted_memory(pipeline, sampling, options, folder / "together", weights)
-    kinds = exits_by_kind(pipeline, memory, tracking, fitted)
+    kinds = exits_by_kind(pipeline, memory, fitted)
     first = candidates(
         pipeline, sampling, options, kinds, sensitivity=sensitivity, gains=gains, store=store, known=known
     )
     made_with = cache(lambda kind: contents(pipeline, kinds.get(base_of(kind))))
-    live = drawer(pipeline, sampling, memory, tracking, fitted)
+    live = drawer(pipeline, sampling, memory, fitted)
     draw = kept(live, store, known, lambda candidate: made_with(candidate.kind))
 
     drawn = by_batch(first, draw, chosen, labels, batch=sampling.batch_size)

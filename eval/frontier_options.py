@@ -15,7 +15,7 @@ WITHIN = {  # what each number of these lists may be
     "fractions": (lambda x: 0 < x <= 1, "above 0, at most 1"),
     "thresholds": (lambda x: 0 < x <= 1, "above 0, at most 1"),
     **dict.fromkeys(
-        ("errors", "budgets", "tracked", "oracles", "first_block", "mag"),
+        ("errors", "budgets", "oracles", "first_block", "mag"),
         (lambda x: 0 < x < math.inf, "positive and finite"),
     ),
     "periods": (lambda x: x >= 1, "at least 1"),
@@ -41,7 +41,6 @@ class FrontierOptions:
     count: int = flag("Test images.", 128)
     clock_images: int | None = flag("Test images that times are measured on, whole batches; none: two batches.")
     memory: str | None = flag("Folder of fitted exits that remember (train/fit_memory.py); none: unfitted.")
-    tracking: str | None = flag("Folder of exits that remember at several depths (train/fit_tracking.py).")
     errors: list[float] = _numbers("`remembered`: errors allowed per step (rms, data in [-1, 1]).")
     budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
     shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.64, 0.72)
@@ -52,7 +51,6 @@ class FrontierOptions:
     together_shares: list[float] = _numbers(
         "`searched together`: the same, all answers of a run weighed together; the model's gains are measured first."
     )
-    tracked: list[float] = _numbers("Errors allowed per step with the exits of --tracking.")
     oracles: list[float] = _numbers("Errors allowed per step where the true error is known.")
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
     power: float = flag("How far `budgeted` trusts the measured gains, 0 to 1.", 0.5)
@@ -72,8 +70,6 @@ class FrontierOptions:
     controls: bool = flag("Static and random controls made of the traces of the policies that decide.", True)
 
     def __post_init__(self):
-        if (self.tracking is None) != (not self.tracked):
-            raise ValueError(f"tracking={self.tracking!r}, tracked={self.tracked}, expected both or neither")
         for name, (fits, expected) in WITHIN.items():
             values = getattr(self, name)
             if not all(fits(value) for value in values) or len(set(values)) < len(values):

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
-from walk_flags import check_walk
 
 from ee_diffusion.checkpoints import checkpoint
 from ee_diffusion.cli.errors import run_script
@@ -50,7 +50,14 @@ def flags() -> argparse.Namespace:
 
 def check(options: argparse.Namespace) -> None:
     """Raises ValueError for flags out of range or that contradict each other."""
-    check_walk(options, dict.fromkeys(("length", "count", "iterations"), 1), length=options.length)
+    for name, low in (("length", 1), ("count", 1), ("iterations", 1), ("num_inference_steps", options.length + 2)):
+        if getattr(options, name) < low:
+            why = f": memory of {options.length} is first put to the test at step {low}" if low > 1 else ""
+            raise ValueError(f"--{name} {getattr(options, name)}, expected at least {low}{why}")
+    if not 0 <= options.skip < 1 or not math.isfinite(options.guidance_scale):
+        raise ValueError(
+            f"--skip {options.skip} --guidance_scale {options.guidance_scale}, expected a probability below 1 and a finite number"
+        )
     if options.linear_prediction and options.learn_trust:
         raise ValueError(
             "--linear_prediction beside --learn_trust, expected one of them: both say how memory is weighed"

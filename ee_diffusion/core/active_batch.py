@@ -20,28 +20,20 @@ class ActiveBatch:
     """One forward under one step session. Rows that leave are dropped; their answers wait here.
 
     `context`: tensors with leading R that the heads may look at (for diffusion: `timestep`), or tuples of tensors that all rows share.
-    `keep`: depths whose hidden states of the rows that go on are kept in `kept`, for heads that remember them; rows that leave later
-    leave there too.
     """
 
-    def __init__(self, step: StepSession, heads: ExitHeads, context: Mapping[str, Tensor], *, keep: Sequence[int] = ()):
+    def __init__(self, step: StepSession, heads: ExitHeads, context: Mapping[str, Tensor]):
         self.step, self.heads = step, heads
         self.context = dict(context)  # of the running rows
         self.num_rows = len(step.session.rows)
         self.answers: list[tuple[list[int], Tensor]] = []  # (rows, answer)
         self.observed: ExitInputs | None = None  # the last measured exit's: who went on may still want its answer
-        self.keep, self.kept = frozenset(keep), dict[int, Tensor]()  # depth -> (r, N, D)
         self._hidden: Tensor  # what is being offered
 
     def offer(self, depth: int, hidden: Tensor) -> Tensor:
         """Let rows leave after `depth` blocks: hidden (r, N, D) -> hidden of the rows that go on (possibly none)."""
-        if depth in self.step.session.exits:
-            hidden = self._offered(depth, hidden)
-        if depth in self.keep:
-            self.kept[depth] = hidden
-        return hidden
-
-    def _offered(self, depth: int, hidden: Tensor) -> Tensor:
+        if depth not in self.step.session.exits:
+            return hidden
         before, self._hidden = self.observed, hidden
         departure = self.step.offer(depth, self._measure)
         answer = self._newly_seen(depth, before)
@@ -77,7 +69,6 @@ class ActiveBatch:
         if not departure.keep:  # all leave: no row has to be looked up
             answer = self.heads.answer(departure.exit, hidden, self.context) if answer is None else answer
             self.answers.append((departure.rows, answer))
-            self.kept = {depth: value[:0] for depth, value in self.kept.items()}
             return hidden[:0]  # (0, N, D)
         leave, keep = (torch.tensor(places, device=hidden.device) for places in (departure.leave, departure.keep))
         if answer is None:
@@ -88,7 +79,6 @@ class ActiveBatch:
             answer = answer.index_select(0, leave)
         self.answers.append((departure.rows, answer))
         self.context = {name: rows_of(value, keep) for name, value in self.context.items()}
-        self.kept = {depth: value.index_select(0, keep) for depth, value in self.kept.items()}
         return hidden.index_select(0, keep)  # (r, N, D)
 
     def running(self, tensor: Tensor) -> Tensor:

@@ -67,13 +67,12 @@ def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
     return Policy(schedule=PiecewiseDepth((switch,), (num_layers, depth)))
 
 
-def remembered(error: float, *, sensitivity: Sequence[float], exits: tuple[int, ...] = (0,)) -> Policy:
+def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
     """Answer from memory, per image, where that is expected to add at most `error` to the next sample: `sensitivity_step * u <= error`.
 
     Ours, for `CachedOutputExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
     `solver.local_error_gain`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst
-    of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample. exits: with
-    `TrackingExits` deeper ones too; the first whose own u is small enough answers.
+    of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample.
 
     Raises:
         ValueError: an error that is not positive, or no sensitivities.
@@ -83,7 +82,7 @@ def remembered(error: float, *, sensitivity: Sequence[float], exits: tuple[int, 
             f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step, all sensitivities finite"
         )
     lowest = [max(0.0, 1 - error / max(weight, error)) for weight in sensitivity]
-    return Policy(Threshold(tuple((least,) * len(exits) for least in lowest)), exits=exits)
+    return Policy(Threshold(tuple((least,) for least in lowest)), exits=(0,))
 
 
 def budgeted(budget: float, *, weights: tuple[float, ...], decay: float) -> Policy:

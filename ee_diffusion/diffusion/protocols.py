@@ -58,16 +58,6 @@ class PlanningHeads(DenoiserHeads, Protocol):
 
 
 @runtime_checkable
-class KeepingHeads(CachingHeads, Protocol):
-    """Heads that remember hidden states too: `remember` also gets `hidden`, depth -> (r, N, D) of the rows that ran to the end."""
-
-    @property
-    def keeps(self) -> tuple[int, ...]:
-        """The depths whose hidden states are remembered."""
-        ...
-
-
-@runtime_checkable
 class PackableHeads(DenoiserHeads, Protocol):
     """Heads that have a faster form for a run without gradients."""
 

@@ -8,7 +8,7 @@ from factories import IMAGES, LAYOUTS, STEPS, PlainDriver, answer_at, images_of,
 from laws import counting
 from torch import nn
 
-from ee_diffusion.core.active_batch import ActiveBatch, run_blocks
+from ee_diffusion.core.active_batch import run_blocks
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
@@ -133,23 +133,6 @@ def test_an_exit_that_is_not_measured_answers_for_itself():
     assert (found.trace.depths == 3).all()
     for index in range(STEPS):
         torch.testing.assert_close(found.outputs[index], answer_at(driver, 3, images_of(EVERYBODY, index, 1)))
-
-
-def test_states_that_are_kept_are_those_of_the_rows_that_go_on():
-    heads, hidden = Carrying(), torch.arange(4.0)[:, None, None].expand(4, 2, 3)
-    plan = Policy(DepthTable(((1, 4, 2, 4),)))
-    step = plan.start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
-    lane = ActiveBatch(step, heads, {}, keep=(0, 1))
-    kept = []
-    for depth in range(4):
-        hidden = lane.offer(depth, hidden)
-        kept.append([value[:, 0, 0].tolist() for value in lane.kept.values()])
-    assert kept == [[[0, 1, 2, 3]], [[1, 2, 3]] * 2, [[1, 3]] * 2, [[1, 3]] * 2]
-    everybody = Policy(schedule=FixedDepth(2)).start(4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
-    lane = ActiveBatch(everybody, heads, {}, keep=(0,))
-    for depth in range(3):
-        hidden = lane.offer(depth, torch.zeros(4, 2, 3))
-    assert [len(value) for value in lane.kept.values()] == [0]
 
 
 def test_gradients_reach_the_blocks_that_ran(driver: PlainDriver):

@@ -10,8 +10,6 @@ from factories import NULL_CLASS, pipeline
 from torch import Tensor
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.exits.tracking_fit import walk_tracks
 from ee_diffusion.diffusion.pipelines.sampling import generate, sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
@@ -134,14 +132,6 @@ def test_an_output_that_is_sent_takes_the_place_of_the_models_own():
     scheduler.set_timesteps(STEPS)
     expected = scheduler.step(given[2:] + 2.0 * (given[:2] - given[2:]), first.time, first.sample[:2]).prev_sample
     torch.testing.assert_close(after.sample, torch.cat([expected, expected]))
-
-
-def test_tracks_are_walked_without_guidance_too():
-    pipe, _ = made()
-    exits = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(2,))
-    walked = {"skip": 0.5, "states": "exited", "generator": torch.Generator().manual_seed(0)}
-    for scale, rows in ((1.0, 2), (2.0, 4)):
-        assert len(walk_tracks(pipe, exits, SEEDS, LABELS, **walked, **call(scale)).steps) == rows * (STEPS - 3)
 
 
 def test_runs_that_cannot_be_are_refused_before_the_model_is_asked():

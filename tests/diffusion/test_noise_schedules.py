@@ -13,8 +13,6 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
-from ee_diffusion.diffusion.exits.tracking_fit import walk_tracks
 from ee_diffusion.diffusion.hooks.attach import attach, detach
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
@@ -25,12 +23,10 @@ from ee_diffusion.diffusion.step_cache.trajectories import record
 CALL = {"num_inference_steps": 5, "guidance_scale": 2.0}
 STATIC = Policy(schedule=Periodic(2, 2), exits=(0,))
 OTHER = DDIMScheduler(clip_sample=False, beta_schedule="squaredcos_cap_v2")
-KINDS = ("memory", "tracking", "oracle")
+KINDS = ("memory", "oracle")
 
 
-def exits_named(kind: str, pipe: EarlyExitPipeline) -> CachedOutputExits | TrackingExits | OracleExits:
-    if kind == "tracking":
-        return TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(2,))
+def exits_named(kind: str, pipe: EarlyExitPipeline) -> CachedOutputExits | OracleExits:
     memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     if kind == "memory":
         return memory
@@ -86,15 +82,3 @@ def test_what_is_measured_and_fitted_with_them_refuses_them(name: str):
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))
     with pytest.raises(ValueError, match="know another noise schedule"):
         in_turn()[name](pipe, exits)
-
-
-def test_tracking_exits_are_neither_made_nor_walked_with_them():
-    pipe = pipeline()
-    memory, exits = exits_named("memory", pipe), exits_named("tracking", pipe)
-    pipe.scheduler = OTHER
-    with pytest.raises(ValueError, match="know another noise schedule"):
-        TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(2,), memory=memory)
-    pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))
-    given = {"skip": 0.5, "states": "full", "generator": torch.Generator(), **CALL}
-    with pytest.raises(ValueError, match="know another noise schedule"):
-        walk_tracks(pipe, exits, [1], [0], **given)

@@ -14,7 +14,6 @@ from factories import pipeline
 from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.pipelines.sampling import use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -153,9 +152,6 @@ def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Traj
         fit_prediction(exits, replace(course, clean=broken))
     with pytest.raises(ValueError, match="expected 3 of both"):
         LinearPrediction(3).fit(course.times, values_of(exits, course))
-    clean = fit_prediction(CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler), course)
-    with pytest.raises(ValueError, match="the line through two clean images"):
-        TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1,), memory=clean)
 
 
 def test_a_run_that_the_weights_are_not_for_is_told(exits: CachedOutputExits, course: Trajectory, tmp_path: Path):

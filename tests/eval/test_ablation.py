@@ -13,7 +13,6 @@ from tree import ROOT
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.sampling import generate
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -42,13 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exits = DenoisingExits.for_transformer(transformer, (1, 2, 3, 4))
     made, where = EarlyExitPipeline(transformer, DDIMScheduler(), exits), tmp_path_factory.mktemp("ablation")
     made.save_pretrained(where / "model")
-    deeper = {"deeper": (2, 3)}
     CachedOutputExits.for_pipeline(made.transformer, made.scheduler, learned_trust=True).save_pretrained(
         where / "trust"
     )
-    for name, heads in (("learned", None), ("residual", made.exits)):
-        exits = TrackingExits.for_pipeline(made.transformer, made.scheduler, heads=heads, **deeper)
-        exits.save_pretrained(where / name)
     return where
 
 
@@ -60,12 +55,12 @@ def call(monkeypatch: pytest.MonkeyPatch, script, *words: object) -> None:
 
 def test_every_line_of_the_ablation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2]
-    words += ["--num_inference_steps", STEPS, "--tracking", folder / "learned", "--residual", folder / "residual"]
+    words += ["--num_inference_steps", STEPS]
     words += ["--memory_trust", folder / "trust", "--budget", 0.05, "--error", 0.05, "--threshold", 0.5]
     call(monkeypatch, ablation, *words)
     rows = {row["name"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     assert rows["full"]["psnr"]["mean"] == 100
-    assert len(rows) == 10
+    assert len(rows) == 8
     whole = rows["both, whole batch"]["report"]
     assert set(whole["spread_per_step"]) == {0}  # within each batch all images do the same, and so here between two
     assert whole["mean_executed"] >= rows["both, per image"]["report"]["mean_executed"]
@@ -122,8 +117,3 @@ def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path
         call(monkeypatch, finalists, *asked, "--names", "random_overall of remembered 0.05")
     with pytest.raises(ValueError, match=r"names=\[\]"):
         call(monkeypatch, finalists, *asked)
-
-
-def test_tracking_needs_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ValueError, match="expected both or neither"):
-        call(monkeypatch, frontier, "--output_dir", tmp_path, "--tracked", 0.1)

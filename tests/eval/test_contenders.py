@@ -14,7 +14,6 @@ from tree import ROOT
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
 from ee_diffusion.diffusion.step_cache.trajectories import record
@@ -43,9 +42,8 @@ def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypa
 
     monkeypatch.setattr(contenders, "generate", told)
     trained, memory, fitted = pipe.exits, contenders.load_memory(pipe, None), contenders.noise_memory(pipe)
-    tracking = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1, 2))
     together = contenders.noise_memory(pipe)
-    draw = contenders.drawer(pipe, SAMPLING, memory, tracking, {"fitted": fitted, "together": together})
+    draw = contenders.drawer(pipe, SAMPLING, memory, {"fitted": fitted, "together": together})
     expected = {
         "deediff": trained,
         "remembered": memory,
@@ -56,11 +54,9 @@ def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypa
         "periodic fitted": fitted,
         "searched together": together,
         "periodic together": together,
-        "tracked": tracking,
-        "static of tracked": tracking,
-        "random_per_step of tracked": tracking,
-        "random_overall of tracked": tracking,
         "static of budgeted": memory,
+        "random_per_step of remembered": memory,
+        "random_overall of remembered": memory,
     }
     for kind, exits in expected.items():
         draw(Candidate(kind, kind, None, POLICY, STEPS), [1, 2], [0, 1], 0)

@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler
 from tree import ROOT
 
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -54,13 +53,11 @@ def rows_of(folder: Path) -> dict[str, dict]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
     """A folder with a model and a frontier, and the words it was made with, without the place it went to."""
     where = tmp_path_factory.mktemp("frontier")
-    pipe = saved(where / "model")
-    tracking = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1, 2))
-    tracking.save_pretrained(where / "tracking")
+    saved(where / "model")
     words = ["--model", where / "model", "--count", 4, "--batch_size", 2, "--num_inference_steps", STEPS]
     words += ["--periods", 2, "--shares", 0.5, "--fitted_shares", 0.5, "--search_count", 2, "--gain_images", 2]
     words += ["--together_shares", 0.5]
-    words += ["--fractions", 0.5, "--tracking", where / "tracking", "--tracked", 0.05, "--oracles", 0.05]
+    words += ["--fractions", 0.5, "--errors", 0.05, "--oracles", 0.05]
     run(frontier, *words, "--output_dir", where / "out")
     return where, words
 
@@ -100,7 +97,7 @@ def test_a_stopped_frontier_draws_nothing_twice_and_takes_all_times_anew(copied,
     monkeypatch.setattr(contenders, "record", None)
     run(frontier, *words)
     after = rows_of(folder)
-    assert "random_per_step of tracked 0.05" in after
+    assert "random_per_step of remembered 0.05" in after
     times = {name: row["time"] for name, row in after.items()}
     assert times == {name: 1 if name == "full" else 0.25 for name in before}
     assert {name: row["seconds"] for name, row in after.items()} == {
@@ -243,7 +240,6 @@ def test_a_model_without_a_null_class_is_refused_before_work(copied, tmp_path: P
         ["--budgets", "nan"],
         ["--budgets", "inf"],
         ["--oracles", 0],
-        ["--tracking", "folder", "--tracked", 0],
         ["--thresholds", 1.5],
         ["--first_block", "nan"],
         ["--mag", 0],
@@ -263,9 +259,7 @@ def test_a_model_without_a_null_class_is_refused_before_work(copied, tmp_path: P
 )
 def test_numbers_out_of_range_are_refused_before_work(words: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(frontier, "load", None)  # no work
-    said = {"--clock_images": "images for the clock of", "--tracking": "tracked="}.get(
-        words[0], words[0].strip("-") + "="
-    )
+    said = {"--clock_images": "images for the clock of"}.get(words[0], words[0].strip("-") + "=")
     with pytest.raises(ValueError, match=said):
         run(frontier, "--output_dir", tmp_path, *words)
 

@@ -22,7 +22,6 @@ from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjec
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -37,7 +36,6 @@ import clock
 import export
 import fit_exits
 import fit_memory
-import fit_tracking
 import frontier
 import generate
 import guarantee
@@ -168,16 +166,13 @@ def test_it_is_calibrated(goal: str, model: Path, kind: str, tmp_path: Path):
 def test_it_is_put_on_the_frontier_and_clocked_again(model: Path, kind: str, tmp_path: Path):
     if kind == "one":
         pytest.skip("takes seconds, and is as the one with classes")
-    pipe = EarlyExitPipeline.from_pretrained(model)
-    tracking = TrackingExits.for_pipeline(pipe.transformer, pipe.scheduler, deeper=(1, 2))
-    tracking.save_pretrained(tmp_path / "tracking")
     words = ["--model", model, "--output_dir", tmp_path / "out", *CALL, "--count", 2, "--batch_size", 1]
     words += ["--search_count", 2, "--gain_images", 2, "--periods", 2, "--shares", 0.5, "--together_shares", 0.5]
-    words += ["--tracking", tmp_path / "tracking", "--tracked", 0.05, "--oracles", 0.05, "--budgets", 0.05]
+    words += ["--errors", 0.05, "--oracles", 0.05, "--budgets", 0.05]
     run(frontier, *words, "--fractions", 0.5, "--mag", 0.06)
     report = json.loads((tmp_path / "out" / "frontier.json").read_text())
     kinds = {row["kind"] for row in report["rows"]}
-    assert {"full", "oracle", "tracked", "searched", "searched together", "budgeted", "mag"} <= kinds
+    assert {"full", "oracle", "remembered", "searched", "searched together", "budgeted", "mag"} <= kinds
     assert all(torch.tensor(row["psnr"]["mean"]).isfinite() for row in report["rows"])
     run(clock, "--report", tmp_path / "out" / "frontier.json", "--images", 1)
 
@@ -186,10 +181,6 @@ def test_what_else_is_fitted_and_measured(model: Path, tmp_path: Path):
     words = ["--model", model, *CALL, "--skip", 0.5, "--iterations", 2]
     run(fit_memory, *words, "--output_dir", tmp_path / "memory", "--count", 2, "--linear_prediction")
     memory = tmp_path / "memory" / "exits"
-    plain = CachedOutputExits.for_pipeline(made("classes").transformer, DDIMScheduler())
-    plain.save_pretrained(tmp_path / "plain")
-    tracks = ("--memory", tmp_path / "plain", "--deeper", 1, 2, "--train_batch_size", 2)
-    run(fit_tracking, *words, "--output_dir", tmp_path / "tracking", "--count", 2, "--test_count", 2, *tracks)
     sampling = ["--model", model, *CALL, "--batch_size", 2]
     run(ablation, *sampling, "--output_dir", tmp_path / "ablation", "--count", 2)
     run(hot_path, *sampling, "--output_dir", tmp_path / "hot")
@@ -215,10 +206,9 @@ def test_guidance_is_refused_before_work(model: Path, kind: str, tmp_path: Path,
     if kind == "one":
         pytest.skip("has a null class")
     monkeypatch.setattr(UViTTransformer2DModel, "forward", lambda *_, **__: pytest.fail("the model was asked"))
-    for script in (export, generate, tradeoff, frontier, ablation, fit_memory, fit_tracking):
-        deeper = ("--deeper", 1) if script is fit_tracking else ()
+    for script in (export, generate, tradeoff, frontier, ablation, fit_memory):
         with pytest.raises(ValueError, match=r"null_class=None, expected .* or guidance_scale=1"):
-            run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4, *deeper)
+            run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4)
 
 
 def test_uncertainty_is_looked_at_and_training_draws(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

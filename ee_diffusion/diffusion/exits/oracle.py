@@ -15,7 +15,6 @@ from diffusers import SchedulerMixin
 from torch import Tensor, nn
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.exits.tracking_exits import TrackingExits
 
 
 class OracleExits:
@@ -27,17 +26,11 @@ class OracleExits:
     that plans.
     """
 
-    def __init__(self, exits: CachedOutputExits | TrackingExits, transformer: nn.Module):
+    def __init__(self, exits: CachedOutputExits, transformer: nn.Module):
         self.exits, self.depths, self.space = exits, exits.depths, exits.space
-        self._memory = exits if isinstance(exits, CachedOutputExits) else exits.memory
         self._model = copy.deepcopy(transformer).eval()
         self.labels: Tensor | None = None
         self.seconds = 0.0
-
-    @property
-    def keeps(self) -> tuple[int, ...]:
-        """As the exits have it."""
-        return self.depths[1:]
 
     def check_fits(self, model: nn.Module) -> None:
         """As the exits have it."""
@@ -64,14 +57,13 @@ class OracleExits:
             raise ValueError(f"{came} labels for {len(sample)} rows, expected one each: set `labels` before a run")
         begun = seconds_on(sample.device)
         output = self._model(sample, timestep, self.labels).sample
-        true = self._memory.clean_of(sample, output, timestep)
+        true = self.exits.clean_of(sample, output, timestep)
         self.seconds += seconds_on(sample.device) - begun
         return self.exits.recall(memory, sample, timestep) | {"asked": sample, "true": true}
 
     def remember(self, memory: Any, rows: Tensor, **facts: Any) -> Any:
         """As the exits have it."""
-        known = facts if self.keeps else {name: value for name, value in facts.items() if name != "hidden"}
-        return self.exits.remember(memory, rows, **known)
+        return self.exits.remember(memory, rows, **facts)
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """As the exits have it."""
@@ -83,7 +75,7 @@ class OracleExits:
         if bool((context["remembers"] == 0).any()):
             return said
         answer = self.exits.answer(exit, hidden, context)
-        missed = self._memory.clean_of(context["asked"], answer, context["timestep"]) - context["true"]
+        missed = self.exits.clean_of(context["asked"], answer, context["timestep"]) - context["true"]
         error = missed.flatten(1).square().mean(1).sqrt().float()
         unknown = context["features"][:, 0].isnan()
         return torch.where(unknown, 0.0, 1 - error.clamp(max=1.0)).where(~said.isnan(), torch.nan)

@@ -39,7 +39,7 @@ from ee_diffusion.diffusion.hooks.in_use import OneCall
 from ee_diffusion.diffusion.hooks.other_work import Counted
 from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
 from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of
-from ee_diffusion.diffusion.protocols import CachingHeads, DenoiserHeads, KeepingHeads, PackableHeads, PlanningHeads
+from ee_diffusion.diffusion.protocols import CachingHeads, DenoiserHeads, PackableHeads, PlanningHeads
 from ee_diffusion.diffusion.step_cache.run_setup import Watch
 from ee_diffusion.diffusion.step_times import times_of
 
@@ -95,7 +95,6 @@ class TransformerHook:
         self.watch: Watch | None = None
         self.one_call: OneCall | None = None  # with a policy on a pipeline
         self._remembering = isinstance(heads, CachingHeads)  # asked once: a protocol's check is slow
-        self._keeping = isinstance(heads, KeepingHeads)
         self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
         self._packable = isinstance(heads, PackableHeads)
         self._now = _Now()
@@ -301,8 +300,6 @@ class TransformerHook:
         if self._remembering and not step.finished:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
-            if self._keeping:
-                facts["hidden"] = self._now.passage.lane.kept
             histories = step.session.histories
             histories[step.call] = self.heads.remember(histories.get(step.call), step.rows, **facts)
         step.close()
@@ -338,15 +335,14 @@ class TransformerHook:
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
         heads, arguments, context = given
         checkpoint = checkpoint_of(self.transformer)
-        if self.compiler is not None and self.compiler.takes(step) and not self._keeping and checkpoint is None:
+        if self.compiler is not None and self.compiler.takes(step) and checkpoint is None:
             places = self._interceptions[: len(self.blocks) + 1]
             given = {"given": (arguments, context), "call": (args, kwargs)}
             with self._alone:
                 output, answer = self.compiler.whole(step, original, places, **given)
             return output if answer is None or self.heads.space == "hidden" else _with(output, lambda _: answer)
-        keep = self.heads.keeps if self._keeping and step.last == step.session.num_layers else ()
         padding = self.compiler is not None and (self.runs is None or not self.runs.perturbed)
-        lane, rows_for = ActiveBatch(step, heads, context, keep=keep), bucket if padding else None
+        lane, rows_for = ActiveBatch(step, heads, context), bucket if padding else None
         passage = BlockRunner(lane, self.family, self.layers, arguments, rows_for=rows_for, checkpoint=checkpoint)
         self._now.passage = passage
         with self._alone_if(self.compiler is not None or checkpoint is not None):
