@@ -14,6 +14,7 @@ from factories import pipeline, randomise, uvit
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 
 from ee_diffusion import attach, fit_schedules, periodic_cache
+from ee_diffusion.diffusion import fingerprint
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
 from ee_diffusion.diffusion.step_cache.error_estimator import fit_error_estimator, walk
@@ -199,10 +200,22 @@ def test_weights_are_read_again_once_they_change():
     assert same_weights(None, first)
 
 
-def test_weights_that_change_places_are_others():
-    one, other = torch.nn.Linear(4, 2, bias=False), torch.nn.Linear(4, 2, bias=False)
-    other.weight.data = one.weight.data.flip(0)
-    assert not same_weights(weights_of(one), weights_of(other))
+def linear(weight: torch.Tensor) -> torch.nn.Linear:
+    made = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    made.weight.data = weight
+    return made
+
+
+@pytest.mark.parametrize("chunk", [4, 2**22])
+def test_weights_that_change_places_are_others(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    weight = drawn(2, 4, seed=0)
+    known = weights_of(linear(weight))
+    monkeypatch.setattr(fingerprint, "CHUNK", chunk)
+    assert weights_of(linear(weight)) == known, "however many are read at a time"
+    for other in (weight.flip(0), weight.reshape(4, 2), weight.reshape(8, 1)):
+        assert not same_weights(weights_of(linear(other)), known)
+    renamed = torch.nn.ModuleDict({"other": linear(weight)})
+    assert not same_weights(weights_of(renamed), known)
 
 
 def test_our_own_pipelines_tell_it_before_they_run():
