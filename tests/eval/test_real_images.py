@@ -124,7 +124,7 @@ def test_the_reference_that_is_named_is_the_one_behind_the_distance(place, netwo
             {"fd", "accuracy"},
             "the model's classes (0, 1, 2, ...) are not CIFAR-10's",
         ),
-        ({"class_names": list(real_images.CIFAR_NAMES)}, set(), "Accuracy: of CIFAR-10's classes"),
+        ({"class_names": [name.title() for name in real_images.CIFAR_NAMES]}, set(), "Accuracy: of CIFAR-10's classes"),
     ],
 )
 def test_figures_that_do_not_fit_are_left_out_by_name(place, asked, left, told):
@@ -134,6 +134,14 @@ def test_figures_that_do_not_fit_are_left_out_by_name(place, asked, left, told):
     assert told in judge.note()
     images = torch.rand(6, asked.get("channels", 3), *size)
     assert set(judge(images, images, torch.arange(6))) == {"psnr", "ssim", "lpips", "fd", "accuracy"} - left
+
+
+def test_another_reference_judges_any_classes_and_as_many_images_as_are_asked_for(place, network):
+    judge = judge_of(options(place, reference_dir="others", reference_count=COUNT - 3), size=SIDE, num_classes=100)
+    assert set(judge.left_out) == {"accuracy"}
+    assert judge.reference.count == COUNT - 3
+    real = Statistics.of(extract(network, noise(COUNT, 32, 1)[: COUNT - 3], batch_size=40))
+    torch.testing.assert_close(judge.reference.mean, real.mean)
 
 
 def test_without_a_data_folder_the_note_says_so(monkeypatch: pytest.MonkeyPatch):
