@@ -144,6 +144,12 @@ def test_another_reference_judges_any_classes_and_as_many_images_as_are_asked_fo
     torch.testing.assert_close(judge.reference.mean, real.mean)
 
 
+def test_other_images_are_brought_to_the_size_of_the_generated_ones(place):
+    assert real_images.real_images(options(place, reference_dir="others"), 64).shape == (COUNT, 3, 64, 64)
+    kept = real_images.real_images(options(place), 64)
+    assert torch.equal(kept, noise(COUNT, 32, 0)), "CIFAR-10's as they are"
+
+
 def test_without_a_data_folder_the_note_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("EE_DIFFUSION_DATA", raising=False)
     judge = judge_of(ReferenceOptions(), size=SIDE, num_classes=10)
