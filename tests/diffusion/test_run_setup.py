@@ -9,7 +9,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Img2ImgPipeline,
+)
 from factories import pipeline, randomise, uvit
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 
@@ -146,6 +151,18 @@ def test_other_times_of_one_solver_are_told():
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     (said,) = told(pipe, exits, lambda: draw(pipe, "pixart"))
     assert "a step at time" in said
+
+
+def test_times_of_an_image_to_image_call_are_those_that_it_takes():
+    pipe, exits = fitted("sd3")
+    made = StableDiffusion3Img2ImgPipeline(**pipe.components)
+    made.set_progress_bar_config(disable=True)
+    given = call_of("sd3", [0, 1], steps=2 * STEPS) | {"image": torch.rand(2, 3, 8, 8), "strength": 0.5}
+    given = {name: value for name, value in given.items() if name not in ("height", "width")}
+    (said,) = told(made, exits, lambda: images_of(made, given))
+    taken = made.scheduler.timesteps[STEPS].item()
+    assert f"a step at time 1000; this run has FlowMatchEulerDiscreteScheduler, {STEPS} steps" in said
+    assert f"it at {taken:g}" in said
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -117,7 +117,22 @@ def test_long_prompts_are_cut_before_their_end_token(words, tmp_path):
     short = [" ".join(prompt.split()[:14]) for prompt in LONG]  # 14 words and two special tokens
     torch.testing.assert_close(found, clip_scores(images, short, **parts))
     assert (found[:, None] - found).abs().fill_diagonal_(1).min() > 0.01, "prompts are told apart"
+    if words != WORDS:  # under an old end token the model reads at the largest id, which may stand before the last word
+        shorter = [" ".join(prompt.split()[:13]) for prompt in LONG]
+        assert (found - clip_scores(images, shorter, **parts)).abs().min() > 0.01, "no word that fits is cut"
     assert cut_prompts([*LONG, *short, "a hat"], **parts) == 3
+
+
+def test_an_end_token_that_only_old_configs_name_wrongly_is_read_at_its_place(tmp_path):
+    """OpenAI's CLIPs say 2, and their tokenizer ends with the largest id, where transformers then reads."""
+    words = (*(word for word in WORDS if word != "[SEP]"), "[SEP]")
+    folder = save_clip(tmp_path, words)
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    known = clip_scores(images, LONG, **judge(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.testing.assert_close(clip_scores(images, LONG, **judge(folder)), known)
 
 
 def test_a_processor_without_the_models_end_token_is_refused(clip, tmp_path):
