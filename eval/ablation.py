@@ -43,7 +43,7 @@ class AblationOptions:
 
     count: int = flag("Test images.", 32)
     clock_images: int | None = flag("Test images that times are measured on; none: two batches.")
-    memory: str | None = flag("Exits of train/fit_memory.py (--states exited); none: unfitted.")
+    memory: str | None = flag("Exits of train/fit_step_cache.py (--states exited); none: unfitted.")
     memory_full_states: str | None = flag("The same with --states full.")
     memory_trust: str | None = flag("The same with --learn_trust.")
     budget: float = flag("Of `budgeted`.", 0.0048)

@@ -45,7 +45,7 @@ class CloudOptions:
 
     model: str = flag("Folder of the whole causal language model, with its tokenizer.")
     parts: str = flag("Folder that `ee-diffusion edge split` wrote.")
-    exits: str | None = flag("exits.safetensors of train/exit_heads_lm.py; none: the model's own tail, untrained.")
+    exits: str | None = flag("exits.safetensors of train/train_lm_exits.py; none: the model's own tail, untrained.")
     score: str = flag("Score of the thresholds: max_probability, certainty, margin, ...", "max_probability")
     text_folder: str = flag("Folder of the text sets.")
     sets: list[str] = field(default_factory=lambda: ["alpaca", "dialogsum", "truthfulqa"], metadata={"help": "Sets."})

@@ -50,7 +50,7 @@ class DecodeOptions:
         default_factory=list,
         metadata={"help": "Of full, driver, policies by file name, lossless, assistant; none: all."},
     )
-    exits: str | None = flag("Learned exits (train/exit_heads_lm.py); none: the model's own tail.")
+    exits: str | None = flag("Learned exits (train/train_lm_exits.py); none: the model's own tail.")
     exit_depth: int | None = flag("Lossless decoding drafts with so many layers; none: no lossless decoding.")
     draft_tokens: int | None = flag("Positions of a lossless cycle.")
     assistant: bool = flag("Time transformers' assistant_early_exit at exit_depth, too (batch 1).", False)

@@ -40,7 +40,7 @@ class FrontierOptions:
 
     count: int = flag("Test images.", 128)
     clock_images: int | None = flag("Test images that times are measured on, whole batches; none: two batches.")
-    memory: str | None = flag("Folder of fitted exits that remember (train/fit_memory.py); none: unfitted.")
+    memory: str | None = flag("Folder of fitted exits that remember (train/fit_step_cache.py); none: unfitted.")
     errors: list[float] = _numbers("`remembered`: errors allowed per step (rms, data in [-1, 1]).")
     budgets: list[float] = _numbers("`budgeted`: budgets of accumulated error; the model's gains are measured first.")
     shares: list[float] = _numbers("`searched`: shares of the steps that memory answers.", 0.64, 0.72)

@@ -2,7 +2,7 @@
 
 python eval/retrieval.py --model runs/text_exits --text_encoder sentence-transformers/all-MiniLM-L6-v2 --tower runs/tower/tower.safetensors --output_dir runs/retrieval
 
-This is not CLIP: the tower (train/train_tower.py) saw the training captions of one small data set alone, and is good for comparing models
+This is not CLIP: the tower (train/train_retrieval_tower.py) saw the training captions of one small data set alone, and is good for comparing models
 on it. Rows: real images of the captions (upper control), the same through the autoencoder, the model at full depth, its images against
 captions dealt out anew (lower control), fewer steps (`--fewer_steps`), and each policy beside a static schedule of its own depths and
 random exits. Captions and split must be those of the training. Writes retrieval.md, samples.safetensors, config.json and report.json.

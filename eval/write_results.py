@@ -3,7 +3,7 @@
 python eval/write_results.py
 
 Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, finalists*, ablation*, dit-journey*, speed*,
-hot-path*, uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/exit_heads_lm.py).
+hot-path*, uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/train_lm_exits.py).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ samples, which stands beside them.
 
 
 SECTIONS = {
-    "train-": ("Training", "accelerate launch train/train_uvit.py --preset NAME", training),
+    "train-": ("Training", "accelerate launch -m train.train_uvit --preset NAME", training),
     "metrics": (
         "The full-depth generator",
         "python eval/metrics.py --images runs/samples/samples.safetensors --output_dir runs/metrics --metrics fd fid kid accuracy",
@@ -79,7 +79,7 @@ SECTIONS = {
         "python eval/uncertainty.py --output_dir runs/uncertainty",
         uncertainty,
     ),
-    "exit-heads": ("Exits on a frozen language model", "accelerate launch train/exit_heads_lm.py ...", exit_heads),
+    "exit-heads": ("Exits on a frozen language model", "accelerate launch -m train.train_lm_exits ...", exit_heads),
     "decode": ("Decoding", "python eval/decode.py ...", decode),
     "classifiers": (
         "Classifiers with exits beside constant depth and truncated models",

@@ -1,6 +1,6 @@
 """Turn a trained pipeline into a checkpoint to ship: half precision, small shards, and policies calibrated to budgets.
 
-python train/export.py --model runs/exits --output_dir ee_diffusion/checkpoints/cifar10-uvit-cpu
+python -m train.export --model runs/exits --output_dir ee_diffusion/checkpoints/cifar10-uvit-cpu
 
 The policies (policies/blocks-80.json, ...) are DeeDiff thresholds found by replay on calibration seeds, one for each share of the blocks.
 """

@@ -1,6 +1,6 @@
 """Turn a trained text-to-image pipeline into a checkpoint to ship: half precision, its autoencoder, policies calibrated on validation captions.
 
-python train/export_text.py --model runs/text_exits --vae vae --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/checkpoint
+python -m train.export_text --model runs/text_exits --vae vae --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/checkpoint
 
 The text encoder is not written: it is large and public. The policies (policies/blocks-80.json, ...) are DeeDiff thresholds found by replay
 of a run on captions of the validation split, one for each share of the blocks.
@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from export import forget_origin, write_policies
 from transformers import AutoModel, AutoTokenizer
 
 from ee_diffusion.cli.errors import run_script
@@ -25,6 +24,7 @@ from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import find_data_files
+from train.export import forget_origin, write_policies
 
 
 def flags() -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """Fit exits to a pretrained pipeline without any data: the frozen model is its own teacher, along its own trajectories.
 
-accelerate launch train/fit_exits.py --model <pipeline folder> --labels 0 1 2 --guidance_scale 3.0 --output_dir runs/fit
+accelerate launch -m train.fit_exits --model <pipeline folder> --labels 0 1 2 --guidance_scale 3.0 --output_dir runs/fit
 then along the trajectories of the exited model:
-accelerate launch train/fit_exits.py --model <pipeline folder> --guidance_scale 3.0 --trajectories exited --exit_threshold 0.1 \\
+accelerate launch -m train.fit_exits --model <pipeline folder> --guidance_scale 3.0 --trajectories exited --exit_threshold 0.1 \\
   --init_exits runs/fit/exits --output_dir runs/fit_exited
 
 `--exit_variant adapter --adapter_rank 32`: small adapters before the model's own tail, for any class of the family table.
@@ -25,8 +25,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers import DiffusionPipeline
-from fit_settings import FitConfig
-from fit_supply import build_supply, held_out_states
 from transformers import HfArgumentParser
 
 from ee_diffusion.cli.errors import run_script
@@ -45,6 +43,8 @@ from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
+from train.fit_settings import FitConfig
+from train.fit_supply import build_supply, held_out_states
 
 DEFAULTS = {  # of the loop, where fitting small heads differs from training a model
     "train_batch_size": 16,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from accelerate import PartialState
 from diffusers import DiffusionPipeline
-from fit_settings import FitConfig
 
 from ee_diffusion.diffusion.distillation.collect import FreshStates, identity_of, walk
 from ee_diffusion.diffusion.distillation.dataset import States
@@ -20,6 +19,7 @@ from ee_diffusion.metrics.splits import SEEDS, seeds
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import Source, load_image_source
 from ee_diffusion.training.sources import KeySource, MappedSource, TableSource
+from train.fit_settings import FitConfig
 
 
 def in_turn(conditions: list | None, count: int) -> list | None:

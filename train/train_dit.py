@@ -1,6 +1,6 @@
 """Train a small class-conditional DiT on images in the latent space of TAESD, and write it as a stock `DiTPipeline` folder.
 
-accelerate launch train/train_dit.py --vae vae --train_data_files 'cifar10/train-*.parquet' --output_dir runs/dit
+accelerate launch -m train.train_dit --vae vae --train_data_files 'cifar10/train-*.parquet' --output_dir runs/dit
 
 `--vae`: the two files of TAESD, or a diffusers folder. Images are enlarged to `--image_size` and encoded once, in parts (latents/ in
 output_dir), mirrored as well unless `--no_random_flip`. `--resume_from_checkpoint latest` goes on after a stop or a kill.
@@ -19,7 +19,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
 from diffusers import AutoencoderTiny, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from encoding import Encoding, encoded_once, round_trip
 from transformers import HfArgumentParser
 
 from ee_diffusion.cli.errors import run_script
@@ -31,6 +30,7 @@ from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.datasets import find_data_files, load_image_source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import LatentSource
+from train.encoding import Encoding, encoded_once, round_trip
 
 NULL_CLASS = 1000  # what DiTPipeline takes for "no class"
 DEFAULTS = {

@@ -1,7 +1,7 @@
 """Train a U-ViT, alone or with exits (DeeDiff), on images.
 
-accelerate launch --num_cpu_threads_per_process 2 train/train_uvit.py --preset cpu_backbone --output_dir runs/backbone
-accelerate launch --num_cpu_threads_per_process 2 train/train_uvit.py --preset cpu_exits --init_from runs/backbone --output_dir runs/exits
+accelerate launch --num_cpu_threads_per_process 2 -m train.train_uvit --preset cpu_backbone --output_dir runs/backbone
+accelerate launch --num_cpu_threads_per_process 2 -m train.train_uvit --preset cpu_exits --init_from runs/backbone --output_dir runs/exits
 (on a GPU: presets gpu_backbone and gpu_exits, no thread flag; on a CPU accelerate takes one thread unless told otherwise)
 
 Data: `--dataset_name`, `--train_data_dir` or `--train_data_files` (a preset's `cifar10/train-*.parquet` is looked up below
@@ -19,11 +19,8 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from agreement import check_agrees, uvit_from
 from diffusers import DDPMScheduler
-from presets import PRESETS, UViTConfig, ValidationConfig
 from transformers import HfArgumentParser
-from validation import draw
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
@@ -34,6 +31,9 @@ from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.datasets import load_image_source
 from ee_diffusion.training.loop import Trainer
+from train.agreement import check_agrees, uvit_from
+from train.presets import PRESETS, UViTConfig, ValidationConfig
+from train.validation import draw
 
 
 def parse() -> tuple[UViTConfig, ImageDataConfig, TrainConfig, ValidationConfig, bool]:

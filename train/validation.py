@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from presets import ValidationConfig
-
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
 from ee_diffusion.diffusion.pipelines.sampling import classes_of, generate, sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
+from train.presets import ValidationConfig
 
 
 def draw(step: int, objective: DiffusionObjective, config: ValidationConfig, *, folder: Path) -> None:

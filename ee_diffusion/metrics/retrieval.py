@@ -130,7 +130,7 @@ def load_tower(path: str | Path) -> tuple[ImageTower, dict]:
         ValueError: no such file, or one of something else.
     """
     if not Path(path).is_file():
-        raise ValueError(f"no tower at {path}; train one by train/train_tower.py")
+        raise ValueError(f"no tower at {path}; train one by train/train_retrieval_tower.py")
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get(_FORMAT)

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from language import FULL, generate
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.methods import calm, skipdecode
 from ee_diffusion.decoding.self_speculative import self_speculative_generate
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
-
-from language_model import ModelConfig
+from train.language_model import ModelConfig
 
 pytestmark = [pytest.mark.slow, pytest.mark.data]
 FILE, LAYERS, TOKENS = "SmolLM2-135M-Instruct.Q4_1.gguf", 30, 8

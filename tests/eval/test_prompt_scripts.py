@@ -29,13 +29,12 @@ from ee_diffusion.metrics.retrieval import ImageTower, save_tower
 from ee_diffusion.training.captions import CaptionConfig, Captioned, split_of
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-sys.path.insert(0, str(ROOT / "train"))
-
 import clip_score
-import export_text
 import prompting
 import retrieval
 from diffusion_results import matching
+
+from train import export_text
 
 
 def save_clip(folder: Path, words: tuple[str, ...]) -> Path:

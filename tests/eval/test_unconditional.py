@@ -29,21 +29,17 @@ from ee_diffusion.metrics.splits import balanced_labels, shuffled_labels
 from ee_diffusion.training.datasets import ImageSource
 
 sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-sys.path.insert(0, str(ROOT / "train"))
 
 import ablation
 import clock
-import export
-import fit_exits
-import fit_memory
 import frontier
 import generate
 import guarantee
 import hot_path
-import presets
 import tradeoff
 import uncertainty
-import validation
+
+from train import export, fit_exits, fit_step_cache, presets, validation
 
 STEPS = 6
 KINDS = {"unconditional": {}, "classes": {"num_classes": 4}, "one": {"num_classes": 1, "null_class": 0}}
@@ -179,7 +175,7 @@ def test_it_is_put_on_the_frontier_and_clocked_again(model: Path, kind: str, tmp
 
 def test_what_else_is_fitted_and_measured(model: Path, tmp_path: Path):
     words = ["--model", model, *CALL, "--skip", 0.5, "--iterations", 2]
-    run(fit_memory, *words, "--output_dir", tmp_path / "memory", "--count", 2, "--linear_prediction")
+    run(fit_step_cache, *words, "--output_dir", tmp_path / "memory", "--count", 2, "--linear_prediction")
     memory = tmp_path / "memory" / "exits"
     sampling = ["--model", model, *CALL, "--batch_size", 2]
     run(ablation, *sampling, "--output_dir", tmp_path / "ablation", "--count", 2)
@@ -206,7 +202,7 @@ def test_guidance_is_refused_before_work(model: Path, kind: str, tmp_path: Path,
     if kind == "one":
         pytest.skip("has a null class")
     monkeypatch.setattr(UViTTransformer2DModel, "forward", lambda *_, **__: pytest.fail("the model was asked"))
-    for script in (export, generate, tradeoff, frontier, ablation, fit_memory):
+    for script in (export, generate, tradeoff, frontier, ablation, fit_step_cache):
         with pytest.raises(ValueError, match=r"null_class=None, expected .* or guidance_scale=1"):
             run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4)
 

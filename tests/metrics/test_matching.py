@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tree import ROOT
 
 from ee_diffusion.metrics.retrieval import (
     ImageTower,
@@ -21,8 +19,6 @@ from ee_diffusion.metrics.retrieval import (
     retrieval,
     save_tower,
 )
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
 
 
 def unit(*shape: int, seed: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Captioned images: the split is by caption alone, batches belong to their keys, `train/train_text.py` from data to pipeline."""
+"""Captioned images: the split is by caption alone, batches belong to their keys, `train/train_text_to_image.py` from data to pipeline."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from stock import tiny_vae
 from tiny_texts import CAPTIONS, TOKENS, WIDTH, save_encoder, tiny_encoder, tiny_tokenizer
-from tree import ROOT
 
 from ee_diffusion.diffusion.pipelines.prompts import encode_prompts
 from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
@@ -22,11 +21,7 @@ from ee_diffusion.metrics.retrieval import load_tower
 from ee_diffusion.training.captions import CaptionSource, names_skin_tone, split_of, subject
 from ee_diffusion.training.order import Order
 from ee_diffusion.training.rng import sample_keys
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import train_text
-import train_tower
+from train import train_retrieval_tower, train_text_to_image
 
 SHARES = {"validation": 0.05, "test": 0.1, "seed": 0}
 
@@ -119,7 +114,7 @@ def test_what_does_not_fit_is_refused(change, told):
         CaptionSource(**(parts | change))
 
 
-# --- train/train_text.py
+# --- train/train_text_to_image.py
 
 TINY = (
     "--image_size 32 --resolution 32 --num_layers 3 --num_attention_heads 1 --attention_head_dim 8 --num_text_tokens 4"
@@ -128,8 +123,10 @@ SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --checkpoint
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_text.py", *(part for word in words for part in str(word).split())])
-    train_text.main()
+    monkeypatch.setattr(
+        sys, "argv", ["train_text_to_image.py", *(part for word in words for part in str(word).split())]
+    )
+    train_text_to_image.main()
 
 
 @pytest.fixture
@@ -174,9 +171,9 @@ def test_backbone_then_exits_then_pictures_and_a_resumed_run_is_the_same(tmp_pat
 
 
 def test_only_training_captions_are_encoded_in_the_order_of_their_images(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_text.py", *data.split(), "--output_dir", str(tmp_path / "run")])
-    model, images, captions, _, _ = train_text.parse()
-    made, _ = train_text.load_source(model, images, captions, tmp_path / "run")
+    monkeypatch.setattr(sys, "argv", ["train_text_to_image.py", *data.split(), "--output_dir", str(tmp_path / "run")])
+    model, images, captions, _, _ = train_text_to_image.parse()
+    made, _ = train_text_to_image.load_source(model, images, captions, tmp_path / "run")
     kept = [caption for caption in CAPTIONS * 3 if split_of(caption, **(SHARES | {"test": 0.4})) == "train"]
     texts = encode_prompts(tiny_tokenizer(), tiny_encoder(), [*kept, ""], num_tokens=4)
     torch.testing.assert_close(made.texts[made.captions].float(), texts[:-1], rtol=1e-2, atol=1e-2)
@@ -200,18 +197,18 @@ def test_bad_settings_end_in_words(words, told, monkeypatch):
 
 def test_a_tower_is_trained_on_training_captions_alone(tmp_path, data, monkeypatch):
     flags = f"--train_data_files {tmp_path / 'part.parquet'} --text_encoder {tmp_path / 'encoder'} --test_share 0.4 --resolution 32"
-    words = f"train_tower.py {flags} {SHORT} --widths 4 8 --output_dir {tmp_path / 'tower'}"
+    words = f"train_retrieval_tower.py {flags} {SHORT} --widths 4 8 --output_dir {tmp_path / 'tower'}"
     monkeypatch.setattr(sys, "argv", words.split())
-    train_tower.main()
+    train_retrieval_tower.main()
     tower, facts = load_tower(tmp_path / "tower" / "tower.safetensors")
     kept = sorted({caption for caption in CAPTIONS if split_of(caption, **(SHARES | {"test": 0.4})) == "train"})
     assert (facts["captions"], facts["images"], facts["text_encoder"]) == (len(kept), 3 * len(kept), "encoder")
     texts = encode_prompts(tiny_tokenizer(), tiny_encoder(), kept, num_tokens=1)[:, 0]
     torch.testing.assert_close(tower.centre, texts.mean(dim=0))
     assert tower(torch.rand(2, 3, 32, 32)).shape == (2, WIDTH)
-    monkeypatch.setattr(sys, "argv", ["train_tower.py"])
+    monkeypatch.setattr(sys, "argv", ["train_retrieval_tower.py"])
     with pytest.raises(ValueError, match="output_dir=None, text_encoder=None, expected both"):
-        train_tower.main()
+        train_retrieval_tower.main()
 
 
 def test_dry_run(monkeypatch, capsys):

@@ -28,10 +28,7 @@ from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import fit_exits
+from train import fit_exits
 
 TINY = "--num_inference_steps 2 --guidance_scale 2.0 --num_trajectories 6 --collect_batch_size 3 --held_out 3 --labels 0 2 1"
 SHORT = "--train_batch_size 4 --max_train_steps 4 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0"
@@ -222,7 +219,7 @@ def launch(words: str, *, processes: int) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [sys.executable, *launcher, str(ROOT / "train" / "fit_exits.py"), *words.split()]
+    command = [sys.executable, *launcher, "-m", "train.fit_exits", *words.split()]
     settings = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]

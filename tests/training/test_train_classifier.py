@@ -1,4 +1,4 @@
-"""The script `train/classifier.py`: settings resolve, a tiny run goes from fine-tuning to exits on it, its folder loads in a pipeline."""
+"""`train/train_classifier.py`: settings resolve, a tiny run goes from fine-tuning to exits on it, its folder loads in a pipeline."""
 
 from __future__ import annotations
 
@@ -23,22 +23,18 @@ from transformers import (
 
 # Its own module: `from transformers import AutoImageProcessor` asks for torchvision below 5.18, the class does not.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
-from tree import ROOT
 
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.methods import confidence, jei_dnn
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import classifier
+from train import train_classifier
 
 SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --lr_warmup_steps 0 --max_length 8"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["classifier.py", *(part for word in words for part in str(word).split())])
-    classifier.main()
+    monkeypatch.setattr(sys, "argv", ["train_classifier.py", *(part for word in words for part in str(word).split())])
+    train_classifier.main()
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +106,8 @@ def test_exits_of_the_mean_are_saved_and_not_resumed_as_others(base: Path, monke
 
 def test_thresholds_begin_on_the_line_asked_for(base: Path):
     numbers = {"mask_weight": 0.1, "temperature": 0.01, "bottom_threshold": 0.01, "top_threshold": 0.03}
-    config = classifier.ClassifierConfig(method="magic_soft", init_from=str(base / "base"), **numbers)
-    assert classifier.build_objective(config).thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
+    config = train_classifier.ClassifierConfig(method="magic_soft", init_from=str(base / "base"), **numbers)
+    assert train_classifier.build_objective(config).thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
 
 
 def test_a_truncated_control(base: Path, monkeypatch):

@@ -13,16 +13,12 @@ import torch
 from diffusers import DDPMScheduler, DiTPipeline
 from PIL import Image
 from stock import tiny_vae
-from tree import ROOT
 
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
 from ee_diffusion.diffusion.latents import encode, enlarged
 from ee_diffusion.training.datasets import ImageSource
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import train_dit
-from encoding import Encoding, encoded_once
+from train import train_dit
+from train.encoding import Encoding, encoded_once
 
 TINY = "--image_size 16 --resolution 8 --num_classes 2 --num_layers 2 --num_attention_heads 1 --attention_head_dim 8"
 SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0"

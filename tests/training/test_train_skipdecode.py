@@ -1,4 +1,4 @@
-"""The script `train/skipdecode.py`: fine-tuning under a schedule lowers its loss, resumes exactly, and what it writes generates."""
+"""The script `train/train_skipdecode.py`: fine-tuning under a schedule lowers its loss, resumes exactly, and what it writes generates."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from language import LAYERS, alone, generate, model_named, new_tokens
 from tiny_language import text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import is_peft_available
-from tree import ROOT, python_blocks
+from tree import python_blocks
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.methods import calm, early_termination
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import skipdecode
-from language_model import ModelConfig
+from train import train_skipdecode
+from train.language_model import ModelConfig
 
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 SKIP = "--warm_up 1 --least 2 --most 5 --horizon 4"
@@ -39,8 +36,8 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     files = ["--text_files", "texts.csv", "--answer_columns", "ref", "--prompt_templates", "{mr}", "--model", "model"]
     given = [part for word in words for part in str(word).split()]
-    monkeypatch.setattr(sys, "argv", ["skipdecode.py", *files, *given])
-    skipdecode.main()
+    monkeypatch.setattr(sys, "argv", ["train_skipdecode.py", *files, *given])
+    train_skipdecode.main()
 
 
 def lines_of(folder: str) -> list[dict]:

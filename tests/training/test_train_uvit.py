@@ -15,11 +15,8 @@ from PIL import Image
 from tree import ROOT
 
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import train_uvit
-from presets import PRESETS
+from train import train_uvit
+from train.presets import PRESETS
 
 TINY = "--num_layers 3 --patch_size 4 --num_attention_heads 1 --attention_head_dim 8 --resolution 8 --num_classes 2"
 SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0"
@@ -50,7 +47,7 @@ def test_every_preset_resolves(preset, monkeypatch, capsys):
 
 
 def test_dry_run_as_a_command():
-    command = [sys.executable, str(ROOT / "train" / "train_uvit.py"), "--preset", "cpu_backbone", "--dry_run"]
+    command = [sys.executable, "-m", "train.train_uvit", "--preset", "cpu_backbone", "--dry_run"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={"PYTHONPATH": str(ROOT), "PATH": ""}
     )

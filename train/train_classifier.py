@@ -1,6 +1,6 @@
 """Fine-tune a classifier of texts or images, alone or with exits: PALBERT, PonderNet, PABEE, DeeBERT, FastBERT, BERxiT, JEI-DNN...
 
-accelerate launch --num_cpu_threads_per_process 2 train/classifier.py --method palbert --init_from MODEL --num_labels 2 \
+accelerate launch --num_cpu_threads_per_process 2 -m train.train_classifier --method palbert --init_from MODEL --num_labels 2 \
     --text_files sst2/train_full.tsv --text_columns sentence --output_dir runs/palbert
 
 `--init_from`: a classifier or encoder of transformers, or the `model` folder of an earlier run. deebert, fastbert and jei_dnn train exits

@@ -1,6 +1,6 @@
 """Fine-tune a causal language model under the layers that it will run: SkipDecode, or any schedule; plain and truncated as controls.
 
-accelerate launch train/skipdecode.py --model MODEL --warm_up 4 --least 10 --most 20 --horizon 28 --lora_rank 16 \\
+accelerate launch -m train.train_skipdecode --model MODEL --warm_up 4 --least 10 --most 20 --horizon 28 --lora_rank 16 \\
     --text_files e2e/devset.csv --prompt_templates '{mr}\\n' --answer_columns ref --output_dir runs/skip15
 
 `--policy FILE` (of Policy.save) in the place of the four numbers: early termination, D3, uniform skipping. Neither: plain fine-tuning,
@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
-from language_model import ModelConfig, flag, machine
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_peft_available
 
@@ -33,6 +32,7 @@ from ee_diffusion.decoding.skip_objective import SkipObjective
 from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
+from train.language_model import ModelConfig, flag, machine
 
 if is_peft_available():
     from ee_diffusion.decoding.lora import add_lora, merged

@@ -1,6 +1,6 @@
 """Fit exits to a frozen causal language model: adapters before its own LM head, and certainties.
 
-accelerate launch train/exit_heads_lm.py --model MODEL --chat --exit_depths 5 10 15 20 --text_files instruct.json e2e/devset.csv \\
+accelerate launch -m train.train_lm_exits --model MODEL --chat --exit_depths 5 10 15 20 --text_files instruct.json e2e/devset.csv \\
     --prompt_templates '{instruction}\\n{input}' '{mr}' --answer_columns output ref --output_dir runs/heads
 
 The model reads the texts once; what is needed of it (its states at the exits' depths and before the LM head, at the answers' tokens) lies
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
-from language_model import ModelConfig, flag, machine
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, PreTrainedModel
@@ -35,6 +34,7 @@ from ee_diffusion.training.config import PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.prompts import PromptSource
 from ee_diffusion.training.sources import TableSource
+from train.language_model import ModelConfig, flag, machine
 
 WINDOW = 16  # batches among which texts are sorted by length
 DEFAULTS = {  # of the loop, where fitting small heads differs from training a model

@@ -1,4 +1,4 @@
-"""The script `train/exit_heads_lm.py`: exits learn to say what a tiny frozen model says, resume exactly, load where they are used."""
+"""The script `train/train_lm_exits.py`: exits learn to say what a tiny frozen model says, resume exactly, load where they are used."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from language import EXITS, alone, generate
 from safetensors.torch import load_file
 from tiny_language import text_folder
 from transformers import AutoModelForCausalLM
-from tree import ROOT
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.edge_cloud.edge import Edge
 from ee_diffusion.edge_cloud.split import load_part, split_model
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when the script runs
-
-import exit_heads_lm
+from train import train_lm_exits
 
 SHORT = "--train_batch_size 16 --max_train_steps 4 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0 --held_out 12"
 
@@ -40,8 +36,8 @@ def call(monkeypatch: pytest.MonkeyPatch, base: Path, *words: object) -> dict:
     files = ["--text_files", f"{base}/texts.json", f"{base}/texts.csv", "--answer_columns", "answer", "ref"]
     files += ["--prompt_templates", "{ask}\\n{more}", "{mr}", "--model", f"{base}/model"]
     given = [part for word in words for part in str(word).split()]
-    monkeypatch.setattr(sys, "argv", ["exit_heads_lm.py", *files, *given])
-    exit_heads_lm.main()
+    monkeypatch.setattr(sys, "argv", ["train_lm_exits.py", *files, *given])
+    train_lm_exits.main()
     folder = base / given[given.index("--output_dir") + 1]
     return json.loads((folder / "report.json").read_text())
 
@@ -126,8 +122,8 @@ def test_the_edge_answers_through_the_exits_of_its_depths(base: Path, monkeypatc
 
 
 def test_dry_run(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["exit_heads_lm.py", "--model", "m", "--teacher", "labels", "--dry-run"])
-    exit_heads_lm.main()
+    monkeypatch.setattr(sys, "argv", ["train_lm_exits.py", "--model", "m", "--teacher", "labels", "--dry-run"])
+    train_lm_exits.main()
     resolved = json.loads(capsys.readouterr().out)
     assert (resolved["model"], resolved["teacher"], resolved["learning_rate"]) == ("m", "labels", 1e-3)
 

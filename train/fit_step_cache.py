@@ -1,6 +1,6 @@
 """Fit the uncertainty of exits that remember to a model, along its own trajectories; no data needed.
 
-python train/fit_memory.py --model runs/exits --output_dir runs/memory
+python -m train.fit_step_cache --model runs/exits --output_dir runs/memory
 
 Walks with the full model at every step and compares what memory would have answered; a second walk, of other seeds, says what the fit is
 worth beside the unfitted uncertainty. Writes the component `exits/` (load it with CachedOutputExits.from_pretrained) and report.json.

@@ -1,7 +1,7 @@
 """Train a small text-to-image U-ViT, alone or with exits (DeeDiff), in the latent space of TAESD, with a frozen text encoder.
 
-accelerate launch train/train_text.py --vae vae --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/text
-accelerate launch train/train_text.py --vae vae --text_encoder ... --mode joint --init_from runs/text --output_dir runs/text_exits
+accelerate launch -m train.train_text_to_image --vae vae --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/text
+accelerate launch -m train.train_text_to_image --vae vae --text_encoder ... --mode joint --init_from runs/text --output_dir runs/text_exits
 
 `--vae`: the two files of TAESD, or a diffusers folder. `--text_encoder`: a path or Hub name of any text encoder of transformers. Images
 and captions are encoded once (latents/ in output_dir, or `--latents_dir`). Captions, not images, are split: `--validation_share` and
@@ -20,9 +20,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env, set_seed
-from agreement import check_agrees, uvit_from
 from diffusers import DDPMScheduler
-from encoding import Encoding, encoded_once, round_trip
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
 from ee_diffusion.cli.errors import run_script
@@ -38,6 +36,8 @@ from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
 from ee_diffusion.training.datasets import ImageSource, find_data_files
 from ee_diffusion.training.loop import Trainer
+from train.agreement import check_agrees, uvit_from
+from train.encoding import Encoding, encoded_once, round_trip
 
 TEXTS_AT_ONCE = 64
 DEFAULTS = {

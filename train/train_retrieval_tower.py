@@ -1,8 +1,8 @@
 """Train the image tower that judges whether an image shows its caption, against a frozen text encoder, on training captions alone.
 
-accelerate launch train/train_tower.py --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/tower
+accelerate launch -m train.train_retrieval_tower --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/tower
 
-The split is that of train/train_text.py: give both the same shares and seed. Writes tower.safetensors, log.jsonl, config.json and
+The split is that of train/train_text_to_image.py: give both the same shares and seed. Writes tower.safetensors, log.jsonl, config.json and
 report.json; `eval/retrieval.py` uses it. `--resume_from_checkpoint latest` goes on after a stop or a kill.
 """
 

@@ -1,4 +1,4 @@
-"""train/fit_memory.py from the command line on a tiny pipeline: it writes exits that load, and figures beside the unfitted."""
+"""train/fit_step_cache.py from the command line on a tiny pipeline: it writes exits that load, and figures beside the unfitted."""
 
 from __future__ import annotations
 
@@ -8,21 +8,17 @@ from pathlib import Path
 
 import pytest
 from factories import pipeline
-from tree import ROOT
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
 from ee_diffusion.metrics.splits import seeds
-
-sys.path.insert(0, str(ROOT / "train"))  # as it is when a script runs
-
-import fit_memory
+from train import fit_step_cache
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["fit_memory.py", *(str(word) for word in words)])
-    fit_memory.main()
+    monkeypatch.setattr(sys, "argv", ["fit_step_cache.py", *(str(word) for word in words)])
+    fit_step_cache.main()
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -56,7 +52,7 @@ def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypat
         began.append(generator.initial_seed())
         return walk(*args, generator=generator, **call)
 
-    monkeypatch.setattr(fit_memory, "walk", watched)
+    monkeypatch.setattr(fit_step_cache, "walk", watched)
     words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 5]
     call(monkeypatch, *words, "--count", 1, "--iterations", 1)
     assert began == [seeds("fit", 1)[0], seeds("test", 1)[0]]
