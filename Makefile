@@ -13,7 +13,7 @@ PIP_ENVIRONMENT := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 PYTEST_ARGS ?=
 CODE := ee_diffusion pipelines train eval tests
 
-.PHONY: help install demo test test-all test-floor test-wheel families lint format proto wheel clean
+.PHONY: help install demo test test-all test-floor test-wheel families lint docs format proto wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -23,7 +23,7 @@ install: $(VENV)/.stamp-test  ## everything that training, evaluation and the te
 demo: $(VENV)/.stamp-demo  ## generate images with the default checkpoint, into demo/
 	$(BIN)/python eval/demo.py
 
-test: $(VENV)/.stamp-test lint  ## lint, types and all quick tests
+test: $(VENV)/.stamp-test lint docs  ## lint, types, the documentation and all quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 families: $(VENV)/.stamp-test  ## every transformer class that exits attach to, and whether it holds in the five checks
@@ -43,6 +43,9 @@ lint: $(VENV)/.stamp-test  ## ruff (check and format) and mypy
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy
 
+docs: $(VENV)/.stamp-test  ## build the documentation into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
 format: $(VENV)/.stamp-test  ## let ruff rewrite the code
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
@@ -58,7 +61,7 @@ wheel: $(VENV)/.stamp-test  ## build the wheel into dist/
 	$(PIP_ENVIRONMENT) $(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:  ## remove the environments and what was built
-	rm -rf $(VENV) $(VENV_FLOOR) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV_FLOOR) build dist site *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 # torch goes in first and alone: the constraint must choose its build before another package asks for "any torch".
 define install_torch

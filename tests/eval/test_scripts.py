@@ -295,8 +295,3 @@ def test_dry_run_prints_the_options(script, monkeypatch, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["seed"] == 7
     assert "output_dir" in printed
-
-
-def test_the_results_in_the_tree_are_those_of_the_reports(tmp_path: Path, monkeypatch):
-    call(monkeypatch, write_results, "--reports", ROOT / "results", "--output", tmp_path / "RESULTS.md")
-    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "RESULTS.md").read_text(), "run eval/write_results.py"
