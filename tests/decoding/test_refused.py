@@ -96,7 +96,7 @@ def test_a_model_that_trains_without_a_cache_is_refused(call: str):
         (lambda: SharedTail(model_named("llama"), (-1, 2)), r"depths=\(-1, 2\)"),
         (lambda: SharedTail(model_named("llama"), (LAYERS + 1,)), r"depths=\(7,\)"),
         (lambda: SkipObjective(model_named("llama"), Policy(schedule=FixedLayers((1, 3))), num_steps=8), "layer 0"),
-        (lambda: register_model(MODEL_SPECS["DiTTransformer2DModel"]), "decoding.families.Family"),
+        (lambda: register_model(MODEL_SPECS["DiTTransformer2DModel"]), "decoding.model_specs.ModelSpec"),
     ],
 )
 def test_numbers_of_another_kind_are_refused(make, told: str):
