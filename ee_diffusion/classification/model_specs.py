@@ -153,7 +153,7 @@ def register_model(family: ModelSpec) -> None:
         ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
     """
     if not isinstance(family, ModelSpec):
-        raise ValueError(f"{family!r}, expected {__name__}.Family(...)")
+        raise ValueError(f"{family!r}, expected {__name__}.ModelSpec(...)")
     add_row(MODEL_SPECS, family.class_name, family, called="the family table")
 
 
