@@ -12,7 +12,7 @@ _HOMES = {
     "checkpoint": "checkpoints",
     "custom_pipeline": "custom_pipelines",
     "ErrorBudget": "core.criteria",
-    "Criterion": "core.criterion",
+    "Criterion": "core.criteria",
     "QExit": "core.criteria",
     "DecayingThreshold": "core.criteria",
     "GatedExit": "core.criteria",
@@ -102,6 +102,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         pondernet,
     )
     from ee_diffusion.core.criteria import (
+        Criterion,
         DecayingThreshold,
         DepthTable,
         ErrorBudget,
@@ -111,7 +112,6 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         SampledExit,
         Threshold,
     )
-    from ee_diffusion.core.criterion import Criterion
     from ee_diffusion.core.distributed import JointDecision, gather_traces
     from ee_diffusion.core.policy import Policy
     from ee_diffusion.core.schedules import (

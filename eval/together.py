@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ee_diffusion.core.criterion import Criterion, ExitPoint, State
+from ee_diffusion.core.criteria import Criterion, ExitPoint, State
 from ee_diffusion.core.scores import ExitInputs
 
 

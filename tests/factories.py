@@ -17,8 +17,16 @@ from diffusers import DDIMScheduler, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ee_diffusion.core.active_batch import run_blocks
-from ee_diffusion.core.criteria import DecayingThreshold, DepthTable, ErrorBudget, GatedExit, Patience, QExit, Threshold
-from ee_diffusion.core.criterion import Criterion
+from ee_diffusion.core.criteria import (
+    Criterion,
+    DecayingThreshold,
+    DepthTable,
+    ErrorBudget,
+    GatedExit,
+    Patience,
+    QExit,
+    Threshold,
+)
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.session import Session

@@ -38,8 +38,7 @@ from factories import (
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ee_diffusion.core.criteria import DepthTable, ErrorBudget, Threshold
-from ee_diffusion.core.criterion import Criterion
+from ee_diffusion.core.criteria import Criterion, DepthTable, ErrorBudget, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.trace import Trace

@@ -20,9 +20,9 @@ from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.token_pruning import ActiveTokens, TokenTrace, check_pruning
 from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.criteria import DepthTable
+from ee_diffusion.core.patch import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.rows import require_rows
-from ee_diffusion.core.thread_patch import patched
 from ee_diffusion.core.trace import Trace
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")

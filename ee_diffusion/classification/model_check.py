@@ -19,7 +19,7 @@ from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.row_check import FEWER, ROWS, alike, apart, following, lengths_of
+from ee_diffusion.core.rows import FEWER, ROWS, alike, apart, following, lengths_of
 
 Inputs = Callable[[list[int]], Mapping[str, Any]]
 

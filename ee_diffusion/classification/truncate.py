@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ee_diffusion.classification.attach import watching
 from ee_diffusion.classification.model_specs import TESTED, model_spec_of
-from ee_diffusion.core.row_check import alike, apart
+from ee_diffusion.core.rows import alike, apart
 
 
 def first_layers(

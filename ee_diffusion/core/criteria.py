@@ -1,21 +1,103 @@
-"""Criteria: when to stop. `decide` is pure: scores and state in, stops and state out; every tensor has leading E elements.
+"""When to stop: what a criterion is, the rules, and how their thresholds are read.
 
-Here: the rules. Not here: their numbers (thresholds.py), measuring (scores.py), which layers may run (schedules.py).
-E elements, K exits of the policy, S steps.
+Here: decisions, pure functions of scores and state. Not here: scores themselves (scores.py), who applies them (session.py).
+E samples, R rows, K exits of the policy, S steps.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criterion import Criterion, ExitPoint, State
+from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.scores import ExitInputs, score_named
-from ee_diffusion.core.thresholds import Thresholds, check_lengths, check_range, threshold_at
+
+State = dict[str, Tensor]
+
+
+class ExitPoint(NamedTuple):
+    """The place of a decision: `step` of `num_steps`, its `time` (timestep or sigma), `depth` executed blocks, `exit` (policy's index)."""
+
+    step: int
+    num_steps: int
+    time: float
+    depth: int
+    exit: int
+
+
+@dataclass(frozen=True)
+class Criterion(ABC):
+    """Says when an element stops. A NaN score never stops anything. One with a `__post_init__` of its own calls this one first."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @abstractmethod
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Raise ValueError if thresholds do not fit S steps and K exits."""
+
+    @abstractmethod
+    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+        """State of a new step for elements (E,) (their ids); `previous`: the state at the end of the last step, None at the first.
+
+        Raises ValueError if the criterion does not know an element.
+        """
+
+    @abstractmethod
+    def measure(self, observation: ExitInputs) -> Tensor | None:
+        """Scores of the rows still running (R,), or None if this criterion looks at nothing."""
+
+    @abstractmethod
+    def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
+        """score (E,), NaN where an element has none -> stop (E,) bool and the new state."""
+
+    @abstractmethod
+    def floor(self, where: ExitPoint) -> float | None:
+        """A number for which holds: no element with a score at or below it (or without one) stops here, and if all are so, `decide` leaves
+        the state as it was. A session then need not ask. None: there is no such number."""
+
+
+Thresholds = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
+
+
+def threshold_at(thresholds: Thresholds, step: int, exit: int) -> float:
+    """The number that holds at a step and an exit."""
+    if not isinstance(thresholds, tuple):
+        return thresholds
+    row = thresholds[step] if isinstance(thresholds[0], tuple) else thresholds
+    return row[exit]
+
+
+def check_range(thresholds: Thresholds, name: str) -> None:
+    """Raises ValueError for no numbers, rows of several lengths, or numbers outside the range of the score of that name."""
+    score = score_named(name)
+    rows = thresholds if isinstance(thresholds, tuple) else (thresholds,)
+    lengths = {len(row) if isinstance(row, tuple) else 1 for row in rows}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(
+            f"thresholds in rows of lengths {sorted(lengths)}, expected one number, one per exit, or one per step and exit"
+        )
+    for value in (value for row in rows for value in (row if isinstance(row, tuple) else (row,))):
+        if not score.low <= value <= score.high:
+            raise ValueError(f"threshold {value} is outside [{score.low}, {score.high}], the range of score {name!r}")
+
+
+def check_lengths(thresholds: Thresholds, num_steps: int, num_exits: int) -> None:
+    """Raises ValueError for tuples that do not fit S steps and K exits."""
+    if not isinstance(thresholds, tuple):
+        return
+    rows = [row for row in thresholds if isinstance(row, tuple)]
+    if rows and len(thresholds) != num_steps:
+        raise ValueError(f"thresholds for {len(thresholds)} steps, this run has {num_steps}")
+    for length in {len(row) for row in rows} or {len(thresholds)}:
+        if length != num_exits:
+            raise ValueError(f"{length} thresholds, expected one for each of {num_exits} exits")
 
 
 @dataclass(frozen=True)

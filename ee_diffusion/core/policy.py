@@ -14,8 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criteria import CRITERIA, DepthTable, SampledExit
-from ee_diffusion.core.criterion import Criterion
+from ee_diffusion.core.criteria import CRITERIA, Criterion, DepthTable, SampledExit
 from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.io import read_json, write_text

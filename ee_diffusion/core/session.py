@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.criterion import State
+from ee_diffusion.core.criteria import State
 from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.core.step_session import StepSession

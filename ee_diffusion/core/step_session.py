@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.arriving import Arriving, sent
-from ee_diffusion.core.criteria import DepthTable
-from ee_diffusion.core.criterion import ExitPoint, State
+from ee_diffusion.core.criteria import DepthTable, ExitPoint, State
 from ee_diffusion.core.rows import ExitedRows, least_of
 from ee_diffusion.core.schedules import depth_of
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.exits import ExitHeads
+from ee_diffusion.core.patch import patched
 from ee_diffusion.core.rows import require_rows
 from ee_diffusion.core.schedules import last_steps
 from ee_diffusion.core.session import Session
-from ee_diffusion.core.thread_patch import patched
 from ee_diffusion.decoding.kv_cache import Part, RowsOfCache, close_layer, write_position
 from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 

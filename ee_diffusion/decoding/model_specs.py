@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb  # rotates whole heads and parts of them
 
 from ee_diffusion.core.registry import add_row, family_row
-from ee_diffusion.core.row_check import FEWER, ROWS, following, lengths_of
+from ee_diffusion.core.rows import FEWER, ROWS, following, lengths_of
 
 Rotary = tuple[Tensor, Tensor] | None
 

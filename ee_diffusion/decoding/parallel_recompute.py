@@ -18,10 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.exits import ExitHeads
+from ee_diffusion.core.patch import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FullDepth
 from ee_diffusion.core.session import Session
-from ee_diffusion.core.thread_patch import patched
 from ee_diffusion.decoding.hooks import certain
 from ee_diffusion.decoding.model_specs import layers_of
 

@@ -24,7 +24,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from ee_diffusion.core.exits import ExitHeads
-from ee_diffusion.core.thread_patch import patched
+from ee_diffusion.core.patch import patched
 from ee_diffusion.decoding.heads import SharedTail, check_heads
 from ee_diffusion.decoding.kv_cache import check_asked_once, check_cache, pads_ended, with_cache
 from ee_diffusion.decoding.model_specs import layers_of

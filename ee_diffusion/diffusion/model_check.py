@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.row_check import FEWER, ROWS, alike, apart, following, lengths_of
+from ee_diffusion.core.rows import FEWER, ROWS, alike, apart, following, lengths_of
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.hooks.block_runner import Layer, layers_of, signature_of
 from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under, forward_of, passing, streams

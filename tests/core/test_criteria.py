@@ -13,13 +13,13 @@ from ee_diffusion.core.criteria import (
     DecayingThreshold,
     DepthTable,
     ErrorBudget,
+    ExitPoint,
     GatedExit,
     Patience,
     QExit,
     SampledExit,
     Threshold,
 )
-from ee_diffusion.core.criterion import ExitPoint
 
 K, E, NAN = 4, 6, float("nan")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ee_diffusion.core.thread_patch import patched
+from ee_diffusion.core.patch import patched
 
 X = torch.ones(1, 2)
 

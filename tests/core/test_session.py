@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from ee_diffusion.core.criteria import DepthTable, ErrorBudget, Patience, Threshold
-from ee_diffusion.core.criterion import ExitPoint
+from ee_diffusion.core.criteria import DepthTable, ErrorBudget, ExitPoint, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth

@@ -16,8 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ee_diffusion.core.criteria import DecayingThreshold, Threshold
-from ee_diffusion.core.criterion import ExitPoint
+from ee_diffusion.core.criteria import DecayingThreshold, ExitPoint, Threshold
 from ee_diffusion.decoding.methods import (
     calm,
     d3,

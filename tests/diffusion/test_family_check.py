@@ -14,7 +14,7 @@ from torch import nn
 
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.row_check import ROWS, apart
+from ee_diffusion.core.rows import ROWS, apart
 from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under
 from ee_diffusion.diffusion.model_check import check_model
 from ee_diffusion.diffusion.model_specs import MODEL_SPECS, ModelSpec, blocks_of, register_model

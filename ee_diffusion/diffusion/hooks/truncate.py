@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.row_check import alike, apart
+from ee_diffusion.core.rows import alike, apart
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.hooks.attach import transformer_of
 from ee_diffusion.diffusion.hooks.forward_to_depth import answer_under, forward_of
