@@ -21,7 +21,7 @@ help:  ## this list
 install: $(VENV)/.stamp-test  ## everything that training, evaluation and the tests need, into .venv
 
 demo: $(VENV)/.stamp-demo  ## generate images with the default checkpoint, into demo/
-	$(BIN)/python eval/demo.py
+	$(BIN)/python -m eval.demo
 
 test: $(VENV)/.stamp-test lint docs  ## lint, types, the documentation and all quick tests
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)

@@ -1,6 +1,6 @@
 """What each part of answering from memory is worth: one table, the same seeds, one run.
 
-python eval/ablation.py --memory runs/memory/exits --memory_full_states runs/memory_full/exits --memory_trust runs/memory_trust/exits
+python -m eval.ablation --memory runs/memory/exits --memory_full_states runs/memory_full/exits --memory_trust runs/memory_trust/exits
     --output_dir runs/ablation
 
 Lines: memory without uncertainty (a fixed period), uncertainty without memory (DeeDiff), both; the decision per image and for the whole
@@ -16,15 +16,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
-from contenders import WARM_UP, gains_of, load_memory
-from frontier_options import FrontierOptions
-from keeping import contents, kept
-from options import SamplingOptions, command, flag, load, parse, results_folder
-from real_images import ReferenceOptions, judge_of, shape_of
-from together import WholeBatch
-from tradeoff import quality
-from turns import Candidate, by_batch, clock_images_of, clocked
-
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
@@ -35,6 +26,14 @@ from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.candidates import WARM_UP, gains_of, load_memory
+from eval.harness.frontier_options import FrontierOptions
+from eval.harness.interleave import Candidate, by_batch, clock_images_of, clocked
+from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
+from eval.harness.real_images import ReferenceOptions, judge_of, shape_of
+from eval.harness.result_cache import contents, kept
+from eval.harness.whole_batch import WholeBatch
+from eval.tradeoff import quality
 
 
 @dataclass(frozen=True)

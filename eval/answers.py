@@ -1,6 +1,6 @@
 """A chat model's own greedy answers to prompts, as JSON: what exits learn from, and what early answers are compared with.
 
-python eval/answers.py --model MODEL --text_folder text --sets alpaca dialogsum --split train --count 200 --max_new_tokens 40 \\
+python -m eval.answers --model MODEL --text_folder text --sets alpaca dialogsum --split train --count 200 --max_new_tokens 40 \\
     --output answers.json
 
 Rows: `name`, `prompt` (through the model's chat template), `text`, `answer`, `reference`. Goes on where a stopped run left off.
@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from options import DTYPES, flag, parse
-from prompt_sets import Prompt, read_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
+from eval.harness.options import DTYPES, flag, parse
+from eval.prompt_sets import Prompt, read_prompts
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Seconds of classifiers with exits, side by side on the same texts: batches of 1, 8, 32, every setting in turn, medians of ratios.
 
-python eval/classifier_speed.py --names full palbert both --models runs/plain/model runs/palbert/model runs/magic/model \
+python -m eval.classifier_speed --names full palbert both --models runs/plain/model runs/palbert/model runs/magic/model \
     --policies off results/palbert/policies/palbert-0.7.json own --pruning none none own \
     --text_files sst2/test-labeled.tsv --text_columns sentence --output_dir results/speed
 

@@ -1,7 +1,7 @@
 """Several evaluated classifiers in one table: means over seeds, paired intervals, each rule beside constant depths and truncated models of
 exactly its cost.
 
-python eval/classifier_table.py --reference results/plain --truncated results/cut2 results/cut4 \
+python -m eval.classifier_table --reference results/plain --truncated results/cut2 results/cut4 \
     --names palbert palbert pabee --folders results/palbert-0 results/palbert-1 results/pabee-0 --output_dir results/table
 
 Folders are outputs of eval/classify.py; equal names are seeds of one method, and where the references judged different texts, folds: every
@@ -18,12 +18,12 @@ from pathlib import Path
 from statistics import fmean, pstdev
 
 import torch
-from evaluated import Evaluated, Fold, Setting, at_cost, dealt, facts_of, folds_of, settings_of
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.metrics.image import summary
 from ee_diffusion.metrics.tables import markdown_table, write_report
+from eval.evaluated import Evaluated, Fold, Setting, at_cost, dealt, facts_of, folds_of, settings_of
 
 FACTS = ("accuracy", "layers", "flops_fraction", "ece", "brier", "set_size", "missed", "shuffled_accuracy")
 

@@ -1,6 +1,6 @@
 """Evaluate a classifier with exits: accuracy against layers and FLOPs by replay of one look, controls, conformal sets, guarantees.
 
-python eval/classify.py --model runs/palbert/model --text_files sst2/test-labeled.tsv --calibration_files sst2/dev.tsv \
+python -m eval.classify --model runs/palbert/model --text_files sst2/test-labeled.tsv --calibration_files sst2/dev.tsv \
     --text_columns sentence --output_dir results/palbert
 
 Every rule and threshold is judged from one pass of stored scores. Thresholds of budgets, conformal sets and guarantees are chosen on the
@@ -19,19 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-from judging import (
-    Judge,
-    Rule,
-    budgeted,
-    by_length,
-    candidates,
-    controls,
-    curve,
-    guarantee,
-    regression,
-    rules,
-    score_of,
-)
 from transformers import AutoTokenizer, HfArgumentParser
 
 from ee_diffusion.classification.activations import StoredStates, origin_of, stored_states
@@ -48,6 +35,19 @@ from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.sources import TableSource, load_labelled_images
 from ee_diffusion.training.text_datasets import TextSource, load_text_source, once
+from eval.judging import (
+    Judge,
+    Rule,
+    budgeted,
+    by_length,
+    candidates,
+    controls,
+    curve,
+    guarantee,
+    regression,
+    rules,
+    score_of,
+)
 
 
 def _flag(help: str, default=None):

@@ -1,6 +1,6 @@
 """CLIP score (torchmetrics) of what a text-to-image pipeline draws for a file of prompts.
 
-python eval/clip_score.py --model runs/text_exits --text_encoder sentence-transformers/all-MiniLM-L6-v2 --prompts PartiPrompts.tsv --clip openai/clip-vit-base-patch32 --output_dir runs/clip
+python -m eval.clip_score --model runs/text_exits --text_encoder sentence-transformers/all-MiniLM-L6-v2 --prompts PartiPrompts.tsv --clip openai/clip-vit-base-patch32 --output_dir runs/clip
 
 `--model`: any pipeline folder of diffusers that takes `prompt`, or one of this package; `--prompts`: a .tsv or .csv with a header
 (`--prompt_column`), or a .txt with a prompt a line. `--clip`: a path or Hub name of any CLIPModel with its processor: the score depends on
@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from options import flag, parse
-from prompting import draw, load_text_pipeline
 from transformers import CLIPModel, CLIPProcessor
 
 from ee_diffusion.cli.errors import run_script
@@ -26,6 +24,8 @@ from ee_diffusion.metrics.clip_score import clip_scores, cut_prompts, read_promp
 from ee_diffusion.metrics.image import summary
 from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.metrics.tables import write_json, write_report
+from eval.harness.options import flag, parse
+from eval.harness.prompting import draw, load_text_pipeline
 
 
 @dataclass(frozen=True)

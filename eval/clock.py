@@ -1,6 +1,6 @@
 """Measure the times of a frontier anew, on fewer images: quality does not depend on the clock, times do on what else runs.
 
-python eval/clock.py --report runs/frontier/frontier.json --images 16
+python -m eval.clock --report runs/frontier/frontier.json --images 16
 
 Every candidate of the report draws the same test images in turns with the full model, with the report's own settings, after a batch each
 that is discarded; `time` of every row becomes the median over batches of (candidate / full model), `seconds` those of all its batches.
@@ -14,15 +14,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from contenders import check_fitted, drawer, fitted_beside, load_memory
-from frontier import finished
-from options import SamplingOptions, command, load
-from turns import Candidate, clock_images_of, clocked
-
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.metrics.tables import environment
+from eval.frontier import finished
+from eval.harness.candidates import check_fitted, drawer, fitted_beside, load_memory
+from eval.harness.interleave import Candidate, clock_images_of, clocked
+from eval.harness.options import SamplingOptions, command, load
 
 
 def flags() -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """Edge and cloud against the whole model: tokens, text scores, bytes, FLOPs; every prompt under every candidate, in one process.
 
-python eval/cloud.py --model MODEL --parts parts --text_folder text --count 20 --max_new_tokens 32 --exits exits.safetensors \\
+python -m eval.cloud --model MODEL --parts parts --text_folder text --count 20 --max_new_tokens 32 --exits exits.safetensors \\
     --candidates always-float32 always-float16 always-int8 sure-0.8 sure-0.9 alone --output_dir runs/cloud
 
 Parts: what `ee-diffusion edge split` wrote. Candidates: `always-KIND` asks for every token and sends states as KIND; `sure-T` keeps what an
@@ -18,9 +18,6 @@ from pathlib import Path
 from statistics import fmean, median
 
 import torch
-from answers import chat, choose
-from options import command, flag, parse
-from prompt_sets import Prompt
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ee_diffusion.cli.errors import run_script
@@ -35,6 +32,9 @@ from ee_diffusion.edge_cloud.split import Part, load_part
 from ee_diffusion.metrics.flops import counting_flops
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.text import text_scores
+from eval.answers import chat, choose
+from eval.harness.options import command, flag, parse
+from eval.prompt_sets import Prompt
 
 LIMITS = Limits(sessions=8, owner_sessions=8, total_bytes=10**9, positions=2048, idle_seconds=600.0)
 

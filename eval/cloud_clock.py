@@ -1,6 +1,6 @@
 """Seconds of edge and cloud over shaped links: the whole model at the cloud, the naive split, and CE-CoLLM, taking turns on every prompt.
 
-python eval/cloud_clock.py --model MODEL --parts parts --text_folder text --count 4 --exits exits.safetensors --max_minutes 3.5 \\
+python -m eval.cloud_clock --model MODEL --parts parts --text_folder text --count 4 --exits exits.safetensors --max_minutes 3.5 \\
     --candidates whole naive always-float16 sure-0.8 sure-0.9 alone --output_dir runs/cloud-clock
 
 The cloud's server, the whole model's server, the links and the edge are processes of this one machine, one thread each: servers on the
@@ -25,10 +25,6 @@ from pathlib import Path
 from statistics import fmean, median, quantiles
 
 import torch
-from answers import chat, choose
-from cloud import add_row, candidate, load_edge, read_rows, said_of
-from options import flag, parse
-from prompt_sets import Prompt
 from transformers import AutoTokenizer
 
 from ee_diffusion.cli.errors import run_script
@@ -38,6 +34,10 @@ from ee_diffusion.edge_cloud.client import CloudClient
 from ee_diffusion.edge_cloud.grpc_transport import RemoteTransport
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.text import text_scores
+from eval.answers import chat, choose
+from eval.cloud import add_row, candidate, load_edge, read_rows, said_of
+from eval.harness.options import flag, parse
+from eval.prompt_sets import Prompt
 
 DEADLINE = 60.0  # seconds: nothing is to be lost here
 

@@ -1,6 +1,6 @@
 """A cloud under load: throughput, time per token, memory of the sessions and whether anybody starves, for numbers of clients at once.
 
-python eval/cloud_load.py --parts parts --clients 1 4 16 64 --prompt_tokens 32 --new_tokens 16 --output_dir runs/cloud-load
+python -m eval.cloud_load --parts parts --clients 1 4 16 64 --prompt_tokens 32 --new_tokens 16 --output_dir runs/cloud-load
 
 The server is a process of its own on the last core, one thread; the clients are threads of this one on the others, each with a
 connection of its own, without layers: they send the edge's states of random tokens, made beforehand, and ask for every token. Time per
@@ -22,8 +22,6 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from cloud_clock import cores, started
-from options import flag, parse
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
@@ -32,6 +30,8 @@ from ee_diffusion.edge_cloud.codec import encode
 from ee_diffusion.edge_cloud.grpc_transport import RemoteTransport
 from ee_diffusion.edge_cloud.split import Part, load_part
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.cloud_clock import cores, started
+from eval.harness.options import flag, parse
 
 DEADLINE = 120.0  # seconds
 

@@ -1,6 +1,6 @@
 """Peak memory of an edge that loads its part alone, beside the whole model: each in a fresh process that answers one prompt.
 
-python eval/cloud_memory.py --model MODEL --parts parts --output_dir runs/cloud-memory
+python -m eval.cloud_memory --model MODEL --parts parts --output_dir runs/cloud-memory
 
 `weights_mb`: of the tensors; `imported_mb`: resident memory once everything is imported; `peak_mb`: the most it ever was (ru_maxrss),
 `over_imports_mb`: the difference. Float32, one thread. Writes cloud-memory.json.
@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from options import flag, parse
 from transformers import AutoModelForCausalLM
 
 from ee_diffusion.cli.errors import run_script
@@ -23,6 +22,7 @@ from ee_diffusion.edge_cloud.baselines import whole_answer
 from ee_diffusion.edge_cloud.edge import Edge
 from ee_diffusion.edge_cloud.split import load_part
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.options import flag, parse
 
 
 @dataclass(frozen=True)

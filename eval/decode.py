@@ -1,6 +1,6 @@
 """Decoding a language model with exits: tokens per second, layers that ran, agreement with the full model, text scores.
 
-python eval/decode.py --model MODEL --text testset_w_refs.csv --policies skip.json calm.json --output_dir runs/decode
+python -m eval.decode --model MODEL --text testset_w_refs.csv --policies skip.json calm.json --output_dir runs/decode
 
 Candidates: the plain model (`full`), the model at full depth under the exits' driver (`driver`), every policy file, lossless decoding and
 transformers' `assistant_early_exit` (batch 1). Clock: every candidate generates the same number of tokens (no end of text) and they take
@@ -22,10 +22,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from decode_modes import CalibrateOptions, alone, calibrate, lossless
-from decode_parts import PartTimes
-from decoder import DecodeOptions, Decoder, parts_of, read_meanings, work_of
-from options import parse
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
@@ -35,6 +31,10 @@ from ee_diffusion.decoding.hooks import running_modules
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.text import agreement, perplexity, rouge_each, text_scores
 from ee_diffusion.metrics.timing import interleaved
+from eval.decode_modes import CalibrateOptions, alone, calibrate, lossless
+from eval.decode_parts import PartTimes
+from eval.decoder import DecodeOptions, Decoder, parts_of, read_meanings, work_of
+from eval.harness.options import parse
 
 
 def layers_run(decoder: Decoder, name: str, inputs: dict[str, Tensor], tokens: int) -> float:

@@ -8,14 +8,14 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from decoder import Decoder, parts_of, work_of
-from options import flag
 from torch import Tensor
 
 from ee_diffusion.core.risk_control import certified, in_expectation, p_value, upper_bound
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.metrics.splits import shuffled
 from ee_diffusion.metrics.text import rouge_each
+from eval.decoder import Decoder, parts_of, work_of
+from eval.harness.options import flag
 
 NEAR = 1e-4
 LOSSES = ("consistency", "risk")

@@ -13,13 +13,13 @@ from collections import Counter
 from statistics import median
 
 import torch
-from decoder import Decoder
 from torch import Tensor
 
 from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.model_specs import layers_of
 from ee_diffusion.metrics.timing import executed_counts, ideal_seconds, realised
+from eval.decoder import Decoder
 
 Part = tuple[str, int]
 

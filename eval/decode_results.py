@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from report_facts import environment, settings
-
 from ee_diffusion.metrics.tables import markdown_table
+from eval.report_facts import environment, settings
 
 
 def decode(report: dict) -> str:

@@ -1,6 +1,6 @@
 """Several models' texts in one table: each run of eval/decode.py beside the reference's, meaning by meaning.
 
-python eval/decode_table.py --reference runs/lm-full/decode --names full skip15 keep15 \\
+python -m eval.decode_table --reference runs/lm-full/decode --names full skip15 keep15 \\
     --folders runs/lm-full/decode runs/lm-skip15/decode runs/lm-keep15/decode --output_dir runs/lm-table
 
 Folders are outputs of eval/decode.py with the same `--count` meanings. Of each the last candidate is taken (the policy, or `full` where
@@ -15,12 +15,12 @@ import json
 from pathlib import Path
 
 import torch
-from options import Explaining, command
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.metrics.tables import markdown_table, write_report
 from ee_diffusion.metrics.text import bootstrap_ratio
+from eval.harness.options import Explaining, command
 
 
 def read(folder: Path) -> tuple[dict, dict]:

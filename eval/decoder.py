@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from options import DTYPES, flag
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +20,7 @@ from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.model_specs import layers_of
 from ee_diffusion.decoding.self_speculative import self_speculative_generate
+from eval.harness.options import DTYPES, flag
 
 RESERVED = {"full", "driver", "lossless", "assistant", "prompt"}  # what is measured beside the policies
 

@@ -1,6 +1,6 @@
 """The demo: the shipped checkpoint at full depth, at DeeDiff's operating points, and answering from memory; same seeds, one table.
 
-python eval/demo.py            (or: make demo)
+python -m eval.demo            (or: make demo)
 
 Writes demo/: full.png, one grid and one exit map per operating point, report.json. Needs no network and no data.
 """

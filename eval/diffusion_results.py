@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from report_facts import environment, listed, settings
-
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.retrieval import shown
 from ee_diffusion.metrics.tables import markdown_table
+from eval.report_facts import environment, listed, settings
 
 
 def training(report: dict) -> str:

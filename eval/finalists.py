@@ -1,6 +1,6 @@
 """FD of a frontier's finalists on many images: how much worse than the full model, with an interval, in disjoint blocks of seeds.
 
-python eval/finalists.py --report runs/frontier/frontier.json --names "searched 12 full" "20 steps" --output_dir runs/finalists
+python -m eval.finalists --report runs/frontier/frontier.json --names "searched 12 full" "20 steps" --output_dir runs/finalists
 
 The full model and the rows that --names name draw the same test seeds, none of which the report used, with the report's own settings.
 FD is on resnet20's features against CIFAR-10's training images, or those that --reference_dir, --reference_files or
@@ -16,15 +16,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from clock import candidate_of
-from contenders import base_of, check_fitted, drawer, exits_by_kind, fitted_beside, load_memory
-from keeping import contents, name_of
-from options import DTYPES, SamplingOptions, command, flag, load, parse
-from real_images import ReferenceOptions, known_reference, shape_of, unfit
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
-from turns import Candidate, Draw, Labels
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors, write_text
@@ -34,6 +28,12 @@ from ee_diffusion.metrics.features import ResNetFeatures, extract, resnet20_feat
 from ee_diffusion.metrics.files import to_bytes
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.clock import candidate_of
+from eval.harness.candidates import base_of, check_fitted, drawer, exits_by_kind, fitted_beside, load_memory
+from eval.harness.interleave import Candidate, Draw, Labels
+from eval.harness.options import DTYPES, SamplingOptions, command, flag, load, parse
+from eval.harness.real_images import ReferenceOptions, known_reference, shape_of, unfit
+from eval.harness.result_cache import contents, name_of
 
 PART = 500  # images between two files of seen/
 

@@ -1,6 +1,6 @@
 """The frontier: answers from memory beside everything that is simpler, at the same seeds, in one run, by the clock.
 
-python eval/frontier.py --output_dir runs/frontier --count 128
+python -m eval.frontier --output_dir runs/frontier --count 128
 
 Candidates: fewer steps; a cache of fixed period (memory without uncertainty); schedules found by search (`searched`); answers from memory
 per image (memory with uncertainty), bounded step by step (`remembered`) or by what adds up (`budgeted`), and for each of
@@ -17,7 +17,22 @@ from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
-from contenders import (
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from torch import nn
+
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.core.io import write_text
+from ee_diffusion.diffusion.exits.cached import CachedOutputExits
+from ee_diffusion.diffusion.pipelines.sampling import classes_of
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.error_propagation import influence
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
+from ee_diffusion.metrics.figures import save_figure
+from ee_diffusion.metrics.quality import COLUMNS, flat
+from ee_diffusion.metrics.splits import balanced_labels, seeds
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.candidates import (
     DECIDE,
     OURS,
     base_of,
@@ -31,27 +46,12 @@ from contenders import (
     schedules_of,
     searched_candidates,
 )
-from frontier_options import FrontierOptions
-from keeping import contents, kept, noted
-from matplotlib import colormaps
-from matplotlib.figure import Figure
-from options import SamplingOptions, command, load, parse, results_folder
-from real_images import ReferenceOptions, judge_of, shape_of
-from torch import nn
-from tradeoff import quality
-from turns import Candidate, by_batch, clock_images_of, clocked
-
-from ee_diffusion.cli.errors import run_script
-from ee_diffusion.core.io import write_text
-from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.pipelines.sampling import classes_of
-from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import influence
-from ee_diffusion.diffusion.step_cache.solver import local_error_gain
-from ee_diffusion.metrics.figures import save_figure
-from ee_diffusion.metrics.quality import COLUMNS, flat
-from ee_diffusion.metrics.splits import balanced_labels, seeds
-from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.frontier_options import FrontierOptions
+from eval.harness.interleave import Candidate, by_batch, clock_images_of, clocked
+from eval.harness.options import SamplingOptions, command, load, parse, results_folder
+from eval.harness.real_images import ReferenceOptions, judge_of, shape_of
+from eval.harness.result_cache import contents, kept, noted
+from eval.tradeoff import quality
 
 COLOURS = [
     colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2)) if place not in (14, 15)

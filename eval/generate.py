@@ -1,6 +1,6 @@
 """Generate images from numbered seeds, on as many processes as accelerate starts, and keep what ran.
 
-accelerate launch eval/generate.py --count 1000 --output_dir runs/samples --exit_threshold 0.1
+accelerate launch -m eval.generate --count 1000 --output_dir runs/samples --exit_threshold 0.1
 
 Writes samples.safetensors (uint8 images, labels, seeds), trace.safetensors, grid.png, exit_map.png, config.json and report.json.
 Image i gets the i-th seed of the split whatever the number of processes. `eval/metrics.py` takes it from there.
@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from options import SamplingOptions, flag, load, parse, results_folder
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors
@@ -26,6 +25,7 @@ from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, gen
 from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import write_json
+from eval.harness.options import SamplingOptions, flag, load, parse, results_folder
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Does a certified policy keep its promise? Calibrate again and again on real losses of live runs, and count how often it does not.
 
-python eval/guarantee.py --output_dir runs/guarantee --count 400 --cap 0.02 --risks 0.1 0.2 0.3 --delta 0.1
+python -m eval.guarantee --output_dir runs/guarantee --count 400 --cap 0.02 --risks 0.1 0.2 0.3 --delta 0.1
 
 Every candidate draws every image of a pool once, live (`budgeted` answers from memory, the safest first). Then, many times: draw a few
 images to calibrate on, choose by learn-then-test, by conformal risk control, and naively (the boldest whose mean on those images keeps
@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-from options import SamplingOptions, flag, load, parse, results_folder
 from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,6 +35,7 @@ from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.image import relative_squared_error
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.options import SamplingOptions, flag, load, parse, results_folder
 
 DRAWN_UNDER = "drawn_under"  # in the metadata of losses.safetensors, as JSON
 

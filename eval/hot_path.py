@@ -1,6 +1,6 @@
 """Where the time of a sampling run goes, by cProfile: torch's operations, this package's Python, everything else.
 
-python eval/hot_path.py --batch_size 1 --num_inference_steps 20 --output_dir runs/hot-path
+python -m eval.hot_path --batch_size 1 --num_inference_steps 20 --output_dir runs/hot-path
 
 One image under guidance without exits, with exits that are never taken, and with exits that are. Shares are of the profiled time, in which
 the profiler makes every Python call dearer than it is: the package's shares are upper bounds. `largest`: its function with the most time of
@@ -15,7 +15,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 
 import torch
-from options import SamplingOptions, command, load, parse, results_folder
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
@@ -23,6 +22,7 @@ from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.metrics.splits import balanced_labels
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.options import SamplingOptions, command, load, parse, results_folder
 
 MODEL = "diffusion/models/uvit.py"  # the model's own code: it runs without exits, too
 

@@ -1,6 +1,6 @@
 """The whole journey of a stock `DiTPipeline`: load, attach, calibrate, generate beside the controls, save, reload in a new process.
 
-python eval/journey.py --model runs/dit --exits runs/dit_fit/exits --fit_report runs/dit_fit/report.json --output_dir runs/journey
+python -m eval.journey --model runs/dit --exits runs/dit_fit/exits --fit_report runs/dit_fit/report.json --output_dir runs/journey
 
 The exits come from train/fit_exits.py, which has seen no data. A threshold for `budget` is found by replay on calibration seeds; then the
 policy, answers from memory and the controls of each (fewer steps at the same measured time, a static schedule with the same mean depth
@@ -20,14 +20,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from contenders import WARM_UP, load_memory
-from contenders import controls as memory_controls
 from diffusers import DiTPipeline
-from journey_draw import JourneyOptions, drawer, each_by_itself, fitted_memory, load_exits
-from options import command, parse
-from real_images import ReferenceOptions, judge_of
 from safetensors.torch import load_file
-from tradeoff import Candidate, Draw, controls, in_turns, row
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
@@ -44,6 +38,12 @@ from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.candidates import WARM_UP, load_memory
+from eval.harness.candidates import controls as memory_controls
+from eval.harness.options import command, parse
+from eval.harness.real_images import ReferenceOptions, judge_of
+from eval.journey_draw import JourneyOptions, drawer, each_by_itself, fitted_memory, load_exits
+from eval.tradeoff import Candidate, Draw, controls, in_turns, row
 
 RELOADED = """
 import sys, torch

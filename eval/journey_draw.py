@@ -10,10 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from diffusers import DiTPipeline
-from options import flag
-from peers_dit import db_cache
 from torch.nn.functional import interpolate
-from turns import Candidate, Draw
 
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
@@ -25,6 +22,9 @@ from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.protocols import DenoiserHeads
 from ee_diffusion.diffusion.step_cache.recording import fit_schedules
 from ee_diffusion.metrics.splits import balanced_labels, seeds
+from eval.harness.baselines_dit import db_cache
+from eval.harness.interleave import Candidate, Draw
+from eval.harness.options import flag
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Compare images with real ones: FD on resnet20 features, FID and KID on Inception features, and the accuracy of conditional samples.
 
-python eval/metrics.py --images runs/samples/samples.safetensors --output_dir runs/samples/metrics
+python -m eval.metrics --images runs/samples/samples.safetensors --output_dir runs/samples/metrics
 
 Takes a folder of PNGs, an .npz or a .safetensors with `images` (uint8) and perhaps `labels`. The real ones are CIFAR-10's, or those that
 --reference_dir, --reference_files or --reference_statistics names. FD takes images of 32x32; accuracy (by resnet56) needs labels and knows
@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from options import flag, parse
-from real_images import ReferenceOptions, known_reference, unfit
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -37,6 +35,8 @@ from ee_diffusion.metrics.files import read_images
 from ee_diffusion.metrics.reference_models import CLASSES, class_accuracy, load_classifier
 from ee_diffusion.metrics.references import Reference
 from ee_diffusion.metrics.tables import markdown_table, write_json, write_report
+from eval.harness.options import flag, parse
+from eval.harness.real_images import ReferenceOptions, known_reference, unfit
 
 METRICS = ("fd", "fid", "kid", "accuracy")
 

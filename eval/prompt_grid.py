@@ -1,6 +1,6 @@
 """A picture of what a text-to-image pipeline draws: one row for each setting (full depth, each policy), one column for each prompt.
 
-python eval/prompt_grid.py --model runs/checkpoint --text_encoder sentence-transformers/all-MiniLM-L6-v2 --prompts prompts.txt --policies runs/checkpoint/policies --output grid.png
+python -m eval.prompt_grid --model runs/checkpoint --text_encoder sentence-transformers/all-MiniLM-L6-v2 --prompts prompts.txt --policies runs/checkpoint/policies --output grid.png
 
 The same seed in every row of a column. `--real`: parquet files of images with captions, whose image of the same caption makes the first row.
 """  # noqa: E501  (a command is one line)
@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from options import flag, parse
-from prompting import draw, load_text_pipeline
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
@@ -24,6 +22,8 @@ from ee_diffusion.metrics.figures import save_figure
 from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.training.captions import CaptionConfig, load_captioned
 from ee_diffusion.training.config import ImageDataConfig
+from eval.harness.options import flag, parse
+from eval.harness.prompting import draw, load_text_pipeline
 
 
 @dataclass(frozen=True)

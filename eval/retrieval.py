@@ -1,6 +1,6 @@
 """Tower match: does a text-to-image model draw what held-out captions say? A small image tower must find the caption of an image again.
 
-python eval/retrieval.py --model runs/text_exits --text_encoder sentence-transformers/all-MiniLM-L6-v2 --tower runs/tower/tower.safetensors --output_dir runs/retrieval
+python -m eval.retrieval --model runs/text_exits --text_encoder sentence-transformers/all-MiniLM-L6-v2 --tower runs/tower/tower.safetensors --output_dir runs/retrieval
 
 This is not CLIP: the tower (train/train_retrieval_tower.py) saw the training captions of one small data set alone, and is good for comparing models
 on it. Rows: real images of the captions (upper control), the same through the autoencoder, the model at full depth, its images against
@@ -15,8 +15,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from options import flag, parse
-from prompting import draw, load_text_pipeline
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
@@ -33,6 +31,8 @@ from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.metrics.tables import markdown_table, write_json, write_report
 from ee_diffusion.training.captions import CaptionConfig, Captioned, load_captioned, subject
 from ee_diffusion.training.config import ImageDataConfig
+from eval.harness.options import flag, parse
+from eval.harness.prompting import draw, load_text_pipeline
 
 CONTROLS = ("static", "random_per_step")
 

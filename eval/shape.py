@@ -1,6 +1,6 @@
 """What exits cost and save at the shape of DiT-XL/2: 28 blocks of width 1152, 256 tokens, random weights (time does not depend on them).
 
-python eval/shape.py --output_dir runs/shape
+python -m eval.shape --output_dir runs/shape
 
 For every batch size, eager and compiled: the plain forward; with exits attached and none taken, over plain (`off`); and with all rows
 leaving at a part of the depth, its time over plain, and ideal over measured time. Ideal is a stock model of just so many blocks
@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from diffusers import DiTTransformer2DModel
-from options import DTYPES, flag, parse
 from torch import Tensor, nn
 
 from ee_diffusion.cli.errors import run_script
@@ -30,6 +29,7 @@ from ee_diffusion.diffusion.hooks.attach import attach, detach
 from ee_diffusion.diffusion.hooks.truncate import truncate
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
+from eval.harness.options import DTYPES, flag, parse
 
 TIME, CLASSES = 500, 1000
 

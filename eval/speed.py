@@ -1,6 +1,6 @@
 """The clock of one forward: overhead of exits that are attached but off, or on but never taken; and realised over ideal time.
 
-python eval/speed.py --output_dir runs/speed
+python -m eval.speed --output_dir runs/speed
 
 Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty module
 and every sync runs), decided at once and late, take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at
@@ -25,8 +25,6 @@ from functools import partial
 from statistics import median
 
 import torch
-from forwards import Forward, Ideal
-from options import SamplingOptions, command, flag, load, parse, results_folder
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
@@ -38,6 +36,8 @@ from ee_diffusion.diffusion.hooks.attach import attach
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
+from eval.forwards import Forward, Ideal
+from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """DeeDiff's trade-off beside its controls at the same seeds: quality against measured time, every candidate in one run.
 
-python eval/tradeoff.py --output_dir runs/tradeoff --count 256
+python -m eval.tradeoff --output_dir runs/tradeoff --count 256
 
 For each budget a threshold is found by replay on calibration seeds. Then every policy, and for each its controls (fewer steps at the
 same measured time, a static schedule with its mean depth per step, random exits with its per-step and with its overall histogram),
@@ -19,9 +19,6 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from options import SamplingOptions, command, flag, load, parse, results_folder
-from real_images import ReferenceOptions, judge_of, shape_of
-from turns import Candidate, Draw, Labels, in_turns, measured
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
@@ -38,6 +35,9 @@ from ee_diffusion.metrics.image import PSNR_CAP
 from ee_diffusion.metrics.quality import COLUMNS, Judge, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from eval.harness.interleave import Candidate, Draw, Labels, in_turns, measured
+from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
+from eval.harness.real_images import ReferenceOptions, judge_of, shape_of
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What exits cost in training: a step (AdamW) with all exits and the joint loss over one of the same backbone without exits.
 
-python eval/training_step.py --output_dir runs/training-step
+python -m eval.training_step --output_dir runs/training-step
 
 Both take turns on the same batch of noise: time does not depend on content. Writes training-step.json.
 """
@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from forwards import Forward
-from options import SamplingOptions, command, flag, load, parse, results_folder
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
@@ -22,6 +20,8 @@ from ee_diffusion.diffusion.pipelines.sampling import sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
+from eval.forwards import Forward
+from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
 
 
 @dataclass(frozen=True)

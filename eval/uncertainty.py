@@ -1,6 +1,6 @@
 """What the uncertainty modules know: within a timestep, does u rank the images by their true error?
 
-python eval/uncertainty.py --output_dir runs/uncertainty --data_files cifar10/test-*.parquet
+python -m eval.uncertainty --output_dir runs/uncertainty --data_files cifar10/test-*.parquet
 
 Held-out images are noised to each of several timesteps. Per exit and timestep: the rank correlation (Spearman) over images of u with the
 true error of that exit (mean squared, against the true noise, and against the full model's answer), and how much of the variance of the
@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from options import SamplingOptions, flag, load, parse, results_folder
 from torch import Tensor
 from torchmetrics.functional.regression import spearman_corrcoef
 
@@ -24,6 +23,7 @@ from ee_diffusion.metrics.splits import HELD_OUT
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import load_image_source
+from eval.harness.options import SamplingOptions, flag, load, parse, results_folder
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Write RESULTS.md from the reports in results/: every figure with its command, device, dtype, samples and controls.
 
-python eval/write_results.py
+python -m eval.write_results
 
 Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, finalists*, ablation*, dit-journey*, speed*,
 hot-path*, uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/train_lm_exits.py).
@@ -12,10 +12,12 @@ import argparse
 import json
 from pathlib import Path
 
-from classifier_results import classifier_speed, classifiers, classify
-from cloud_results import cloud_clock, cloud_rows, cloud_tokens
-from decode_results import decode, exit_heads
-from diffusion_results import (
+from ee_diffusion.cli.errors import run_script
+from ee_diffusion.core.io import write_text
+from eval.classifier_results import classifier_speed, classifiers, classify
+from eval.cloud_results import cloud_clock, cloud_rows, cloud_tokens
+from eval.decode_results import decode, exit_heads
+from eval.diffusion_results import (
     demo,
     finalists,
     frontier,
@@ -28,14 +30,11 @@ from diffusion_results import (
     training,
     uncertainty,
 )
-from report_facts import told
-
-from ee_diffusion.cli.errors import run_script
-from ee_diffusion.core.io import write_text
+from eval.report_facts import told
 
 HEAD = """# Results
 
-Written by `python eval/write_results.py` from the reports in `results/`; each section names its script and settings.
+Written by `python -m eval.write_results` from the reports in `results/`; each section names its script and settings.
 Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds.
 FD is the Frechet distance on resnet20's 64 pooled features, FID the one on Inception features; both depend on the number of
 samples, which stands beside them.
@@ -46,61 +45,61 @@ SECTIONS = {
     "train-": ("Training", "accelerate launch -m train.train_uvit --preset NAME", training),
     "metrics": (
         "The full-depth generator",
-        "python eval/metrics.py --images runs/samples/samples.safetensors --output_dir runs/metrics --metrics fd fid kid accuracy",
+        "python -m eval.metrics --images runs/samples/samples.safetensors --output_dir runs/metrics --metrics fd fid kid accuracy",
         metrics,
     ),
     "tradeoff": (
         "DeeDiff's trade-off beside its controls",
-        "python eval/tradeoff.py --output_dir runs/tradeoff",
+        "python -m eval.tradeoff --output_dir runs/tradeoff",
         tradeoff,
     ),
     "frontier": (
         "Answers from memory beside what is simpler",
-        "python eval/frontier.py --output_dir runs/frontier",
+        "python -m eval.frontier --output_dir runs/frontier",
         frontier,
     ),
-    "finalists": ("FD of a frontier's finalists", "python eval/finalists.py ...", finalists),
-    "ablation": ("What each part of answering from memory is worth", "python eval/ablation.py ...", frontier),
+    "finalists": ("FD of a frontier's finalists", "python -m eval.finalists ...", finalists),
+    "ablation": ("What each part of answering from memory is worth", "python -m eval.ablation ...", frontier),
     "dit-journey": (
         "The journey of a stock DiT",
-        "python eval/journey.py --model ... --exits ... --fit_report ... --output_dir ...",
+        "python -m eval.journey --model ... --exits ... --fit_report ... --output_dir ...",
         journey,
     ),
     "guarantee": (
         "Does a certified policy keep its promise",
-        "python eval/guarantee.py --output_dir runs/guarantee",
+        "python -m eval.guarantee --output_dir runs/guarantee",
         guarantee,
     ),
-    "speed": ("The clock of one forward", "python eval/speed.py --output_dir runs/speed", speed),
-    "training-step": ("What exits cost in training", "python eval/training_step.py ...", told(cloud_rows)),
-    "hot-path": ("Where the time of a run goes", "python eval/hot_path.py ...", told(cloud_rows)),
+    "speed": ("The clock of one forward", "python -m eval.speed --output_dir runs/speed", speed),
+    "training-step": ("What exits cost in training", "python -m eval.training_step ...", told(cloud_rows)),
+    "hot-path": ("Where the time of a run goes", "python -m eval.hot_path ...", told(cloud_rows)),
     "uncertainty": (
         "What the uncertainty modules know",
-        "python eval/uncertainty.py --output_dir runs/uncertainty",
+        "python -m eval.uncertainty --output_dir runs/uncertainty",
         uncertainty,
     ),
     "exit-heads": ("Exits on a frozen language model", "accelerate launch -m train.train_lm_exits ...", exit_heads),
-    "decode": ("Decoding", "python eval/decode.py ...", decode),
+    "decode": ("Decoding", "python -m eval.decode ...", decode),
     "classifiers": (
         "Classifiers with exits beside constant depth and truncated models",
-        "python eval/classifier_table.py --reference ... --truncated ... --names ... --folders ... --output_dir ...",
+        "python -m eval.classifier_table --reference ... --truncated ... --names ... --folders ... --output_dir ...",
         told(classifiers),
     ),
     "classify-": (
         "One classifier with exits",
-        "python eval/classify.py --model ... --text_files ... --output_dir ...",
+        "python -m eval.classify --model ... --text_files ... --output_dir ...",
         told(classify),
     ),
     "classifier-speed": (
         "Seconds of classifiers",
-        "python eval/classifier_speed.py --names ... --models ... --policies ... --pruning ... --output_dir ...",
+        "python -m eval.classifier_speed --names ... --models ... --policies ... --pruning ... --output_dir ...",
         told(classifier_speed),
     ),
-    "tower-match": ("Do images from prompts show what the prompts say", "python eval/retrieval.py ...", told(matching)),
-    "cloud-tokens": ("Edge and cloud: tokens, bytes and FLOPs", "python eval/cloud.py ...", told(cloud_tokens)),
-    "cloud-clock": ("Edge and cloud: seconds", "python eval/cloud_clock.py ...", told(cloud_clock)),
-    "cloud-load": ("A cloud under load", "python eval/cloud_load.py ...", told(cloud_rows)),
-    "cloud-memory": ("Memory of an edge", "python eval/cloud_memory.py ...", told(cloud_rows)),
+    "tower-match": ("Do images from prompts show what the prompts say", "python -m eval.retrieval ...", told(matching)),
+    "cloud-tokens": ("Edge and cloud: tokens, bytes and FLOPs", "python -m eval.cloud ...", told(cloud_tokens)),
+    "cloud-clock": ("Edge and cloud: seconds", "python -m eval.cloud_clock ...", told(cloud_clock)),
+    "cloud-load": ("A cloud under load", "python -m eval.cloud_load ...", told(cloud_rows)),
+    "cloud-memory": ("Memory of an edge", "python -m eval.cloud_memory ...", told(cloud_rows)),
     "demo": ("The demo", "make demo", demo),
 }
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tree import ROOT
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
@@ -20,14 +19,8 @@ from ee_diffusion.metrics.distribution import Statistics, frechet_distance
 from ee_diffusion.metrics.files import to_bytes
 from ee_diffusion.metrics.references import Reference
 from ee_diffusion.metrics.splits import balanced_labels, seeds
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import ablation
-import contenders
-import finalists
-import frontier
-import write_results
+from eval import ablation, finalists, frontier, write_results
+from eval.harness import candidates
 
 STEPS = 8
 
@@ -105,7 +98,7 @@ def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path
     last = [frechet_distance(one[12:], real).value for one in features]
     assert rows["4 steps"]["block_3"] == pytest.approx(last[1] - last[0], rel=0.05)
     assert 0 < abs(rows[names[0]]["difference"]) < abs(rows["4 steps"]["difference"])
-    monkeypatch.setattr(contenders, "generate", None)  # nothing is left to draw
+    monkeypatch.setattr(candidates, "generate", None)  # nothing is left to draw
     call(monkeypatch, finalists, *asked, "--names", *names)
     assert json.loads((tmp_path / "out" / "finalists.json").read_text())["rows"] == report["rows"]
     call(monkeypatch, write_results, "--reports", tmp_path / "out", "--output", tmp_path / "RESULTS.md")

@@ -9,16 +9,10 @@ from statistics import pstdev
 
 import pytest
 import torch
-from tree import ROOT
 
 from ee_diffusion.classification.evaluation import NOTHING, Look
 from ee_diffusion.classification.methods import confidence
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
-
-import classifier_results
-import classifier_table
-import evaluated
+from eval import classifier_results, classifier_table, evaluated
 
 A, B = [30, 10, 20], [5, 1, 2, 6, 3, 4]  # tokens of the texts of two folds
 OF_A, OF_B = {"tokens": A, "safe": [9, 1, 1]}, {"tokens": B, "safe": [9, 9, 9, 1, 1, 1]}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tree import ROOT
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,13 +18,8 @@ from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.methods import confidence
 from ee_diffusion.classification.truncate import first_layers
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
-
-import classifier_speed
-import classifier_table
-import evaluated as evaluated_runs
-import write_results
+from eval import classifier_speed, classifier_table, write_results
+from eval import evaluated as evaluated_runs
 
 
 def run(monkeypatch: pytest.MonkeyPatch, module, *words: object) -> None:

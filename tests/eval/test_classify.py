@@ -10,17 +10,13 @@ import datasets
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
-from tree import ROOT
 
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.evaluation import Look
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.methods import EXITS
 from ee_diffusion.core.policy import Policy
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
-
-import classify
+from eval import classify
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:

@@ -11,20 +11,13 @@ import pytest
 from language import LAYERS
 from tiny_language import text_folder
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from tree import ROOT
 
 pytest.importorskip("grpc", reason="needs the extra cloud")
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import answers
-import cloud
-import cloud_clock
-import cloud_load
-import cloud_memory
 
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.edge_cloud.split import split_model
+from eval import answers, cloud, cloud_clock, cloud_load, cloud_memory, prompt_sets
 
 EXITS, TOKENS = (2, 4), 5
 
@@ -225,9 +218,10 @@ def test_an_edge_takes_less_memory_than_the_whole(folder: Path, monkeypatch: pyt
 
 
 def test_prompts_of_training_and_testing_do_not_meet(folder: Path):
-    module = sys.modules["prompt_sets"]
     for name in ("alpaca", "dialogsum"):
-        texts = [{one.text for one in module.read_prompts(folder / "text", name, split=s)} for s in ("train", "test")]
+        texts = [
+            {one.text for one in prompt_sets.read_prompts(folder / "text", name, split=s)} for s in ("train", "test")
+        ]
         assert texts[0]
         assert texts[1]
         assert not texts[0] & texts[1]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from factories import pipeline
-from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
@@ -18,14 +16,10 @@ from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
 from ee_diffusion.diffusion.step_cache.trajectories import record
 from ee_diffusion.metrics.splits import SEEDS
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import contenders
-import peers
-from frontier_options import FrontierOptions
-from options import SamplingOptions, load
-from turns import Candidate
+from eval.harness import baselines, candidates
+from eval.harness.frontier_options import FrontierOptions
+from eval.harness.interleave import Candidate
+from eval.harness.options import SamplingOptions, load
 
 STEPS = 6
 SAMPLING = SamplingOptions(num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
@@ -40,10 +34,10 @@ def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypa
         seen.append(drawing.exits)
         return Generated(torch.zeros(len(chosen), 3, 16, 16), None, (1.0,))
 
-    monkeypatch.setattr(contenders, "generate", told)
-    trained, memory, fitted = pipe.exits, contenders.load_memory(pipe, None), contenders.noise_memory(pipe)
-    together = contenders.noise_memory(pipe)
-    draw = contenders.drawer(pipe, SAMPLING, memory, {"fitted": fitted, "together": together})
+    monkeypatch.setattr(candidates, "generate", told)
+    trained, memory, fitted = pipe.exits, candidates.load_memory(pipe, None), candidates.noise_memory(pipe)
+    together = candidates.noise_memory(pipe)
+    draw = candidates.drawer(pipe, SAMPLING, memory, {"fitted": fitted, "together": together})
     expected = {
         "deediff": trained,
         "remembered": memory,
@@ -74,8 +68,8 @@ def test_an_oracles_seconds_are_without_its_shadows(monkeypatch: pytest.MonkeyPa
         drawing.exits.seconds += 3.0
         return Generated(torch.zeros(len(chosen), 3, 16, 16), None, (5.0,))
 
-    monkeypatch.setattr(contenders, "generate", told)
-    draw = contenders.drawer(pipe, SAMPLING, contenders.load_memory(pipe, None))
+    monkeypatch.setattr(candidates, "generate", told)
+    draw = candidates.drawer(pipe, SAMPLING, candidates.load_memory(pipe, None))
     oracle = Candidate("oracle 1", "oracle", 1.0, POLICY, STEPS)
     assert [draw(oracle, [1, 2], [0, 1], 0).seconds for _ in range(2)] == [(2.0,), (2.0,)]
 
@@ -88,14 +82,14 @@ def noted_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.extend(seeds)
         return record(pipe, exits, seeds, labels, **call)
 
-    monkeypatch.setattr(contenders, "record", noting)
+    monkeypatch.setattr(candidates, "record", noting)
     return seen
 
 
 def test_schedules_are_searched_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
     pipe, seen = pipeline(), noted_seeds(monkeypatch)
-    memory = contenders.load_memory(pipe, None)
-    found = contenders.schedules_of(pipe, memory, SAMPLING, OPTIONS, (1.0,) * STEPS, [0.5])
+    memory = candidates.load_memory(pipe, None)
+    found = candidates.schedules_of(pipe, memory, SAMPLING, OPTIONS, (1.0,) * STEPS, [0.5])
     assert [len(full) for full in found.values()] == [3]
     assert len(seen) == 2
     assert all(seed in SEEDS["fit"] for seed in seen)
@@ -103,28 +97,28 @@ def test_schedules_are_searched_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch
 
 def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipe, seen = pipeline(), noted_seeds(monkeypatch)
-    made = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
+    made = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
     assert isinstance(made, CachedOutputExits)
     assert len(seen) == 2
     assert all(seed in SEEDS["fit"] for seed in seen)
-    again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
+    again = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
     assert len(seen) == 2, "fitted once"
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), made.parameters(), strict=True))
 
 
 def test_answers_weighed_together_are_for_one_influence(tmp_path: Path):
     pipe, folder = pipeline(), tmp_path / "together"
-    made = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
+    made = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
     assert made.config.course_worth is True
-    alone = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
+    alone = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
     assert alone.config.course_worth is None
-    again = contenders.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
+    again = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
     assert torch.equal(again.prediction.worth, made.prediction.worth)
     for other in ((0.4,) * STEPS, None):
         with pytest.raises(ValueError, match="holds exits fitted under"):
-            contenders.fitted_memory(pipe, SAMPLING, OPTIONS, folder, other)
-    assert contenders.fitted_beside(pipe, tmp_path).keys() == {"fitted", "together"}
-    assert contenders.fitted_beside(pipe, tmp_path / "nowhere") == {}
+            candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, other)
+    assert candidates.fitted_beside(pipe, tmp_path).keys() == {"fitted", "together"}
+    assert candidates.fitted_beside(pipe, tmp_path / "nowhere") == {}
 
 
 def test_predictions_are_fitted_in_float32_whatever_is_drawn_in(tmp_path: Path):
@@ -132,9 +126,9 @@ def test_predictions_are_fitted_in_float32_whatever_is_drawn_in(tmp_path: Path):
     made = []
     for dtype in ("float32", "bfloat16"):
         sampling = replace(SAMPLING, model=str(tmp_path / "model"), dtype=dtype)
-        made.append(contenders.fitted_memory(load(sampling), sampling, OPTIONS, tmp_path / dtype))
+        made.append(candidates.fitted_memory(load(sampling), sampling, OPTIONS, tmp_path / dtype))
     assert torch.equal(made[0].prediction.moments, made[1].prediction.moments)
-    again = contenders.fitted_memory(load(sampling), sampling, OPTIONS, tmp_path / "float32")
+    again = candidates.fitted_memory(load(sampling), sampling, OPTIONS, tmp_path / "float32")
     assert torch.equal(made[0].prediction.moments, again.prediction.moments), "taken for a run in half precision"
 
 
@@ -147,14 +141,14 @@ def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path:
         seen.append(pipe.transformer.dtype)
         return record(pipe, *rest, **call)
 
-    monkeypatch.setattr(contenders, "record", noting)
+    monkeypatch.setattr(candidates, "record", noting)
     gains, found = [], []
     for dtype in ("float32", "bfloat16"):
         sampling = replace(SAMPLING, model=str(tmp_path / "model"), dtype=dtype)
         pipe = load(sampling)
-        memory = contenders.noise_memory(pipe)
-        gains.append(contenders.gains_of(pipe, memory, sampling, OPTIONS))
-        found.append(contenders.schedules_of(pipe, memory, sampling, OPTIONS, (1.0,) * STEPS, [0.5]))
+        memory = candidates.noise_memory(pipe)
+        gains.append(candidates.gains_of(pipe, memory, sampling, OPTIONS))
+        found.append(candidates.schedules_of(pipe, memory, sampling, OPTIONS, (1.0,) * STEPS, [0.5]))
         assert str(pipe.transformer.dtype) == f"torch.{dtype}"
         course = record(
             load(replace(sampling, dtype="float32")),
@@ -174,18 +168,18 @@ def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path:
 def test_gains_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
     pipe, seen = pipeline(), []
     monkeypatch.setattr(
-        contenders, "error_amplification", lambda *_, generator, **__: seen.append(generator.initial_seed())
+        candidates, "error_amplification", lambda *_, generator, **__: seen.append(generator.initial_seed())
     )
-    contenders.gains_of(pipe, contenders.load_memory(pipe, None), SAMPLING, OPTIONS)
+    candidates.gains_of(pipe, candidates.load_memory(pipe, None), SAMPLING, OPTIONS)
     assert len(seen) == 1
     assert seen[0] in SEEDS["fit"]
 
 
 def test_mag_caches_ratios_are_measured_on_fitting_seeds(monkeypatch: pytest.MonkeyPatch):
-    seen, generate = [], peers.Peer.generate
+    seen, generate = [], baselines.Peer.generate
     monkeypatch.setattr(
-        peers.Peer, "generate", lambda own, chosen, *a, **b: seen.extend(chosen) or generate(own, chosen, *a, **b)
+        baselines.Peer, "generate", lambda own, chosen, *a, **b: seen.extend(chosen) or generate(own, chosen, *a, **b)
     )
-    peers.PEERS["mag"](pipeline(), 0.1, num_steps=STEPS, guidance_scale=2.0)
+    baselines.PEERS["mag"](pipeline(), 0.1, num_steps=STEPS, guidance_scale=2.0)
     assert len(seen) == 8
     assert all(seed in SEEDS["fit"] for seed in seen)

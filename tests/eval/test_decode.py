@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
-from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk_control import upper_bound
@@ -22,12 +21,7 @@ from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.generate import early_exit_generate
 from ee_diffusion.decoding.methods import calm, skipdecode
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import decode
-import decode_modes
-import decoder
+from eval import decode, decode_modes, decoder
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tree import ROOT
 
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import decode_table
+from eval import decode_table
 
 
 def test_runs_stand_beside_the_reference_meaning_by_meaning(tmp_path: Path, monkeypatch, capsys):

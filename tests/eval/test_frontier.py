@@ -10,21 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from tree import ROOT
 
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import ablation
-import clock
-import contenders
-import finalists
-import frontier
-import peers
+from eval import ablation, clock, finalists, frontier
+from eval.harness import baselines, candidates
 
 STEPS = 8
 
@@ -84,8 +76,8 @@ class Told:
 
 def told(monkeypatch: pytest.MonkeyPatch) -> tuple[Told, Told]:
     own, theirs = Told(), Told(cached=True)
-    monkeypatch.setattr(contenders, "generate", own)
-    monkeypatch.setattr(peers, "generate", theirs)
+    monkeypatch.setattr(candidates, "generate", own)
+    monkeypatch.setattr(baselines, "generate", theirs)
     return own, theirs
 
 
@@ -93,8 +85,8 @@ def test_a_stopped_frontier_draws_nothing_twice_and_takes_all_times_anew(copied,
     folder, words = copied
     before = rows_of(folder)
     own, theirs = told(monkeypatch)
-    monkeypatch.setattr(contenders, "error_amplification", None)  # noted
-    monkeypatch.setattr(contenders, "record", None)
+    monkeypatch.setattr(candidates, "error_amplification", None)  # noted
+    monkeypatch.setattr(candidates, "record", None)
     run(frontier, *words)
     after = rows_of(folder)
     assert "random_per_step of remembered 0.05" in after

@@ -10,14 +10,9 @@ import pytest
 import torch
 from factories import pipeline
 from safetensors.torch import load_file, save_file
-from tree import ROOT
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import guarantee
-import write_results
+from eval import guarantee, write_results
 
 
 def call(monkeypatch: pytest.MonkeyPatch, script, *words: object) -> None:

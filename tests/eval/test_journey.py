@@ -9,16 +9,10 @@ from pathlib import Path
 import pytest
 from stock import dit_pipeline
 from tiny_families import exits_for
-from tree import ROOT
 
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from ee_diffusion.metrics.splits import SEEDS
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import journey
-import journey_draw
-import shape
+from eval import journey, journey_draw, shape
 
 
 @pytest.fixture(scope="module")

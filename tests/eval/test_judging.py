@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
-from tree import ROOT
 
 from ee_diffusion.classification.evaluation import NOTHING, Look
 from ee_diffusion.classification.methods import confidence
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk_control import upper_bound
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when the script runs
-
-from judging import Candidate, Judge, budgeted, by_length, candidates, guarantee, halves
+from eval.judging import Candidate, Judge, budgeted, by_length, candidates, guarantee, halves
 
 TEXTS, LAYERS = 400, 4
 

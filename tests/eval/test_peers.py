@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from diffusers.hooks import MagCacheConfig
 from factories import pipeline
 from stock import dit_pipeline
-from tree import ROOT
 
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import peers
-import peers_dit
+from eval.harness import baselines, baselines_dit
 
 STEPS = 8
 
@@ -31,7 +25,7 @@ def counted(transformer, name: str) -> list[int]:
 def test_diffusers_caches_skip_blocks_and_forget_between_batches(kind: str, bold: float):
     pipe = pipeline()
     call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 2}
-    peer = peers.PEERS[kind](pipe, bold, num_steps=STEPS, guidance_scale=2.0)
+    peer = baselines.PEERS[kind](pipe, bold, num_steps=STEPS, guidance_scale=2.0)
     seen = counted(peer.pipeline.transformer, "attn")
     first = peer.generate([1, 2], [0, 1], **call).images
     once, layers = len(seen), len(pipe.transformer.transformer_blocks)
@@ -39,7 +33,7 @@ def test_diffusers_caches_skip_blocks_and_forget_between_batches(kind: str, bold
     assert torch.equal(peer.generate([1, 2], [0, 1], **call).images, first)
     assert len(seen) == 2 * once
     plain = counted(pipe.transformer, "attn")
-    peers.generate(pipe, [1, 2], [0, 1], **call)
+    baselines.generate(pipe, [1, 2], [0, 1], **call)
     assert len(plain) == STEPS * layers  # the pipeline itself was left alone
 
 
@@ -55,7 +49,7 @@ def config_of(transformer, kind: type) -> object:
 
 
 def test_mag_cache_has_the_threshold_asked_for_and_all_else_as_diffusers_has_it():
-    peer = peers.PEERS["mag"](pipeline(), 0.125, num_steps=STEPS, guidance_scale=2.0)
+    peer = baselines.PEERS["mag"](pipeline(), 0.125, num_steps=STEPS, guidance_scale=2.0)
     config = config_of(peer.pipeline.transformer, MagCacheConfig)
     default = MagCacheConfig(calibrate=True)
     assert (config.threshold, config.num_inference_steps, len(config.mag_ratios)) == (0.125, STEPS, STEPS)
@@ -64,7 +58,7 @@ def test_mag_cache_has_the_threshold_asked_for_and_all_else_as_diffusers_has_it(
     )
 
 
-def full_steps_of(peer: peers.Peer) -> list[bool]:
+def full_steps_of(peer: baselines.Peer) -> list[bool]:
     """Of each step of a run: whether attention ran, counted inside the blocks."""
     seen = counted(peer.pipeline.transformer, "attn")
     ran: list[int] = []
@@ -74,19 +68,19 @@ def full_steps_of(peer: peers.Peer) -> list[bool]:
 
 
 def test_a_bold_mag_cache_skips_three_steps_in_a_row_after_a_fifth_of_them():
-    peer = peers.PEERS["mag"](pipeline(), 1e3, num_steps=STEPS, guidance_scale=2.0)
+    peer = baselines.PEERS["mag"](pipeline(), 1e3, num_steps=STEPS, guidance_scale=2.0)
     assert full_steps_of(peer) == [True, True, False, False, False, True, False, False]
 
 
 def test_taylor_has_the_interval_asked_for_and_diffusers_warm_up_and_order():
-    peer = peers.PEERS["taylor"](pipeline(), 4, num_steps=STEPS, guidance_scale=2.0)
+    peer = baselines.PEERS["taylor"](pipeline(), 4, num_steps=STEPS, guidance_scale=2.0)
     assert full_steps_of(peer) == [True, True, True, False, True, False, False, False]
 
 
 def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("cache_dit")
     pipe = dit_pipeline()
-    seen, copied, deepcopy = counted(pipe.transformer, "attn1"), [], peers_dit.copy.deepcopy
+    seen, copied, deepcopy = counted(pipe.transformer, "attn1"), [], baselines_dit.copy.deepcopy
 
     def copying(module, *memo):
         made = deepcopy(module, *memo)
@@ -101,10 +95,10 @@ def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest
 
     plain = draw(pipe)
     layers, names = len(pipe.transformer.transformer_blocks), list(pipe.transformer.state_dict())
-    monkeypatch.setattr(peers_dit.copy, "deepcopy", copying)
+    monkeypatch.setattr(baselines_dit.copy, "deepcopy", copying)
     for order in (0, 1, 2):
         seen.clear()
-        with peers_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor_order=order) as cached:
+        with baselines_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor_order=order) as cached:
             draw(cached)
         assert 0 < len(copied[-1]) < STEPS * layers
     assert list(pipe.transformer.state_dict()) == names
@@ -115,9 +109,9 @@ def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest
 
 
 def test_without_cache_dit_it_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(peers_dit, "cache_dit", None)
+    monkeypatch.setattr(baselines_dit, "cache_dit", None)
     with (
         pytest.raises(ValueError, match="expected the extra `peers`"),
-        peers_dit.db_cache(None, 0.1, num_steps=4),
+        baselines_dit.db_cache(None, 0.1, num_steps=4),
     ):
         pass

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,16 +20,12 @@ from diffusers.models import CacheMixin
 from factories import pipeline, uvit
 from stock import dit_pipeline
 from torch import Tensor, nn
-from tree import ROOT
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import peers
-from contenders import candidates_of
-from frontier_options import FrontierOptions
 
 from ee_diffusion.diffusion.hooks.forward_to_depth import passing
 from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
+from eval.harness import baselines
+from eval.harness.candidates import candidates_of
+from eval.harness.frontier_options import FrontierOptions
 
 STEPS = 12
 RATIOS = [1.0, 0.9, 1.05, 0.98, 1.03, 0.97, 1.01, 0.99, 1.2, 0.98, 1.01, 0.97]  # of S calls
@@ -148,7 +143,7 @@ class TaylorReading:
         return slopes[0]
 
 
-def draw_uvit(cached: Callable[[Any], peers.Peer]) -> tuple[nn.Module, list[Call]]:
+def draw_uvit(cached: Callable[[Any], baselines.Peer]) -> tuple[nn.Module, list[Call]]:
     """A guided run of two images with a cache on our U-ViT: the model itself, and the cached one's calls."""
     pipe = pipeline()
     peer = cached(pipe)
@@ -182,9 +177,9 @@ def check(transformer: nn.Module, calls: list[Call], reading: Any) -> None:
 def test_mag_cache_adds_the_residual_of_all_blocks_once_and_stops_as_published(
     draw, threshold: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(peers, "ratios_of", lambda *_, **__: RATIOS)
+    monkeypatch.setattr(baselines, "ratios_of", lambda *_, **__: RATIOS)
     if draw is draw_uvit:
-        model, calls = draw(lambda pipe: peers.mag_cache(pipe, threshold, num_steps=STEPS, guidance_scale=2.0))
+        model, calls = draw(lambda pipe: baselines.mag_cache(pipe, threshold, num_steps=STEPS, guidance_scale=2.0))
     else:
         config = MagCacheConfig(threshold=threshold, num_inference_steps=STEPS, mag_ratios=RATIOS)
         model, calls = draw(lambda transformer: apply_mag_cache(transformer, config))
@@ -194,7 +189,9 @@ def test_mag_cache_adds_the_residual_of_all_blocks_once_and_stops_as_published(
 @pytest.mark.parametrize("draw, threshold", [(draw_uvit, 0.3), (draw_dit, 1.1)])
 def test_first_block_cache_adds_the_other_blocks_residual_once(draw, threshold: float):
     if draw is draw_uvit:
-        model, calls = draw(lambda pipe: peers.first_block_cache(pipe, threshold, num_steps=STEPS, guidance_scale=2.0))
+        model, calls = draw(
+            lambda pipe: baselines.first_block_cache(pipe, threshold, num_steps=STEPS, guidance_scale=2.0)
+        )
     else:
         config = FirstBlockCacheConfig(threshold=threshold)
         model, calls = draw(lambda transformer: apply_first_block_cache(transformer, config))
@@ -206,9 +203,9 @@ def test_first_block_cache_adds_the_other_blocks_residual_once(draw, threshold: 
 def test_taylorseer_expands_the_models_output_to_the_order_asked_for(draw, interval: int, order: int):
     if draw is draw_uvit:
         run = {"num_steps": STEPS, "guidance_scale": 2.0, "order": order}
-        model, calls = draw(lambda pipe: peers.taylorseer(pipe, interval, **run))
+        model, calls = draw(lambda pipe: baselines.taylorseer(pipe, interval, **run))
     else:
-        model, calls = draw(lambda transformer: peers.apply_taylorseer(transformer, interval, order=order))
+        model, calls = draw(lambda transformer: baselines.apply_taylorseer(transformer, interval, order=order))
     check(model, calls, TaylorReading(interval, order))
 
 
@@ -220,7 +217,7 @@ def test_taylorseer_of_second_order_is_a_candidate_of_its_own():
         if one.kind == "taylor_second_order"
     ]
     assert (candidate.name, candidate.budget) == ("taylor second order 4", 4)
-    model, calls = draw_uvit(lambda pipe: peers.PEERS[candidate.kind](pipe, candidate.budget, **run))
+    model, calls = draw_uvit(lambda pipe: baselines.PEERS[candidate.kind](pipe, candidate.budget, **run))
     check(model, calls, TaylorReading(4, 2))
 
 
@@ -230,22 +227,22 @@ def test_mag_cache_measures_a_ratio_for_every_call_of_the_model(sampler, calls_o
     pipe = pipeline()
     if sampler is not None:
         pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-    plain = peers.Peer(pipe)
+    plain = baselines.Peer(pipe)
     with noted(plain.pipeline.transformer) as calls:
-        labels = peers.balanced_labels(8, peers.classes_of(pipe, 2.0))
+        labels = baselines.balanced_labels(8, baselines.classes_of(pipe, 2.0))
         call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 8}
-        plain.generate(peers.seeds("fit", 8), labels, **call)
+        plain.generate(baselines.seeds("fit", 8), labels, **call)
     states = [states_of(pipe.transformer, args, kwargs)[1] for args, kwargs, _ in calls]
     lengths = [(own[-1] - own[0]).norm(dim=-1) for own in states]  # (R, N) a call
     read = [1.0, *((after / before).mean().item() for before, after in itertools.pairwise(lengths))]
-    measured = peers.ratios_of(pipe, num_steps=STEPS, guidance_scale=2.0)
+    measured = baselines.ratios_of(pipe, num_steps=STEPS, guidance_scale=2.0)
     assert len(measured) == calls_of_a_run
     assert measured == pytest.approx(read, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind, value", [("first_block", 0.3), ("taylor", 4), ("taylor_second_order", 3), ("mag", 0.2)])
 def test_batches_of_one_call_know_nothing_of_each_other(kind: str, value: float):
-    peer = peers.PEERS[kind](pipeline(), value, num_steps=STEPS, guidance_scale=2.0)
+    peer = baselines.PEERS[kind](pipeline(), value, num_steps=STEPS, guidance_scale=2.0)
     call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 2}
     alone = [peer.generate(*batch, **call).images for batch in (([1, 2], [0, 1]), ([3], [2]))]
     together = peer.generate([1, 2, 3], [0, 1, 2], **call)
@@ -255,13 +252,13 @@ def test_batches_of_one_call_know_nothing_of_each_other(kind: str, value: float)
 
 def test_taylorseer_refuses_what_it_cannot_predict():
     with pytest.raises(ValueError, match="TaylorSeer on a Linear, whose last module is not known: expected one of"):
-        peers.apply_taylorseer(nn.Linear(2, 2), 3, order=1)
+        baselines.apply_taylorseer(nn.Linear(2, 2), 3, order=1)
     with pytest.raises(ValueError, match="order=0, expected an integer of at least 1"):
-        peers.apply_taylorseer(uvit(), 3, order=0)
+        baselines.apply_taylorseer(uvit(), 3, order=0)
 
 
 def test_a_single_block_is_refused():
     pipe = pipeline()
     pipe.transformer, pipe.exits = uvit(num_layers=1), None
     with pytest.raises(ValueError, match="a transformer of 1 block, expected at least 2"):
-        peers.Peer(pipe)
+        baselines.Peer(pipe)

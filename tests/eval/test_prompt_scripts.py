@@ -19,7 +19,6 @@ from tiny_texts import CAPTIONS, WIDTH, WORDS, save_encoder, text_pipeline, tiny
 from torchmetrics.multimodal import CLIPScore
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.methods import deediff
@@ -27,13 +26,9 @@ from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 from ee_diffusion.metrics.clip_score import TensorCLIP, clip_scores, cut_prompts, read_prompts
 from ee_diffusion.metrics.retrieval import ImageTower, save_tower
 from ee_diffusion.training.captions import CaptionConfig, Captioned, split_of
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-import clip_score
-import prompting
-import retrieval
-from diffusion_results import matching
-
+from eval import clip_score, retrieval
+from eval.diffusion_results import matching
+from eval.harness import prompting
 from train import export_text
 
 

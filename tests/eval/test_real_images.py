@@ -10,10 +10,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tree import ROOT
 
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
@@ -23,18 +23,9 @@ from ee_diffusion.metrics.features import InceptionFeatures, ResNetFeatures, ext
 from ee_diffusion.metrics.perceptual import LPIPS
 from ee_diffusion.metrics.reference_models import CifarResNet
 from ee_diffusion.metrics.references import read_statistics, reference
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import ablation
-import finalists
-import frontier
-import journey
-import metrics
-import real_images
-import tradeoff
-from diffusers import DDIMScheduler
-from real_images import ReferenceOptions, judge_of
+from eval import ablation, finalists, frontier, journey, metrics, tradeoff
+from eval.harness import real_images
+from eval.harness.real_images import ReferenceOptions, judge_of
 
 COUNT, SIDE = 70, (32, 32)  # more images than resnet20 has features
 

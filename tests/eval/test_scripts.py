@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from tree import ROOT
 
@@ -21,21 +22,19 @@ from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.splits import balanced_labels, seeds
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import demo
-import frontier
-import generate
-import guarantee
-import hot_path
-import metrics
-import speed
-import tradeoff
-import training_step
-import uncertainty
-import write_results
-from diffusers import DDIMScheduler
+from eval import (
+    demo,
+    frontier,
+    generate,
+    guarantee,
+    hot_path,
+    metrics,
+    speed,
+    tradeoff,
+    training_step,
+    uncertainty,
+    write_results,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def generate_with(model: Path, output: Path, *words: str, processes: int) -> Non
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    command = [sys.executable, *launcher, str(ROOT / "eval" / "generate.py")]
+    command = [sys.executable, *launcher, "-m", "eval.generate"]
     options = [
         "--model",
         model,

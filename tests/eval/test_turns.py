@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from factories import pipeline
 from safetensors.torch import load_file, save_file
-from tree import ROOT
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.metrics.splits import seeds
+from eval.harness import interleave, result_cache
 
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import keeping
-import turns
-
-FULL, OWN = (turns.Candidate(name, name, None, None, 4) for name in ("full", "own"))
+FULL, OWN = (interleave.Candidate(name, name, None, None, 4) for name in ("full", "own"))
 SECONDS = {"full": 2.0, "own": 1.0}
 
 
@@ -41,7 +35,7 @@ class Drawing:
 
 def test_every_candidate_is_warm_and_another_begins_each_time():
     draw = Drawing()
-    drawn = turns.in_turns([FULL, OWN], draw, [5, 6, 7], [0, 1, 2], batch=2)
+    drawn = interleave.in_turns([FULL, OWN], draw, [5, 6, 7], [0, 1, 2], batch=2)
     warm_up = [("full", 0, 2), ("own", 0, 2)]
     assert draw.calls == [*warm_up, ("full", 0, 2), ("own", 0, 2), ("own", 2, 1), ("full", 2, 1)]
     assert {name: one.seconds for name, one in drawn.items()} == {"full": (2.0, 2.0), "own": (1.0, 1.0)}
@@ -50,13 +44,13 @@ def test_every_candidate_is_warm_and_another_begins_each_time():
 
 def test_a_time_is_the_candidates_over_the_full_models():
     draw = Drawing()
-    times = turns.clocked([FULL, OWN], draw, images=4, batch=2, num_classes=3)
+    times = interleave.clocked([FULL, OWN], draw, images=4, batch=2, num_classes=3)
     assert times == {"full": {"time": 1.0, "seconds": 4.0}, "own": {"time": 0.5, "seconds": 2.0}}
 
 
 def test_the_clock_looks_at_the_first_test_images():
     asked = []
-    turns.clocked([FULL], lambda *call: asked.append(call) or Drawing()(*call), images=4, batch=2, num_classes=3)
+    interleave.clocked([FULL], lambda *call: asked.append(call) or Drawing()(*call), images=4, batch=2, num_classes=3)
     assert [call[1:] for call in asked[1:]] == [
         (seeds("test", 2), [0, 1], 0),
         (seeds("test", 2, first=2), [2, 0], 2),
@@ -66,7 +60,7 @@ def test_the_clock_looks_at_the_first_test_images():
 def test_two_candidates_of_one_name_are_refused_before_anything_is_drawn():
     draw = Drawing()
     with pytest.raises(ValueError, match=r"called \['own'\]"):
-        turns.by_batch([FULL, OWN, OWN], draw, [1], [0], batch=1)
+        interleave.by_batch([FULL, OWN, OWN], draw, [1], [0], batch=1)
     assert not draw.calls
 
 
@@ -82,18 +76,18 @@ def test_two_candidates_of_one_name_are_refused_before_anything_is_drawn():
     ],
 )
 def test_the_clock_looks_at_whole_batches(asked: int | None, count: int, batch: int, images: int):
-    assert turns.clock_images_of(asked, count=count, batch=batch) == images
+    assert interleave.clock_images_of(asked, count=count, batch=batch) == images
 
 
 @pytest.mark.parametrize("asked, count, batch", [(65, 128, 64), (16, 128, 64), (0, 4, 2), (192, 128, 64), (None, 4, 0)])
 def test_other_numbers_of_images_are_refused(asked: int | None, count: int, batch: int):
     with pytest.raises(ValueError, match="expected"):
-        turns.clock_images_of(asked, count=count, batch=batch)
+        interleave.clock_images_of(asked, count=count, batch=batch)
 
 
-def kept_in(folder: Path, settings: dict, contents: dict) -> tuple[turns.Draw, Drawing]:
+def kept_in(folder: Path, settings: dict, contents: dict) -> tuple[interleave.Draw, Drawing]:
     draw = Drawing()
-    return keeping.kept(draw, folder, settings, lambda _: contents), draw
+    return result_cache.kept(draw, folder, settings, lambda _: contents), draw
 
 
 def test_what_was_drawn_is_read_again_only_under_the_same_settings_and_contents(tmp_path: Path):
@@ -117,7 +111,7 @@ def test_what_was_drawn_is_another_for_other_images_and_policies(tmp_path: Path,
     again, draw = kept_in(tmp_path, {}, {})
     again(OWN, [5, 6], [0, 1], 0)
     policy = Policy(schedule=DepthPerStep((1,) * 4)) if "policy" in other else None
-    one = turns.Candidate("own", "own", None, policy, 4)
+    one = interleave.Candidate("own", "own", None, policy, 4)
     again(one, other.get("chosen", [5, 6]), other.get("labels", [0, 1]), other.get("first", 0))
     assert len(draw.calls) == 2
 
@@ -134,19 +128,19 @@ def test_files_that_also_hold_seconds_can_be_read(tmp_path: Path):
 def test_contents_are_weights_and_settings_not_folders():
     pipe = pipeline()
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    before = keeping.contents(pipe, exits)
-    assert before == keeping.contents(pipe, exits)
+    before = result_cache.contents(pipe, exits)
+    assert before == result_cache.contents(pipe, exits)
     assert before["device"] == "cpu"
     assert before["versions"]["torch"] == torch.__version__
     assert (
-        keeping.contents(pipe, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise"))
+        result_cache.contents(pipe, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise"))
         != before
     )
-    assert keeping.contents(pipe, None) != before
+    assert result_cache.contents(pipe, None) != before
     with torch.no_grad():
         exits.gauge[2].bias += 1
-    fitted = keeping.contents(pipe, exits)
+    fitted = result_cache.contents(pipe, exits)
     assert (fitted["transformer"], fitted["exits"] == before["exits"]) == (before["transformer"], False)
     with torch.no_grad():
         next(pipe.transformer.parameters()).add_(1)
-    assert keeping.contents(pipe, exits)["transformer"] != before["transformer"]
+    assert result_cache.contents(pipe, exits)["transformer"] != before["transformer"]

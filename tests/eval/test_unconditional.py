@@ -13,7 +13,6 @@ import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file
-from tree import ROOT
 
 from ee_diffusion.cli import main as cli
 from ee_diffusion.core.policy import Policy
@@ -27,18 +26,7 @@ from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.splits import balanced_labels, shuffled_labels
 from ee_diffusion.training.datasets import ImageSource
-
-sys.path.insert(0, str(ROOT / "eval"))  # as it is when a script runs
-
-import ablation
-import clock
-import frontier
-import generate
-import guarantee
-import hot_path
-import tradeoff
-import uncertainty
-
+from eval import ablation, clock, frontier, generate, guarantee, hot_path, tradeoff, uncertainty
 from train import export, fit_exits, fit_step_cache, presets, validation
 
 STEPS = 6

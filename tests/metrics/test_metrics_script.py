@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run(*arguments: object, data: Path | None = None) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | ({"EE_DIFFUSION_DATA": str(data)} if data else {})
-    command = [sys.executable, ROOT / "eval" / "metrics.py", *map(str, arguments)]
+    command = [sys.executable, "-m", "eval.metrics", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, env=environment, cwd=ROOT)
 
 

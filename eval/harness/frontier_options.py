@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from options import flag
+from eval.harness.options import flag
 
 WITHIN = {  # what each number of these lists may be
     "shares": (lambda x: 0 < x < 1, "between 0 and 1"),

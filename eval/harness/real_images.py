@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from options import flag
 from torch import Tensor
 
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -25,6 +24,7 @@ from ee_diffusion.metrics.reference_models import CLASSES, DATA_VARIABLE, Progre
 from ee_diffusion.metrics.references import Reference, read_statistics, reference, reference_path
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import load_image_source
+from eval.harness.options import flag
 
 CIFAR_SIZE, RGB = 32, 3
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

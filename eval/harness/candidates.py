@@ -13,11 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from frontier_options import FrontierOptions
-from options import SamplingOptions, load
-from peers import PEERS, Peer
 from torch import nn
-from turns import Candidate, Draw, Labels
 
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
@@ -32,6 +28,10 @@ from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, neares
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, record
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import write_json
+from eval.harness.baselines import PEERS, Peer
+from eval.harness.frontier_options import FrontierOptions
+from eval.harness.interleave import Candidate, Draw, Labels
+from eval.harness.options import SamplingOptions, load
 
 OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together")
 FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together

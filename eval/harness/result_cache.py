@@ -16,7 +16,6 @@ import torch
 from diffusers import ConfigMixin
 from safetensors.torch import load_file
 from torch import nn
-from turns import Candidate, Draw
 
 from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.trace import Trace
@@ -25,6 +24,7 @@ from ee_diffusion.diffusion.exits.linear_predictor import ALONE, FLOOR
 from ee_diffusion.diffusion.fingerprint import fingerprint, settings_of
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from eval.harness.interleave import Candidate, Draw
 
 
 def contents(pipeline: EarlyExitPipeline, exits: nn.Module | None) -> dict:

@@ -65,10 +65,9 @@ def command() -> str:
     """This script's command line, as a reader would type it in the repository's root, with what the clock depends on before it.
 
     Of absolute paths, which are of one machine, the last part is kept."""
-    script = Path(sys.argv[0])
     before = [f"{name}={os.environ[name]}" for name in CLOCK if name in os.environ]
     words = [f".../{Path(word).name}" if Path(word).is_absolute() else word for word in map(str, sys.argv[1:])]
-    return shlex.join([*before, "python", f"{script.parent.name}/{script.name}", *words])
+    return shlex.join([*before, "python", "-m", f"eval.{Path(sys.argv[0]).stem}", *words])
 
 
 def results_folder(options: SamplingOptions) -> Path:

@@ -1,0 +1,1 @@
+"""What the evaluation scripts share: flags, candidates and baselines, one interleaved clock, one result cache."""
