@@ -29,8 +29,7 @@ from ee_diffusion.core.criteria import (
 )
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
-from ee_diffusion.core.session import Session
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach

@@ -13,7 +13,7 @@ from torch import Tensor
 from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.rows import ExitedRows, rows_of
 from ee_diffusion.core.scores import ExitInputs
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import StepSession
 
 
 class ActiveBatch:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import StepSession
 from ee_diffusion.core.trace import Trace
 
 

@@ -21,8 +21,7 @@ from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.patch import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
-from ee_diffusion.core.session import Session
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.generate import check_made_for
 from ee_diffusion.decoding.heads import SharedTail

@@ -8,13 +8,11 @@ import pytest
 import torch
 from factories import LAYOUTS, criterion_named, driver_named, recorded, run
 
-from ee_diffusion.core.arriving import sent
 from ee_diffusion.core.criteria import DepthTable, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.core.session import Session
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import Session, StepSession, pending_scores
 
 
 def session_of(policy: Policy, rows=(0, 1, 2), num_steps: int = 1) -> Session:
@@ -172,7 +170,7 @@ def test_scores_made_of_answers_are_counted_and_what_they_carry_is_there_at_the_
 
 def test_on_a_cpu_scores_are_where_they_are():
     scores = torch.tensor([0.25, 0.5])
-    arriving = sent(scores, [0, 1], 3, overlapping=True)
+    arriving = pending_scores(scores, [0, 1], 3, overlapping=True)
     assert (arriving.read(), arriving.ready, arriving.values is scores) == ([0.25, 0.5], None, True)
 
 
@@ -186,7 +184,7 @@ def test_on_a_gpu_nothing_waits_before_the_score_is_read():
     try:
         with pytest.raises(RuntimeError, match="synchroniz"):
             scores.tolist()
-        arriving = sent(scores, list(range(7)), 0, overlapping=True)
+        arriving = pending_scores(scores, list(range(7)), 0, overlapping=True)
         scores.zero_()  # what the device does later does not reach what was sent
         matrix @ matrix
         assert arriving.read() == wanted

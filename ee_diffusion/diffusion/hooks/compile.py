@@ -20,7 +20,7 @@ from torch._dynamo import OptimizedModule
 
 from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.patch import ForwardPatch
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import StepSession
 from ee_diffusion.diffusion.hooks.block_runner import TEXT, Layer
 from ee_diffusion.diffusion.model_specs import ModelSpec
 

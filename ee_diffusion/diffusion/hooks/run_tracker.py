@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.core.patch import ForwardPatch, restore_all
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.guidance import condition_of, sources_of_rows
 from ee_diffusion.diffusion.hooks.compatibility import perturbs_attention

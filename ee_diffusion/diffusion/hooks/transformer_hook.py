@@ -22,8 +22,7 @@ from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.patch import ForwardPatch, restore_all
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session
-from ee_diffusion.core.step_session import StepSession
+from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.hooks.block_runner import BlockRunner, layers_of, signature_of
 from ee_diffusion.diffusion.hooks.compatibility import require_no_cache
