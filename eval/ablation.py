@@ -1,13 +1,11 @@
 """What each part of answering from memory is worth: one table, the same seeds, one run.
 
-python -m eval.ablation --memory runs/memory/exits --memory_full_states runs/memory_full/exits --memory_trust runs/memory_trust/exits
-    --output_dir runs/ablation
+python -m eval.ablation --memory runs/memory/exits --memory_full_states runs/memory_full/exits --output_dir runs/ablation
 
 Lines: memory without uncertainty (a fixed period), uncertainty without memory (DeeDiff), both; the decision per image and for the whole
-batch by its worst image; the uncertainty fitted along the exited and along the full model's trajectories; the line through memory and
-a learned trust in it; the bound on each step alone. A folder that is not given: its lines are left out.
-Images are kept in drawn/; times are measured at the end, on --clock_images images, in turns with the full model.
-Writes ablation.json and ablation.md.
+batch by its worst image; the uncertainty fitted along the exited and along the full model's trajectories; the bound on
+each step alone. A folder that is not given: its lines are left out. Images are kept in drawn/; times are measured at the end, on
+--clock_images images, in turns with the full model. Writes ablation.json and ablation.md.
 """
 
 from __future__ import annotations
@@ -44,7 +42,6 @@ class AblationOptions:
     clock_images: int | None = flag("Test images that times are measured on; none: two batches.")
     memory: str | None = flag("Exits of train/fit_step_cache.py (--states exited); none: unfitted.")
     memory_full_states: str | None = flag("The same with --states full.")
-    memory_trust: str | None = flag("The same with --learn_trust.")
     budget: float = flag("Of `budgeted`.", 0.0048)
     decay: float = flag("Of `budgeted`.", 0.7)
     error: float = flag("Of `remembered`.", 0.0015)
@@ -65,10 +62,6 @@ def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iter
     yield "both, whole batch", memory, Policy(WholeBatch(both.criterion), exits=(0,))
     if options.memory_full_states:
         yield "both, fitted along the full model", load_memory(pipeline, options.memory_full_states), both
-    if options.memory_trust:
-        trusting = load_memory(pipeline, options.memory_trust)
-        yield "both, learned trust", trusting, both
-        yield "learned trust without uncertainty", trusting, periodic_cache(options.period, warm_up=WARM_UP)
     yield "both, bounded step by step", memory, remembered(options.error, sensitivity=sensitivity)
 
 

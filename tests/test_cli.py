@@ -121,10 +121,6 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
         assert main(words(model, output, *goal, "--fit_memory", taken)) == 2
         assert what in capsys.readouterr().err
         assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
-    trusting = tmp_path / "trusting"
-    CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True).save_pretrained(trusting)
-    assert main(words(model, output, *goal, "--memory", trusting, "--fit_memory", folder)) == 2
-    assert "learned trust" in capsys.readouterr().err
     clean = tmp_path / "clean"
     pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     pipe.exits.save_pretrained(clean)

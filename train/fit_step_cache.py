@@ -23,7 +23,7 @@ from ee_diffusion.diffusion.exits.cached import TERMS, CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import STATES, Walk, fit_error_estimator, walk
-from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, fit_trust, record
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, record
 from ee_diffusion.metrics.gauges import gauge_figures
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
@@ -35,7 +35,6 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--output_dir", required=True, help="Where exits/ and report.json go.")
     parser.add_argument("--length", type=int, default=2, help="Remembered predictions: 1 repeats, 2 draws a line.")
     parser.add_argument("--terms", choices=TERMS, default="clean", help="What is remembered.")
-    parser.add_argument("--learn_trust", action="store_true", help="Learn how far the line through memory is trusted.")
     parser.add_argument(
         "--linear_prediction", action="store_true", help="Answer by the best linear prediction along full courses."
     )
@@ -58,15 +57,6 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--skip {options.skip} --guidance_scale {options.guidance_scale}, expected a probability below 1 and a finite number"
         )
-    if options.linear_prediction and options.learn_trust:
-        raise ValueError(
-            "--linear_prediction beside --learn_trust, expected one of them: both say how memory is weighed"
-        )
-    if options.learn_trust and (options.length != 2 or options.terms != "clean"):
-        raise ValueError(
-            f"--learn_trust with --length {options.length} --terms {options.terms}, expected 2 and clean: it is the trust in the line "
-            "through two clean images"
-        )
 
 
 def course_of(
@@ -75,13 +65,6 @@ def course_of(
     """The full model's courses of fitting seeds."""
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale")}
     return record(pipeline, exits, seeds("fit", options.count), labels, **call)
-
-
-def fit_own_trust(
-    pipeline: EarlyExitPipeline, exits: CachedOutputExits, options: argparse.Namespace, labels: list[int] | None
-) -> float:
-    """Fit the trust along full courses of fitting seeds; -> the squared error left, of 1 for repeating the newest prediction."""
-    return fit_trust(exits, [course_of(pipeline, exits, options, labels)], iterations=options.iterations)
 
 
 @torch.no_grad()
@@ -94,13 +77,12 @@ def main() -> None:
     check(options)
     device = device_named(None)
     pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
-    made = {"length": options.length, "learned_trust": options.learn_trust, "terms": options.terms}
+    made = {"length": options.length, "terms": options.terms}
     exits = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}
     call |= {} if pipeline.transformer.config.num_classes is not None else {"batch_size": options.count}
     labels = balanced_labels(options.count, classes_of(pipeline, options.guidance_scale))
     begun = time.perf_counter()
-    left = fit_own_trust(pipeline, exits, options, labels) if options.learn_trust else None
     if options.linear_prediction:
         exits = fit_prediction(exits, course_of(pipeline, exits, options, labels))
     walks = {
@@ -114,7 +96,7 @@ def main() -> None:
     folder = Path(options.output_dir)
     exits.save_pretrained(folder / "exits")
     seconds = {"walks": walked, "all": time.perf_counter() - begun}
-    facts = {"settings": vars(options), "environment": environment(), "seconds": seconds, "rows": rows, "trust": left}
+    facts = {"settings": vars(options), "environment": environment(), "seconds": seconds, "rows": rows}
     write_json(folder / "report.json", facts)
     print(markdown_table(rows))
     print(json.dumps(seconds))

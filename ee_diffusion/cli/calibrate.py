@@ -87,8 +87,6 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     if options.kind == "searched":
         check_distinct_times(scheduler, steps)
     pipeline.exits = _memory(pipeline, options).to(transformer.device)
-    if options.fit_memory is not None and pipeline.exits.config.learned_trust:
-        raise ValueError(f"--fit_memory with {options.memory}, whose learned trust it would replace: expected others")
     sensitivity = local_error_gain(pipeline.exits, scheduler, steps)
     if options.kind == "remembered":
         return partial(remembered, sensitivity=sensitivity)

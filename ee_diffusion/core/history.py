@@ -47,7 +47,7 @@ class OutputHistory:
         """How many values each row remembers, (R,)."""
         return (~self.times.isnan()).sum(1)
 
-    def weights(self, time: Tensor, trust: Tensor | None = None) -> Tensor:
+    def weights(self, time: Tensor) -> Tensor:
         """What each remembered value counts in `recall` at time (R,) -> (R, M); they add up to 1 where anything is remembered, else 0."""
         there = ~self.times.isnan()  # (R, M)
         length = self.times.shape[1]
@@ -55,19 +55,12 @@ class OutputHistory:
         apart = self.times[:, :, None] - self.times[:, None, :]  # (R, M, M): t_j - t_m
         other = there[:, None, :] & ~torch.eye(length, dtype=torch.bool, device=there.device)  # (R, M, M)
         factors = torch.where(other, ahead[:, None, :] / torch.where(other, apart, 1.0), 1.0)
-        weights = torch.where(there, factors.prod(2), 0.0)  # (R, M)
-        if trust is None:
-            return weights
-        newest = torch.zeros_like(weights).index_fill(1, torch.tensor([0], device=weights.device), 1.0)
-        return torch.lerp(newest.where(there, 0.0), weights, trust[:, None].to(weights.dtype))
+        return torch.where(there, factors.prod(2), 0.0)  # (R, M)
 
-    def recall(self, time: Tensor, trust: Tensor | None = None) -> Tensor:
-        """The polynomial p through what each row remembers (Lagrange, degree count - 1) at time (R,) -> (R, ...).
-
-        trust (R,): c of `newest + c (p(time) - newest)`: 0 repeats the newest value, 1 (or None) is the polynomial. Rows that remember
-        nothing get zeros.
-        """
-        return weighted(self.values, self.weights(time, trust))
+    def recall(self, time: Tensor) -> Tensor:
+        """The polynomial through what each row remembers (Lagrange, degree count - 1) at time (R,) -> (R, ...); zeros for rows that
+        remember nothing."""
+        return weighted(self.values, self.weights(time))
 
     def remainder(self, time: Tensor) -> Tensor:
         """`prod_m |t - t_m|` over what each row remembers, at time (R,) -> (R,): the error of recall grows like it."""

@@ -13,6 +13,7 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.diffusion.exits.saved_names import first_config
 
 # settings of exits that earlier versions did not have; None says what those meant
 ADDED = ("out_channels", "course_worth", "course_embedded_guidance", "course_shape", "model_weights")
@@ -44,7 +45,10 @@ def made_for_of(
     """
     return (
         ("weights", fingerprint(pipeline.transformer, pipeline.exits)),
-        ("exits settings", _settings(pipeline.exits.config if isinstance(pipeline.exits, ConfigMixin) else {})),
+        (
+            "exits settings",
+            _settings(first_config(pipeline.exits.config) if isinstance(pipeline.exits, ConfigMixin) else {}),
+        ),
         ("scheduler", type(pipeline.scheduler).__name__),
         ("scheduler settings", _settings(pipeline.scheduler.config)),
         ("num_inference_steps", str(num_inference_steps)),

@@ -140,8 +140,6 @@ def test_another_course_takes_the_place_of_the_first(
 def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     with pytest.raises(ValueError, match="know no course"):
         CachedOutputExits.from_config(exits.config, course_steps=STEPS).check_fits(pipe.transformer)
-    with pytest.raises(ValueError, match=r"course_steps=3, learned_trust=True"):
-        CachedOutputExits(course_steps=3, learned_trust=True)
     with pytest.raises(ValueError, match="course_steps=-1"):
         CachedOutputExits(course_steps=-1)
     with pytest.raises(ValueError, match="expected distinct ones"):

@@ -24,7 +24,7 @@ from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
 from ee_diffusion.diffusion.step_cache.error_estimator import fit_error_estimator, walk
 from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, setup_of, steady
-from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, fit_trust, record
+from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, record
 
 STEPS = 6
 POLICY = periodic_cache(2, warm_up=2)
@@ -253,19 +253,17 @@ def test_our_own_pipelines_tell_it_before_they_run():
         pipe([0], exit_policy=POLICY, output_type="pt", **call)
 
 
-def test_an_uncertainty_and_a_trust_are_of_one_model_too():
+def test_an_uncertainty_is_of_one_model_too():
     pipe, call = pipeline(), {"num_inference_steps": STEPS, "guidance_scale": 2.0}
     gauged = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     generator = torch.Generator().manual_seed(0)
     seen = walk(pipe, gauged, [0, 1], skip=0.5, states="full", generator=generator, **call)
     fit_error_estimator(gauged, seen, iterations=1)
-    trusting = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
-    fit_trust(trusting, [record(pipe, trusting, [1], [0], **call)], iterations=1)
-    for pipe.exits in (gauged, trusting):
-        assert setup_of(pipe.exits) == RunSetup(weights=weights_of(pipe.transformer))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            pipe([0], exit_policy=POLICY, output_type="pt", num_inference_steps=4, guidance_scale=3.0)  # no course
+    pipe.exits = gauged
+    assert setup_of(pipe.exits) == RunSetup(weights=weights_of(pipe.transformer))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pipe([0], exit_policy=POLICY, output_type="pt", num_inference_steps=4, guidance_scale=3.0)  # no course
     pipe.transformer.class_embed.weight.data += 0.1
     with pytest.warns(UserWarning, match=r"weighed for weights \S+; this run has weights \S+: fit them to it"):
         pipe([0], exit_policy=POLICY, output_type="pt", **call)

@@ -17,7 +17,7 @@ from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, price_of, search
-from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Trajectory, fit_trust, full_steps, moments, record
+from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Trajectory, full_steps, record
 from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
@@ -169,69 +169,3 @@ def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Trajectory):
             nearest(search(prices, STEPS), wrong)
     with pytest.raises(ValueError, match="2 seeds, 1 labels"):
         next(full_steps(pipe, [1, 2], [0], **CALL))
-    with pytest.raises(ValueError, match="learned_trust"):
-        fit_trust(pipe.exits, [course], iterations=1)
-    trusting, longer = (
-        CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=length, learned_trust=True)
-        for length in (2, 3)
-    )
-    with pytest.raises(ValueError, match=r"length=3, expected .* 2 predictions"):
-        fit_trust(longer, [course], iterations=1)
-    with pytest.raises(ValueError, match="iterations=0, expected at least 3 and 1"):
-        fit_trust(trusting, [course], iterations=0)
-    two = record(pipe, pipe.exits, [1], [0], **CALL | {"num_inference_steps": 2})
-    with pytest.raises(ValueError, match=r"a course of 2 steps, .* expected at least 3"):
-        fit_trust(trusting, [course, two], iterations=1)
-    with pytest.raises(ValueError, match="one has no line"):
-        CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1, learned_trust=True)
-
-
-def test_trust_is_fitted_to_least_squares(pipe: EarlyExitPipeline, course: Trajectory):
-    """The loss is that of a slow loop; on a random walk, where no line leads anywhere, nothing is left of the trust."""
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
-    walk = torch.randn(STEPS, 2, 4000, generator=torch.Generator().manual_seed(0)).cumsum(0)
-    untrained = fit_trust(exits, [replace(course, clean=walk)], iterations=1, learning_rate=0.0)
-    clean, times, losses = walk.double(), course.times, []
-    for a, b, t in moments(STEPS):
-        r = (times[t] - times[b]) / (times[b] - times[a])
-        for image in range(clean.shape[1]):
-            now, newest, before = clean[t, image], clean[b, image], clean[a, image]
-            left = (now - newest - r * (newest - before)).square().sum()
-            losses.append(float(left / (now - newest).square().sum()))
-    assert untrained == pytest.approx(sum(losses) / len(losses), rel=1e-3)
-    assert fit_trust(exits, [Trajectory(times, walk, walk, None)], iterations=300) == pytest.approx(1.0, abs=0.02)
-    with torch.no_grad():
-        assert exits.trust_of(times[[3, 2]][None], times[[4]]).item() == pytest.approx(0.0, abs=0.1)
-
-
-def test_moments_are_two_full_steps_and_a_later_one():
-    size = LONGEST + 4
-    slow = [(a, b, t) for a in range(size) for b in range(a + 1, size) for t in range(b + 1, size)]
-    assert sorted(moments(size)) == [(a, b, t) for a, b, t in slow if b - a <= LONGEST and t < b + LONGEST]
-
-
-def test_trust_looks_at_the_distance_the_spacing_and_the_noise(pipe: EarlyExitPipeline):
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
-    seen: list[torch.Tensor] = []
-    exits.trust.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    remembered = torch.tensor([[700.0, 760.0], [500.0, 510.0]], dtype=torch.float64)
-    exits.trust_of(remembered, torch.tensor([300.0, 480.0], dtype=torch.float64))
-    for row, (distance, spacing, time) in zip(seen[0].tolist(), ((400, 60, 300), (20, 10, 480)), strict=True):
-        alpha = float(pipe.scheduler.alphas_cumprod[time])
-        snr = math.log(alpha / (1 - alpha)) / 10
-        expected = [math.log(distance / 20), math.log(spacing / 20), snr, snr**2]
-        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_trust_reaches_what_is_recalled(pipe: EarlyExitPipeline):
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, learned_trust=True)
-    sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    memory, rows = None, torch.arange(2)
-    for time in (900.0, 800.0):
-        output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(int(time)))
-        memory = exits.remember(memory, rows, sample=sample, timestep=torch.full((2,), time), output=output)
-    with torch.no_grad():
-        exits.trust[2].bias.fill_(-1.0)  # c = 0: the newest again
-    recalled = exits.recall(memory, sample, torch.full((2,), 700.0))["recalled"]
-    newest = exits.output_of(sample, memory.values[:, 0], torch.full((2,), 700.0))
-    torch.testing.assert_close(recalled, newest.to(recalled.dtype))

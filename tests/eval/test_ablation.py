@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.sampling import generate
@@ -34,9 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     exits = DenoisingExits.for_transformer(transformer, (1, 2, 3, 4))
     made, where = EarlyExitPipeline(transformer, DDIMScheduler(), exits), tmp_path_factory.mktemp("ablation")
     made.save_pretrained(where / "model")
-    CachedOutputExits.for_pipeline(made.transformer, made.scheduler, learned_trust=True).save_pretrained(
-        where / "trust"
-    )
     return where
 
 
@@ -49,11 +45,11 @@ def call(monkeypatch: pytest.MonkeyPatch, script, *words: object) -> None:
 def test_every_line_of_the_ablation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2]
     words += ["--num_inference_steps", STEPS]
-    words += ["--memory_trust", folder / "trust", "--budget", 0.05, "--error", 0.05, "--threshold", 0.5]
+    words += ["--budget", 0.05, "--error", 0.05, "--threshold", 0.5]
     call(monkeypatch, ablation, *words)
     rows = {row["name"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
     assert rows["full"]["psnr"]["mean"] == 100
-    assert len(rows) == 8
+    assert len(rows) == 6
     whole = rows["both, whole batch"]["report"]
     assert set(whole["spread_per_step"]) == {0}  # within each batch all images do the same, and so here between two
     assert whole["mean_executed"] >= rows["both, per image"]["report"]["mean_executed"]

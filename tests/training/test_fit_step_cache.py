@@ -36,14 +36,6 @@ def test_the_fit_is_written_with_its_figures(count: int, tmp_path: Path, monkeyp
     assert exits.gauge[2].weight.abs().sum() > 0
 
 
-def test_a_trust_is_learned_where_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pipeline().save_pretrained(tmp_path / "model")
-    words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 8]
-    call(monkeypatch, *words, "--count", 2, "--guidance_scale", 2.0, "--iterations", 20, "--learn_trust")
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["trust"] > 0
-    assert CachedOutputExits.from_pretrained(tmp_path / "out" / "exits").trust[2].weight.abs().sum() > 0
-
-
 def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pipeline().save_pretrained(tmp_path / "model")
     began: list[int] = []
@@ -61,16 +53,12 @@ def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--iterations", 0, "--learn_trust"], "--iterations 0, expected at least 1$"),
+        (["--iterations", 0], "--iterations 0, expected at least 1$"),
         (["--iterations", -1], "--iterations -1, expected at least 1$"),
         (["--count", 0], "--count 0, expected at least 1$"),
         (["--length", 0], "--length 0, expected at least 1$"),
         (["--num_inference_steps", 3], "--num_inference_steps 3, expected at least 4: memory of 2 is first put to the"),
         (["--num_inference_steps", 4, "--length", 3], "--num_inference_steps 4, expected at least 5"),
-        (["--terms", "noise", "--learn_trust"], "--length 2 --terms noise, expected 2 and clean"),
-        (["--length", 3, "--learn_trust"], "--length 3 --terms clean, expected 2 and clean"),
-        (["--length", 1, "--learn_trust"], "--length 1 --terms clean, expected 2 and clean"),
-        (["--linear_prediction", "--learn_trust"], "expected one of them"),
         (["--skip", 1.0], "--skip 1.0 .*, expected a probability below 1"),
         (["--guidance_scale", "nan"], "--guidance_scale nan, expected .* a finite number"),
     ],

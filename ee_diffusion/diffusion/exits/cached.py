@@ -24,10 +24,10 @@ from ee_diffusion.diffusion.exits.cached_inputs import check_noise, check_varian
 from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction, RunWeights
 from ee_diffusion.diffusion.exits.loading import load_strictly
 from ee_diffusion.diffusion.exits.parameterization import PREDICTION_TYPES, Parametrised
+from ee_diffusion.diffusion.exits.saved_names import todays_config
 
 TERMS = ("clean", "noise")
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
-TIMES = 4  # log distance to the newest memory, log spacing of the last two, log-SNR, its square
 
 
 def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
@@ -54,10 +54,6 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
     `terms`: what is remembered and extrapolated. `clean`: x_0, and the recalled x_0 knows nothing of the sample now; `noise`: eps, so that
     `x_0 = (x_t - s_t eps) / a_t` follows the sample, and an error of eps counts s_t / a_t times: less and less towards the data.
 
-    `learned_trust`: how far the line is trusted is learned too, `newest + c (line - newest)` with
-    `c = 1 + MLP(log distance, log spacing of the last two, log-SNR)`: a function of times alone, so that both rows of an image under
-    guidance lean on memory alike. Untrained, c = 1.
-
     `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
     times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance` (of all steps or of each),
     `course_embedded_guidance`, `course_shape` (of a sample), `model_weights` (`fingerprint.weights_of` the transformer): whose courses
@@ -72,13 +68,13 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
     packed tokens (R, N, D) or frames, under a variance-preserving schedule or flow matching (FlowMatchEulerDiscreteScheduler).
 
     Raises:
-        ValueError: a length below 1, an unknown prediction type, unknown terms, a learned trust without a line, or with
-            course_steps, which leave it nothing to say; out_channels that are neither in_channels nor twice as many.
+        ValueError: a length below 1, an unknown prediction type, unknown terms; out_channels that are neither in_channels nor
+            twice as many.
     """
 
     space: Space = "output"
     depths = (0,)
-    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "trust", "prediction"]
+    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "prediction"]
 
     @register_to_config
     def __init__(
@@ -89,7 +85,6 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         sample_size: int | None = 32,
         length: int = 2,
         hidden_dim: int = 32,
-        learned_trust: bool = False,
         terms: str = "clean",
         course_steps: int = 0,
         course_scheduler: str | None = None,
@@ -111,16 +106,11 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
             raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
         if terms not in TERMS:
             raise ValueError(f"terms={terms!r}, expected one of {TERMS}")
-        if learned_trust and length < 2:
-            raise ValueError(f"learned_trust with length={length}, expected 2 or more predictions: one has no line")
-        if course_steps < 0 or (course_steps and learned_trust):
-            raise ValueError(
-                f"course_steps={course_steps}, learned_trust={learned_trust}, expected at least 0, and one or none of both"
-            )
+        if course_steps < 0:
+            raise ValueError(f"course_steps={course_steps}, expected at least 0")
         if course_worth and not course_steps:
             raise ValueError("course_worth=True with course_steps=0, expected a course")
         self.gauge = small_mlp(FEATURES, hidden_dim)
-        self.trust = small_mlp(TIMES, hidden_dim) if learned_trust else None
         self.prediction = LinearPrediction(course_steps, has_worth=bool(course_worth)) if course_steps else None
         self._run: RunWeights | None = None  # of the schedule that runs
         unknown = 0.0 if prediction_type == "flow" else torch.nan  # of flow matching there is nothing to know
@@ -133,7 +123,6 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         scheduler: SchedulerMixin,
         *,
         length: int = 2,
-        learned_trust: bool = False,
         terms: str = "clean",
     ) -> CachedOutputExits:
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
@@ -144,12 +133,17 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
                 something else than its input's channels (and a variance), or whose output is not what the solver gets.
         """
         model, noise = sizes_of(transformer), noise_of(scheduler)
-        exits = cls(**model, **noise, length=length, learned_trust=learned_trust, terms=terms)
+        exits = cls(**model, **noise, length=length, terms=terms)
         if noise["prediction_type"] != "flow":
             exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
         exits.check_scheduler(scheduler)
         return exits.to(transformer.device)
+
+    @classmethod
+    def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
+        """As diffusers' `from_config`; a config of an earlier version is read in today's terms."""
+        return super().from_config(todays_config(config), return_unused_kwargs, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -261,22 +255,11 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
 
     def weights_of(self, memory: OutputHistory, time: Tensor) -> Tensor:
         """What each remembered value counts at time (R,) -> (R, M)."""
-        line = memory.weights(time, self.trust_of(memory.times, time))
+        line = memory.weights(time)
         if self.prediction is None:
             return line
         best = self.prediction.weights(memory.times, time, self._run)
         return torch.where(best.isnan(), line, best)
-
-    def trust_of(self, times: Tensor, time: Tensor) -> Tensor | None:
-        """c (R,) at time (R,) given the remembered times (R, M), newest first; None: the line as it is. Where less than two are
-        remembered it does not matter."""
-        if self.trust is None:
-            return None
-        distance = (time - times[:, 0]).abs().clamp(min=1.0).log() - math.log(20.0)
-        spacing = (times[:, 0] - times[:, 1]).abs().clamp(min=1.0).log() - math.log(20.0)
-        snr = self._log_snr(time) / 5
-        seen = torch.stack([distance, spacing, snr, snr.square()], 1)  # (R, 4)
-        return 1 + self.trust(seen.nan_to_num(0.0).to(self.trust[0].weight.dtype))[:, 0]
 
     def _features(self, memory: OutputHistory, time: Tensor) -> Tensor:
         snr = self._log_snr(time)  # (R,)

@@ -1,7 +1,7 @@
-"""Courses: what the full model says of the clean image at every step of a run, and how far the line through two of them is to be trusted.
+"""Courses: what the full model says of the clean image at every step of a run.
 
-Here: recording courses, fitting the trust. Not here: which steps then run (schedule_search.py). B images, S steps, R rows (2B, conditional
-first; B without guidance).
+Here: recording courses, fitting the prediction to them. Not here: which steps then run (schedule_search.py). B images, S steps, R rows
+(2B, conditional first; B without guidance).
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def fit_prediction(
     schedule are weighed together (`LinearPrediction.over_run`), without each by itself.
 
     Raises:
-        ValueError: exits with a learned trust, a course that is not finite or that has a time twice, weights of another number or that
+        ValueError: a course that is not finite or that has a time twice, weights of another number or that
             are negative or not finite.
     """
     worth = None
@@ -190,68 +190,3 @@ def clip_of(scheduler: SchedulerMixin) -> float | None:
     """To what a scheduler clips the clean image. A config may hold what another class was made with, so the class is asked too."""
     known = inspect.signature(type(scheduler).__init__).parameters
     return scheduler.config.clip_sample_range if "clip_sample" in known and scheduler.config.clip_sample else None
-
-
-def moments(num_steps: int) -> list[tuple[int, int, int]]:
-    """All (a, b, t): full steps a < b and a later step t, neither gap longer than LONGEST."""
-    return [
-        (a, b, t)
-        for b in range(1, num_steps)
-        for a in range(max(0, b - LONGEST), b)
-        for t in range(b + 1, min(num_steps, b + LONGEST))
-    ]
-
-
-def fit_trust(
-    exits: CachedOutputExits, courses: Sequence[Trajectory], *, iterations: int, learning_rate: float = 1e-2
-) -> float:
-    """Fit c of `newest + c (line - newest)` at all moments of some courses; -> the loss that is left, of 1 for repeating the newest:
-
-        mean over moments and images of |x_t - x_b - c r (x_b - x_a)|^2 / |x_t - x_b|^2,  r = (t - t_b) / (t_b - t_a).
-
-    Raises:
-        ValueError: exits without a learned trust, or that remember something else than two clean images; no courses, or one without a
-            moment (three steps make one); fewer than one iteration.
-    """
-    config = exits.config
-    if exits.trust is None or config.terms != "clean" or config.length != 2 or not courses:
-        raise ValueError(
-            f"{len(courses)} courses, terms={config.terms!r}, length={config.length}, expected one or more, 'clean', 2 predictions, and "
-            "learned_trust=True"
-        )
-    shortest = min(len(course.times) for course in courses)
-    if shortest < 3 or iterations < 1:
-        raise ValueError(f"a course of {shortest} steps, iterations={iterations}, expected at least 3 and 1")
-    facts = [_products(course) for course in courses]
-    steps, bend, times, time = (torch.cat(parts) for parts in zip(*facts, strict=True))
-    optimizer = torch.optim.AdamW(exits.trust.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
-    with torch.enable_grad():
-        for _ in range(iterations):
-            trust = exits.trust_of(times, time)[:, None]  # (n, 1)
-            loss = (1 - 2 * trust * steps + trust.square() * bend).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    exits.register_to_config(model_weights=courses[0].weights)
-    return float(loss.detach())
-
-
-def _products(course: Trajectory) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For n moments (the first axis): r <x_t - x_b, x_b - x_a> / |x_t - x_b|^2 and r^2 |x_b - x_a|^2 / |x_t - x_b|^2 (n, B), the
-    remembered times (n, 2), newest first, and the time (n,)."""
-    clean, times = course.clean.flatten(2).double(), course.times  # differences of products that are nearly equal
-    gram = torch.einsum("sbn,tbn->stb", clean, clean)  # (S, S, B)
-    a, b, t = torch.tensor(moments(len(times))).T
-    ahead = (times[t] - times[b]) / (times[b] - times[a])  # r (n,)
-    across = gram[t, b] - gram[t, a] - gram[b, b] + gram[b, a]  # <x_t - x_b, x_b - x_a>
-    moved = (gram[t, t] - 2 * gram[t, b] + gram[b, b]).clamp(min=1e-12)
-    before = gram[b, b] - 2 * gram[b, a] + gram[a, a]
-    ahead = ahead[:, None]
-    return (
-        (ahead * across / moved).float(),
-        (ahead.square() * before / moved).float(),
-        torch.stack([times[b], times[a]], 1),
-        times[t],
-    )
