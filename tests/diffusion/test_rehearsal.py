@@ -348,6 +348,10 @@ def test_bad_input(pipe: DiTPipeline):
         pytest.raises(ValueError, match="attached to this pipeline already"),
     ):
         fit_schedules(pipe, lambda: pytest.fail("the call was made"))
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(ValueError, match="DiTPipeline has two transformers, expected one that takes all steps"):
+        fit_schedules(pipe, lambda: pytest.fail("the call was made"))
+    pipe.transformer_2 = None
     own = pipe.scheduler
     pipe.scheduler = EulerDiscreteScheduler.from_config(own.config)
     with pytest.raises(ValueError, match="hands EulerDiscreteScheduler samples that are scaled already"):
