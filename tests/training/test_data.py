@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import struct
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ee_diffusion.pixels import rgb
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import ImageSource, find_data_files, load_image_source
 
@@ -84,6 +87,29 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path):
     source = load_image_source(ImageDataConfig(train_data_dir=str(tmp_path / "data"), resolution=8), None)
     assert torch.equal(source.images[0], source.images[2])
     assert source.images[1, 0].tolist() == np.floor(ramp.astype(np.float64) * 255 / 65535 + 0.5).tolist()
+
+
+def tiff(pixels: bytes, *, bits: int, photometric: int) -> Image.Image:
+    """2 x 1 pixels, as other programs write them."""
+    facts = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(pixels)}
+    body = pixels + bytes(len(pixels) % 2)
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in facts.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(body))
+    return Image.open(io.BytesIO(head + body + struct.pack("<H", len(facts)) + entries + bytes(4)))
+
+
+def test_white_is_what_a_file_says_it_is():
+    deep = struct.pack("<HH", 65535, 257 * 3)
+    assert np.asarray(rgb(tiff(deep, bits=16, photometric=1)))[0, :, 0].tolist() == [255, 3]
+    assert np.asarray(rgb(tiff(deep, bits=16, photometric=0)))[0, :, 0].tolist() == [0, 252], "white is zero"
+    twelve = bytes([0xFF, 0xF8, 0x00])  # 4095 and 2048
+    assert np.asarray(rgb(tiff(twelve, bits=12, photometric=1)))[0, :, 0].tolist() == [255, 128]
+
+
+def test_one_value_of_sixteen_bits_may_be_transparent():
+    file = io.BytesIO()
+    Image.fromarray(np.array([[1000, 257 * 7]], np.uint16)).save(file, format="PNG", transparency=1000)
+    assert np.asarray(rgb(Image.open(file)))[0, :, 0].tolist() == [255, 7], "on white"
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32])

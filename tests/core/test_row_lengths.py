@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from ee_diffusion.core.row_check import FEWER, ROWS, alike, apart, following, lengths_of
+from ee_diffusion.core.rows import FEWER, ROWS, alike, apart, following, lengths_of
 
 
 def test_lengths_are_found_inside_of_tuples_lists_and_dicts():
