@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it.
 _HOMES = {
-    "checkpoint": "checkpoints",
+    "checkpoint_path": "checkpoints",
     "custom_pipeline": "custom_pipelines",
     "ErrorBudget": "core.criteria",
     "Criterion": "core.criteria",
@@ -36,8 +36,8 @@ _HOMES = {
     "Report": "core.trace",
     "Trace": "core.trace",
     "AdapterExits": "diffusion.exits.adapter",
-    "attach": "diffusion.hooks.attach",
-    "detach": "diffusion.hooks.attach",
+    "attach_exits": "diffusion.hooks.attach",
+    "detach_exits": "diffusion.hooks.attach",
     "set_attention": "diffusion.hooks.attention",
     "truncate": "diffusion.hooks.truncate",
     "early_exit_generate": "decoding.generate",
@@ -49,7 +49,7 @@ _HOMES = {
     "early_termination": "decoding.methods",
     "skipdecode": "decoding.methods",
     "uniform_skipping": "decoding.methods",
-    "summary": "diffusion.hooks.attach",
+    "exit_summary": "diffusion.hooks.attach",
     "ModelSpec": "diffusion.model_specs",
     "register_model": "diffusion.model_specs",
     "DenoisingExits": "diffusion.exits.deediff",
@@ -88,7 +88,7 @@ _HOMES = {
 __all__ = ["__version__", *sorted(_HOMES)]
 
 if TYPE_CHECKING:  # the same table for type checkers and editors
-    from ee_diffusion.checkpoints import checkpoint
+    from ee_diffusion.checkpoints import checkpoint_path
     from ee_diffusion.classification.classifier import EarlyExitClassifier
     from ee_diffusion.classification.exits import ClassifierExits
     from ee_diffusion.classification.methods import (
@@ -142,7 +142,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.exits.adapter import AdapterExits
     from ee_diffusion.diffusion.exits.cached import CachedOutputExits
     from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-    from ee_diffusion.diffusion.hooks.attach import attach, detach, summary
+    from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, exit_summary
     from ee_diffusion.diffusion.hooks.attention import set_attention
     from ee_diffusion.diffusion.hooks.truncate import truncate
     from ee_diffusion.diffusion.methods import (

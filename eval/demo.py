@@ -14,7 +14,7 @@ from statistics import median
 
 from diffusers import ModelMixin
 
-from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
@@ -75,7 +75,7 @@ def draw(pipeline: EarlyExitPipeline, points: dict[str, Point], options: argpars
 
 
 def main() -> None:
-    options, folder = flags(), checkpoint()
+    options, folder = flags(), checkpoint_path()
     output = Path(options.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     pipeline = EarlyExitPipeline.from_pretrained(folder)

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_tensors, write_text
 from ee_diffusion.core.risk_control import certified, in_expectation
@@ -124,7 +124,9 @@ def prepared(sampling: SamplingOptions, options: GuaranteeOptions) -> EarlyExitP
     """The pipeline with the exits that remember. Raises ValueError for a model without a null class."""
     pipeline = load(sampling)
     classes_of(pipeline, sampling.guidance_scale)
-    pipeline.exits = CachedOutputExits.from_pretrained(options.memory or checkpoint() / "memory").to(pipeline.device)
+    pipeline.exits = CachedOutputExits.from_pretrained(options.memory or checkpoint_path() / "memory").to(
+        pipeline.device
+    )
     return pipeline
 
 

@@ -17,7 +17,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.protocols import DenoiserHeads
 from ee_diffusion.diffusion.step_cache.recording import fit_schedules
@@ -119,7 +119,7 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
             images, trace = pipe(**call).images, None
         else:
             exits = heads[exits_of(candidate)]
-            with attach(pipe, exits, _slice(candidate.policy, first, len(chosen))) as attachment:
+            with attach_exits(pipe, exits, _slice(candidate.policy, first, len(chosen))) as attachment:
                 images, trace = pipe(**call).images, attachment.trace
             ids = torch.arange(first, first + len(chosen))
             trace = replace(trace, elements=ids, policy=candidate.policy.to_dict())

@@ -25,7 +25,7 @@ from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.hooks.attach import attach, detach
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits
 from ee_diffusion.diffusion.hooks.truncate import truncate
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
@@ -117,7 +117,7 @@ def exited(
 ) -> Callable[[], object]:
     """A forward whose rows all leave at a depth (that of the model: none leaves). Exits stay attached; the last one's are taken off."""
     policy, rows = Policy(schedule=FixedDepth(depth)), torch.arange(len(inputs["timestep"]))
-    attachment = attach(model, exits, compile_options=options)
+    attachment = attach_exits(model, exits, compile_options=options)
 
     def run() -> None:
         session = attachment.start(policy, rows=rows, num_steps=1)
@@ -144,14 +144,14 @@ def line(
     candidates = {"plain": plain(transformer, inputs, compiled)}
     candidates["off"] = exited(attached, exits, inputs, depth=options.num_layers, options=compiled)
     timings = interleaved(candidates, **facts)
-    detach(attached)
+    detach_exits(attached)
     found = {"mode": mode, "batch": rows, "plain_ms": 1e3 * timings["plain"].median}
     found["off"] = timings["off"].ratio(timings["plain"])
     for part, depth in depths.items():
         ours = exited(attached, exits, inputs, depth=depth, options=compiled)
         shallow = plain(truncate(transformer, depth), inputs, compiled)
         timings = interleaved({"plain": candidates["plain"], "exited": ours, "ideal": shallow}, **facts)
-        detach(attached)
+        detach_exits(attached)
         found[f"time at {part}"] = timings["exited"].ratio(timings["plain"])
         found[f"realised at {part}"] = timings["ideal"].ratio(timings["exited"])
     return found

@@ -32,7 +32,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import value_for_budget
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
@@ -55,11 +55,11 @@ def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed
     forward, steps = Forward(pipeline, rows, seed), options.steps
 
     def attached_off() -> None:
-        with attach(pipeline.transformer, pipeline.exits):
+        with attach_exits(pipeline.transformer, pipeline.exits):
             forward.plain(steps)
 
     def never_exits(*, delayed: bool) -> None:
-        with attach(pipeline.transformer, pipeline.exits) as attachment:
+        with attach_exits(pipeline.transformer, pipeline.exits) as attachment:
             forward.under(attachment, Policy(Threshold(1.0), delayed=delayed), steps)
 
     candidates: dict[str, Callable[[], object]] = {
@@ -95,17 +95,17 @@ def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: S
     """Ideal over measured time at a mean depth, over several batches whose rows leave at different exits."""
     steps, plain, taken, best, alone, traces = options.steps, [], [], [], [], []
     forwards = [Forward(pipeline, rows, seed + 2 + batch) for batch in range(max(1, 16 // rows))]
-    with attach(pipeline.transformer, pipeline.exits) as attachment:
+    with attach_exits(pipeline.transformer, pipeline.exits) as attachment:
         seen = [forward.under(attachment, Policy(Threshold(1.0), record_all=True)) for forward in forwards]
     scores, num_layers = torch.cat([trace.scores[0] for trace in seen], dim=1), seen[0].planned.shape[1]
     policy = Policy(Threshold(thresholds_for(scores, seen[0].exits.tolist(), num_layers, fraction)))
     for forward in forwards:
 
         def exiting(forward: Forward = forward) -> None:
-            with attach(pipeline.transformer, pipeline.exits) as attachment:
+            with attach_exits(pipeline.transformer, pipeline.exits) as attachment:
                 forward.under(attachment, policy, steps)
 
-        with attach(pipeline.transformer, pipeline.exits) as attachment:
+        with attach_exits(pipeline.transformer, pipeline.exits) as attachment:
             traces.append(forward.under(attachment, policy))
         ideal, repeats = Ideal(pipeline, traces[-1], forward), max(3, options.repeats // 3)
         candidates = {"plain": lambda forward=forward: forward.plain(steps), "exiting": exiting, "parts": ideal}

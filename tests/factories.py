@@ -32,7 +32,7 @@ from ee_diffusion.core.replay import replay
 from ee_diffusion.core.session import Session, StepSession
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.model_specs import model_spec_of
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -273,7 +273,7 @@ class AttachedDriver:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
-        with attach(self.model, self.heads) as self.attachment:
+        with attach_exits(self.model, self.heads) as self.attachment:
             yield
 
     def start(self, policy: Policy, **arguments) -> Session:

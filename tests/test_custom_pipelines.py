@@ -27,7 +27,7 @@ def test_diffusers_loads_by_the_path_from_anywhere(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path / "modules")
     monkeypatch.chdir(tmp_path)  # not the root of the checkout
     path = ee_diffusion.custom_pipeline("EarlyExitPipeline")
-    folder = str(ee_diffusion.checkpoint())
+    folder = str(ee_diffusion.checkpoint_path())
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=path, trust_remote_code=True)
     assert type(pipe) is ee_diffusion.EarlyExitPipeline
     assert pipe.exits is not None

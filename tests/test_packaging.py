@@ -104,9 +104,9 @@ def test_custom_pipelines_load_from_the_wheel(installed: Path, tmp_path: Path):
 import os
 os.environ["HF_MODULES_CACHE"] = {str(tmp_path / "modules")!r}
 from diffusers import DiffusionPipeline
-from ee_diffusion import EarlyExitPipeline, checkpoint, custom_pipeline
+from ee_diffusion import EarlyExitPipeline, checkpoint_path, custom_pipeline
 path = custom_pipeline("EarlyExitPipeline")
-pipe = DiffusionPipeline.from_pretrained(str(checkpoint()), custom_pipeline=path, trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(str(checkpoint_path()), custom_pipeline=path, trust_remote_code=True)
 assert type(pipe) is EarlyExitPipeline, type(pipe)
 assert pipe.exits is not None
 """

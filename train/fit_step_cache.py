@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.exits.cached import TERMS, CachedOutputExits
@@ -76,7 +76,7 @@ def main() -> None:
     options = flags()
     check(options)
     device = device_named(None)
-    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint()).to(device)
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint_path()).to(device)
     made = {"length": options.length, "terms": options.terms}
     exits = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **made)
     call = {name: getattr(options, name) for name in ("num_inference_steps", "guidance_scale", "skip", "states")}

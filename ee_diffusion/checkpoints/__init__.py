@@ -7,8 +7,8 @@ from pathlib import Path
 DEFAULT = "cifar10-uvit-cpu"
 
 
-def checkpoint(name: str = DEFAULT) -> Path:
-    """The folder of a shipped checkpoint, for `EarlyExitPipeline.from_pretrained(checkpoint())`.
+def checkpoint_path(name: str = DEFAULT) -> Path:
+    """The folder of a shipped checkpoint, for `EarlyExitPipeline.from_pretrained(checkpoint_path())`.
 
     Raises:
         ValueError: there is none of that name.

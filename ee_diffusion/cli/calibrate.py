@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers.utils.logging import tqdm
 
-from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk_control import certified, in_expectation, upper_bound
@@ -36,12 +36,12 @@ TUNED = 1000  # calibration seeds at the beginning, on which these powers and ot
 def calibrate(options: argparse.Namespace) -> int:
     """Run the candidates live on calibration seeds and write the one that is asked for, or say that there is none."""
     values = options.values
-    folder = Path(options.model or checkpoint())
+    folder = Path(options.model or checkpoint_path())
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
         raise ValueError(
             f"{options.model} is a model by itself, expected a pipeline's folder; classifiers: eval/classify.py --risk"
         )
-    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint_path())
     num_classes = classes_of(pipeline, options.guidance_scale)
     pipeline.to(device_named(None)).set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
@@ -117,7 +117,7 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
 
 def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedOutputExits:
     """Exits that remember: those of `--memory`, or those beside the model, or unfitted ones."""
-    beside = Path(options.model or checkpoint()) / "memory"
+    beside = Path(options.model or checkpoint_path()) / "memory"
     folder = options.memory or (beside if beside.is_dir() else None)
     known = CachedOutputExits.from_pretrained(folder) if folder else None
     if known is not None:

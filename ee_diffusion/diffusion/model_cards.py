@@ -17,12 +17,12 @@ tags: [early-exit, ee-diffusion]
 Early exits after {depths} blocks ({facts}, {size} parameters), for `ee_diffusion`:
 
 ```python
-from ee_diffusion import {kind}, attach, deediff, summary
+from ee_diffusion import {kind}, attach_exits, deediff, exit_summary
 
 exits = {kind}.from_pretrained("PATH")
-attach(pipe, exits, deediff(THRESHOLD))  # pipe: a diffusers pipeline with a {made_for}
+attach_exits(pipe, exits, deediff(THRESHOLD))  # pipe: a diffusers pipeline with a {made_for}
 image = pipe(...)
-print(summary(pipe))
+print(exit_summary(pipe))
 ```
 """
 

@@ -266,7 +266,7 @@ TESTED = frozenset(MODEL_SPECS)
 
 
 def register_model(family: ModelSpec) -> None:
-    """Make a transformer class known to `attach`. What is written down is believed: hold it against a transformer of that class with
+    """Make a transformer class known to `attach_exits`. What is written down is believed: hold it against a transformer of that class with
     `family_check.check_model`, for a forgotten row argument may be hidden by broadcasting.
 
     Raises:

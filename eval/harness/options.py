@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.pipelines.sampling import use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -83,7 +83,7 @@ def load(options: SamplingOptions) -> EarlyExitPipeline:
     """The pipeline that the options name, on its device, in its dtype, with its sampler."""
     if options.dtype not in DTYPES:
         raise ValueError(f"dtype={options.dtype!r}, expected one of {sorted(DTYPES)}")
-    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint())
+    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint_path())
     pipeline.set_progress_bar_config(disable=True)
     use_sampler(pipeline, options.sampler)
     device = device_named(options.device)

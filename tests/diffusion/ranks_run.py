@@ -28,7 +28,7 @@ from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 
 RANKS, ROWS, PATIENCE = 2, [0, 1, 2, 3], timedelta(seconds=300)
 MEASURE = Policy(Threshold(0.5), record_all=True)
@@ -85,7 +85,7 @@ def run(
     model: nn.Module, exits: AdapterExits, policy: Policy, given: dict[str, Any], *, joint_decision: bool = True
 ) -> dict:
     """One step -> its output and trace."""
-    with attach(model, exits) as attachment:
+    with attach_exits(model, exits) as attachment:
         if not joint_decision:
             attachment.joint_decision = None
         session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=1)
@@ -135,10 +135,10 @@ def in_a_pipeline() -> dict[str, Any]:
     arguments = call_of("flux", [0, 1])
     for name in ("prompt_embeds", "negative_prompt_embeds"):
         arguments[name] = arguments[name][:, [0, 1, 2, 3, 4, 0]]
-    with attach(pipe, exits_of(pipe.transformer), MEASURE) as attachment:
+    with attach_exits(pipe, exits_of(pipe.transformer), MEASURE) as attachment:
         images_of(pipe, arguments)
         scores = attachment.trace.scores
-    with attach(pipe, exits_of(pipe.transformer), Policy(Threshold(float(scores.quantile(0.8))))) as attachment:
+    with attach_exits(pipe, exits_of(pipe.transformer), Policy(Threshold(float(scores.quantile(0.8))))) as attachment:
         images = images_of(pipe, arguments)
         return {"output": images} | facts(attachment.trace)
 
@@ -152,9 +152,9 @@ def refused() -> dict[str, str]:
     after = DenoisingExits.for_transformer(dit, (1,))
     nan = torch.full((2,), torch.nan if rank else 0.3)
     calls: dict[str, Callable[[], Any]] = {
-        "depth 0": lambda: attach(model, other),
-        "compiled": lambda: attach(model, exits, compile_options={}),
-        "after the tail": lambda: attach(dit, after),
+        "depth 0": lambda: attach_exits(model, other),
+        "compiled": lambda: attach_exits(model, exits, compile_options={}),
+        "after the tail": lambda: attach_exits(dit, after),
         "another policy": lambda: run(model, exits, Policy(schedule=FixedDepth(1 + rank)), inputs(MODEL_SPECS[1])),
         "another batch": lambda: Policy().start(
             3, (1,), rows=torch.arange(2 + rank), num_steps=1, joint_decision=JointDecision()
@@ -187,7 +187,7 @@ def beside_each_other() -> dict[str, Any]:
     rank, found = dist.get_rank(), {}
     for which, images in (("mine", [0, 1, 2] if rank == 0 else [3, 4]), ("single", [0, 1, 2, 3, 4])):
         pipe = pipeline_named("dit")
-        with attach(pipe, exits_for(pipe.transformer), Policy(Threshold(0.45))) as attachment:
+        with attach_exits(pipe, exits_for(pipe.transformer), Policy(Threshold(0.45))) as attachment:
             made = images_of(pipe, call_of("dit", images))
             found[which] = {"output": made} | facts(attachment.trace)
             if which == "mine":

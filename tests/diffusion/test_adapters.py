@@ -19,7 +19,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import TIME_WIDTH, AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.models.uvit import timestep_embedding
 
 
@@ -106,9 +106,9 @@ def test_bad_exits_are_refused():
     with pytest.raises(
         ValueError, match="transformer_class is SD3Transformer2DModel, the model's is DiTTransformer2DModel"
     ):
-        attach(model_named("DiTTransformer2DModel"), exits_for(model))
+        attach_exits(model_named("DiTTransformer2DModel"), exits_for(model))
     with pytest.raises(ValueError, match="hidden_dim is 16, the model's is 32"):
-        attach(model_named("FluxTransformer2DModel"), exits_for(model))
+        attach_exits(model_named("FluxTransformer2DModel"), exits_for(model))
 
 
 @pytest.mark.parametrize("name", ["FluxTransformer2DModel", "WanTransformer3DModel", "Lumina2Transformer2DModel"])
@@ -125,13 +125,15 @@ def test_half_precision(name: str):
     exits = exits_for(model, tuple(range(5))).to(torch.bfloat16)
     inputs = inputs_of(name, [0, 1, 2, 3])
     inputs = {key: value.to(torch.bfloat16) if key != "timestep" else value for key, value in inputs.items()}
-    with attach(model, exits, Policy(Threshold(0.5), record_all=True), rows_per_sample=1, num_steps=1) as attachment:
+    with attach_exits(
+        model, exits, Policy(Threshold(0.5), record_all=True), rows_per_sample=1, num_steps=1
+    ) as attachment:
         plain = forward(model, inputs)
         scores = attachment.trace.scores
     assert scores.dtype == torch.float32
     best = scores[0].amax(0)  # (E,) the best score an image ever has
     policy = Policy(Threshold(float(best.min() + best.max()) / 2))
-    with attach(model, exits, policy, rows_per_sample=1, num_steps=1) as attachment:
+    with attach_exits(model, exits, policy, rows_per_sample=1, num_steps=1) as attachment:
         found = forward(model, inputs)
         assert len(attachment.trace.depths.unique()) >= 2
     assert found.dtype == plain.dtype == torch.bfloat16
@@ -145,7 +147,7 @@ def test_half_precision(name: str):
 def refused(model: nn.Module, match: str) -> None:
     before = [dict(module.__dict__) for module in model.modules()]
     with pytest.raises(ValueError, match=match):
-        attach(model, exits_for(model))
+        attach_exits(model, exits_for(model))
     assert [dict(module.__dict__) for module in model.modules()] == before
 
 
@@ -154,7 +156,7 @@ def test_an_active_cache():
     flux.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     refused(flux, r"a cache is enabled on this FluxTransformer2DModel.*disable_cache\(\)")
     flux.disable_cache()
-    attach(flux, exits_for(flux)).detach()
+    attach_exits(flux, exits_for(flux)).detach()
     dit = model_named("DiTTransformer2DModel")
     apply_layer_skip(dit, LayerSkipConfig(indices=[1], fqn="transformer_blocks"))
     refused(dit, "the diffusers hook 'layer_skip_hook' is on transformer_blocks.1")
@@ -177,7 +179,7 @@ def test_blocks_that_fsdp_manages(tmp_path: Path):
     try:
         fully_shard(model.transformer_blocks[0], mesh=init_device_mesh("cpu", (1,)))
         with pytest.raises(ValueError, match=r"transformer_blocks\[0\] is managed by FSDP"):
-            attach(model, exits_for(model))
+            attach_exits(model, exits_for(model))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -185,7 +187,7 @@ def test_blocks_that_fsdp_manages(tmp_path: Path):
 def test_heads_on_another_device():
     model = model_named("DiTTransformer2DModel")
     exits = exits_for(model).to("meta")
-    with attach(model, exits) as attachment:
+    with attach_exits(model, exits) as attachment:
         session = attachment.start(Policy(), rows=torch.arange(2), num_steps=1)
         with attachment.use(session.step(0, 1.0)), pytest.raises(ValueError, match=r"the heads are on meta, .* on cpu"):
             model(torch.zeros(2, 4, 8, 8), timestep=torch.tensor([1]), class_labels=torch.tensor([0, 1]))

@@ -34,7 +34,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.packed import PackedExits
-from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, hook_of
 from ee_diffusion.diffusion.model_specs import MODEL_SPECS, ModelSpec, model_spec_of, register_model
 
 EVERY_DEPTH = tuple(range(7))
@@ -158,7 +158,7 @@ def test_each_run_packs_the_weights_of_its_time_and_gradients_find_the_parameter
     monkeypatch.setitem(exits.__dict__, "confidence", lambda *args: asked.append(args[0]) or confidence(*args))
 
     def scores(grad: bool = False) -> Tensor:
-        with attach(model, exits) as attachment, torch.set_grad_enabled(grad):
+        with attach_exits(model, exits) as attachment, torch.set_grad_enabled(grad):
             session = attachment.start(policy, rows=torch.arange(3), num_steps=1)
             with attachment.use(session.step(0, 500.0)):
                 model(*inputs)
@@ -236,7 +236,7 @@ def test_keywords_and_tuples_make_no_difference():
             lambda m, g: m(g["pixels"], timestep=g["timestep"], class_labels=g["labels"], return_dict=False)[0],
         ]
         for call in calls:
-            with torch.no_grad(), attach(driver.model, driver.heads) as attachment:
+            with torch.no_grad(), attach_exits(driver.model, driver.heads) as attachment:
                 session = attachment.start(policy, rows=torch.arange(IMAGES), num_steps=STEPS)
                 with attachment.use(session.step(0, 900.0)):
                     torch.testing.assert_close(call(driver.model, given), expected)
@@ -346,24 +346,24 @@ def test_a_failing_forward_leaves_nothing_behind(small: AttachedDriver, monkeypa
 def test_attaching_twice_and_detaching_nothing():
     driver = driver_named("uvit-paper")
     with pytest.raises(ValueError, match="no exits are attached"):
-        detach(driver.model)
-    attach(driver.model, driver.heads)
+        detach_exits(driver.model)
+    attach_exits(driver.model, driver.heads)
     with pytest.raises(ValueError, match="attached to this UViTTransformer2DModel already"):
-        attach(driver.model, driver.heads)
-    detach(driver.model)
+        attach_exits(driver.model, driver.heads)
+    detach_exits(driver.model)
     with pytest.raises(ValueError, match="no exits are attached"):
-        detach(driver.model)
+        detach_exits(driver.model)
     assert "forward" not in driver.model.__dict__
 
 
 def test_heads_of_another_model_are_refused():
     model = uvit(num_layers=5)
     with pytest.raises(ValueError, match="an exit at depth 6, the model has 5 blocks"):
-        attach(model, exits_for(uvit(), (2, 6)))
+        attach_exits(model, exits_for(uvit(), (2, 6)))
     with pytest.raises(ValueError, match="heads of another model: hidden_dim is 8, the model's is 16"):
-        attach(model, exits_for(uvit(attention_head_dim=4), (2,)))
+        attach_exits(model, exits_for(uvit(attention_head_dim=4), (2,)))
     with pytest.raises(ValueError, match="no family for Sequential"):
-        attach(nn.Sequential(), exits_for(model, (2,)))
+        attach_exits(nn.Sequential(), exits_for(model, (2,)))
     assert "forward" not in model.__dict__
     assert all("forward" not in block.__dict__ for block in model.transformer_blocks)
 
@@ -402,7 +402,7 @@ def test_a_copy_of_an_attached_pipeline_is_plain_and_can_be_attached_to(made):
 
     attributes = [set(one.__dict__) for one in (pipe, *pipe.transformer.modules())]
     plain = drawn(pipe)
-    attachment = attach(pipe, exits, Policy(schedule=FixedDepth(1)))
+    attachment = attach_exits(pipe, exits, Policy(schedule=FixedDepth(1)))
     early = drawn(pipe)
     copied = made(pipe)
     alone = made(pipe.transformer)
@@ -410,14 +410,14 @@ def test_a_copy_of_an_attached_pipeline_is_plain_and_can_be_attached_to(made):
     assert [set(one.__dict__) for one in (copied, *copied.transformer.modules())] == attributes
     assert torch.equal(drawn(copied), plain)
     with pytest.raises(ValueError, match="no exits are attached"):
-        detach(copied)
-    with attach(copied, exits, Policy(schedule=FixedDepth(2))) as other:
+        detach_exits(copied)
+    with attach_exits(copied, exits, Policy(schedule=FixedDepth(2))) as other:
         between = drawn(copied)
         assert other.report.mean_executed == 2
     assert not torch.equal(between, plain)
     assert torch.equal(drawn(pipe), early)
     assert attachment.report.mean_executed == 1
-    detach(pipe)
+    detach_exits(pipe)
     assert torch.equal(drawn(pipe), plain)
     assert torch.equal(drawn(copied), plain)
     assert [set(one.__dict__) for one in (pipe, *pipe.transformer.modules())] == attributes
@@ -425,20 +425,20 @@ def test_a_copy_of_an_attached_pipeline_is_plain_and_can_be_attached_to(made):
 
 def test_detached_within_its_context(small: AttachedDriver):
     attributes = [set(one.__dict__) for one in small.model.modules()]
-    with attach(small.model, small.heads) as attachment:
-        detach(small.model)
+    with attach_exits(small.model, small.heads) as attachment:
+        detach_exits(small.model)
     assert [set(one.__dict__) for one in small.model.modules()] == attributes
     with pytest.raises(ValueError, match=r"were detached from their .* already"):
         attachment.detach()
-    with attach(small.model, small.heads), attach_again(small):
+    with attach_exits(small.model, small.heads), attach_again(small):
         pass  # the outer context leaves what is not its own
     assert [set(one.__dict__) for one in small.model.modules()] == attributes
 
 
 @contextmanager
 def attach_again(driver: AttachedDriver):
-    detach(driver.model)
-    other = attach(driver.model, driver.heads)
+    detach_exits(driver.model)
+    other = attach_exits(driver.model, driver.heads)
     yield
     other.detach()
 
@@ -449,14 +449,14 @@ def test_what_was_replaced_since_is_left_as_it_stands():
         AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=0),
         pipe.transformer.transformer_blocks[1],
     )
-    attach(pipe, exits, Policy(schedule=FixedDepth(1)))
+    attach_exits(pipe, exits, Policy(schedule=FixedDepth(1)))
     ours, block.forward = block.forward, lambda *args, **kwargs: ours(*args, **kwargs)
     with pytest.raises(RuntimeError, match="replaced by something else"):
-        detach(pipe)
+        detach_exits(pipe)
     block.forward = ours
     pipe([1], num_inference_steps=2)
     assert hook_of(pipe).report.mean_executed == 1, "nothing was taken off"
-    detach(pipe)
+    detach_exits(pipe)
     assert "forward" not in block.__dict__
     assert "progress_bar" not in pipe.__dict__
 
@@ -466,7 +466,7 @@ def test_a_cache_that_comes_after_the_exits():
     model = model_named(name)
     exits = AdapterExits.for_transformer(model, (1, 2), rank=0)
     config = FirstBlockCacheConfig(threshold=0.1)
-    with attach(model, exits, Policy(schedule=FixedDepth(1)), rows_per_sample=1, num_steps=1):
+    with attach_exits(model, exits, Policy(schedule=FixedDepth(1)), rows_per_sample=1, num_steps=1):
         with pytest.raises(ValueError, match="exits are attached to this FluxTransformer2DModel: a cache answers"):
             model.enable_cache(config)
         assert not model.is_cache_enabled

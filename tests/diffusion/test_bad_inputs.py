@@ -24,7 +24,7 @@ from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.distillation.objective import DistillationObjective, exit_errors, rows_of
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary, transformer_of
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, exit_summary, hook_of, transformer_of
 from ee_diffusion.diffusion.hooks.attention import set_attention
 from ee_diffusion.diffusion.hooks.block_runner import take_rows
 from ee_diffusion.diffusion.hooks.truncate import truncate
@@ -79,18 +79,20 @@ def test_attach(case: str, model, exits):
     given, told = ATTACH[case]
     before = [set(module.__dict__) for module in model.modules()]
     with pytest.raises(ValueError, match=told):
-        attach(model, **{"heads": exits} | given)
+        attach_exits(model, **{"heads": exits} | given)
     assert [set(module.__dict__) for module in model.modules()] == before
 
 
-@pytest.mark.parametrize("function", [detach, summary, hook_of, transformer_of, lambda target: attach(target, None)])
+@pytest.mark.parametrize(
+    "function", [detach_exits, exit_summary, hook_of, transformer_of, lambda target: attach_exits(target, None)]
+)
 @pytest.mark.parametrize("target", [None, "dit", 3, [LINEAR]])
 def test_what_is_no_pipeline_and_no_transformer(function: Callable, target: Any):
     with pytest.raises(ValueError, match="has no transformer"):
         function(target)
 
 
-@pytest.mark.parametrize("function", [detach, summary, hook_of])
+@pytest.mark.parametrize("function", [detach_exits, exit_summary, hook_of])
 def test_what_nothing_is_attached_to(function: Callable, model, pipe):
     for target in (model, pipe):
         with pytest.raises(ValueError, match="no exits are attached to this DiTTransformer2DModel"):
@@ -99,7 +101,7 @@ def test_what_nothing_is_attached_to(function: Callable, model, pipe):
 
 @pytest.mark.parametrize("step", [None, "x", 0])
 def test_a_step_that_is_none(step: Any, model, exits):
-    with attach(model, exits) as attachment:
+    with attach_exits(model, exits) as attachment:
         with pytest.raises(ValueError, match="expected a step session"), attachment.use(step):
             pytest.fail("entered")
         assert forward(model, inputs_of(NAME, [0])).isfinite().all()
@@ -123,7 +125,7 @@ START: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", START)
 def test_start(case: str, model, exits):
     given, told = START[case]
-    with attach(model, exits) as attachment, pytest.raises(ValueError, match=told):
+    with attach_exits(model, exits) as attachment, pytest.raises(ValueError, match=told):
         attachment.start(POLICY, **{"rows": torch.arange(2), "num_steps": 1} | given)
 
 
@@ -279,7 +281,7 @@ def test_a_policy_calibrated_for_one_pipeline_is_refused_by_attach():
     pipe = dit_pipeline()
     exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=2)
     with pytest.raises(ValueError, match="calibrated for one pipeline"):
-        attach(pipe, exits, Policy(Threshold(0.5), made_for=(("weights", "x"),)))
+        attach_exits(pipe, exits, Policy(Threshold(0.5), made_for=(("weights", "x"),)))
     assert "forward" not in pipe.transformer.__dict__
 
 
@@ -289,7 +291,7 @@ def test_heads_of_another_dtype_are_refused_before_any_block():
     pipe.transformer.to(torch.bfloat16)
     ran = []
     pipe.transformer.transformer_blocks[0].register_forward_pre_hook(lambda *_: ran.append(1))
-    with attach(pipe, exits, Policy(Threshold(0.5))):
+    with attach_exits(pipe, exits, Policy(Threshold(0.5))):
         with pytest.raises(ValueError, match=r"heads are in torch.float32.*blocks in torch.bfloat16"):
             pipe([1], num_inference_steps=2)
     assert not ran
@@ -300,10 +302,10 @@ def test_an_image_of_the_null_class_is_no_branch_of_another():
     pipe = dit_pipeline()
     exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=2)
     for labels, elements in (([5, 1000], 2), ([5, 7], 2)):
-        with attach(pipe, exits, Policy(Threshold(0.5))) as attachment:
+        with attach_exits(pipe, exits, Policy(Threshold(0.5))) as attachment:
             pipe(labels, guidance_scale=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
             assert attachment.trace.depths.shape == (2, elements)
-    with attach(pipe, exits, Policy(Threshold(0.5))) as attachment:
+    with attach_exits(pipe, exits, Policy(Threshold(0.5))) as attachment:
         pipe([5], guidance_scale=4.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
         assert attachment.trace.rows.tolist() == [[2], [2]]
 
@@ -318,7 +320,7 @@ def test_another_batch_begins_another_run_though_time_goes_down(model, exits):
     first, second = inputs_of(NAME, [0, 1], time=900.0), inputs_of(NAME, [0, 1, 2], time=600.0)
     first["class_labels"], second["class_labels"] = torch.tensor([1, 2]), torch.tensor([1, 2, 3])
     first["timestep"], second["timestep"] = torch.full((2,), 900), torch.full((3,), 600)
-    with attach(model, exits, POLICY, rows_per_sample=1, num_steps=2) as attachment:
+    with attach_exits(model, exits, POLICY, rows_per_sample=1, num_steps=2) as attachment:
         forward(model, first)
         assert attachment.trace.depths.shape == (1, 2)
         forward(model, second)

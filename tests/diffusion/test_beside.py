@@ -18,7 +18,7 @@ from torch import nn
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, exit_summary, hook_of
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 IMAGES = [0, 1, 2]
@@ -53,7 +53,7 @@ def share(pipe, models: list[nn.Module], arguments) -> float:
         rows.clear()
         attached = [(model, hook_of(model)) for model in models if "_ee_hook" in model.__dict__]
         for model, _ in attached:
-            detach(model)
+            detach_exits(model)
         images_of(pipe, arguments())
     return 100 * early / sum(rows)
 
@@ -64,14 +64,14 @@ def test_skip_layer_guidance():
     def arguments() -> dict:
         return call_of("sd3", IMAGES, skip_guidance_layers=[1, 2], skip_layer_guidance_stop=1.0)
 
-    with attach(pipe, exits_for(pipe.transformer), THREE) as attachment:
+    with attach_exits(pipe, exits_for(pipe.transformer), THREE) as attachment:
         images_of(pipe, arguments())
-        report, text, trace = attachment.report, summary(pipe), attachment.trace
+        report, text, trace = attachment.report, exit_summary(pipe), attachment.trace
         assert "(60.0 %)\nof all blocks of the call: 66.7 %, with the forwards beside: 2 of skip_layers\n" in text
         images_of(pipe, call_of("sd3", IMAGES))
-        assert "of all blocks of the call" not in summary(pipe), "of the last call alone"
+        assert "of all blocks of the call" not in exit_summary(pipe), "of the last call alone"
         images_of(pipe, arguments())
-        assert summary(pipe) == text
+        assert exit_summary(pipe) == text
         found = share(pipe, [pipe.transformer], arguments)
     assert said(text) == pytest.approx(found, abs=0.05)
     assert report.call_fraction == pytest.approx(found / 100)
@@ -94,10 +94,10 @@ def test_a_second_transformer(own: bool):
     images_of(pipe, arguments())
     attributes = [set(one.__dict__) for one in (pipe, *models[1].modules())]
     if own:
-        attach(models[1], exits_for(models[1]), Policy(schedule=FixedDepth(1)), rows_per_sample=1, num_steps=3)
-    attach(pipe, exits_for(models[0]), Policy(schedule=FixedDepth(2)))
+        attach_exits(models[1], exits_for(models[1]), Policy(schedule=FixedDepth(1)), rows_per_sample=1, num_steps=3)
+    attach_exits(pipe, exits_for(models[0]), Policy(schedule=FixedDepth(2)))
     images_of(pipe, arguments())
-    text = summary(pipe)
+    text = exit_summary(pipe)
     assert not any(one._forward_pre_hooks for one in models), "between calls there are none"
     assert said(text) == pytest.approx(share(pipe, models, arguments), abs=0.05)
     assert "6 of transformer_2 (WanTransformer3DModel)" in text
@@ -112,19 +112,19 @@ def test_what_cannot_be_compared_is_named():
     pipe = StableDiffusion3ControlNetPipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     arguments = call_of("sd3", IMAGES, control_image=torch.rand(1, 3, 8, 8))
-    with attach(pipe, exits_for(pipe.transformer), THREE) as attachment:
+    with attach_exits(pipe, exits_for(pipe.transformer), THREE) as attachment:
         images_of(pipe, arguments)
-        text = summary(pipe)
+        text = exit_summary(pipe)
         assert "(60.0 %)\nnot counted in that: 3 forwards of controlnet (SD3ControlNetModel)\n" in text
         assert attachment.report.call_fraction == pytest.approx(0.6)
         net.__dict__["_compiled_call_impl"] = net._call_impl
         images_of(pipe, call_of("sd3", IMAGES, control_image=torch.rand(1, 3, 8, 8)))
-        assert "not counted in that: any forwards of controlnet (SD3ControlNetModel, compiled)\n" in summary(pipe)
+        assert "not counted in that: any forwards of controlnet (SD3ControlNetModel, compiled)\n" in exit_summary(pipe)
 
 
 def test_it_is_saved_and_joined(tmp_path):
     model = model_named("SD3Transformer2DModel")
-    with attach(model, exits_for(model), THREE, rows_per_sample=1, num_steps=1) as attachment, torch.no_grad():
+    with attach_exits(model, exits_for(model), THREE, rows_per_sample=1, num_steps=1) as attachment, torch.no_grad():
         given = inputs_of("SD3Transformer2DModel", IMAGES)
         model(**given)
         model(**given, skip_layers=[1])

@@ -14,7 +14,7 @@ from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.distillation.objective import observe
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.model_specs import blocks_of
 
 ROWS = [0, 1, 2, 3]
@@ -45,7 +45,7 @@ def gradients(
     arguments = inputs_of(name, ROWS) | (residuals_of(name, ROWS) if TINY[name].residuals else {})
     for parameter in (*model.parameters(), *exits.parameters()):
         parameter.grad = None
-    with attach(model, exits, **options) as attachment:
+    with attach_exits(model, exits, **options) as attachment:
         enable()
         session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=1)
         with attachment.use(session.step(0, 700.0)):

@@ -21,7 +21,7 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks import compile as compiled
-from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, exit_summary, hook_of
 from ee_diffusion.diffusion.hooks.compile import bucket
 from ee_diffusion.diffusion.methods import periodic_cache
 from ee_diffusion.diffusion.model_specs import blocks_of
@@ -51,7 +51,7 @@ def graphs() -> tuple[int, int]:
 def generate(model, exits, policy: Policy, options: dict | None, *, steps: int = 3, residuals: bool = False):
     """A run of `steps` forwards -> outputs (S, R, ...), the trace, and rows x blocks of padding."""
     name, outputs = type(model).__name__, []
-    with attach(model, exits, compile_options=options) as attachment:
+    with attach_exits(model, exits, compile_options=options) as attachment:
         session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=steps)
         for step in range(steps):
             extra = residuals_of(name, ROWS) if residuals and TINY[name].residuals else {}
@@ -72,7 +72,7 @@ def test_a_schedule_is_one_whole_graph_per_distinct_depth(name: str):
     layers = len(blocks_of(model))
     exits, policy = exits_for(model), Policy(schedule=DepthPerStep((1, layers, 1)))
     plain, trace, _ = generate(model, exits, policy, None, residuals=True)
-    with attach(model, exits, compile_options=COUNTED) as attachment:
+    with attach_exits(model, exits, compile_options=COUNTED) as attachment:
         for run in range(2):
             session, outputs = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=3), []
             for step in range(3):
@@ -152,10 +152,10 @@ def test_answers_from_memory_and_a_criterion_in_a_pipeline():
     for exits, policy in ((memory, periodic_cache(2, warm_up=2)), (adapters, Policy(Threshold(0.5)))):
         images = []
         for options in (None, COUNTED):
-            with attach(pipe, exits, policy, compile_options=options) as attachment:
+            with attach_exits(pipe, exits, policy, compile_options=options) as attachment:
                 drawn = pipe(generator=[torch.Generator().manual_seed(i) for i in range(3)], **call).images
                 images.append((torch.from_numpy(drawn), attachment.trace))
-                assert ("compiled;" in summary(pipe)) == (options is not None)
+                assert ("compiled;" in exit_summary(pipe)) == (options is not None)
         torch.testing.assert_close(images[0][0], images[1][0], rtol=1e-3, atol=1e-4)
         assert same(images[0][1], images[1][1])
     assert graphs()[1] == 0
@@ -185,7 +185,7 @@ def test_attaching_to_what_is_compiled_already(compile_it):
     held = compile_it(model)
     torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
     own = {one: one.__dict__.get("_compiled_call_impl") for one in (model, *blocks_of(model))}
-    attachment = attach(held, exits, compile_options=COUNTED)
+    attachment = attach_exits(held, exits, compile_options=COUNTED)
     assert hook_of(held) is attachment
     torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
     session = attachment.start(policy, rows=torch.arange(len(ROWS)), num_steps=1)
@@ -195,7 +195,7 @@ def test_attaching_to_what_is_compiled_already(compile_it):
     assert counters["stats"]["unique_graphs"] == before + 1
     torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
     assert same(session.trace(), trace)
-    detach(held)
+    detach_exits(held)
     assert {one: one.__dict__.get("_compiled_call_impl") for one in own} == own
     torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
 
@@ -204,7 +204,7 @@ def test_a_compiled_pipeline_stays_compiled_with_exits():
     pipe = dit_pipeline()
     exits, call = exits_for(pipe.transformer), {"num_inference_steps": 2, "output_type": "np"}
     pipe.transformer = torch.compile(pipe.transformer, backend="eager")
-    with attach(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
+    with attach_exits(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
         assert attachment.compiler is not None
         attachment.compiler.options |= COUNTED
         pipe([1, 2], **call)
@@ -254,7 +254,7 @@ def test_a_compiler_does_not_keep_its_model():
 def test_options_that_are_none_are_refused(options):
     model = model_named("DiTTransformer2DModel")
     with pytest.raises(ValueError, match="compile_options"):
-        attach(model, exits_for(model), compile_options=options)
+        attach_exits(model, exits_for(model), compile_options=options)
     assert "forward" not in model.__dict__
 
 
@@ -276,7 +276,7 @@ def test_compiling_after_attaching_is_refused_and_the_way_is_said(kind: str, ful
     exits, call = exits_for(pipe.transformer), {"num_inference_steps": 2, "output_type": "np"}
     plain = pipe([1], generator=torch.Generator().manual_seed(0), **call).images
     inner, policy = pipe.transformer, Policy(Threshold(0.5))
-    attachment = attach(pipe, exits, policy)
+    attachment = attach_exits(pipe, exits, policy)
     options = {"backend": "eager", "fullgraph": fullgraph}
     if kind == "wrapped":
         pipe.transformer = torch.compile(inner, **options)
@@ -288,11 +288,11 @@ def test_compiling_after_attaching_is_refused_and_the_way_is_said(kind: str, ful
             ValueError, match=r"compiled after exits were attached: detach, then attach to the compiled one"
         ):
             pipe([1], **call)
-    detach(pipe)
+    detach_exits(pipe)
     assert attachment.trace is None
     again = pipe([1], generator=torch.Generator().manual_seed(0), **call).images
     torch.testing.assert_close(torch.from_numpy(again), torch.from_numpy(plain))
-    with attach(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
+    with attach_exits(pipe, exits, Policy(schedule=FixedDepth(1))) as attachment:
         attachment.compiler.options |= COUNTED
         pipe([1], **call)
         assert attachment.report.mean_executed == 1
@@ -302,7 +302,7 @@ def test_a_bare_transformer_compiled_after_attaching():
     name = "DiTTransformer2DModel"
     model = model_named(name)
     off = forward(model, inputs_of(name, ROWS))
-    with attach(model, exits_for(model)) as attachment:
+    with attach_exits(model, exits_for(model)) as attachment:
         held = torch.compile(model, backend="eager", fullgraph=True)
         torch.testing.assert_close(forward(held, inputs_of(name, ROWS)), off)
         assert graphs() == (1, 0), "without a step it is the plain model, in one graph"

@@ -29,7 +29,7 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.hooks import attention
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.attention import set_attention
 from ee_diffusion.diffusion.hooks.truncate import truncate
 
@@ -49,7 +49,7 @@ def draw(pipe: DiffusionPipeline, policy: Policy | None = None) -> tuple[Tensor,
     if policy is None:
         return torch.from_numpy(pipe(generator=drawn, **call).images), None
     exits = exits_for(dit_pipeline().transformer, rank=0).to(pipe.transformer.dtype)
-    with attach(pipe, exits, policy) as attachment:
+    with attach_exits(pipe, exits, policy) as attachment:
         return torch.from_numpy(pipe(generator=drawn, **call).images), attachment.trace
 
 
@@ -133,7 +133,7 @@ def test_a_treatment_after_attaching_is_one_before(name: str):
     TREATMENTS[name](first)
     expected, _ = draw(first, PLAN)
     drawn = [torch.Generator().manual_seed(seed) for seed in range(IMAGES)]
-    attachment = attach(then, exits_for(then.transformer, rank=0), PLAN)
+    attachment = attach_exits(then, exits_for(then.transformer, rank=0), PLAN)
     TREATMENTS[name](then)
     call = {"class_labels": [0, 1, 2], "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
     found = torch.from_numpy(then(generator=drawn, **call).images)
@@ -155,7 +155,7 @@ def test_lora_weights_of_a_pipeline_loaded_before_and_after(tmp_path):
         exits = exits_for(model_named("FluxTransformer2DModel"), rank=0)
         if order == "before":
             pipe.load_lora_weights(tmp_path)
-        with attach(pipe, exits, policy) as attachment:
+        with attach_exits(pipe, exits, policy) as attachment:
             if order == "after":
                 pipe.load_lora_weights(tmp_path)
             images[order] = images_of(pipe, call_of("flux", [0, 1, 2], **arguments))
@@ -290,7 +290,7 @@ def test_model_offload_on_a_gpu():
     pipe.enable_model_cpu_offload()
     exits = exits_for(dit_pipeline().transformer, rank=0).to("cuda")
     call = {"class_labels": [0, 1, 2], "num_inference_steps": STEPS, "guidance_scale": 3.0, "output_type": "np"}
-    with attach(pipe, exits, PLAN) as attachment:
+    with attach_exits(pipe, exits, PLAN) as attachment:
         for _ in range(2):
             pipe(**call)
             assert attachment.trace.depths.tolist() == [[1, 4, 2]] * STEPS
@@ -322,5 +322,5 @@ def test_group_offload_on_a_gpu(kind: str, stream: bool):
 
 
 def draw_on(pipe: DiffusionPipeline, exits: AdapterExits, policy: Policy, call: dict) -> Tensor:
-    with attach(pipe, exits, policy):
+    with attach_exits(pipe, exits, policy):
         return torch.from_numpy(pipe(**call).images)

@@ -12,7 +12,7 @@ from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DiffusionPi
 from factories import pipeline
 from tiny_pipelines import call_of, images_of, pipeline_named
 
-from ee_diffusion import attach, fit_schedules
+from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.diffusion.step_cache.trajectories import record
@@ -100,7 +100,7 @@ def test_it_works_or_is_refused_by_name(kind: type[SchedulerMixin]):
         full = call()
         exits, policies = fit_schedules(pipe, call, every=STEPS)
         count = sorted(policies)[len(policies) // 2]
-        with attach(pipe, exits, policies[count]) as attachment:
+        with attach_exits(pipe, exits, policies[count]) as attachment:
             drawn = call()
             assert attachment.report.mean_executed < attachment.trace.planned.shape[1]
         assert bool(drawn.isfinite().all())

@@ -18,7 +18,7 @@ from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.hooks.attach import TransformerHook, attach, detach
+from ee_diffusion.diffusion.hooks.attach import TransformerHook, attach_exits, detach_exits
 from ee_diffusion.diffusion.model_specs import MODEL_SPECS, blocks_of, model_spec_of
 
 ROWS = [0, 1, 2, 3, 4, 5]
@@ -99,7 +99,7 @@ def test_off_is_the_plain_model_and_detaching_restores_it(name: str):
     plain, keys = forward(model, arguments), list(model.state_dict())
     before = [dict(module.__dict__) for module in model.modules()]
     exits = exits_for(model, rank=2)
-    with attach(model, exits) as attachment:
+    with attach_exits(model, exits) as attachment:
         assert torch.equal(forward(model, arguments), plain), "attached, nothing asked for"
         for policy in (Policy(), Policy(Threshold(1.0)), Policy(Threshold(0.0), record_all=True)):
             output, trace = run(attachment, policy, arguments)
@@ -119,7 +119,7 @@ def test_an_exit_is_the_truncated_model(name: str):
     model, arguments = tiny(name), inputs_of(name, ROWS)
     outputs = {}
     for depth in range(len(blocks_of(model))):
-        with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
+        with attach_exits(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
             outputs[depth], _ = run(attachment, Policy(schedule=FixedDepth(depth)), arguments)
         assert work == [len(ROWS) * (layer < depth) for layer in range(len(work))]
         with truncated(model, depth):
@@ -132,7 +132,7 @@ def test_an_exit_is_the_truncated_model(name: str):
 def test_each_row_is_its_own_truncated_model_and_nothing_else_is_executed(name: str):
     model, arguments = tiny(name), inputs_of(name, ROWS)
     depths = mixed(len(blocks_of(model)))
-    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
+    with attach_exits(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         output, trace = run(attachment, plan(*depths), arguments)
     assert trace.depths.tolist() == [depths]
     assert work == [sum(depth > layer for depth in depths) for layer in range(len(work))]
@@ -146,7 +146,7 @@ def test_each_row_is_its_own_truncated_model_and_nothing_else_is_executed(name: 
 def test_an_image_in_a_batch_is_the_image_alone(name: str):
     """Learned exits: adapters before the tail and scores of the image's own tokens."""
     model = tiny(name)
-    with attach(model, exits_for(model, rank=2)) as attachment:
+    with attach_exits(model, exits_for(model, rank=2)) as attachment:
         scores = run(attachment, Policy(Threshold(0.5), record_all=True), inputs_of(name, ROWS))[1].scores
         assert scores.std(2).min() > 1e-3, "the scores of different images differ"
         best = scores[0].amax(0).sort().values  # (E,) the best score an image ever has
@@ -164,7 +164,7 @@ def test_an_image_in_a_batch_is_the_image_alone(name: str):
 def test_controlnet_samples_do_not_touch_rows_that_stopped(name: str):
     model = tiny(name)
     depths = mixed(len(blocks_of(model)))
-    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
+    with attach_exits(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         output, _ = run(attachment, plan(*depths), inputs_of(name, ROWS) | residuals_of(name, ROWS))
     assert work == [sum(depth > layer for depth in depths) for layer in range(len(work))]
     for row, depth in enumerate(depths):
@@ -193,7 +193,7 @@ def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monk
     model, arguments = tiny(name), inputs_of(name, ROWS)
     num_layers = len(blocks_of(model))
     depths = mixed(num_layers)
-    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
+    with attach_exits(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         output, trace = run(attachment, plan(*depths), arguments)
         assert "carried along (nobody knows its row arguments)" in attachment.summary()
     assert work == [len(ROWS)] * num_layers
@@ -206,7 +206,7 @@ def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monk
         with truncated(model, depth):
             torch.testing.assert_close(output[row], forward(model, inputs_of(name, [row]))[0], **CLOSE)
     everybody = [1] * len(ROWS)
-    with attach(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
+    with attach_exits(model, exits_for(model, rank=0)) as attachment, counted(model) as work:
         run(attachment, plan(*everybody), arguments)
     assert work == [len(ROWS)] + [0] * (num_layers - 1), "when nobody is left the blocks do not run"
 
@@ -215,7 +215,7 @@ def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monk
 def test_holes_pass_text_and_image_on(name: str):
     model, arguments = tiny(name), inputs_of(name, ROWS)
     last = len(blocks_of(model)) - 1
-    with attach(model, exits_for(model, rank=0)) as attachment:
+    with attach_exits(model, exits_for(model, rank=0)) as attachment:
         output, trace = run(attachment, Policy(schedule=FixedLayers((0, 2, last))), arguments)
     blocks = blocks_of(model)
     with passing(model, 0):
@@ -248,7 +248,7 @@ def test_nested_row_arguments_go_with_their_rows():
     for block, original in zip(blocks_of(model), originals, strict=True):
         block.attn.processor = Spy(original)
     try:
-        with attach(model, exits_for(model, rank=0)) as attachment:
+        with attach_exits(model, exits_for(model, rank=0)) as attachment:
             run(attachment, plan(6, 1, 2, 6, 3, 3), arguments)
     finally:
         for block, original in zip(blocks_of(model), originals, strict=True):
@@ -265,7 +265,7 @@ def test_an_argument_that_is_no_row_argument_is_refused(monkeypatch):
     model, depths = tiny(name), [1, 5, 5, 5, 5, 5]
     arguments = inputs_of(name, ROWS) | {"cross_attention_kwargs": {"mask": torch.zeros(4)}}
     with (
-        attach(model, exits_for(model, rank=0)) as attachment,
+        attach_exits(model, exits_for(model, rank=0)) as attachment,
         pytest.raises(
             ValueError, match=r"'cross_attention_kwargs\.mask' has 4 entries, expected one for each of 6 rows"
         ),
@@ -274,4 +274,4 @@ def test_an_argument_that_is_no_row_argument_is_refused(monkeypatch):
     detached = forward(model, inputs_of(name, ROWS))
     assert detached.isfinite().all()
     with pytest.raises(ValueError, match="no exits are attached"):
-        detach(model)
+        detach_exits(model)

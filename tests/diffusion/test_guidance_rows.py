@@ -28,7 +28,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.guidance import sources_of_rows
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.methods import searched
 
 STEPS = 4
@@ -72,7 +72,7 @@ def perturbing(name: str) -> DiffusionPipeline:
 
 
 def under(one: DiffusionPipeline, policy: Policy, arguments: dict[str, Any]) -> tuple[Tensor, Trace]:
-    with attach(one, exits_for(one.transformer), policy) as attachment:
+    with attach_exits(one, exits_for(one.transformer), policy) as attachment:
         return images_of(one, arguments), attachment.trace
 
 
@@ -128,7 +128,7 @@ def test_perturbed_attention_takes_the_rows_of_an_image_together():
     one, policy = perturbing("sd3"), Policy(Threshold(0.5), guidance="apart")
     assert under(one, policy, call("sd3", [0, 1], pag_scale=0.0))[1].depths.shape == (STEPS, 4)
     before = one.transformer.attn_processors
-    with attach(one, exits_for(one.transformer), policy), pytest.raises(ValueError, match="perturbed attention"):
+    with attach_exits(one, exits_for(one.transformer), policy), pytest.raises(ValueError, match="perturbed attention"):
         images_of(one, call("sd3", [0, 1], pag_scale=3.0))
     one.transformer.set_attn_processor(before)  # diffusers does so at the end of a call that succeeds
 
@@ -138,7 +138,7 @@ def test_compiled_blocks_under_perturbed_attention_get_no_padding():
     one, plan = perturbing("sd3"), Policy(DepthTable(((1, 4, 5), (5, 0, 5), (2, 5, 5), (5, 1, 5))))
     arguments = functools.partial(call, "sd3", [0, 1, 2], pag_scale=3.0)
     expected, _ = under(one, plan, arguments())
-    with attach(one, exits_for(one.transformer), plan, compile_options={"backend": "eager"}) as attachment:
+    with attach_exits(one, exits_for(one.transformer), plan, compile_options={"backend": "eager"}) as attachment:
         torch.testing.assert_close(images_of(one, arguments()), expected)
         assert attachment.padded == 0
 
@@ -192,7 +192,7 @@ def test_rows_that_are_no_whole_number_for_each_image():
     arguments["callback_on_step_end_tensor_inputs"].append("latents")
     one = pipe("sd3")
     with (
-        attach(one, exits_for(one.transformer), Policy(DepthTable(((1, 4, 2),) * STEPS))),
+        attach_exits(one, exits_for(one.transformer), Policy(DepthTable(((1, 4, 2),) * STEPS))),
         pytest.raises(ValueError, match="4 rows at step 1 for 3 images: no whole number of rows for each"),
     ):
         images_of(one, arguments)
@@ -210,7 +210,7 @@ def test_conditional_rows_keep_what_they_remember():
     def look(module, args, kwargs, output):
         seen.append((kwargs["hidden_states"], kwargs["timestep"][0] / 1000, output[0]))
 
-    with attach(one, exits, policy) as attachment:
+    with attach_exits(one, exits, policy) as attachment:
         hook = one.transformer.register_forward_hook(look, with_kwargs=True)
         try:
             images_of(one, call("sd3", [0, 1, 2], cutoff(1)))

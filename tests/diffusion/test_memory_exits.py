@@ -17,7 +17,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, Periodic
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.methods import remembered
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -223,7 +223,7 @@ def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline
 def test_the_second_call_of_guidance_has_a_memory_of_its_own(pipe: EarlyExitPipeline):
     model, exits, sample = pipe.transformer, pipe.exits, torch.randn(2, 3, 8, 8)
     times, labels = (900, 800, 700), (torch.tensor([0, 1]), torch.full((2,), NULL_CLASS))
-    with attach(model, exits) as attachment:
+    with attach_exits(model, exits) as attachment:
         session = attachment.start(Policy(schedule=Periodic(3, 2)), rows=torch.arange(2), num_steps=3)
         for index, time in enumerate(times):
             with attachment.use(session.step(index, time)):

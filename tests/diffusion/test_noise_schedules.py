@@ -13,7 +13,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import Periodic
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
-from ee_diffusion.diffusion.hooks.attach import attach, detach
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
@@ -53,13 +53,13 @@ def test_the_pipeline_refuses_them(pipe: EarlyExitPipeline):
 def test_attaching_refuses_them(pipe: EarlyExitPipeline):
     exits, pipe.exits = pipe.exits, None
     for policy in (STATIC, None):
-        attach(pipe, exits, policy)
-        detach(pipe)
+        attach_exits(pipe, exits, policy)
+        detach_exits(pipe)
     pipe.scheduler = OTHER
     for policy in (STATIC, None):
         with pytest.raises(ValueError, match="know another noise schedule"):
-            attach(pipe, exits, policy)
-    attach(pipe.transformer, exits)  # no scheduler at hand
+            attach_exits(pipe, exits, policy)
+    attach_exits(pipe.transformer, exits)  # no scheduler at hand
 
 
 def in_turn() -> dict[str, Callable[[EarlyExitPipeline, CachedOutputExits], object]]:

@@ -9,7 +9,7 @@ import torch
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.methods import deediff_released
 from ee_diffusion.diffusion.models.convert_uvit import load_official, load_official_exits
 
@@ -206,7 +206,7 @@ def test_the_exits_in_the_authors_checkpoint_say_what_their_architecture_says(tm
         found = exits.confidence(layer, hidden[layer + 1], {"timestep": torch.tensor([40])})
         np.testing.assert_allclose(float(found), expected.mean(), rtol=1e-5)
     for depth in exits.depths:
-        with attach(model, exits, Policy(schedule=FixedDepth(depth)), rows_per_sample=1, num_steps=1):
+        with attach_exits(model, exits, Policy(schedule=FixedDepth(depth)), rows_per_sample=1, num_steps=1):
             answer = model(**inputs).sample[0]
         np.testing.assert_allclose(answer.numpy(), slow_tail(state, slow[depth - 1], SIZE), rtol=1e-5, atol=1e-5)
 
@@ -232,7 +232,7 @@ def test_the_authors_rule_on_their_exits(patience: bool):
             if value > threshold and not (patience and layer < HALF and before == 0):
                 expected = layer + 1
         policy = deediff_released(threshold, depths=exits.depths, num_layers=len(slow), patience=patience)
-        with attach(model, exits, policy, rows_per_sample=1, num_steps=1) as attachment:
+        with attach_exits(model, exits, policy, rows_per_sample=1, num_steps=1) as attachment:
             model(image, torch.tensor([40]), torch.tensor([4]))
         found.append(int(attachment.trace.depths[0, 0]))
         assert found[-1] == expected, (threshold, confidence)

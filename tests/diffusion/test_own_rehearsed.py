@@ -9,7 +9,7 @@ import torch
 from factories import pipeline
 from tiny_texts import text_pipeline
 
-from ee_diffusion import attach, fit_schedules, periodic_cache
+from ee_diffusion import attach_exits, fit_schedules, periodic_cache
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.recording import record_call
@@ -42,7 +42,7 @@ def call_of(pipe: EarlyExitPipeline, kind: str, scale: float, **more) -> Callabl
 def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: float):
     pipe, policy = made(kind), periodic_cache(2, warm_up=2)
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    with attach(pipe, exits, policy) as attachment:
+    with attach_exits(pipe, exits, policy) as attachment:
         attached = call_of(pipe, kind, scale)()
         assert attachment.trace.rows.unique().tolist() == [2 if scale > 1 else 1]
     pipe.exits = exits
@@ -52,7 +52,7 @@ def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: flo
 def test_two_calls_of_other_guidance_have_rows_of_their_own():
     pipe = made("class")
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    with attach(pipe, exits, periodic_cache(2, warm_up=2)) as attachment:
+    with attach_exits(pipe, exits, periodic_cache(2, warm_up=2)) as attachment:
         for scale, rows in ((2.0, 2), (1.0, 1), (3.0, 2)):
             call_of(pipe, "class", scale)()
             assert attachment.trace.rows.unique().tolist() == [rows]
@@ -85,7 +85,7 @@ def test_schedules_are_fitted_and_run(kind: str, scale: float):
     assert torch.equal(call_of(pipe, kind, scale)(), full)
     apart = []
     for chosen in (exits, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)):
-        with attach(pipe, chosen, policies[5]) as attachment:
+        with attach_exits(pipe, chosen, policies[5]) as attachment:
             drawn = call_of(pipe, kind, scale)()
             assert attachment.report.mean_executed == pytest.approx(7 * 5 / STEPS)
         apart.append(float((drawn - full).square().mean()))

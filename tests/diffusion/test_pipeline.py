@@ -22,7 +22,7 @@ from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.methods import deediff, periodic_cache
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
 
@@ -323,7 +323,7 @@ def test_scores_of_other_models_are_refused_before_any_block(pipe):
 def test_another_threads_forward_is_the_plain_model_and_harms_nobody(pipe):
     inputs = (torch.zeros(1, 3, 8, 8), torch.tensor([5]), torch.tensor([0]))
     plain = pipe.transformer(*inputs).sample
-    with attach(pipe.transformer, pipe.exits) as attachment:
+    with attach_exits(pipe.transformer, pipe.exits) as attachment:
         session = attachment.start(Policy(schedule=FixedDepth(2)), rows=torch.arange(1), num_steps=1)
         with attachment.use(session.step(0, 5.0)), ThreadPoolExecutor(1) as other:
             assert torch.equal(other.submit(pipe.transformer, *inputs).result().sample, plain)

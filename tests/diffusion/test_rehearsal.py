@@ -20,7 +20,7 @@ from tiny_pipelines import STOCK, images_of, pipeline_named
 from tiny_pipelines import call_of as arguments_of
 from tiny_pipelines import pipe as pipe_named
 
-from ee_diffusion import attach, fit_schedules, influence, local_error_gain, periodic_cache, searched
+from ee_diffusion import attach_exits, fit_schedules, influence, local_error_gain, periodic_cache, searched
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import _settings
 from ee_diffusion.diffusion.step_cache.recording import record_call, recorded_error_amplification
@@ -160,7 +160,7 @@ def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
     assert len(gains) == STEPS
     for skipped in (3, 6, 8):
         rest = [step for step in range(STEPS) if step != skipped]
-        with attach(pipe, exits, searched(rest, num_steps=STEPS, num_layers=4)) as attachment:
+        with attach_exits(pipe, exits, searched(rest, num_steps=STEPS, num_layers=4)) as attachment:
             erred = record_call(pipe, exits, call)
             assert attachment.report.mean_executed == pytest.approx(4 * (STEPS - 1) / STEPS)
         wrong = (erred.course.clean[skipped] - full.course.clean[skipped]).flatten(1).square().mean(1).sqrt().mean()
@@ -188,7 +188,7 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
     assert others != policies
     assert exits.config.course_scheduler == "DDIMScheduler"
     assert exits.config.course_steps == STEPS
-    with attach(pipe, exits, policies[5]) as attachment:
+    with attach_exits(pipe, exits, policies[5]) as attachment:
         call_of(pipe)()
         assert attachment.report.mean_executed == pytest.approx(4 * 5 / STEPS)
 
@@ -199,7 +199,7 @@ def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipelin
     full = record_call(pipe, line, call_of(pipe))
 
     def missed(chosen: CachedOutputExits) -> float:
-        with attach(pipe, chosen, policy):
+        with attach_exits(pipe, chosen, policy):
             return float((record_call(pipe, line, call_of(pipe)).final - full.final).square().mean())
 
     assert missed(exits) < missed(line)
@@ -207,7 +207,7 @@ def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipelin
 
 def test_a_scheduler_that_reads_otherwise_is_refused_when_a_run_begins(pipe: DiTPipeline):
     exits, policies = fit_schedules(pipe, call_of(pipe))
-    with attach(pipe, exits, policies[5]):
+    with attach_exits(pipe, exits, policies[5]):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
         with pytest.raises(ValueError, match="read 'epsilon', the scheduler 'v_prediction'"):
             call_of(pipe)()
@@ -217,7 +217,7 @@ def test_elsewhere_than_where_it_was_fitted_a_run_warns(pipe: DiTPipeline, recwa
     exits, _ = fit_schedules(pipe, call_of(pipe))
     policy, own = periodic_cache(2, warm_up=2), pipe.scheduler
     recwarn.clear()
-    with attach(pipe, exits, policy):
+    with attach_exits(pipe, exits, policy):
         call_of(pipe)()
         assert not [one for one in recwarn if "weighed for" in str(one.message)]
         with pytest.warns(
@@ -250,7 +250,7 @@ def test_a_model_that_predicts_a_variance_remembers_without_it():
     drawn = []
     for pipe in (wide, plain):
         exits, policies = fit_schedules(pipe, call_of(pipe), every=3)
-        with attach(pipe, exits, policies[5]) as attachment:
+        with attach_exits(pipe, exits, policies[5]) as attachment:
             drawn.append(torch.from_numpy(call_of(pipe)()))
             assert attachment.report.mean_executed == pytest.approx(4 * 5 / STEPS)
         assert exits.num_outputs == pipe.transformer.config.out_channels
@@ -275,7 +275,7 @@ def test_stock_pipelines(name: str):
     assert exits.num_outputs == (2 if name in VARIANCE else 1) * stock.transformer.config.in_channels
     apart = []
     for chosen in (exits, exits_of(stock)):
-        with attach(stock, chosen, policies[5]) as attachment:
+        with attach_exits(stock, chosen, policies[5]) as attachment:
             apart.append(float((latents() - full).square().mean()))
             layers = attachment.trace.planned.shape[1]
             assert attachment.report.mean_executed == pytest.approx(layers * 5 / STEPS)
@@ -295,7 +295,7 @@ def test_in_half_precision_the_times_are_still_those_of_the_course(monkeypatch: 
     weighed = exits.prediction.weights
     found: list[torch.Tensor] = []
     monkeypatch.setattr(exits.prediction, "weights", lambda *asked: found.append(weighed(*asked)) or found[-1])
-    with attach(stock, exits, policies[5]):
+    with attach_exits(stock, exits, policies[5]):
         images_of(stock, arguments)
     assert len(found) == 2 * (STEPS - 5), "two calls of every step that memory answers"
     assert not any(weights.isnan().any() for weights in found)
@@ -344,7 +344,7 @@ def test_bad_input(pipe: DiTPipeline):
     with pytest.raises(ValueError, match="DiTTransformer2DModel, expected a diffusers pipeline around a transformer"):
         fit_schedules(pipe.transformer, call)
     with (
-        attach(pipe, exits, periodic_cache(2, warm_up=2)),
+        attach_exits(pipe, exits, periodic_cache(2, warm_up=2)),
         pytest.raises(ValueError, match="attached to this pipeline already"),
     ):
         fit_schedules(pipe, lambda: pytest.fail("the call was made"))

@@ -18,7 +18,7 @@ from diffusers import (
 from factories import pipeline, randomise, uvit
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 
-from ee_diffusion import attach, fit_schedules, periodic_cache
+from ee_diffusion import attach_exits, fit_schedules, periodic_cache
 from ee_diffusion.diffusion import fingerprint
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
@@ -44,7 +44,7 @@ def draw(pipe: DiffusionPipeline, name: str, **more) -> torch.Tensor:
 
 def told(pipe: DiffusionPipeline, exits: CachedOutputExits, call: Callable[[], object]) -> list[str]:
     """What a call says of where its exits were fitted."""
-    with warnings.catch_warnings(record=True) as caught, attach(pipe, exits, POLICY):
+    with warnings.catch_warnings(record=True) as caught, attach_exits(pipe, exits, POLICY):
         warnings.simplefilter("always")
         call()
     return [str(one.message) for one in caught if "weighed for" in str(one.message)]

@@ -19,7 +19,7 @@ from ee_diffusion.core.schedules import DepthPerStep, FullDepth, Periodic, Piece
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import ALONE, LinearPrediction
 from ee_diffusion.diffusion.fingerprint import fingerprint
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.recording import record_call
@@ -281,9 +281,9 @@ def test_a_plan_is_of_its_run_alone():
     made = fit_prediction(own, record_call(pipe, own, lambda: drawn(STEPS)).course, (1.0,) * STEPS)
     alone = []
     for steps in (STEPS, 6):
-        with attach(pipe, made, period):
+        with attach_exits(pipe, made, period):
             alone.append(drawn(steps))
-    with attach(pipe, made, period):
+    with attach_exits(pipe, made, period):
         together = [drawn(steps) for steps in (STEPS, 6, STEPS)]
     for images, wanted in zip(together, [*alone, alone[0]], strict=True):
         np.testing.assert_array_equal(images, wanted)

@@ -15,7 +15,7 @@ from tiny_pipelines import STEPS, call_of, images_of, pipe
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
-from ee_diffusion.diffusion.hooks.attach import attach, detach, hook_of, summary
+from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, exit_summary, hook_of
 from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
 from ee_diffusion.diffusion.model_specs import model_spec_of
 
@@ -32,7 +32,7 @@ def test_a_bare_transformer_in_a_loop_of_ones_own():
     model = model_named(name)
     inputs = [inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0)]
     plan = Policy(DepthTable(((1, 4, 2), (4, 3, 0), (0, 1, 2))))
-    with attach(model, exits_for(model), plan, rows_per_sample=1, num_steps=3) as attachment:
+    with attach_exits(model, exits_for(model), plan, rows_per_sample=1, num_steps=3) as attachment:
         for _ in range(2):  # two runs
             for one in inputs:
                 forward(model, one)
@@ -42,7 +42,7 @@ def test_a_bare_transformer_in_a_loop_of_ones_own():
             assert trace.calls == (2, 2, 2)
             assert trace.ran.sum((1, 2)).tolist() == [14, 14, 6]
     with (
-        attach(model, exits_for(model), plan, rows_per_sample=1, num_steps=2),
+        attach_exits(model, exits_for(model), plan, rows_per_sample=1, num_steps=2),
         pytest.raises(ValueError, match="plan has 3"),
     ):
         forward(model, inputs[0])
@@ -61,16 +61,16 @@ def test_the_transformer_inside_a_modular_pipeline(by: str):
     plan = Policy(DepthTable(((1, 6, 2), (4, 6, 0), (3, 6, 6))))
     target = {"pipeline": made, "transformer": model}[by]
     with pytest.raises(ValueError, match=r"bare FluxTransformer2DModel needs rows_per_sample="):
-        attach(target, exits_for(model), plan)
-    with attach(target, exits_for(model), plan, rows_per_sample=1, num_steps=STEPS) as attachment:
+        attach_exits(target, exits_for(model), plan)
+    with attach_exits(target, exits_for(model), plan, rows_per_sample=1, num_steps=STEPS) as attachment:
         assert hook_of(made) is attachment
         generators = [torch.Generator().manual_seed(image) for image in IMAGES]
         found = made(**arguments | {"generator": generators}, output="latents")
         assert attachment.trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
-        assert "3 elements x 3 steps" in summary(made)
+        assert "3 elements x 3 steps" in exit_summary(made)
     assert "forward" not in model.__dict__
     with pytest.raises(ValueError, match="ModularPipeline has no transformer"):
-        attach(FluxCoreDenoiseStep().init_pipeline(), exits_for(model))
+        attach_exits(FluxCoreDenoiseStep().init_pipeline(), exits_for(model))
     torch.testing.assert_close(found[1], plain[1], rtol=1e-3, atol=1e-4)
     assert not torch.allclose(found[0], plain[0], rtol=1e-3, atol=1e-4)
 
@@ -80,7 +80,7 @@ def test_a_forward_that_fails_ends_its_run(monkeypatch):
     model = model_named(name)
     first, second, third = (inputs_of(name, IMAGES, time=time) for time in (900.0, 600.0, 300.0))
     plan = Policy(DepthTable(((1, 4, 2), (4, 3, 0))))
-    with attach(model, exits_for(model), plan, rows_per_sample=1, num_steps=2) as attachment:
+    with attach_exits(model, exits_for(model), plan, rows_per_sample=1, num_steps=2) as attachment:
         forward(model, first)
         with monkeypatch.context() as patch:
             patch.setattr(inner_modules(model)[0], "forward", _broken)
@@ -100,34 +100,37 @@ def test_misuse_is_refused_before_work():
     one, policy = pipe("dit"), Policy(Threshold(0.5))
     exits = exits_for(one.transformer)
     with pytest.raises(ValueError, match="no exits are attached"):
-        summary(one)
+        exit_summary(one)
     with pytest.raises(ValueError, match=r"needs rows_per_sample= .* and num_steps="):
-        attach(one.transformer, exits, policy)
+        attach_exits(one.transformer, exits, policy)
     with pytest.raises(ValueError, match=r"policy=0\.2, expected a Policy"):
-        attach(one, exits, 0.2)
+        attach_exits(one, exits, 0.2)
     with pytest.raises(ValueError, match="rows_per_sample=0, num_steps=None, expected whole numbers, at least 1"):
-        attach(one, exits, policy, rows_per_sample=0)
+        attach_exits(one, exits, policy, rows_per_sample=0)
     with pytest.raises(ValueError, match="without a policy"):
-        attach(one, exits, rows_per_sample=2)
+        attach_exits(one, exits, rows_per_sample=2)
     with pytest.raises(ValueError, match="has no transformer"):
-        attach("a pipeline", exits, policy)
-    with attach(one, exits, policy) as attachment:
-        assert "no run yet" in summary(one)
+        attach_exits("a pipeline", exits, policy)
+    with attach_exits(one, exits, policy) as attachment:
+        assert "no run yet" in exit_summary(one)
         with pytest.raises(ValueError, match="attached to this DiTTransformer2DModel already"):
-            attach(one, exits, policy)
+            attach_exits(one, exits, policy)
         assert attachment.trace is None
     with pytest.raises(ValueError, match="no exits are attached"):
-        detach(one)
-    with attach(one, exits, policy, rows_per_sample=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
+        detach_exits(one)
+    with attach_exits(one, exits, policy, rows_per_sample=4), pytest.raises(ValueError, match="6 rows of 4 branches"):
         images_of(one, call_of("dit", IMAGES))
-    with attach(one, exits, Policy(DepthTable(((1, 2, 0),)))), pytest.raises(ValueError, match="the plan has 1 steps"):
+    with (
+        attach_exits(one, exits, Policy(DepthTable(((1, 2, 0),)))),
+        pytest.raises(ValueError, match="the plan has 1 steps"),
+    ):
         images_of(one, call_of("dit", IMAGES))
     assert "progress_bar" not in one.__dict__
 
 
 def test_a_pipeline_that_does_not_say_whether_it_guides(monkeypatch):
     one = pipe("pixart")
-    with attach(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
+    with attach_exits(one, exits_for(one.transformer), Policy(Threshold(0.5))), monkeypatch.context() as patch:
         patch.setattr(one, "prepare_latents", functools.partial(type(one).prepare_latents, one))
         with pytest.raises(ValueError, match="does not say whether it guides: attach with rows_per_sample="):
             images_of(one, call_of("pixart", IMAGES))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ee_diffusion.checkpoints import checkpoint
+from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import made_for_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -40,7 +40,7 @@ def test_files_of_the_first_format_load(name: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", MARKS)
 def test_marks_of_the_first_format_hold(name: str):
-    pipe = EarlyExitPipeline.from_pretrained(checkpoint())
+    pipe = EarlyExitPipeline.from_pretrained(checkpoint_path())
     pipe.exits = CachedOutputExits.from_pretrained(SAVED / name)
     mark = dict(made_for_of(pipe, num_inference_steps=50, guidance_scale=4.0))
     assert {what: mark[what] for what in MARKS[name]} == MARKS[name]

@@ -28,7 +28,7 @@ from torch import Tensor
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 
 STEPS = 100
 # class, channels that the transformer takes in, whether it has a second call of guidance, arguments beside the prompts
@@ -71,7 +71,7 @@ def arguments_of(name: str, guided: bool, dtype: torch.dtype) -> dict[str, Any]:
 def test_a_step_is_one_of_the_solver(name: str, guided: bool, dtype: torch.dtype):
     one = unnamed(name, dtype)
     exits = exits_for(one.transformer, rank=0).to(dtype)
-    with attach(one, exits, Policy(schedule=FixedDepth(1))) as attachment:
+    with attach_exits(one, exits, Policy(schedule=FixedDepth(1))) as attachment:
         images_of(one, arguments_of(name, guided, dtype))
         trace = attachment.trace
     times = one.scheduler.timesteps.double().tolist()
@@ -87,7 +87,7 @@ def test_a_scheduler_with_a_time_after_the_last_step():
     transformer = randomise(SanaTransformer2DModel(**config), seed=2).eval()
     one = SanaSprintPipeline(**STOCK["sana"].make() | {"scheduler": SCMScheduler(), "transformer": transformer})
     one.set_progress_bar_config(disable=True)
-    with attach(one, exits_for(transformer), Policy(DepthTable(((1, 2), (3, 0))))) as attachment:
+    with attach_exits(one, exits_for(transformer), Policy(DepthTable(((1, 2), (3, 0))))) as attachment:
         arguments = call_of("sana", [0, 1], guided=False, steps=2)
         arguments.pop("negative_prompt")
         images_of(one, arguments)
@@ -120,9 +120,9 @@ def interrupt() -> None:
 def test_an_interruption_between_two_calls_is_of_no_consequence(name: str, guidance: str, call: int):
     one, policy = pipe(name), Policy(Threshold(0.9), guidance=guidance)
     exits = exits_for(one.transformer)
-    with attach(one, exits, policy):
+    with attach_exits(one, exits, policy):
         expected = images_of(one, call_of(name, [0, 1], steps=4))
-    with attach(one, exits, policy) as attachment:
+    with attach_exits(one, exits, policy) as attachment:
         for _ in range(2):
             hook = one.transformer.register_forward_pre_hook(at_call(call, interrupt))
             with pytest.raises(KeyboardInterrupt):
@@ -144,7 +144,7 @@ def test_a_call_that_loses_its_second_branch_returns_its_image(guidance: str):
     one, policy, together = pipe("wan"), Policy(Threshold(1.0), guidance=guidance), guidance == "together"
     stock = images_of(one, call_of("wan", [0, 1], steps=4, callback_on_step_end=end))
     whole = images_of(one, call_of("wan", [0, 1], steps=4))
-    with attach(one, exits_for(one.transformer), policy) as attachment:
+    with attach_exits(one, exits_for(one.transformer), policy) as attachment:
         found = images_of(one, call_of("wan", [0, 1], steps=4, callback_on_step_end=end))
         torch.testing.assert_close(found, stock)
         assert attachment.trace.calls == ((2, 2, 1, 1) if together else (1,) * 4)

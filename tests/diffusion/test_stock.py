@@ -24,14 +24,14 @@ from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.hooks.attach import attach, summary
+from ee_diffusion.diffusion.hooks.attach import attach_exits, exit_summary
 
 IMAGES = [0, 1, 2]
 
 
 def under(name: str, policy: Policy, arguments: dict, **attached) -> tuple[Tensor, Trace]:
     """A call of the stock pipeline with exits attached."""
-    with attach(pipe(name), exits_for(pipe(name).transformer), policy, **attached) as attachment:
+    with attach_exits(pipe(name), exits_for(pipe(name).transformer), policy, **attached) as attachment:
         return images_of(pipe(name), arguments), attachment.trace
 
 
@@ -52,10 +52,10 @@ def test_off_fixed_depth_and_detached(name: str):
     before = {key: value for key, value in one.__dict__.items() if not key.startswith("_")}
     plain = images_of(one, arguments())
     assert torch.equal(under(name, Policy(), arguments())[0], plain)
-    with attach(one, exits_for(one.transformer, rank=0), Policy(schedule=FixedDepth(2))) as attachment:
+    with attach_exits(one, exits_for(one.transformer, rank=0), Policy(schedule=FixedDepth(2))) as attachment:
         cut = images_of(one, arguments())
         report = attachment.report
-        assert "executed blocks per element and step: 2.00" in summary(one)
+        assert "executed blocks per element and step: 2.00" in exit_summary(one)
     assert (report.num_steps, report.num_elements, report.mean_executed) == (STEPS, len(IMAGES), 2)
     assert report.followed_calls == STEPS * (STOCK[name].calls - 1)
     with passing(one.transformer, 2):
@@ -115,7 +115,7 @@ def test_nothing_is_left_from_one_call_to_the_next(name: str, monkeypatch):
     one, policy = pipe(name), splitting(name)
     first, trace = under(name, policy, call_of(name, IMAGES))
     second = under(name, policy, call_of(name, [7, 8], guided=False, steps=2))[0]
-    with attach(one, exits_for(one.transformer), policy) as attachment:
+    with attach_exits(one, exits_for(one.transformer), policy) as attachment:
         assert torch.equal(images_of(one, call_of(name, IMAGES)), first)
         with monkeypatch.context() as patch:
             patch.setattr(type(one.scheduler), "step", _broken)
@@ -140,7 +140,7 @@ def test_a_call_of_another_size(name: str):
     policy = splitting(name)
     first, trace = under(name, policy, call_of(name, IMAGES))
     alone, expected = under(name, policy, call_of(name, IMAGES, **wider))
-    with attach(pipe(name), exits_for(pipe(name).transformer), policy) as attachment:
+    with attach_exits(pipe(name), exits_for(pipe(name).transformer), policy) as attachment:
         assert torch.equal(images_of(pipe(name), call_of(name, IMAGES)), first)
         assert torch.equal(images_of(pipe(name), call_of(name, IMAGES, **wider)), alone)
         assert torch.equal(attachment.trace.depths, expected.depths)
@@ -169,7 +169,7 @@ def test_image_to_image_begins_in_the_middle():
     arguments = call_of("sd3", IMAGES, steps=4) | {"image": torch.rand(3, 3, 8, 8), "strength": 0.5}
     arguments.pop("height"), arguments.pop("width")
     plan = Policy(DepthTable(((1, 5, 2), (5, 3, 0))))
-    with attach(made, exits_for(made.transformer), plan) as attachment:
+    with attach_exits(made, exits_for(made.transformer), plan) as attachment:
         images_of(made, arguments)
         assert attachment.trace.depths.tolist() == [[1, 5, 2], [5, 3, 0]]
         assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[2:]
@@ -183,7 +183,7 @@ def test_image_to_image_in_half_precision():
     arguments = call_of("flux", [0], guided=False, steps=8) | {"image": torch.rand(1, 3, 8, 8), "strength": 0.5}
     for name in ("prompt_embeds", "pooled_prompt_embeds"):
         arguments[name] = arguments[name].to(torch.bfloat16)
-    with attach(made, exits, Policy(DepthTable(((1,), (5,), (2,), (0,))))) as attachment:
+    with attach_exits(made, exits, Policy(DepthTable(((1,), (5,), (2,), (0,))))) as attachment:
         images_of(made, {name: value for name, value in arguments.items() if name != "true_cfg_scale"})
     assert attachment.trace.depths.flatten().tolist() == [1, 5, 2, 0]
     assert attachment.trace.times.tolist() == made.scheduler.timesteps.double().tolist()[4:]
@@ -195,7 +195,7 @@ def test_skip_layer_guidance_runs_without_exits():
     _, trace = under("sd3", Policy(DepthTable(((1, 5, 2),) * STEPS)), arguments)
     assert trace.depths.tolist() == [[1, 5, 2]] * STEPS
     model = pipe("sd3").transformer
-    with attach(model, exits_for(model)) as attachment:
+    with attach_exits(model, exits_for(model)) as attachment:
         session = attachment.start(Policy(), rows=torch.arange(2), num_steps=1)
         with attachment.use(session.step(0, 1.0)), pytest.raises(ValueError, match="skip_layers runs without exits"):
             forward(model, inputs_of("SD3Transformer2DModel", [0, 1]) | {"skip_layers": [1]})
@@ -206,7 +206,7 @@ def test_heads_see_the_schedulers_time(name: str, monkeypatch):
     one, exits, seen = pipe(name), exits_for(pipe(name).transformer), []
     original = exits.context
     monkeypatch.setitem(exits.__dict__, "context", lambda timestep: seen.append(timestep) or original(timestep))
-    with attach(one, exits, Policy(Threshold(1.0))) as attachment:
+    with attach_exits(one, exits, Policy(Threshold(1.0))) as attachment:
         images_of(one, call_of(name, IMAGES))
         times = attachment.trace.times
     assert len(seen) == STEPS, "nothing is measured in a call that follows another"
@@ -220,7 +220,7 @@ def test_model_offload_renews_its_hooks_after_every_call(order: str):
     expected, trace = under("dit", plan, call_of("dit", IMAGES))
     if order == "offload, attach":
         one.enable_model_cpu_offload(device="cpu")
-    with attach(one, exits_for(one.transformer), plan) as attachment:
+    with attach_exits(one, exits_for(one.transformer), plan) as attachment:
         if order == "attach, offload":
             one.enable_model_cpu_offload(device="cpu")
         for _ in range(3):
@@ -244,7 +244,7 @@ def tensors() -> int:
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "wan"])
 def test_calls_do_not_gather_memory(name: str, monkeypatch):
     one, policy, alive = pipe(name), splitting(name), []
-    with attach(one, exits_for(one.transformer), policy) as attachment:
+    with attach_exits(one, exits_for(one.transformer), policy) as attachment:
         for seed in range(4):
             images_of(one, call_of(name, [seed, seed + 1, seed + 2]))
             if seed == 2:
@@ -260,14 +260,14 @@ def test_calls_do_not_gather_memory(name: str, monkeypatch):
 
 def test_detached_and_dropped_everything_is_freed():
     one = pipeline_named("flux")
-    attachment = attach(one, exits_for(one.transformer), Policy(DepthTable(((1, 3, 2),) * STEPS)))
+    attachment = attach_exits(one, exits_for(one.transformer), Policy(DepthTable(((1, 3, 2),) * STEPS)))
     images_of(one, call_of("flux", IMAGES))
     gone = [weakref.ref(what) for what in (attachment, attachment.runs, attachment.heads)]
     attachment.detach()
     del attachment
     gc.collect()
     assert [what() for what in gone] == [None] * 3
-    with_exits = weakref.ref(attach(one, exits_for(one.transformer)))
+    with_exits = weakref.ref(attach_exits(one, exits_for(one.transformer)))
     gone = [weakref.ref(one), weakref.ref(one.transformer), with_exits]
     del one
     gc.collect()

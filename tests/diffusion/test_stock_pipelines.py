@@ -20,7 +20,7 @@ from tree import ROOT
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.stock import (
     EarlyExitDiTPipeline,
     EarlyExitFluxPipeline,
@@ -53,7 +53,7 @@ def test_the_call_is_the_stock_call_with_a_policy(name: str):
     pipe, stock = made(name), pipeline_named(name)
     assert torch.equal(images_of(pipe, call_of(name, IMAGES)), images_of(stock, call_of(name, IMAGES)))
     output = pipe(**call_of(name, IMAGES), exit_policy=PLAN)
-    with attach(stock, pipe.exits, PLAN):
+    with attach_exits(stock, pipe.exits, PLAN):
         expected = images_of(stock, call_of(name, IMAGES))
     assert torch.equal(torch.as_tensor(output.images), expected)
     assert output.trace.depths.tolist()[:2] == [[1, 3], [2, 0]]

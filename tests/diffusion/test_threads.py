@@ -20,7 +20,7 @@ from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitSD3Pipeline
 
 IMAGES = [0, 1, 2]
@@ -54,7 +54,7 @@ def same(one: Trace, other: Trace) -> bool:
 @pytest.mark.parametrize("name", ["dit", "sd3", "flux", "wan"])
 def test_a_second_call_is_refused_and_the_first_does_not_notice(name: str):
     pipe = pipeline_named(name)
-    with attach(pipe, exits_for(pipe.transformer), PLAN) as attachment:
+    with attach_exits(pipe, exits_for(pipe.transformer), PLAN) as attachment:
         alone, trace = images_of(pipe, call_of(name, IMAGES)), attachment.trace
         with held_up(pipe.transformer) as (there, go), ThreadPoolExecutor(1) as first:
             call = first.submit(images_of, pipe, call_of(name, IMAGES))
@@ -80,7 +80,7 @@ def test_a_call_that_failed_holds_up_nobody():
         raise KeyError("in between")
 
     with (
-        attach(pipe, exits_for(pipe.transformer), PLAN),
+        attach_exits(pipe, exits_for(pipe.transformer), PLAN),
         ThreadPoolExecutor(1) as first,
         ThreadPoolExecutor(1) as second,
     ):
@@ -98,7 +98,7 @@ def test_another_pipeline_around_the_same_transformer():
     other = StableDiffusion3Pipeline(**pipeline_named("sd3").components | {"transformer": pipe.transformer})
     other.set_progress_bar_config(disable=True)
     plain = images_of(other, call_of("sd3", IMAGES))
-    with attach(pipe, exits_for(pipe.transformer), PLAN):
+    with attach_exits(pipe, exits_for(pipe.transformer), PLAN):
         alone = images_of(pipe, call_of("sd3", IMAGES))
         with held_up(pipe.transformer) as (there, go), ThreadPoolExecutor(1) as first:
             call = first.submit(images_of, pipe, call_of("sd3", IMAGES))
@@ -142,9 +142,9 @@ def test_loops_of_ones_own_around_one_transformer(name: str):
     exits = exits_for(model)
     alone = []
     for one in loops:
-        with attach(model, exits, policy, rows_per_sample=1, num_steps=3) as attachment:
+        with attach_exits(model, exits, policy, rows_per_sample=1, num_steps=3) as attachment:
             alone.append(one(lambda: None))
-    with attach(model, exits, policy, rows_per_sample=1, num_steps=3) as attachment:
+    with attach_exits(model, exits, policy, rows_per_sample=1, num_steps=3) as attachment:
         for _ in range(3):
             for found, expected in zip(in_step(*loops), alone, strict=True):
                 assert torch.equal(found, expected)
@@ -176,7 +176,7 @@ def test_steps_of_ones_own_around_one_transformer(options: dict | None):
         wait()
         return found
 
-    with attach(model, exits_for(model), compile_options=options) as attachment:
+    with attach_exits(model, exits_for(model), compile_options=options) as attachment:
         alone = [under(depth)(lambda: None) for depth in (1, 3)]
         for found, expected in zip(in_step(under(1), bare, under(3)), [alone[0], plain, alone[1]], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -15,7 +15,7 @@ from tiny_families import TINY, exits_for, forward, inputs_of, model_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.distillation.lora import add_lora
-from ee_diffusion.diffusion.hooks.attach import attach, summary
+from ee_diffusion.diffusion.hooks.attach import attach_exits, exit_summary
 from ee_diffusion.diffusion.hooks.truncate import truncate
 from ee_diffusion.diffusion.model_specs import MODEL_SPECS, blocks_of
 
@@ -27,7 +27,7 @@ ROWS = [0, 1, 2]
 def test_it_is_the_exit_at_that_depth_as_a_stock_model(name: str, tmp_path):
     model, arguments = model_named(name), inputs_of(name, ROWS)
     for depth in {1, len(blocks_of(model)) // 2 + 1, len(blocks_of(model)) - 1}:
-        with attach(model, exits_for(model, rank=0)) as attachment:
+        with attach_exits(model, exits_for(model, rank=0)) as attachment:
             session = attachment.start(Policy(schedule=FixedDepth(depth)), rows=torch.arange(len(ROWS)), num_steps=1)
             with attachment.use(session.step(0, 700.0)):
                 expected = forward(model, arguments)
@@ -52,9 +52,9 @@ def test_it_shares_nothing_and_keeps_dtype_and_mode():
 
 def test_exits_stay_where_they_are():
     model = model_named("DiTTransformer2DModel")
-    with attach(model, exits_for(model)):
+    with attach_exits(model, exits_for(model)):
         assert len(blocks_of(truncate(model, 2))) == 2
-        assert "exits after 0, 1" in summary(model)
+        assert "exits after 0, 1" in exit_summary(model)
 
 
 @pytest.mark.parametrize("depth", [0, 5, 6, -1, 2.0, True, "2", None])

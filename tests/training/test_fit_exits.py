@@ -26,7 +26,7 @@ from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from train import fit_exits
 
@@ -93,7 +93,7 @@ def test_exits_for_a_stock_pipeline(folders, tmp_path, monkeypatch):
     call(monkeypatch, "--model", folders["dit"], TINY, SHORT, "--exit_depths 1 3 --output_dir", tmp_path)
     assert not (tmp_path / "transformer").exists(), "a pipeline that was not changed is not copied"
     exits, pipe = DenoisingExits.from_pretrained(tmp_path / "exits"), DiTPipeline.from_pretrained(folders["dit"])
-    with attach(pipe.transformer, exits):
+    with attach_exits(pipe.transformer, exits):
         assert exits.depths == (1, 3)
 
 

@@ -22,7 +22,7 @@ from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.diffusion.distillation.dataset import States, row_inputs
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.transformer_hook import TransformerHook
 from ee_diffusion.diffusion.protocols import DenoiserHeads
 
@@ -180,7 +180,7 @@ class _Recorder:
     @contextmanager
     def recording(self) -> Iterator[None]:
         transformer = self.pipeline.transformer
-        self._attachment = None if self.exited is None else attach(transformer, self.exited.exits)
+        self._attachment = None if self.exited is None else attach_exits(transformer, self.exited.exits)
         interception = ForwardPatch(transformer, self._forward)
         try:
             yield

@@ -23,7 +23,7 @@ from ee_diffusion.diffusion.distillation.deediff_objective import deediff_terms
 from ee_diffusion.diffusion.distillation.lora import lora_off
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.protocols import DenoiserHeads
 
 
@@ -67,7 +67,7 @@ def observe(
     """One full forward: inputs (R, ...) -> the model's prediction (R, C, H, W), bit for bit, and what heads at K depths see (R, N, D).
 
     Raises:
-        ValueError: depths or a class that `attach` does not know, exits attached already.
+        ValueError: depths or a class that `attach_exits` does not know, exits attached already.
     """
     listener = _Listener(tuple(depths))
     prediction = _under(transformer, listener, Policy(Threshold(1.0), record_all=True), inputs)
@@ -85,7 +85,7 @@ def through_tail(transformer: nn.Module, hidden: Tensor, inputs: Mapping[str, Te
 
 def _under(transformer: nn.Module, heads: DenoiserHeads, policy: Policy, inputs: Mapping[str, Tensor]) -> Tensor:
     rows = torch.arange(len(inputs["hidden_states"]))
-    with attach(transformer, heads) as attachment:
+    with attach_exits(transformer, heads) as attachment:
         session = attachment.start(policy, rows=rows, num_steps=1)
         with attachment.use(session.step(0, 0.0)):
             return transformer(**inputs).sample

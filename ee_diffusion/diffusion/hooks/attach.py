@@ -31,7 +31,7 @@ Target = nn.Module | DiffusionPipeline | ModularPipeline
 _ATTACHING = threading.Lock()  # one looks whether exits are there and puts its own on before the next one looks
 
 
-def attach(
+def attach_exits(
     target: Target,
     heads: DenoiserHeads,
     policy: Policy | None = None,
@@ -43,7 +43,7 @@ def attach(
 ) -> TransformerHook:
     """Attach exits to a diffusers transformer, or to the transformer of a pipeline.
 
-    With a policy, calls of the pipeline run with exits from now on, without further code; `summary(pipe)` tells what happened. On a bare
+    With a policy, calls of the pipeline run with exits from now on; `exit_summary(pipe)` tells what happened. On a bare
     transformer (in a loop of one's own) and on a modular pipeline, whose transformer is as good as bare, say `rows_per_sample` and
     `num_steps`.
 
@@ -166,8 +166,8 @@ def _check_arguments(
             )
 
 
-def detach(target: Target) -> None:
-    """Remove what `attach` did.
+def detach_exits(target: Target) -> None:
+    """Remove what `attach_exits` did.
 
     Raises:
         ValueError: nothing is attached.
@@ -175,7 +175,7 @@ def detach(target: Target) -> None:
     hook_of(target).detach()
 
 
-def summary(target: Target) -> str:
+def exit_summary(target: Target) -> str:
     """What is attached to a pipeline or transformer, and what its last run executed.
 
     Raises:

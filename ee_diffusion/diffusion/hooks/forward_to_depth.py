@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.block_runner import TEXT, Layer, layers_of
 from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
 
@@ -26,7 +26,7 @@ def answer_under(transformer: nn.Module, policy: Policy, arguments: Mapping[str,
     """The output (R, ...) of one forward under a policy, a row an image, exits at every depth answering through the model's own tail.
 
     Raises:
-        ValueError: as `attach`; a forward that fails on fewer rows.
+        ValueError: as `attach_exits`; a forward that fails on fewer rows.
     """
     if not isinstance(arguments.get("hidden_states"), Tensor):
         raise ValueError(
@@ -34,7 +34,7 @@ def answer_under(transformer: nn.Module, policy: Policy, arguments: Mapping[str,
         )
     exits = AdapterExits.for_transformer(transformer, tuple(range(len(blocks_of(transformer)))), rank=0)
     exits = exits.to(next(transformer.parameters())).eval()
-    with attach(transformer, exits) as attachment:
+    with attach_exits(transformer, exits) as attachment:
         rows = torch.arange(len(arguments["hidden_states"]))
         session = attachment.start(policy, rows=rows, num_steps=1)
         with attachment.use(session.step(0, 500.0)):

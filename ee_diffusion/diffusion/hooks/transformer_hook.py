@@ -69,7 +69,7 @@ class TransformerHook:
     """Exits on a transformer. With a policy, every forward runs with exits; without one, those inside `use(step)` do, and all others
     compute exactly what they did before. Each thread has its own step and forward.
 
-    A context manager: leaving it detaches, unless that was done within. Made by `attach`.
+    A context manager: leaving it detaches, unless that was done within. Made by `attach_exits`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class TransformerHook:
             refuse_compiling_after_attaching()
 
     def run_under(self, runs: RunTracker, counted: Counted, one_call: OneCall | None) -> None:
-        """From now on every forward runs under a policy. Called by `attach`."""
+        """From now on every forward runs under a policy. Called by `attach_exits`."""
         self._runs = self._latest = runs
         self.counted, self.one_call = counted, one_call
 

@@ -18,7 +18,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.session import Session
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.guidance import guided, is_guided, prepare_model_input
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.transformer_hook import TransformerHook
 from ee_diffusion.diffusion.step_cache.run_setup import setup_here, warn_of_setup
 
@@ -75,7 +75,7 @@ def _exits_on(pipeline: DiffusionPipeline, policy: Policy) -> Iterator[Transform
     if policy.is_off:
         yield None
         return
-    with attach(pipeline.transformer, pipeline.exits) as attachment:
+    with attach_exits(pipeline.transformer, pipeline.exits) as attachment:
         yield attachment
 
 

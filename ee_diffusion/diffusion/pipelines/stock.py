@@ -15,7 +15,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.exits.loading import keep_exits
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.in_use import in_turn
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipelineOutput
 
@@ -59,7 +59,7 @@ class EarlyExitDiTPipeline(DiTPipeline):
 
 @keep_exits
 class EarlyExitPixArtPipeline(PixArtAlphaPipeline):
-    """`PixArtAlphaPipeline` with exits. A PixArt-Sigma pipeline is attached to instead: `attach(pipe, exits, policy)`."""
+    """`PixArtAlphaPipeline` with exits. A PixArt-Sigma pipeline is attached to instead: `attach_exits(pipe, exits, policy)`."""
 
     _optional_components = ["tokenizer", "text_encoder", "exits"]
     _exclude_from_cpu_offload = ["exits"]
@@ -121,7 +121,7 @@ def _call(
     """The stock call, its transformer under the policy.
 
     Raises:
-        ValueError: a policy, but no exits; and whatever `attach` and the policy refuse.
+        ValueError: a policy, but no exits; and whatever `attach_exits` and the policy refuse.
     """
     as_output = inspect.signature(stock).bind(*args, **kwargs).arguments.get("return_dict", True)
     trace = None
@@ -134,7 +134,7 @@ def _call(
             "an exit policy was given, but this pipeline has no exits; load or train some (component `exits`)"
         )
     else:
-        with attach(pipeline, pipeline.exits, policy) as attachment:
+        with attach_exits(pipeline, pipeline.exits, policy) as attachment:
             output = stock(*args, **kwargs)
             trace = attachment.trace
     images = output.images if as_output else output[0]

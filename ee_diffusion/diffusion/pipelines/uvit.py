@@ -87,7 +87,8 @@ class EarlyExitPipeline(DiffusionPipeline):
         if "num_classes" not in transformer.config:
             raise ValueError(
                 f"the transformer is a {type(transformer).__name__}, expected a UViTTransformer2DModel; for diffusers' own there are "
-                "attach(pipe, exits, policy), EarlyExitDiTPipeline, EarlyExitPixArtPipeline, EarlyExitSD3Pipeline, EarlyExitFluxPipeline"
+                "attach_exits(pipe, exits, policy), "
+                "EarlyExitDiTPipeline, EarlyExitPixArtPipeline, EarlyExitSD3Pipeline, EarlyExitFluxPipeline"
             )
         if transformer.config.text_dim is not None:
             raise ValueError("the transformer takes text, expected one without; it draws by EarlyExitTextPipeline")

@@ -20,7 +20,7 @@ from torch import Tensor
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import weights_of
-from ee_diffusion.diffusion.hooks.attach import attach
+from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.compile import unwrapped
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.model_specs import blocks_of
@@ -117,7 +117,7 @@ def recorded_error_amplification(
     model's rows, which is what an uncertainty knows.)
 
     Raises:
-        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `record_call` and `attach`.
+        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `record_call` and `attach_exits`.
     """
     num_steps, first = len(full.course.times), exits.config.length + 1
     _check_every(every)
@@ -127,7 +127,7 @@ def recorded_error_amplification(
     layers = len(blocks_of(unwrapped(pipeline.transformer)))
     for index in range(first, num_steps, every):
         others = [step for step in range(num_steps) if step != index]
-        with attach(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
+        with attach_exits(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
             erred = record_call(pipeline, exits, call)
         before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
         if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
@@ -155,7 +155,7 @@ def fit_schedules(
             pipe([207, 360], generator=torch.Generator().manual_seed(0), num_inference_steps=50, output_type="latent")
 
         exits, policies = fit_schedules(pipe, call)
-        with attach(pipe, exits, policies[20]):
+        with attach_exits(pipe, exits, policies[20]):
             ...  # calls with as many steps, the same solver and guidance; other seeds and labels
 
     `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
