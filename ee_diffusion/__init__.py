@@ -75,14 +75,14 @@ _HOMES = {
     "UViTTransformer2DModel": "diffusion.models.uvit",
     "EarlyExitClassifier": "classification.classifier",
     "ClassifierExits": "classification.exits",
-    "berxit": "classification.methods",
-    "confidence": "classification.methods",
-    "deebert": "classification.methods",
-    "fastbert": "classification.methods",
-    "jei_dnn": "classification.methods",
-    "pabee": "classification.methods",
-    "palbert": "classification.methods",
-    "pondernet": "classification.methods",
+    "berxit": "classification.methods.berxit",
+    "confidence": "classification.methods.confidence",
+    "deebert": "classification.methods.deebert",
+    "fastbert": "classification.methods.fastbert",
+    "jei_dnn": "classification.methods.jei_dnn",
+    "pabee": "classification.methods.pabee",
+    "palbert": "classification.methods.palbert",
+    "pondernet": "classification.methods.palbert",
 }
 
 __all__ = ["__version__", *sorted(_HOMES)]
@@ -91,16 +91,13 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.checkpoints import checkpoint_path
     from ee_diffusion.classification.classifier import EarlyExitClassifier
     from ee_diffusion.classification.exits import ClassifierExits
-    from ee_diffusion.classification.methods import (
-        berxit,
-        confidence,
-        deebert,
-        fastbert,
-        jei_dnn,
-        pabee,
-        palbert,
-        pondernet,
-    )
+    from ee_diffusion.classification.methods.berxit import berxit
+    from ee_diffusion.classification.methods.confidence import confidence
+    from ee_diffusion.classification.methods.deebert import deebert
+    from ee_diffusion.classification.methods.fastbert import fastbert
+    from ee_diffusion.classification.methods.jei_dnn import jei_dnn
+    from ee_diffusion.classification.methods.pabee import pabee
+    from ee_diffusion.classification.methods.palbert import palbert, pondernet
     from ee_diffusion.core.criteria import (
         Criterion,
         DecayingThreshold,

@@ -33,9 +33,9 @@ from transformers import (
 from ee_diffusion.classification.activations import StoredStates, origin_of, stored_states
 from ee_diffusion.classification.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
-from ee_diffusion.classification.methods import EXITS
+from ee_diffusion.classification.methods import METHODS, method_named
 from ee_diffusion.classification.model_specs import model_spec_of
-from ee_diffusion.classification.objective import FROZEN, PLAIN, ClassifierObjective, Weights
+from ee_diffusion.classification.objective import ClassifierObjective
 from ee_diffusion.classification.truncate import first_layers
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
@@ -51,14 +51,14 @@ def _flag(help: str, default=None):
     return field(default=default, metadata={"help": help})
 
 
-JEI, PONDER, SOFT = ("jei_dnn",), ("palbert", "pondernet"), ("magic_soft",)
-LOOKED_AT = {
-    **dict.fromkeys(("exit_depths", "pooling"), tuple(EXITS)),
-    **dict.fromkeys(("prior_rate", "divergence_weight", "divergence_direction"), PONDER),
-    **dict.fromkeys(("trade_off", "warm_up", "phase", "released"), JEI),
-    **dict.fromkeys(("mask_weight", "temperature", "top_threshold", "bottom_threshold"), SOFT),
-    "states": FROZEN,
-}  # flag -> the methods that it says something to
+def _methods_of(flag: str) -> tuple[str, ...]:
+    """The methods that a flag says something to."""
+    if flag in ("exit_depths", "pooling"):
+        return tuple(name for name, method in METHODS.items() if method.trains != "model")
+    if flag == "states":
+        return tuple(name for name, method in METHODS.items() if method.trains == "exits")
+    own = {name: {one.name for one in fields(method.settings)} for name, method in METHODS.items()}
+    return tuple(name for name in own if flag in own[name]) or tuple(METHODS)
 
 
 @dataclass(frozen=True)
@@ -98,29 +98,13 @@ class ClassifierConfig:
     states: str | None = _flag("File of stored states for exits on a frozen model; written where absent.")
 
     def __post_init__(self):
-        if self.method not in (*PLAIN, *EXITS):
-            raise ValueError(f"method={self.method!r}, expected one of {PLAIN} or of {sorted(EXITS)}")
+        method_named(self.method)
         if self.num_labels is not None and self.num_labels < 1:
             raise ValueError(f"num_labels={self.num_labels}, expected at least 1")
         for flag in fields(self):
-            given, methods = getattr(self, flag.name), LOOKED_AT.get(flag.name, (self.method,))
+            given, methods = getattr(self, flag.name), _methods_of(flag.name)
             if self.method not in methods and given != flag.default:
                 raise ValueError(f"{flag.name}={given}: method {self.method} does not look at it, {methods} do")
-
-    def weights(self) -> Weights:
-        return Weights(
-            rate=self.prior_rate,
-            divergence=self.divergence_weight,
-            direction=self.divergence_direction,
-            trade_off=self.trade_off,
-            warm_up=self.warm_up,
-            phase=self.phase,
-            released=self.released,
-            mask_weight=self.mask_weight,
-            temperature=self.temperature,
-            top_threshold=self.top_threshold,
-            bottom_threshold=self.bottom_threshold,
-        )
 
 
 Configs = tuple[ClassifierConfig, TextDataConfig, ImageDataConfig, TrainConfig, bool]
@@ -178,13 +162,14 @@ def build_objective(config: ClassifierConfig, *, images: bool = False, micro_ste
                 "num_layers of a classifier with pruning thresholds for all its layers, expected one without"
             )
         model = first_layers(model, config.num_layers)
-    head, judge = EXITS.get(config.method, ("shared", "none"))
+    method = method_named(config.method)
+    settings = method.settings_from(vars(config), name=config.method)
     depths = None if config.exit_depths is None else tuple(config.exit_depths)
-    exits = ClassifierExits.for_model(model, depths, head=head, judge=judge, pooling=config.pooling)
+    exits = ClassifierExits.for_model(model, depths, **method.exits, pooling=config.pooling)
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = pruning
     counts = {"parts": config.length_parts, "micro_steps": micro_steps}
-    return ClassifierObjective(classifier, method=config.method, weights=config.weights(), **counts)
+    return ClassifierObjective(classifier, method=config.method, settings=settings, **counts)
 
 
 def text_source(objective: ClassifierObjective, data: TextDataConfig, tokenizer) -> Source:
@@ -238,7 +223,7 @@ def main() -> None:
         trained.trained().save_pretrained(folder / "model")
         processor.save_pretrained(folder / "model")
 
-    units = objective.units if config.method == "magic_soft" else None
+    units = None if objective.token_gates is None else objective.units
     trainer = Trainer(objective, source, train, save=save, units=units, identity=asdict(config))
     report = asdict(trainer.fit())
     if trainer.accelerator.is_main_process:

@@ -24,32 +24,6 @@ from ee_diffusion.core.scores import ExitInputs
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
-@dataclass(frozen=True, eq=False)
-class Seen:
-    """answers (A, B, C), the exits' and the model's own; judge logits (K, B) (None: no judge); labels (B,); tokens of the longest;
-    kept: tokens that soft pruning left, mean over layers, and real: all of them (None: no soft pruning)."""
-
-    answers: Tensor
-    judge: Tensor | None
-    labels: Tensor
-    tokens: int
-    kept: Tensor | None = None
-    real: Tensor | None = None
-
-    @staticmethod
-    def joined(parts: Sequence[Seen]) -> Seen:
-        """Parts of one batch as one."""
-        first = parts[0]
-        return Seen(
-            torch.cat([part.answers for part in parts], dim=1),
-            None if first.judge is None else torch.cat([part.judge for part in parts], dim=1),
-            torch.cat([part.labels for part in parts]),
-            max(part.tokens for part in parts),
-            None if first.kept is None else sum(part.kept for part in parts),
-            None if first.kept is None else sum(part.real for part in parts),
-        )
-
-
 def by_length(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     """The rows of a batch of padded texts in so many parts of like length, each cut to its longest; images stay one part."""
     if parts == 1 or "attention_mask" not in batch:
@@ -165,7 +139,8 @@ def stored_states(
 def check_storable(heads: ClassifierHeads) -> None:
     """Raise ValueError for exits that see more of a state than the one vector that is stored."""
     exits = heads.exits
-    if exits.head == "shared" or exits.judge in ("halting", "linear_halting"):
+    judge = exits.judge_kind
+    if exits.head == "shared" or (judge is not None and judge.looks_at == "pooled"):
         raise ValueError(
             f"head={exits.head!r}, judge={exits.judge!r}: these exits go through the model's own end, which stored vectors "
             "do not replace"

@@ -27,7 +27,7 @@ from ee_diffusion.core.trace import Trace
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
 EXTRAS = ("output_hidden_states", "output_attentions")
-JUDGED = ("learned_confidence", "confidence")  # scores of a learned judge
+LEARNED = ("learned_confidence", "confidence")  # scores of a learned judge
 OF_CLASSES = ("margin", "negative_entropy", "max_probability", "agreement")  # scores of one softmax
 OF_DECODING = ("saturation", "pruned_probability")
 IGNORED = -100  # the label of rows that a loss leaves out, in torch and transformers
@@ -74,7 +74,7 @@ def check_policy(policy: Policy, exits: ClassifierExits, problem: str | None) ->
     if isinstance(criterion, DepthTable | None):
         return
     score = criterion.score
-    if score in JUDGED and exits.judge == "none":
+    if score in LEARNED and exits.judge_kind is None:
         raise ValueError(f"the policy looks at the score {score!r}, these exits have no learned judge")
     if score in OF_DECODING:
         raise ValueError(f"score {score!r} is about decoding, expected another for a classifier")
@@ -82,11 +82,11 @@ def check_policy(policy: Policy, exits: ClassifierExits, problem: str | None) ->
         raise ValueError(f"score {score!r} is about classes, this model has {exits.num_labels} output")
     if score == "closeness" and exits.num_labels != 1:
         raise ValueError(f"score 'closeness' is about one value, this model has {exits.num_labels} outputs")
-    of_classes = score in OF_CLASSES or (score in JUDGED and exits.judge == "statistics")
+    of_classes = score in OF_CLASSES or (score in LEARNED and exits.judge_kind.looks_at == "logits")
     if of_classes and problem not in (None, "single_label_classification"):
         raise ValueError(
             f"score {score!r} takes one class of several to be right, this model's problem_type is {problem!r}; expected a score of a "
-            "learned judge other than 'statistics'"
+            "learned judge that does not look at classes"
         )
     criterion.validate(1, len(exits.depths if policy.exits is None else policy.exits))
 

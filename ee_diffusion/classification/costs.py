@@ -73,6 +73,11 @@ def saliency_flops(tokens: int, *, hidden_size: int) -> float:
     return float(2 * tokens**2 * hidden_size)
 
 
+def linear_flops(module: nn.Module) -> int:
+    """The linear layers of a head or a judge on one vector: two for each weight."""
+    return sum(2 * one.weight.numel() for one in module.modules() if isinstance(one, nn.Linear))
+
+
 def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: str | None) -> Costs:
     """FLOPs for a text of so many tokens under a policy that looks at `score` (None: at nothing). A score made of the answer costs an
     answer, which then is there to be given; `learned_confidence` and `confidence` cost what the exits' judge does.
@@ -90,17 +95,15 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: st
     width, labels = config.hidden_size, config.num_labels
     pool = 0 if family.class_name.startswith("ViT") else 2 * width**2
     own = pool + 2 * width * labels
-    answer = {"shared": own, "pooled": 2 * width**2 + 2 * width * labels, "linear": 2 * width * labels}[exits.head]
-    judge = {
-        "none": 0,
-        "halting": pool + 3 * 2 * (2 * width) ** 2 + 2 * 2 * width,
-        "linear_halting": pool + 2 * width,
-        "correctness": 2 * width,
-        "statistics": answer + 2 * 4,
-    }[exits.judge]
-    learned = score in ("learned_confidence", "confidence")
+    answer = linear_flops(exits.heads[0]) if exits.heads else own
+    kind, learned = exits.judge_kind, score in ("learned_confidence", "confidence")
+    judge = (
+        0
+        if kind is None
+        else {"vector": 0, "pooled": pool, "logits": answer}[kind.looks_at] + linear_flops(exits.judges[0])
+    )
     measured = judge if learned else 0 if score is None else answer
-    from_answer = exits.judge == "statistics" if learned else score is not None
+    from_answer = kind is not None and kind.looks_at == "logits" if learned else score is not None
     block, first = _layer_flops(model, tokens)
     given = (0 if from_answer else answer) + (own if family.tail_takes_all else 0)
     return Costs(block, float(given), float(measured), float(own), first)

@@ -1,6 +1,6 @@
-"""Exits of a classifier: answer heads and learned judges, saved together; and what they are in the eyes of the core, beside their model.
+"""Exits of a classifier: heads and learned judges, saved together; and the same beside their model, as the core calls them.
 
-Here: modules and how they are asked. Not here: when to stop (core), training (objective.py).
+Here: the modules together. Not here: the kinds of heads and judges (method.py, methods/), when to stop (core), training (objective.py).
 R rows, N tokens, D width, C classes, K exits.
 """
 
@@ -9,72 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
+from ee_diffusion.classification.method import Judge
+from ee_diffusion.classification.methods import head_named, judge_named
 from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of
 from ee_diffusion.core.exits import Space
 from ee_diffusion.core.scores import ExitInputs
 
-HEADS = ("shared", "pooled", "linear")
 POOLINGS = ("first", "mean")
-JUDGES = ("none", "halting", "linear_halting", "correctness", "statistics")
-
-
-def answer_statistics(answer: Tensor) -> Tensor:
-    """Four detached facts of the softmax p of logits (R, C) -> (R, 4): max p, H(p), margin of the two largest, H(p^2 / sum p^2).
-
-    JEI-DNN (arXiv 2310.09163); entropies in nats.
-    """
-    logs = answer.detach().float().log_softmax(-1)
-    sharper = (2 * logs).log_softmax(-1)  # p^2 / sum p^2
-    top = logs.exp().topk(2, dim=-1).values  # (R, 2)
-    entropy, sharper_entropy = (-(one.exp() * one).sum(-1) for one in (logs, sharper))
-    return torch.stack([top[:, 0], entropy, top[:, 0] - top[:, 1], sharper_entropy], dim=-1)
-
-
-class PooledHead(nn.Module):
-    """Linear(D -> D), tanh, dropout, Linear(D -> C) on one vector of a text: the shape of BERT's own end."""
-
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float):
-        super().__init__()
-        self.pool = nn.Linear(hidden_size, hidden_size)
-        self.dropout = nn.Dropout(dropout)
-        self.classify = nn.Linear(hidden_size, num_labels)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return self.classify(self.dropout(self.pool(vector).tanh()))  # (R, D) -> (R, C)
-
-
-class LinearHead(nn.Module):
-    """LayerNorm, Linear(D -> C) on one vector of a text (JEI-DNN's inference modules)."""
-
-    def __init__(self, hidden_size: int, num_labels: int):
-        super().__init__()
-        self.norm = nn.LayerNorm(hidden_size)
-        self.classify = nn.Linear(hidden_size, num_labels)
-
-    def forward(self, vector: Tensor) -> Tensor:
-        return self.classify(self.norm(vector))  # (R, D) -> (R, C)
 
 
 class ClassifierExits(nn.Module):
-    """The exits of one classifier: for each depth an answer and, if asked for, one learned judge.
+    """The exits of one classifier: for each depth a head and, if wanted, a learned judge.
 
     Args:
         depths: executed layers at each exit, ascending, from 0 up to below the model's number of layers.
         head: `shared`: the model's own pooler and classifier answer at every exit (PALBERT); `pooled`: a `PooledHead` for each exit;
-            `linear`: a `LinearHead` for each.
-        judge: what says how safe an answer is: `none`; `halting`: PALBERT's Lambda layer, three times Linear and tanh of width 2D, then
-            Linear, on `[z_i ; z_{i-1}]`, shared by all exits; `linear_halting`: PonderNet's single Linear on z_i, shared;
-            `correctness`: BERxiT's Linear on the first token, shared; `statistics`: JEI-DNN's Linear(4 -> 1) on `answer_statistics`,
-            one for each exit.
+            `linear`: a `LinearHead` for each (JEI-DNN).
+        judge: what says how safe an output is: `none`, `halting` (PALBERT), `linear_halting` (PonderNet), `correctness` (BERxiT) or
+            `statistics` (JEI-DNN); a registered method may bring others. Each stands in the file of its paper, methods/.
         pooling: what heads and judges look at: `first`, the first token, as all the papers do; `mean`, the mean of a text's tokens in
             the place of the first. Lower layers of an encoder whose first token was not trained to say anything (all that were trained
             on the mean) tell by the mean alone.
 
     Raises:
-        ValueError: depths not ascending, an unknown head, judge or pooling, statistics of a regression.
+        ValueError: depths not ascending, an unknown head, judge or pooling, a judge of class probabilities for a regression.
     """
 
     def __init__(
@@ -92,20 +52,22 @@ class ClassifierExits(nn.Module):
         depths = tuple(depths)
         if not depths or list(depths) != sorted(set(depths)) or depths[0] < 0:
             raise ValueError(f"depths={depths}, expected ascending distinct numbers of layers, at least one")
-        if head not in HEADS or judge not in JUDGES:
-            raise ValueError(f"head={head!r} and judge={judge!r}, expected one of {HEADS} and one of {JUDGES}")
+        head_kind, judge_kind = head_named(head), judge_named(judge)
         if pooling not in POOLINGS:
             raise ValueError(f"pooling={pooling!r}, expected one of {POOLINGS}")
-        if judge == "statistics" and num_labels < 2:
-            raise ValueError(f"judge='statistics' looks at class probabilities, but num_labels={num_labels}")
+        if judge_kind is not None and judge_kind.looks_at == "logits" and num_labels < 2:
+            raise ValueError(f"judge={judge!r} looks at class probabilities, but num_labels={num_labels}")
         self.depths, self.hidden_size, self.num_labels = depths, hidden_size, num_labels
         self.head, self.judge, self.dropout, self.pooling = head, judge, dropout, pooling
-        own = depths if head != "shared" else ()
-        self.heads = nn.ModuleList(
-            PooledHead(hidden_size, num_labels, dropout) if head == "pooled" else LinearHead(hidden_size, num_labels)
-            for _ in own
-        )
-        self.judges = nn.ModuleList(_judges(judge, hidden_size, len(depths), dropout))
+        sizes, own = (hidden_size, num_labels, dropout), 0 if head_kind.build is None else len(depths)
+        self.heads = nn.ModuleList(head_kind.build(*sizes) for _ in range(own))
+        own = 0 if judge_kind is None else len(depths) if judge_kind.per_exit else 1
+        self.judges = nn.ModuleList(judge_kind.build(hidden_size, dropout) for _ in range(own))
+
+    @property
+    def judge_kind(self) -> Judge | None:
+        """What the learned judge is made of; None: there is none."""
+        return judge_named(self.judge)
 
     @classmethod
     def for_model(
@@ -151,19 +113,9 @@ class ClassifierExits(nn.Module):
         return {"depths": list(self.depths), **{name: getattr(self, name) for name in names}}
 
 
-def _judges(kind: str, hidden_size: int, num_exits: int, dropout: float) -> list[nn.Module]:
-    if kind == "halting":
-        width = 2 * hidden_size
-        layers = [module for _ in range(3) for module in (nn.Linear(width, width), nn.Tanh())]
-        return [nn.Sequential(nn.Dropout(dropout), *layers, nn.Linear(width, 1))]
-    if kind == "statistics":
-        return [nn.Linear(4, 1) for _ in range(num_exits)]
-    return [] if kind == "none" else [nn.Linear(hidden_size, 1)]
-
-
 @dataclass(frozen=True, eq=False)
 class ClassifierHeads:
-    """Exits and the model they sit on, as the core asks them (`JudgingHeads`). An answer is the logits (R, C).
+    """Exits and the model they sit on, as the core calls them (`JudgingHeads`). The output of an exit is its logits (R, C).
 
     `context` holds the `attention_mask` (R, N) of the hidden states, if they have one: after tokens were removed, of those that are left.
     """
@@ -208,38 +160,30 @@ class ClassifierHeads:
         return self.exits.heads[exit](self._own(self.vector(hidden, context)))
 
     def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """As `judge`, of a judge without a memory. Raises ValueError for `halting`, which has one: use the score 'learned_confidence'."""
-        if self.exits.judge == "halting":
+        """As `judge`, of a judge that looks at this exit alone. Raises ValueError for `halting`, which needs the exit before."""
+        kind = self.exits.judge_kind
+        if kind is not None and kind.carries:
             raise ValueError(
-                "the halting judge looks at the exit before: use the score 'learned_confidence', not 'confidence'"
+                f"the {kind.name} judge looks at the exit before: use the score 'learned_confidence', not 'confidence'"
             )
         return self.judge(ExitInputs(self, exit, hidden, context))
 
-    def judge(self, observation: ExitInputs) -> Tensor:
+    def judge(self, inputs: ExitInputs) -> Tensor:
         """(R,) in (0, 1): lambda, the gate, or the probability of being right."""
-        return self.judge_logits(observation).sigmoid()
+        return self.judge_logits(inputs).sigmoid()
 
-    def judge_logits(self, observation: ExitInputs) -> Tensor:
-        """What `judge` takes the sigmoid of, (R,). z of the exit before goes from exit to exit in `observation.carried`.
+    def judge_logits(self, inputs: ExitInputs) -> Tensor:
+        """What `judge` takes the sigmoid of, (R,). What a judge carries from exit to exit goes through `inputs.carried`.
 
         Raises:
             ValueError: exits without a judge.
         """
-        judges, kind = self.exits.judges, self.exits.judge
-        if kind == "none":
-            raise ValueError("these exits have no learned judge (judge='none'), but the policy's score asks for one")
-        if kind == "statistics":
-            facts = answer_statistics(observation.answer)  # (R, 4)
-            return judges[observation.exit](self._own(facts))[:, 0]
-        if kind == "correctness":
-            return judges[0](self._own(self.vector(observation.hidden, observation.context).detach()))[:, 0]
-        pooled = self._own(self.pool(observation.hidden, observation.context))  # (R, D)
-        if kind == "linear_halting":
-            return judges[0](pooled)[:, 0]
-        observation.carried["pooled"] = pooled
-        before = observation.context.get("pooled", torch.zeros_like(pooled))
-        return judges[0](torch.cat([pooled, before], dim=-1))[:, 0]  # (R, 2D) -> (R,)
+        kind = self.exits.judge_kind
+        if kind is None:
+            raise ValueError("these exits have no learned judge (judge='none'), but the policy's score needs one")
+        judge = self.exits.judges[inputs.exit if kind.per_exit else 0]
+        return judge(self._own(kind.features(self, inputs)))[:, 0]  # (R, F) -> (R,)
 
     def _own(self, values: Tensor) -> Tensor:
-        """In the exits' precision: what they are asked may come in the model's, or in float32."""
+        """In the exits' precision: values may come in the model's, or in float32."""
         return values.to(next(self.exits.parameters()).dtype)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ee_diffusion.classification.model_specs import model_spec_of
-from ee_diffusion.core.patch import ForwardPatch
 
 QUERIES = 128  # query positions whose attention is looked at at once
 
@@ -217,39 +216,3 @@ def _additive(keys: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(keys.shape, dtype=dtype, device=keys.device).masked_fill(~keys, torch.finfo(dtype).min)[
         :, None, None
     ]
-
-
-@contextmanager
-def soft_pruning(model: nn.Module, thresholds: Tensor, mask: Tensor, *, temperature: float) -> Iterator[list[Tensor]]:
-    """Within, a forward multiplies each token after layer l by `sigmoid((s - theta_l) / T)`; yields a list to which every layer
-    appends these (B, N), 1 for the first token, 0 for padding. Thresholds (L,) get gradients; all tokens run.
-
-    Raises:
-        ValueError: a class whose tokens cannot be removed, thresholds of the wrong number, a temperature not above 0.
-    """
-    check_pruning(model, (0.0,) * len(thresholds))
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature={temperature}, expected a finite number above 0")
-    kept: list[Tensor] = []
-    keys = mask.bool()
-
-    def soft(block: nn.Module, original, hidden, *args, **kwargs):
-        with projected(block) as found:
-            output = original(hidden, *args, **kwargs)
-        heads = PARTS[type(block).__name__].heads(block)
-        gate = ((saliency(*found, keys, heads=heads) - thresholds[len(kept)]) / temperature).sigmoid()  # (B, N)
-        gate = torch.cat([torch.ones_like(gate[:, :1]), gate[:, 1:]], dim=1) * keys
-        kept.append(gate)
-        return output * gate[:, :, None].to(output.dtype)
-
-    blocks = model_spec_of(model).blocks(model)
-    interceptions = [ForwardPatch(block, _bound(soft, block)) for block in blocks]
-    try:
-        yield kept
-    finally:
-        for interception in reversed(interceptions):
-            interception.restore()
-
-
-def _bound(soft: Callable, block: nn.Module) -> Callable:
-    return lambda original, *args, **kwargs: soft(block, original, *args, **kwargs)

@@ -45,9 +45,8 @@ def fixture(name: str, case: str) -> tuple[nn.Module, ClassifierExits, Policy]:
     model, delayed = model_named(name), case.endswith(LATE)
     case = case.removesuffix(LATE)
     method, pooling = case.removesuffix(MEAN), "mean" if case.endswith(MEAN) else "first"
-    head, judge = methods.EXITS[method]
     for seed, value in itertools.product(range(11, 16), (0.5, 0.6, 0.4, 0.7, 0.3, 0.8, 0.2)):
-        exits = exits_for(model, head=head, judge=judge, seed=seed, pooling=pooling)
+        exits = exits_for(model, **methods.METHODS[method].exits, seed=seed, pooling=pooling)
         policy = replace(METHODS[method](value), delayed=delayed)
         if len(run(model, exits, policy, batch_for(name))[1].depths.unique()) > 1:
             return model, exits, policy

@@ -17,7 +17,7 @@ from tiny_classifiers import CLASSES, LAYERS, NAMES, WIDTH, exits_for, model_nam
 
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.costs import block_flops, costs_of, flops_of, saliency_flops, ways
-from ee_diffusion.classification.methods import EXITS, confidence, jei_dnn, palbert
+from ee_diffusion.classification.methods import METHODS, confidence, jei_dnn, palbert
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 
@@ -56,8 +56,7 @@ def counted(model, exits, policy: Policy):
 def test_the_formula_is_what_torch_counts(name: str, method: str, policy: Policy):
     """All seven families. Eager attention, so that both of its products are counted."""
     model = model_named(name, attn_implementation="eager")
-    head, judge = EXITS[method]
-    exits = exits_for(model, head=head, judge=judge)
+    exits = exits_for(model, **METHODS[method].exits)
     for one in (policy, Policy(policy.criterion, record_all=True)):
         total, trace = counted(model, exits, one)
         costs = costs_of(model, exits, length(name), score=policy.criterion.score)

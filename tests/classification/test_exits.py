@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import CLASSES, ROWS, WIDTH, batch_for, exits_for, model_named
 
 from ee_diffusion.classification.attach import watching
-from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads, answer_statistics
+from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
+from ee_diffusion.classification.methods.jei_dnn import output_statistics
 from ee_diffusion.core.scores import ExitInputs
 
 
@@ -24,9 +25,9 @@ def states_of(model) -> list[torch.Tensor]:
     return states
 
 
-def test_answer_statistics_against_a_slow_loop():
+def test_output_statistics_against_a_slow_loop():
     logits = torch.randn(ROWS, CLASSES, requires_grad=True)
-    found = answer_statistics(logits)
+    found = output_statistics(logits)
     assert not found.requires_grad
     for row in range(ROWS):
         exps = [math.exp(float(value)) for value in logits[row].detach()]
@@ -157,3 +158,21 @@ def test_settings_make_the_same_exits():
     assert len({id(gate) for gate in again.judges}) == 2, "a gate for each exit"
     assert again.depths == (0, 2)
     again.load_state_dict(exits.state_dict())
+
+
+@pytest.mark.parametrize(
+    "judge, names",
+    {
+        "none": {},
+        "halting": {f"0.{place}": 2 * WIDTH for place in (1, 3, 5, 7)},
+        "linear_halting": {"0": WIDTH},
+        "correctness": {"0": WIDTH},
+        "statistics": {"0": 4, "1": 4},
+    }.items(),
+)
+def test_saved_exits_keep_the_names_of_their_weights(judge: str, names: dict[str, int]):
+    """A file of weights is loaded by these names, whatever the code calls its modules."""
+    exits = ClassifierExits((1, 2), WIDTH, CLASSES, head="linear", judge=judge)
+    found = {name: value.shape[1] for name, value in exits.state_dict().items() if value.ndim == 2}
+    heads = {f"heads.{exit}.classify.weight": WIDTH for exit in range(2)}
+    assert found == heads | {f"judges.{name}.weight": width for name, width in names.items()}

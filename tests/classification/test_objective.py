@@ -13,25 +13,34 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_classifiers import CLASSES, LAYERS, ROWS, batch_for, exits_for, model_named
 
-from ee_diffusion.classification import losses
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import costs_of
-from ee_diffusion.classification.methods import EXITS
-from ee_diffusion.classification.objective import FROZEN, ClassifierObjective, Weights
+from ee_diffusion.classification.method import output_losses
+from ee_diffusion.classification.methods import METHODS, method_named
+from ee_diffusion.classification.methods.jei_dnn import JeiDnnSettings, gate_loss, gate_targets
+from ee_diffusion.classification.methods.palbert import PonderSettings, halting_probabilities, ponder_loss
+from ee_diffusion.classification.objective import ClassifierObjective
 
 LABELS = torch.tensor([0, 1, 2, 2, 1, 0])
 
 
-def objective_for(method: str, name: str = "Bert", **weights) -> ClassifierObjective:
-    model = model_named(name)
-    head, judge = EXITS.get(method, ("shared", "none"))
-    pruning, pooling = weights.pop("pruning", None), weights.pop("pooling", "first")
-    exits = exits_for(model, head=head, judge=judge, pooling=pooling)
+def objective_for(
+    method: str,
+    name: str = "Bert",
+    *,
+    pruning: tuple[float, ...] | None = None,
+    pooling: str = "first",
+    **settings,
+) -> ClassifierObjective:
+    model, made = model_named(name), method_named(method)
+    exits = exits_for(model, **made.exits, pooling=pooling)
     classifier = EarlyExitClassifier.from_classifier(model, exits)
     classifier.pruning = pruning
-    return ClassifierObjective(classifier, method=method, weights=Weights(trade_off=0.5, **weights)).eval()
+    chosen = made.settings_from({"trade_off": 0.5} | settings, name=method)
+    return ClassifierObjective(classifier, method=method, settings=chosen).eval()
 
 
+FROZEN = tuple(name for name, method in METHODS.items() if method.trains == "exits")
 MAGIC = {"mask_weight": 0.1, "temperature": 0.01, "top_threshold": 0.1}
 
 
@@ -67,7 +76,7 @@ def test_who_learns(method: str, expected: set[str]):
     assert learners(objective, objective(labelled())["loss"]) == expected
     assert all(p.requires_grad == (method not in FROZEN) for p in objective.classifier.model.parameters())
     assert all(p.requires_grad for p in objective.classifier.exits.parameters())
-    plain = ClassifierObjective(objective.classifier, method="plain", weights=Weights())
+    plain = ClassifierObjective(objective.classifier, method="plain")
     assert not any(p.requires_grad for p in plain.classifier.exits.parameters())
     assert all(p.requires_grad for p in plain.classifier.model.parameters())
 
@@ -87,8 +96,8 @@ def test_losses_and_facts_by_hand():
     """Ramps and students alone, the model's own answer left out; accuracies of the first and last answer."""
     for method in ("deebert", "fastbert", "jei_dnn"):
         objective = objective_for(method, warm_up=5)
-        seen, total = objective._see(labelled()), 0.0
-        logs = seen.answers.detach().double().log_softmax(-1)  # (A, B, C)
+        seen, total = objective.outputs(labelled()), 0.0
+        logs = seen.logits.detach().double().log_softmax(-1)  # (A, B, C)
         for exit in range(LAYERS - 1):
             for row in range(ROWS):
                 if method == "fastbert":
@@ -99,7 +108,7 @@ def test_losses_and_facts_by_hand():
         found = objective(labelled())
         assert float(found["loss"]) == pytest.approx(total, rel=1e-5)
         for name, place in (("accuracy_first", 0), ("accuracy_last", -1)):
-            right = [int(seen.answers[place, row].argmax()) == int(LABELS[row]) for row in range(ROWS)]
+            right = [int(seen.logits[place, row].argmax()) == int(LABELS[row]) for row in range(ROWS)]
             assert float(found[name]) == pytest.approx(sum(right) / ROWS)
         assert found["accuracy_first"] != found["accuracy_last"] or method == "jei_dnn"
 
@@ -148,44 +157,40 @@ def test_gates_change_what_the_heads_learn_unless_released(released: bool):
 
 def test_palbert_loss_is_that_of_the_formula():
     objective = objective_for("palbert")
-    seen = objective._see(labelled())
+    seen = objective.outputs(labelled())
     found = objective(labelled())
-    assert seen.answers.shape == (LAYERS, ROWS, CLASSES)
-    halting = seen.judge.sigmoid()
-    expected = losses.ponder_loss(seen.answers, LABELS, halting, rate=0.1, weight=0.5, direction="posterior_to_prior")
+    assert seen.logits.shape == (LAYERS, ROWS, CLASSES)
+    halting = seen.judge_logits.sigmoid()
+    expected = ponder_loss(seen.logits, LABELS, halting, PonderSettings())
     torch.testing.assert_close(found["loss"], expected)
-    p = losses.halting_probabilities(halting)
+    p = halting_probabilities(halting)
     mean = sum((place + 1) * float(p[place, row]) for place in range(LAYERS) for row in range(ROWS)) / ROWS
     assert float(found["expected_exit"]) == pytest.approx(mean, rel=1e-5)
-    numbers = {"rate": 0.4, "divergence": 2.0, "direction": "prior_to_posterior"}
-    for changed in ({}, {"rate": 0.4}, {"divergence": 2.0}, {"direction": "prior_to_posterior"}, numbers):
-        given = {"rate": 0.1, "divergence": 0.5, "direction": "posterior_to_prior"} | changed
-        named = {"rate": given["rate"], "weight": given["divergence"], "direction": given["direction"]}
-        expected = losses.ponder_loss(seen.answers, LABELS, halting, **named)
+    each = {"prior_rate": 0.4, "divergence_weight": 2.0, "divergence_direction": "prior_to_posterior"}
+    for changed in ({}, *({name: value} for name, value in each.items()), each):
+        expected = ponder_loss(seen.logits, LABELS, halting, PonderSettings(**changed))
         torch.testing.assert_close(objective_for("palbert", **changed)(labelled())["loss"], expected)
 
 
 def test_jei_dnn_targets_use_costs_of_the_batchs_length():
     objective = objective_for("jei_dnn", warm_up=0)
-    seen, exits = objective._see(labelled()), objective.classifier.exits
-    each = losses.answer_losses(seen.answers, LABELS)
+    seen, exits = objective.outputs(labelled()), objective.classifier.exits
+    each = output_losses(seen.logits, LABELS)
 
     def targets_for(score: str | None, trade_off: float) -> Tensor:
         costs = costs_of(objective.classifier.model, exits, 9, score=score).up_to(exits.depths, LAYERS)
-        return losses.gate_targets(each, costs, trade_off=trade_off)
+        return gate_targets(each, costs, trade_off=trade_off)
 
     torch.testing.assert_close(
-        objective(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("learned_confidence", 0.5))
+        objective(labelled())["loss"], gate_loss(seen.judge_logits, targets_for("learned_confidence", 0.5))
     )
     told = (value / 500 for value in range(1, 5000))
     trade_off = next(
         value for value in told if not torch.equal(targets_for("learned_confidence", value), targets_for(None, value))
     )
-    gates_cost = ClassifierObjective(
-        objective.classifier, method="jei_dnn", weights=Weights(trade_off=trade_off)
-    ).eval()
+    gates_cost = ClassifierObjective(objective.classifier, method="jei_dnn", settings=JeiDnnSettings(trade_off)).eval()
     torch.testing.assert_close(
-        gates_cost(labelled())["loss"], losses.gate_loss(seen.judge, targets_for("learned_confidence", trade_off))
+        gates_cost(labelled())["loss"], gate_loss(seen.judge_logits, targets_for("learned_confidence", trade_off))
     )
 
 
@@ -207,17 +212,17 @@ def test_magic_pyramids_soft_stage_learns_weights_and_thresholds():
     found = objective(labelled())
     assert 0 < float(found["kept"]) < 1
     assert learners(objective, found["loss"]) == {"model"}
-    assert bool((objective.thresholds.grad != 0).any())
+    assert bool((objective.token_gates.thresholds.grad != 0).any())
     plain = objective_for("magic_soft", **MAGIC | {"mask_weight": 0.0})(labelled())
     torch.testing.assert_close(found["loss"] - plain["loss"], 0.1 * found["kept"])
     assert objective.classifier.pruning is None
-    assert objective.thresholds.tolist() == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
-    assert objective_for("magic_soft", **MAGIC, bottom_threshold=0.04).thresholds.tolist() == pytest.approx(
+    assert objective.token_gates.thresholds.tolist() == pytest.approx([0.0, 0.1 / 3, 0.2 / 3, 0.1])
+    assert objective_for("magic_soft", **MAGIC, bottom_threshold=0.04).token_gates.thresholds.tolist() == pytest.approx(
         [0.04, 0.06, 0.08, 0.1]
     )
-    assert objective.trained().pruning == tuple(objective.thresholds.tolist())
+    assert objective.trained().pruning == tuple(objective.token_gates.thresholds.tolist())
     with torch.no_grad():
-        objective.thresholds.copy_(torch.tensor([-0.1, 0.2, 0.3, 1.5]))
+        objective.token_gates.thresholds.copy_(torch.tensor([-0.1, 0.2, 0.3, 1.5]))
     assert objective.trained().pruning == pytest.approx((0.0, 0.2, 0.3, 1.0))
 
 
@@ -245,7 +250,7 @@ def test_images_and_regression():
     assert torch.isfinite(objective(labelled("ViT"))["loss"])
     model = model_named("Bert", num_labels=1)
     classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="correctness"))
-    berxit = ClassifierObjective(classifier, method="berxit", weights=Weights())
+    berxit = ClassifierObjective(classifier, method="berxit")
     found = berxit(batch_for("Bert") | {"labels": torch.randn(ROWS)})
     assert torch.isfinite(found["loss"])
     assert "accuracy_last" not in found
@@ -256,25 +261,25 @@ def test_images_and_regression():
     [
         (lambda: objective_for("cat"), "method='cat'"),
         (
-            lambda: ClassifierObjective(objective_for("palbert").classifier, method="pabee", weights=Weights()),
-            "pabee wants pooled",
+            lambda: ClassifierObjective(objective_for("palbert").classifier, method="pabee"),
+            "pabee needs .*pooled",
         ),
         (
-            lambda: ClassifierObjective(objective_for("jei_dnn").classifier, method="jei_dnn", weights=Weights()),
+            lambda: ClassifierObjective(objective_for("jei_dnn").classifier, method="jei_dnn"),
             "trade_off",
         ),
         (lambda: objective_for("magic_hard"), "magic_soft first"),
         (lambda: objective_for("magic_soft", mask_weight=0.1), "needs temperature"),
-        (lambda: Weights(rate=1.0), "rate=1.0"),
-        (lambda: Weights(phase=0), "phase=0"),
-        (lambda: Weights(divergence=-0.1), "divergence=-0.1"),
-        (lambda: Weights(trade_off=-1.0), "trade_off=-1.0"),
-        (lambda: Weights(warm_up=-1), "warm_up=-1"),
-        (lambda: Weights(mask_weight=-1.0), "mask_weight=-1.0"),
-        (lambda: Weights(top_threshold=1.5), "top_threshold=1.5"),
-        (lambda: Weights(bottom_threshold=-0.1), "bottom_threshold=-0.1"),
+        (lambda: objective_for("palbert", prior_rate=1.0), "prior_rate=1.0"),
+        (lambda: objective_for("jei_dnn", phase=0), "phase=0"),
+        (lambda: objective_for("palbert", divergence_weight=-0.1), "divergence_weight=-0.1"),
+        (lambda: objective_for("jei_dnn", trade_off=-1.0), "trade_off=-1.0"),
+        (lambda: objective_for("jei_dnn", warm_up=-1), "warm_up=-1"),
+        (lambda: objective_for("magic_soft", **MAGIC | {"mask_weight": -1.0}), "mask_weight=-1.0"),
+        (lambda: objective_for("magic_soft", **MAGIC | {"top_threshold": 1.5}), "top_threshold=1.5"),
+        (lambda: objective_for("magic_soft", **MAGIC | {"bottom_threshold": -0.1}), "bottom_threshold=-0.1"),
         (
-            lambda: ClassifierObjective(objective_for("plain").classifier, method="plain", weights=Weights(), parts=0),
+            lambda: ClassifierObjective(objective_for("plain").classifier, method="plain", parts=0),
             "parts=0",
         ),
     ],
@@ -288,4 +293,4 @@ def test_a_model_that_gives_several_classes_at_once_is_refused():
     model = model_named("Bert", problem_type="multi_label_classification")
     classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="pooled", judge="none"))
     with pytest.raises(ValueError, match="problem_type='multi_label_classification', expected"):
-        ClassifierObjective(classifier, method="pabee", weights=Weights())
+        ClassifierObjective(classifier, method="pabee")

@@ -10,13 +10,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_objective import LABELS, MAGIC, labelled, objective_for
+from test_objective import FROZEN, LABELS, MAGIC, labelled, objective_for
 from tiny_classifiers import CLASSES, LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 
 from ee_diffusion.classification.activations import StoredStates, by_length, look_through, origin_of, stored_states
 from ee_diffusion.classification.evaluation import look
 from ee_diffusion.classification.exits import ClassifierHeads
-from ee_diffusion.classification.objective import FROZEN
 
 
 @pytest.mark.parametrize("method", ["plain", "palbert", "jei_dnn", "berxit", "magic_soft", "fastbert"])

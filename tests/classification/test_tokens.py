@@ -18,8 +18,9 @@ from ee_diffusion.classification.attach import attach, watching
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import block_flops, pruned_flops, saliency_flops
 from ee_diffusion.classification.methods import fastbert
+from ee_diffusion.classification.methods.magic_pyramid import soft_pruning
 from ee_diffusion.classification.model_specs import model_spec_of
-from ee_diffusion.classification.token_pruning import PARTS, saliency, soft_pruning
+from ee_diffusion.classification.token_pruning import PARTS, saliency
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 

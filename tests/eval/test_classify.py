@@ -14,7 +14,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.evaluation import Look
 from ee_diffusion.classification.exits import ClassifierExits
-from ee_diffusion.classification.methods import EXITS
+from ee_diffusion.classification.methods import METHODS
 from ee_diffusion.core.policy import Policy
 from eval import classify
 
@@ -31,8 +31,7 @@ def made(folder: Path, method: str, *, num_labels: int = 2) -> Path:
     sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8}
     torch.manual_seed(0)
     model = BertForSequenceClassification(BertConfig(**sizes, vocab_size=len(words), num_labels=num_labels))
-    head, judge = EXITS[method]
-    exits = ClassifierExits.for_model(model, head=head, judge=judge)
+    exits = ClassifierExits.for_model(model, **METHODS[method].exits)
     EarlyExitClassifier.from_classifier(model, exits).save_pretrained(folder / "model")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "model")
     rows = [f"{' '.join(f'w{j}' for j in range(i % 7 + 1))}\t{i % 2}" for i in range(40)]

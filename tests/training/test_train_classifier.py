@@ -107,7 +107,7 @@ def test_exits_of_the_mean_are_saved_and_not_resumed_as_others(base: Path, monke
 def test_thresholds_begin_on_the_line_asked_for(base: Path):
     numbers = {"mask_weight": 0.1, "temperature": 0.01, "bottom_threshold": 0.01, "top_threshold": 0.03}
     config = train_classifier.ClassifierConfig(method="magic_soft", init_from=str(base / "base"), **numbers)
-    assert train_classifier.build_objective(config).thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
+    assert train_classifier.build_objective(config).token_gates.thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
 
 
 def test_a_truncated_control(base: Path, monkeypatch):

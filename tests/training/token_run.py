@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ee_diffusion.classification.classifier import EarlyExitClassifier
-from ee_diffusion.classification.objective import ClassifierObjective, Weights
+from ee_diffusion.classification.methods.magic_pyramid import SoftPruningSettings
+from ee_diffusion.classification.objective import ClassifierObjective
 from ee_diffusion.decoding.exit_objective import ExitObjective, collect_states
 from ee_diffusion.decoding.heads import LearnedExits
 from ee_diffusion.decoding.methods import skipdecode
@@ -63,9 +64,9 @@ def soft() -> tuple[nn.Module, Source]:
     """Magic Pyramid's soft stage: answers are a mean over texts, kept tokens over tokens."""
     model = classifier_named("Bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
     classifier = EarlyExitClassifier.from_classifier(model, exits_for(model, head="shared", judge="none"))
-    weights = Weights(mask_weight=1.0, temperature=0.01, top_threshold=0.1)
+    settings = SoftPruningSettings(mask_weight=1.0, temperature=0.01, top_threshold=0.1)
     tokens = [[token % model.config.vocab_size for token in ids[:9]] for ids in texts()[0]]
-    objective = ClassifierObjective(classifier, method="magic_soft", weights=weights)
+    objective = ClassifierObjective(classifier, method="magic_soft", settings=settings)
     return objective, TextSource(tokens, torch.tensor([0, 1, 2, 1]), pad=0)
 
 
@@ -76,7 +77,7 @@ def turns(micro_steps: int) -> tuple[nn.Module, Source]:
     for module in classifier.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    objective = ClassifierObjective(classifier, method="berxit", weights=Weights(), micro_steps=micro_steps)
+    objective = ClassifierObjective(classifier, method="berxit", micro_steps=micro_steps)
     return objective, soft()[1]
 
 
