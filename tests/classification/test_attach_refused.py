@@ -18,7 +18,7 @@ from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of, register_model
-from ee_diffusion.core.criteria import DepthTable
+from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 
 
@@ -62,7 +62,7 @@ class TestRefused:
         "policy, words",
         [
             (methods.palbert(0.5), "no learned judge"),
-            (Policy(methods.Threshold((0.5, 0.5), score="margin")), "2 thresholds, expected one for each of 3"),
+            (Policy(Threshold((0.5, 0.5), score="margin")), "2 thresholds, expected one for each of 3"),
         ],
     )
     def test_policies_that_do_not_fit(self, model, exits, policy, words):
@@ -96,7 +96,7 @@ class TestRefused:
             ("none", methods.confidence(0.5)),
             ("none", methods.pabee(1)),
             ("none", methods.fastbert(0.5)),
-            ("none", Policy(methods.Threshold(0.5, score="margin"))),
+            ("none", Policy(Threshold(0.5, score="margin"))),
             ("statistics", methods.jei_dnn(0.5)),
         ],
     )
@@ -125,7 +125,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("score", ["closeness", "saturation", "pruned_probability"])
     def test_scores_of_other_outputs(self, model, exits, score: str):
-        policy = Policy(methods.Threshold(0.5, score=score))
+        policy = Policy(Threshold(0.5, score=score))
         with pytest.raises(ValueError, match=f"score '{score}' is about"), attach(model, exits, policy):
             pass
 

@@ -115,7 +115,7 @@ def test_a_model_in_train_mode_is_refused():
 
 @pytest.mark.parametrize("row", [object(), None, "BertForSequenceClassification"])
 def test_what_is_no_row_of_the_table_is_refused(row, table):
-    with pytest.raises(ValueError, match=r"expected ee_diffusion.classification.model_specs.Family\(...\)"):
+    with pytest.raises(ValueError, match=r"expected ee_diffusion.classification.model_specs.ModelSpec\(...\)"):
         register_model(row)
 
 

@@ -17,8 +17,8 @@ from tiny_classifiers import LAYERS, NAMES, ROWS, batch_for, exits_for, model_na
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.evaluation import look
-from ee_diffusion.classification.exits import HEADS, JUDGES, POOLINGS, ClassifierExits
-from ee_diffusion.classification.methods import berxit, confidence, jei_dnn, pabee, palbert, pondernet
+from ee_diffusion.classification.exits import POOLINGS, ClassifierExits
+from ee_diffusion.classification.methods import berxit, confidence, heads, jei_dnn, judges, pabee, palbert, pondernet
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 
@@ -59,9 +59,9 @@ def in_float32(head: str, judge: str, pooling: str):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("own", ["the model's", "float32"])
-@pytest.mark.parametrize("judge", JUDGES)
+@pytest.mark.parametrize("judge", judges())
 def test_every_head_and_judge(judge: str, own: str, dtype: torch.dtype):
-    for head, pooling in itertools.product(HEADS, POOLINGS):
+    for head, pooling in itertools.product(heads(), POOLINGS):
         scores, answers = in_float32(head, judge, pooling)
         exits = exits_for(model_named("Bert"), head=head, judge=judge, pooling=pooling)
         exits = exits.to(torch.float32 if own == "float32" else dtype)
