@@ -64,7 +64,7 @@ _HOMES = {
     "periodic_cache": "diffusion.methods",
     "remembered": "diffusion.methods",
     "searched": "diffusion.methods",
-    "fit_schedules": "diffusion.step_cache.recording",
+    "fit_schedules": "diffusion.step_cache.fit",
     "local_error_gain": "diffusion.step_cache.solver",
     "EarlyExitPipeline": "diffusion.pipelines.uvit",
     "EarlyExitDiTPipeline": "diffusion.pipelines.stock",
@@ -163,7 +163,7 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
     from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
     from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
     from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification, influence
-    from ee_diffusion.diffusion.step_cache.recording import fit_schedules
+    from ee_diffusion.diffusion.step_cache.fit import fit_schedules
     from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
 

@@ -20,7 +20,7 @@ from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.protocols import DenoiserHeads
-from ee_diffusion.diffusion.step_cache.recording import fit_schedules
+from ee_diffusion.diffusion.step_cache.fit import fit_schedules
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from eval.harness.baselines_dit import db_cache
 from eval.harness.interleave import Candidate, Draw

@@ -23,7 +23,8 @@ from ee_diffusion.diffusion.exits.cached import TERMS, CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import STATES, Walk, fit_error_estimator, walk
-from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, record
+from ee_diffusion.diffusion.step_cache.recording import record
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction
 from ee_diffusion.metrics.gauges import gauge_figures
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json

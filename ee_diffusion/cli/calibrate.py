@@ -20,9 +20,10 @@ from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, search
 from ee_diffusion.diffusion.pipelines.sampling import classes_of, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification, influence
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
-from ee_diffusion.diffusion.step_cache.trajectories import check_distinct_times, fit_prediction, record
+from ee_diffusion.diffusion.step_cache.trajectories import check_distinct_times, fit_prediction
 from ee_diffusion.metrics.image import relative_squared_error
 from ee_diffusion.metrics.splits import balanced_labels, seeds, shuffled_labels
 

@@ -24,8 +24,9 @@ from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, re
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, controls_of, generate
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
-from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, record
+from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import write_json
 from eval.harness.baselines import PEERS, Peer

@@ -14,8 +14,8 @@ from tiny_pipelines import call_of, images_of, pipeline_named
 
 from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
-from ee_diffusion.diffusion.step_cache.trajectories import record
 
 STEPS = 6
 NAMED = (

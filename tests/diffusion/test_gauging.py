@@ -52,7 +52,7 @@ def test_rows_are_the_images_with_their_labels_then_without(pipe: EarlyExitPipel
     remember = exits.remember
 
     def watch(module, args, kwargs, output):
-        asked.append((args[0], args[2], output.sample))
+        asked.append((args[0], kwargs["class_labels"], output.sample))
 
     def remembering(memory, rows, **said):
         kept.append(rows)

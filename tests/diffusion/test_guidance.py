@@ -14,7 +14,7 @@ from ee_diffusion.diffusion.pipelines.sampling import generate, sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
-from ee_diffusion.diffusion.step_cache.trajectories import full_steps, record
+from ee_diffusion.diffusion.step_cache.recording import outputs_through, record
 
 STEPS, SEEDS, LABELS = 6, [3, 4], [0, 1]
 SCALES = (0.5, 1.0, 2.0)
@@ -60,7 +60,6 @@ def test_a_full_run_asks_what_the_pipeline_asks(dtype: torch.dtype, scale: float
     own = asked(pipe, lambda: generate(pipe, SEEDS, LABELS, batch_size=2, **call(scale)))
     assert own[0][0].dtype == dtype
     assert len(own[0][0]) == (4 if scale > 1 else 2)
-    same(asked(pipe, lambda: list(full_steps(pipe, SEEDS, LABELS, **call(scale)))), own)
     same(asked(pipe, lambda: record(pipe, exits, SEEDS, LABELS, **call(scale))), own)
 
 
@@ -75,15 +74,15 @@ def test_walks_and_gains_ask_what_the_pipeline_asks(dtype: torch.dtype, scale: f
     own = asked(pipe, lambda: pipe(LABELS, generator=same_noise(), output_type="pt", **call(scale)))
     walked = {"skip": 0.0, "states": "full", "generator": same_noise()}
     same(asked(pipe, lambda: walk(pipe, exits, LABELS, **walked, **call(scale))), own)
-    rows = len(own[0][0])
     gained = asked(
         pipe, lambda: error_amplification(pipe, exits, LABELS, every=1, generator=same_noise(), **call(scale))
     )
-    same(gained[:4], own[:4])  # no branch yet
-    for found, expected in zip(gained, own, strict=True):
-        assert found[0].dtype == dtype
-        assert torch.equal(found[2][:rows], expected[2])
-        torch.testing.assert_close(found[0][:rows].float(), expected[0].float(), rtol=0.02, atol=0.02)
+    same(gained[:STEPS], own)  # the full run, then one that takes a cached output at step 3, 4, ...
+    for place, cached in enumerate(range(3, STEPS), 1):
+        branch = gained[place * STEPS : (place + 1) * STEPS]
+        same(branch[: cached + 1], own[: cached + 1])
+        assert all(torch.equal(one[2], other[2]) for one, other in zip(branch, own, strict=True))
+        assert cached == STEPS - 1 or not torch.equal(branch[cached + 1][0], own[cached + 1][0])
 
 
 def noisy(name: str) -> EarlyExitPipeline:
@@ -96,10 +95,11 @@ def noisy(name: str) -> EarlyExitPipeline:
 @pytest.mark.parametrize("name", ["ddpm", "dpm"])
 def test_a_solvers_noise_is_that_of_each_images_seed(name: str):
     pipe = noisy(name)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
 
     def run(seeds: list[int], labels: list[int], disturbed: int) -> Asked:
         torch.manual_seed(disturbed)  # the global generator has no say
-        return asked(pipe, lambda: list(full_steps(pipe, seeds, labels, **call(2.0))))
+        return asked(pipe, lambda: record(pipe, exits, seeds, labels, **call(2.0)))
 
     both = run(SEEDS, LABELS, 1)
     same(both, asked(pipe, lambda: generate(pipe, SEEDS, LABELS, batch_size=2, **call(2.0))))
@@ -114,31 +114,45 @@ def test_a_solvers_noise_is_that_of_each_images_seed(name: str):
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_course_holds_the_clean_images_the_solver_goes_by(scale: float):
     pipe, exits = made()
+    outputs: list[Tensor] = []
+    hook = pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output.sample))
     course = record(pipe, exits, SEEDS, LABELS, **call(scale))
-    for one, clean in zip(full_steps(pipe, SEEDS, LABELS, **call(scale)), course.clean, strict=True):
-        alpha = pipe.scheduler.alphas_cumprod[int(one.time)].double()
-        said = (one.sample.double() - (1 - alpha).sqrt() * one.output.double()) / alpha.sqrt()
+    hook.remove()
+    assert course.guidance_scale == scale
+    for time, sample, output, clean in zip(course.times, course.samples, outputs, course.clean, strict=True):
+        alpha = pipe.scheduler.alphas_cumprod[int(time)].double()
+        rows = torch.cat([sample] * (len(output) // len(sample))).double()
+        said = (rows - (1 - alpha).sqrt() * output.double()) / alpha.sqrt()
         expected = said[2:] + scale * (said[:2] - said[2:]) if scale > 1 else said
         torch.testing.assert_close(clean.double(), expected, rtol=1e-3, atol=1e-2)
 
 
-def test_an_output_that_is_sent_takes_the_place_of_the_models_own():
+def test_an_output_that_is_changed_takes_the_place_of_the_models_own():
     pipe, _ = made()
-    run = full_steps(pipe, SEEDS, LABELS, **call(2.0))
-    first = next(run)
-    given = torch.randn(first.output.shape, generator=torch.Generator().manual_seed(0))
-    after = run.send(given)
+    size = pipe.transformer.config.sample_size
+    given = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    seen: list[tuple[int, Tensor, Tensor]] = []
+
+    def change(index: int, sample: Tensor, timestep: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        seen.append((index, sample, timestep))
+        return given if index == 0 else forward()
+
+    before = pipe.transformer.forward
+    with outputs_through(pipe.transformer, change):
+        pipe(LABELS, generator=torch.Generator().manual_seed(1), output_type="pt", **call(2.0))
+    assert pipe.transformer.forward == before
+    assert [index for index, _, _ in seen] == list(range(STEPS))
     scheduler = sampler("ddim", like=pipe.scheduler)
     scheduler.set_timesteps(STEPS)
-    expected = scheduler.step(given[2:] + 2.0 * (given[:2] - given[2:]), first.time, first.sample[:2]).prev_sample
-    torch.testing.assert_close(after.sample, torch.cat([expected, expected]))
+    (_, sample, time), (_, after, _) = seen[:2]
+    expected = scheduler.step(given[2:] + 2.0 * (given[:2] - given[2:]), time[0], sample[:2]).prev_sample
+    torch.testing.assert_close(after, torch.cat([expected, expected]))
 
 
 def test_runs_that_cannot_be_are_refused_before_the_model_is_asked():
     pipe, exits = made()
     generator = torch.Generator()
     ways = {
-        "full_steps": lambda labels, **given: next(full_steps(pipe, SEEDS[: len(labels)], labels, **given)),
         "record": lambda labels, **given: record(pipe, exits, SEEDS[: len(labels)], labels, **given),
         "walk": lambda labels, **given: walk(
             pipe, exits, labels, skip=0.5, states="full", generator=generator, **given

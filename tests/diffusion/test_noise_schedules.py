@@ -17,8 +17,8 @@ from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
-from ee_diffusion.diffusion.step_cache.trajectories import record
 
 CALL = {"num_inference_steps": 5, "guidance_scale": 2.0}
 STATIC = Policy(schedule=Periodic(2, 2), exits=(0,))

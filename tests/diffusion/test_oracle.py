@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from factories import NULL_CLASS, pipeline
+from torch import Tensor
 
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
@@ -12,7 +15,7 @@ from ee_diffusion.core.schedules import Periodic
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits, seconds_on
 from ee_diffusion.diffusion.pipelines.sampling import generate
-from ee_diffusion.diffusion.step_cache.trajectories import full_steps
+from ee_diffusion.diffusion.step_cache.recording import outputs_through
 
 CALL = {"num_inference_steps": 6, "guidance_scale": 2.0}
 SEEDS, LABELS = [1, 2], [0, 1]
@@ -32,14 +35,20 @@ def test_certainty_is_the_true_error_of_the_recalled_clean_image():
     watched = Policy(Threshold(1.0))  # measured everywhere, never left
     scores = generate(made, SEEDS, LABELS, batch_size=2, exit_policy=watched, **CALL).trace.scores[:, 0]  # (S, E)
     memory, errors = None, []
-    for asked in full_steps(made, SEEDS, LABELS, **CALL):
-        time = asked.time.expand(4)
-        if asked.index > 2:
-            recalled = exits.recall(memory, asked.sample, time)["recalled"]
-            missed = exits.clean_of(asked.sample, recalled, time) - exits.clean_of(asked.sample, asked.output, time)
+
+    def compare(index: int, sample: Tensor, time: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        nonlocal memory
+        output = forward()
+        if index > 2:
+            recalled = exits.recall(memory, sample, time)["recalled"]
+            missed = exits.clean_of(sample, recalled, time) - exits.clean_of(sample, output, time)
             rows = missed.double().square().flatten(1).mean(1).sqrt()  # (R,)
             errors.append(1 - rows.clamp(max=1).reshape(2, 2).amax(0))  # the less safe of an image's rows
-        memory = exits.remember(memory, torch.arange(4), sample=asked.sample, timestep=time, output=asked.output)
+        memory = exits.remember(memory, torch.arange(4), sample=sample, timestep=time, output=output)
+        return output
+
+    with outputs_through(made.transformer, compare):
+        generate(made, SEEDS, LABELS, batch_size=2, **CALL)
     assert bool((scores[:3] == 0).all())  # nothing was put to the test yet
     torch.testing.assert_close(scores[3:].double(), torch.stack(errors), rtol=1e-4, atol=1e-5)
     assert seer.seconds > 0

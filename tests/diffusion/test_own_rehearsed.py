@@ -12,8 +12,7 @@ from tiny_texts import text_pipeline
 from ee_diffusion import attach_exits, fit_schedules, periodic_cache
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.recording import record_call
-from ee_diffusion.diffusion.step_cache.trajectories import record
+from ee_diffusion.diffusion.step_cache.recording import record, record_call
 
 STEPS, SEEDS, LABELS = 9, (1, 2, 3), (0, 1, 2)
 CASES = {"class": (1.0, 2.0), "unconditional": (1.0,), "text": (1.0, 3.0)}

@@ -17,8 +17,9 @@ from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction
 from ee_diffusion.diffusion.methods import searched
 from ee_diffusion.diffusion.pipelines.sampling import use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
-from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, record, values_of
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, values_of
 from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8

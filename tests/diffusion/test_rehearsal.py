@@ -23,7 +23,8 @@ from tiny_pipelines import pipe as pipe_named
 from ee_diffusion import attach_exits, fit_schedules, influence, local_error_gain, periodic_cache, searched
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import _settings
-from ee_diffusion.diffusion.step_cache.recording import record_call, recorded_error_amplification
+from ee_diffusion.diffusion.step_cache.error_propagation import recorded_error_amplification
+from ee_diffusion.diffusion.step_cache.recording import record_call
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 

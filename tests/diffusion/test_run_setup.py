@@ -23,8 +23,9 @@ from ee_diffusion.diffusion import fingerprint
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
 from ee_diffusion.diffusion.step_cache.error_estimator import fit_error_estimator, walk
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, setup_of, steady
-from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction, record
+from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 
 STEPS = 6
 POLICY = periodic_cache(2, warm_up=2)

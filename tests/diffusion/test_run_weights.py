@@ -22,8 +22,8 @@ from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.recording import record_call
-from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction, record
+from ee_diffusion.diffusion.step_cache.recording import record, record_call
+from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction
 from ee_diffusion.metrics.splits import seeds
 
 STEPS, FULL, LAYERS = 8, [0, 1, 4, 6], 4

@@ -16,8 +16,9 @@ from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.methods import periodic_cache, searched
 from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, price_of, search
-from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Trajectory, full_steps, record
+from ee_diffusion.diffusion.step_cache.trajectories import LONGEST, Trajectory
 from ee_diffusion.metrics.splits import seeds
 
 STEPS = 8
@@ -37,16 +38,12 @@ def course(pipe: EarlyExitPipeline) -> Trajectory:
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm"])
-def test_a_full_run_draws_the_images_of_the_pipeline(name: str):
+def test_a_full_run_ends_in_the_images_of_the_pipeline(name: str):
     pipe = pipeline()
     use_sampler(pipe, name)
-    said = list(full_steps(pipe, seeds("test", 2), [0, 1], **CALL))
-    conditional, unconditional = said[-1].output.chunk(2)
-    pipe.scheduler.set_timesteps(STEPS)
-    drawn = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, **CALL).images
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    guided = unconditional + 2.0 * (conditional - unconditional)
-    last = exits.clean_of(said[-1].sample[:2], guided, said[-1].time.expand(2)).float()  # where the last step ends
+    last = record(pipe, exits, seeds("test", 2), [0, 1], **CALL).clean[-1]  # where the last step ends
+    drawn = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, **CALL).images
     torch.testing.assert_close((last.clamp(-1, 1) / 2 + 0.5), drawn, rtol=1e-3, atol=2e-3)
 
 
@@ -168,4 +165,4 @@ def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Trajectory):
         with pytest.raises(ValueError, match=f"count={wrong}, expected a finite number"):
             nearest(search(prices, STEPS), wrong)
     with pytest.raises(ValueError, match="2 seeds, 1 labels"):
-        next(full_steps(pipe, [1, 2], [0], **CALL))
+        record(pipe, pipe.exits, [1, 2], [0], **CALL)

@@ -13,8 +13,8 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import Generated
+from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
-from ee_diffusion.diffusion.step_cache.trajectories import record
 from ee_diffusion.metrics.splits import SEEDS
 from eval.harness import baselines, candidates
 from eval.harness.frontier_options import FrontierOptions

@@ -5,7 +5,7 @@ E images, R rows (2E under guidance, conditional first), S steps, n = the moment
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import weights_of
-from ee_diffusion.diffusion.guidance import cfg_labels, guided, prepare_model_input
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
-from ee_diffusion.diffusion.step_cache.solver import accepted
+from ee_diffusion.diffusion.step_cache.recording import outputs_through, plain
 from ee_diffusion.diffusion.step_cache.trajectories import check_run
 
 STATES = ("exited", "full")
@@ -61,34 +60,29 @@ def walk(
         raise ValueError(f"skip={skip}, states={states!r}, expected a probability below 1 and one of {STATES}")
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     check_numbers(guidance_scale, batch_size=batch_size)
-    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    exits.check_scheduler(pipeline.scheduler)
     count = batch_size if class_labels is None else len(class_labels)
-    exits.check_scheduler(scheduler)
-    device, call = transformer.device, {"guidance_scale": guidance_scale}
-    labels = cfg_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
-    size = (count, transformer.config.in_channels, *[transformer.config.sample_size] * 2)
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    noise = accepted(scheduler, generator=generator)
-    latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
     memory: OutputHistory | None = None
     seen: list[tuple[Tensor, Tensor, int]] = []
-    for index, time in enumerate(scheduler.timesteps):
-        sample = prepare_model_input(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
-        timestep = time.expand(len(sample))
-        output = transformer(sample, timestep, labels).sample
-        known = exits.recall(memory, sample, timestep)
+
+    def compare(index: int, sample: Tensor, timestep: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        nonlocal memory
+        output, known = forward(), exits.recall(memory, sample, timestep)
         ready = known["features"][:, 0].isfinite()  # (R,)
         wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
         seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
         images = torch.rand(count, generator=generator) < skip  # (B,)
-        skipped = images.repeat(len(sample) // count).to(device) & ready  # (R,)
+        skipped = images.repeat(len(sample) // count).to(sample.device) & ready  # (R,)
         memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
-        if states == "exited":
-            output = torch.where(skipped[:, None, None, None], known["recalled"], output)
-        latents = scheduler.step(guided(output, guidance_scale), time, latents, **noise).prev_sample
+        return torch.where(skipped[:, None, None, None], known["recalled"], output) if states == "exited" else output
+
+    own, size = plain(pipeline), {"batch_size": batch_size} if class_labels is None else {}
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **size}
+    with outputs_through(own.transformer, compare):
+        own(class_labels, generator=generator, output_type="pt", **call)
     steps = [torch.full((len(errors),), index) for _, errors, index in seen]
     features, errors = torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen])
-    return Walk(features, errors, torch.cat(steps), weights_of(transformer))
+    return Walk(features, errors, torch.cat(steps), weights_of(pipeline.transformer))
 
 
 def fit_error_estimator(

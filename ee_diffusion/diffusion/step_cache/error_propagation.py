@@ -6,31 +6,25 @@ guidance), S questions of a run to the model, one per step of most solvers.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.guidance import cfg_labels, guided, prepare_model_input
+from ee_diffusion.diffusion.hooks.attach import attach_exits
+from ee_diffusion.diffusion.hooks.compile import unwrapped
+from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.model_specs import blocks_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
-from ee_diffusion.diffusion.step_cache.solver import accepted, local_error_gain
+from ee_diffusion.diffusion.step_cache.recording import Change, RecordedCall, outputs_through, plain, record_call
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain, local_error_gain_along
 from ee_diffusion.diffusion.step_cache.trajectories import check_run
 
-
-@dataclass
-class _Branch:
-    """A run that took one answer from memory at `step`, moving its sample by about `moved`, and goes on in full."""
-
-    scheduler: SchedulerMixin
-    latents: Tensor
-    step: int
-    moved: float
+SAME = 1e-2  # two runs that differ by less of their root mean square drew the same noise
 
 
 @torch.no_grad()
@@ -59,36 +53,77 @@ def error_amplification(
     check_numbers(guidance_scale, every=every, batch_size=batch_size)
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
     sensitivity = local_error_gain(exits, pipeline.scheduler, num_inference_steps)
-    scheduler, device = copy.deepcopy(pipeline.scheduler), pipeline.transformer.device
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    first = exits.config.length + 1  # memory must be full and have been put to the test
-    if len(scheduler.timesteps) <= first:
+    first = exits.config.length + 1  # the cache must be full and have been put to the test
+    if len(sensitivity) <= first:
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected more than {first} steps")
-    config = pipeline.transformer.config
-    count = batch_size if class_labels is None else len(class_labels)
-    size = (count, config.in_channels, config.sample_size, config.sample_size)
-    latents = torch.randn(size, generator=generator).to(device) * scheduler.init_noise_sigma
+    own, drawn = plain(pipeline), generator.get_state()
+    outputs, cached, wrong = list[Tensor](), dict[int, Tensor](), dict[int, float]()
     memory: OutputHistory | None = None
-    rows_per_sample: list[_Branch] = []
-    for index, time in enumerate(scheduler.timesteps):
-        samples = [latents, *(branch.latents for branch in rows_per_sample)]
-        call = {"scheduler": scheduler, "time": time, "guidance_scale": guidance_scale}
-        sample, output = _asked(pipeline, samples, class_labels, **call)  # (1 + branches, R, C, H, W)
-        timestep, born = time.expand(sample.shape[1]), None
-        step = {"time": time, "generator": generator, "drawn_from": generator.get_state()}
+
+    def full(index: int, sample: Tensor, timestep: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        nonlocal memory
+        output = forward()
         if index >= first and (index - first) % every == 0:
-            recalled = exits.recall(memory, sample[0], timestep)["recalled"]
-            wrong = exits.clean_of(sample[0], recalled, timestep) - exits.clean_of(sample[0], output[0], timestep)
-            own, answer = copy.deepcopy(scheduler), guided(recalled, guidance_scale)
-            born = _Branch(own, _stepped(own, answer, latents, **step), index, sensitivity[index] * rms(wrong))
-        rows = torch.arange(sample.shape[1])
-        memory = exits.remember(memory, rows, sample=sample[0], timestep=timestep, output=output[0])
-        for branch, said in zip(rows_per_sample, output[1:], strict=True):
-            branch.latents = _stepped(branch.scheduler, guided(said, guidance_scale), branch.latents, **step)
-        latents = _stepped(scheduler, guided(output[0], guidance_scale), latents, **step)
-        rows_per_sample += [] if born is None else [born]
-    found = {branch.step: gain_of(rms(branch.latents - latents), branch.moved) for branch in rows_per_sample}
-    return between(found, len(scheduler.timesteps))
+            cached[index] = exits.recall(memory, sample, timestep)["recalled"]
+            clean = (exits.clean_of(sample, one, timestep) for one in (cached[index], output))
+            wrong[index] = rms(torch.sub(*clean))
+        rows = torch.arange(len(sample))
+        memory = exits.remember(memory, rows, sample=sample, timestep=timestep, output=output)
+        outputs.append(output)
+        return output
+
+    def final(change: Change) -> Tensor:
+        """The last sample (B, C, H, W) of the run with these outputs: the same noise in all of them."""
+        generator.set_state(drawn)
+        last: dict[str, Tensor] = {}
+        size = {"batch_size": batch_size} if class_labels is None else {}
+        call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **size}
+        call["callback_on_step_end"] = lambda pipe, index, time, values: last.update(values) or values
+        with outputs_through(own.transformer, change):
+            own(class_labels, generator=generator, output_type="pt", **call)
+        return last["latents"]
+
+    whole, found = final(full), {}
+    for step, answer in cached.items():
+        known = {**dict(enumerate(outputs[:step])), step: answer}  # before the cached step there is nothing new
+        erred = final(
+            lambda index, sample, timestep, forward, known=known: known[index] if index in known else forward()
+        )
+        found[step] = gain_of(rms(erred - whole), sensitivity[step] * wrong[step])
+    return between(found, len(sensitivity))
+
+
+def recorded_error_amplification(
+    pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Callable[[], object], full: RecordedCall, *, every: int
+) -> tuple[float, ...]:
+    """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one,
+    from the call made again with that answer at every `every`-th step.
+
+    Over the error of what the solver is given, under guidance: schedules are priced by it. (`gains.error_amplification`: over that of the
+    model's rows, which is what an uncertainty knows.)
+
+    Raises:
+        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `record_call` and `attach_exits`.
+    """
+    num_steps, first = len(full.course.times), exits.config.length + 1
+    check_every(every)
+    if num_steps <= first:
+        raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
+    sensitivity, found = local_error_gain_along(exits, full.solver), {}
+    layers = len(blocks_of(unwrapped(pipeline.transformer)))
+    for index in range(first, num_steps, every):
+        others = [step for step in range(num_steps) if step != index]
+        with attach_exits(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
+            erred = record_call(pipeline, exits, call)
+        before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
+        if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
+            raise ValueError(
+                "the call drew other noise than the time before, expected one that makes its generators anew, and that begins with "
+                "torch.manual_seed where its pipeline gives the solver none (DiTPipeline)"
+            )
+        wrong = rms(erred.course.clean[index] - full.course.clean[index])
+        found[index] = gain_of(rms(erred.final - full.final), sensitivity[index] * wrong)
+    return between(found, num_steps)
 
 
 def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: float) -> tuple[float, ...]:
@@ -108,36 +143,10 @@ def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: fl
     return tuple(s * g**power for s, g in zip(sensitivity, gains, strict=True))
 
 
-def _asked(
-    pipeline: EarlyExitPipeline,
-    samples: list[Tensor],
-    class_labels: Sequence[int] | None,
-    *,
-    scheduler: SchedulerMixin,
-    time: Tensor,
-    guidance_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """What the model is asked and says for runs of B images each: two of (runs, R, C, H, W)."""
-    transformer, call = pipeline.transformer, {"guidance_scale": guidance_scale}
-    rows = torch.cat([prepare_model_input(scheduler, one, time, dtype=transformer.dtype, **call) for one in samples])
-    labels = cfg_labels(class_labels, transformer.config.null_class, device=rows.device, **call)  # (R,)
-    labels = labels if labels is None else labels.repeat(len(samples))
-    output = transformer(rows, time.expand(len(rows)), labels).sample  # (runs R, C, H, W)
-    return rows.unflatten(0, (len(samples), -1)), output.unflatten(0, (len(samples), -1))
-
-
-def _stepped(
-    scheduler: SchedulerMixin,
-    answer: Tensor,
-    latents: Tensor,
-    *,
-    time: Tensor,
-    generator: torch.Generator,
-    drawn_from: Tensor,
-) -> Tensor:
-    """The solver's next sample (B, C, H, W); what noise it draws is drawn from this state of the generator."""
-    generator.set_state(drawn_from)
-    return scheduler.step(answer, time, latents, **accepted(scheduler, generator=generator)).prev_sample
+def check_every(every: int) -> None:
+    """Raises ValueError for what is no number of steps."""
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
 
 
 def gain_of(apart: float, moved: float) -> float:

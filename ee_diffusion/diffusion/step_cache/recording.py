@@ -1,36 +1,39 @@
-"""Rehearsals: what a stock pipeline's own call hands to its solver, in full and with one answer from memory; from them, memory that is
-fitted to the call, and the steps it is to run in full.
+"""The recorder: what a run of any pipeline hands to its solver, step by step. The only code that watches runs.
 
-Here: watching calls, gains from them, one entry point. Not here: our own pipelines, which are walked step by step (trajectories.py,
-error_propagation.py). B images as the solver has them (DiT's: with their second rows), S steps.
+Here: recording calls, and runs whose outputs are looked at or replaced on the way. Not here: what is made of them (fit.py,
+error_propagation.py, error_estimator.py). B images as the solver has them (DiT's: with their second rows), R rows, S steps.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline, SchedulerMixin
-from torch import Tensor
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
 
-from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.patch import ForwardPatch
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import weights_of
-from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.compile import unwrapped
-from ee_diffusion.diffusion.methods import searched
-from ee_diffusion.diffusion.model_specs import blocks_of
-from ee_diffusion.diffusion.step_cache.error_propagation import between, gain_of, influence, rms
+from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.run_setup import Listener, intercept_step, steady
-from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
-from ee_diffusion.diffusion.step_cache.solver import local_error_gain_along, scaled
-from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, check_distinct, clip_of, fit_prediction
+from ee_diffusion.diffusion.step_cache.solver import scaled
+from ee_diffusion.diffusion.step_cache.trajectories import (
+    Trajectory,
+    check_distinct,
+    check_distinct_times,
+    check_run,
+    clip_of,
+)
 
-SAME = 1e-2  # two runs that differ by less of their root mean square drew the same noise
+Change = Callable[[int, Tensor, Tensor, Callable[[], Tensor]], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,97 +110,59 @@ def record_call(pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Cal
     return RecordedCall(course, last[0].float(), ready[0])
 
 
-def recorded_error_amplification(
-    pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Callable[[], object], full: RecordedCall, *, every: int
-) -> tuple[float, ...]:
-    """g_t (S,): the root mean square by which one answer from memory at step t moves the final sample, over what it moves the next one,
-    from the call made again with that answer at every `every`-th step.
-
-    Over the error of what the solver is given, under guidance: schedules are priced by it. (`gains.error_amplification`: over that of the
-    model's rows, which is what an uncertainty knows.)
-
-    Raises:
-        ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `record_call` and `attach_exits`.
-    """
-    num_steps, first = len(full.course.times), exits.config.length + 1
-    _check_every(every)
-    if num_steps <= first:
-        raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
-    sensitivity, found = local_error_gain_along(exits, full.solver), {}
-    layers = len(blocks_of(unwrapped(pipeline.transformer)))
-    for index in range(first, num_steps, every):
-        others = [step for step in range(num_steps) if step != index]
-        with attach_exits(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
-            erred = record_call(pipeline, exits, call)
-        before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
-        if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
-            raise ValueError(
-                "the call drew other noise than the time before, expected one that makes its generators anew, and that begins with "
-                "torch.manual_seed where its pipeline gives the solver none (DiTPipeline)"
-            )
-        wrong = rms(erred.course.clean[index] - full.course.clean[index])
-        found[index] = gain_of(rms(erred.final - full.final), sensitivity[index] * wrong)
-    return between(found, num_steps)
-
-
-def fit_schedules(
-    pipeline: DiffusionPipeline,
-    call: Callable[[], object],
+def record(
+    pipeline: EarlyExitPipeline,
+    exits: CachedOutputExits,
+    seeds: Sequence[int],
+    class_labels: Sequence[int] | None,
     *,
-    terms: str = "noise",
-    every: int = 4,
-    power: float = 0.5,
-    last_full: bool = False,
-) -> tuple[CachedOutputExits, dict[int, Policy]]:
-    """Memory fitted to a pipeline's call, and the steps it is best to run in full: -> exits and, by number of full steps, policies.
-
-        def call():
-            pipe([207, 360], generator=torch.Generator().manual_seed(0), num_inference_steps=50, output_type="latent")
-
-        exits, policies = fit_schedules(pipe, call)
-        with attach_exits(pipe, exits, policies[20]):
-            ...  # calls with as many steps, the same solver and guidance; other seeds and labels
-
-    `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
-    `search.search` under weights `influence(sensitivity, gains, power)`; with them the answers of any static schedule of as many steps
-    (these, `periodic_cache`) are weighed together (`LinearPrediction.over_run`). Run it in float32: half precision's rounding spoils the
-    fit. Where images are then drawn in half precision, say `last_full` (`search.search` says why).
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Trajectory:
+    """The trajectory of a full run of one of our own pipelines, as `generate` has it: image i from the noise of seed i, in every step of
+    a solver that draws some.
 
     Raises:
-        ValueError: no pipeline around a transformer, one with exits attached already, no call, numbers out of range; as `record_call`,
-            `recorded_error_amplification`, `CachedOutputExits.for_pipeline`.
+        ValueError: another number of labels than of seeds; as `check_run`, `check_distinct_times` and `record_call`.
     """
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(pipeline, DiffusionPipeline) or transformer is None:
-        raise ValueError(f"{type(pipeline).__name__}, expected a diffusers pipeline around a transformer")
-    if "_ee_hook" in unwrapped(transformer).__dict__:
-        raise ValueError(
-            "exits are attached to this pipeline already, expected none: its call is to run in full; detach first"
-        )
-    if not callable(call):
-        raise ValueError(f"call={call!r}, expected a function that runs the pipeline once")
-    influence((), (), power=power)
-    _check_every(every)
-    transformer = unwrapped(transformer)
-    exits = CachedOutputExits.for_pipeline(transformer, pipeline.scheduler, terms=terms)
-    full = record_call(pipeline, exits, call)
-    num_steps, layers = len(full.course.times), len(blocks_of(transformer))
-    sensitivity = local_error_gain_along(exits, full.solver)
-    if not all(map(math.isfinite, sensitivity)):
-        raise ValueError(
-            f"{type(pipeline.scheduler).__name__} makes {sensitivity} of an error of each step, expected finite numbers: at zero terminal "
-            "SNR noise says nothing of the image, expected prediction_type='v_prediction'"
-        )
-    gains = recorded_error_amplification(pipeline, exits, call, full, every=every)
-    weights = influence(sensitivity, gains, power=power)
-    exits = fit_prediction(exits, full.course, weights)
-    found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
-    return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
+    if class_labels is not None and len(seeds) != len(class_labels):
+        raise ValueError(f"{len(seeds)} seeds, {len(class_labels)} labels, expected as many")
+    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
+    check_run(pipeline, class_labels, **call)
+    exits.check_scheduler(pipeline.scheduler)
+    check_distinct_times(pipeline.scheduler, num_inference_steps)
+    size, own = {} if class_labels is not None else {"batch_size": len(seeds)}, plain(pipeline)
+
+    def run() -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        own(class_labels, generator=generators, output_type="pt", **size, **call)
+
+    return replace(record_call(own, exits, run).course, guidance_scale=float(guidance_scale))
 
 
-def _check_every(every: int) -> None:
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every!r}, expected a whole number of steps, at least 1")
+def plain(pipeline: EarlyExitPipeline) -> EarlyExitPipeline:
+    """The same model without exits, with a scheduler of its own and no progress bar: for runs that are only watched."""
+    own = EarlyExitPipeline(pipeline.transformer, copy.deepcopy(pipeline.scheduler))
+    own.set_progress_bar_config(disable=True)
+    return own
+
+
+@contextmanager
+def outputs_through(transformer: nn.Module, change: Change) -> Iterator[None]:
+    """Within, the output (R, ...) of forward i is `change(i, sample, timestep, forward)`, for sample (R, ...) and timestep (R,);
+    `forward()` runs the model."""
+    places = itertools.count()
+
+    def changed(original: Callable[..., Any], sample: Tensor, timestep: Tensor, *rest: Any, **named: Any):
+        output = change(next(places), sample, timestep, lambda: original(sample, timestep, *rest, **named).sample)
+        return Transformer2DModelOutput(sample=output)
+
+    compiled = vars(transformer).get("_compiled_call_impl") is not None
+    patch = ForwardPatch(transformer, changed, name="_compiled_call_impl" if compiled else "forward")
+    try:
+        yield
+    finally:
+        patch.restore()
 
 
 def _check_times(ready: list[SchedulerMixin], times: list[float]) -> None:

@@ -1,14 +1,14 @@
 """Courses: what the full model says of the clean image at every step of a run.
 
-Here: recording courses, fitting the prediction to them. Not here: which steps then run (schedule_search.py). B images, S steps, R rows
-(2B, conditional first; B without guidance).
+Here: what is kept of a run, what it must be, fitting the prediction to it. Not here: recording (recording.py), which steps then run
+(schedule_search.py). B images, S steps.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,10 +16,9 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.fingerprint import weights_of
-from ee_diffusion.diffusion.guidance import cfg_labels, guided, is_guided, prepare_model_input
+from ee_diffusion.diffusion.guidance import is_guided
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
-from ee_diffusion.diffusion.step_cache.solver import accepted, check_step
+from ee_diffusion.diffusion.step_cache.solver import check_step
 
 LONGEST = 9  # steps between two full steps, at most, that anything is fitted to or searched for
 
@@ -42,16 +41,6 @@ class Trajectory:
     def clipped(self, clean: Tensor) -> Tensor:
         """What the solver makes of clean images."""
         return clean if self.clip is None else clean.clamp(-self.clip, self.clip)
-
-
-@dataclass(frozen=True, eq=False)
-class Asked:
-    """One step of a full run: `sample` and `output` (R, C, H, W), `time`, and its place `index`."""
-
-    index: int
-    time: Tensor
-    sample: Tensor
-    output: Tensor
 
 
 def check_run(
@@ -80,73 +69,6 @@ def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> 
             f"{name} asks the model {len(times)} times in {run}, at times that repeat; courses and searched schedules need a solver with "
             "one question per step, such as DDIMScheduler or DPMSolverMultistepScheduler"
         )
-
-
-@torch.no_grad()
-def full_steps(
-    pipeline: EarlyExitPipeline,
-    seeds: Sequence[int],
-    class_labels: Sequence[int] | None,
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Generator[Asked, Tensor | None, None]:
-    """A run of the full model, step by step, as `generate` has it: the same inputs, and image i from the noise of seed i, in every step
-    of a solver that draws some. An output sent to it (R, C, H, W) takes the place of the model's own in the solver's step.
-
-    Raises:
-        ValueError: another number of labels than of seeds; as `check_run`.
-    """
-    if class_labels is not None and len(seeds) != len(class_labels):
-        raise ValueError(f"{len(seeds)} seeds, {len(class_labels)} labels, expected as many")
-    check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-    transformer, scheduler = pipeline.transformer, pipeline.scheduler
-    device, call = transformer.device, {"guidance_scale": guidance_scale}
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    size = (transformer.config.in_channels, *[transformer.config.sample_size] * 2)
-    latents = torch.stack([torch.randn(size, generator=one) for one in generators]).to(device)
-    latents = latents * scheduler.init_noise_sigma
-    labels = cfg_labels(class_labels, transformer.config.null_class, device=device, **call)  # (R,)
-    noise = accepted(scheduler, generator=generators)
-    for index, time in enumerate(scheduler.timesteps):
-        sample = prepare_model_input(scheduler, latents, time, dtype=transformer.dtype, **call)  # (R, C, H, W)
-        output = transformer(sample, time.expand(len(sample)), labels).sample
-        used = yield Asked(index, time, sample, output)
-        answer = guided(output if used is None else used, guidance_scale)  # (B, C, H, W)
-        latents = scheduler.step(answer, time, latents, **noise).prev_sample
-
-
-def record(
-    pipeline: EarlyExitPipeline,
-    exits: CachedOutputExits,
-    seeds: Sequence[int],
-    class_labels: Sequence[int] | None,
-    *,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> Trajectory:
-    """The course of a full run.
-
-    Raises:
-        ValueError: exits that know another noise schedule; as `full_steps` and `check_distinct_times`.
-    """
-    times, clean, samples = [], [], []
-    call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale}
-    check_run(pipeline, class_labels, **call)
-    exits.check_scheduler(pipeline.scheduler)
-    check_distinct_times(pipeline.scheduler, num_inference_steps)
-    for asked in full_steps(pipeline, seeds, class_labels, **call):
-        said = exits.clean_of(asked.sample, asked.output, asked.time.expand(len(asked.sample)))
-        clean.append(guided(said, guidance_scale).float())  # (B, C, H, W)
-        samples.append(asked.sample[: len(seeds)])
-        times.append(float(asked.time))
-    clip = clip_of(pipeline.scheduler)
-    made_by = {"scheduler": type(pipeline.scheduler).__name__, "guidance_scale": float(guidance_scale)}
-    made_by["weights"] = weights_of(pipeline.transformer)
-    return Trajectory(
-        torch.tensor(times, dtype=torch.float64), torch.stack(clean), torch.stack(samples), clip, **made_by
-    )
 
 
 def values_of(exits: CachedOutputExits, course: Trajectory) -> Tensor:
