@@ -27,7 +27,8 @@ from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from eval.harness.candidates import WARM_UP, gains_of, load_memory
 from eval.harness.frontier_options import FrontierOptions
 from eval.harness.interleave import Candidate, by_batch, clock_images_of, clocked
-from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, command, flag, parse, results_folder
+from eval.harness.pipeline import load
 from eval.harness.real_images import ReferenceOptions, judge_of, shape_of
 from eval.harness.result_cache import contents, kept
 from eval.harness.whole_batch import WholeBatch
@@ -68,7 +69,7 @@ def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iter
 def main() -> None:
     sampling, options, reference = parse(SamplingOptions, AblationOptions, ReferenceOptions, description=__doc__)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
-    folder, pipeline = results_folder(sampling), load(sampling)
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
     judge = judge_of(reference, **shape_of(pipeline), num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from eval.harness.options import DTYPES, flag, parse
+from eval.harness.options import flag, parse
 from eval.prompt_sets import Prompt, read_prompts
 
 
@@ -85,7 +85,7 @@ def main() -> None:
             raise ValueError(f"--{name} is missing")
     source = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left", **source)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype], **source).eval()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **source).eval()
     path = Path(options.output)
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     done = {row["name"] for row in rows}

@@ -21,7 +21,8 @@ from ee_diffusion.metrics.tables import environment
 from eval.frontier import finished
 from eval.harness.candidates import check_fitted, drawer, fitted_beside, load_memory
 from eval.harness.interleave import Candidate, clock_images_of, clocked
-from eval.harness.options import SamplingOptions, command, load
+from eval.harness.options import SamplingOptions, command
+from eval.harness.pipeline import load
 
 
 def flags() -> argparse.Namespace:

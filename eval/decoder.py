@@ -85,7 +85,7 @@ class Decoder:
 
     def __init__(self, options: DecodeOptions):
         if options.dtype not in DTYPES:
-            raise ValueError(f"dtype={options.dtype!r}, expected one of {sorted(DTYPES)}")
+            raise ValueError(f"dtype={options.dtype!r}, expected one of {DTYPES}")
         source = {} if options.gguf_file is None else {"gguf_file": options.gguf_file}
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             options.tokenizer or options.model, padding_side="left", **({} if options.tokenizer else source)
@@ -94,16 +94,18 @@ class Decoder:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if options.random_weights:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(options.model)).to(
-                DTYPES[options.dtype]
+                getattr(torch, options.dtype)
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype], **source)
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype), **source)
         self.device = device_named(options.device)
         self.model: PreTrainedModel = model.eval().to(self.device)
         self.options, self.num_layers = options, len(layers_of(self.model))
         self.heads: LearnedExits | None = None
         if options.exits is not None:
-            self.heads = LearnedExits.load(options.exits).to(self.device, DTYPES[options.dtype]).bind(self.model)
+            self.heads = (
+                LearnedExits.load(options.exits).to(self.device, getattr(torch, options.dtype)).bind(self.model)
+            )
         self.candidates = self._candidates()
 
     def _candidates(self) -> dict[str, dict]:

@@ -31,7 +31,8 @@ from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from eval.clock import candidate_of
 from eval.harness.candidates import base_of, check_fitted, drawer, exits_by_kind, fitted_beside, load_memory
 from eval.harness.interleave import Candidate, Draw, Labels
-from eval.harness.options import DTYPES, SamplingOptions, command, flag, load, parse
+from eval.harness.options import DTYPES, SamplingOptions, command, flag, parse
+from eval.harness.pipeline import load
 from eval.harness.real_images import ReferenceOptions, known_reference, shape_of, unfit
 from eval.harness.result_cache import contents, name_of
 
@@ -67,7 +68,7 @@ class FinalistOptions:
                 "images a block and two resamples"
             )
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}, expected one of {sorted(DTYPES)}")
+            raise ValueError(f"dtype={self.dtype!r}, expected one of {DTYPES}")
 
 
 def finalists_of(rows: list[dict], names: list[str]) -> list[Candidate]:

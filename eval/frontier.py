@@ -48,7 +48,8 @@ from eval.harness.candidates import (
 )
 from eval.harness.frontier_options import FrontierOptions
 from eval.harness.interleave import Candidate, by_batch, clock_images_of, clocked
-from eval.harness.options import SamplingOptions, command, load, parse, results_folder
+from eval.harness.options import SamplingOptions, command, parse, results_folder
+from eval.harness.pipeline import load
 from eval.harness.real_images import ReferenceOptions, judge_of, shape_of
 from eval.harness.result_cache import contents, kept, noted
 from eval.tradeoff import quality
@@ -168,7 +169,7 @@ def gains_if_asked(
 def main() -> None:
     sampling, options, reference = parse(SamplingOptions, FrontierOptions, ReferenceOptions, description=__doc__)
     images = clock_images_of(options.clock_images, count=options.count, batch=sampling.batch_size)
-    folder, pipeline = results_folder(sampling), load(sampling)
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
     judge = judge_of(reference, **shape_of(pipeline), num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)

@@ -25,7 +25,8 @@ from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, gen
 from ee_diffusion.metrics.figures import exit_map, image_grid, save_figure
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import write_json
-from eval.harness.options import SamplingOptions, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, flag, parse, results_folder
+from eval.harness.pipeline import load
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def write(folder: Path, parts: list[Generated], chosen: list[int], labels: list[
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, GenerateOptions, description=__doc__)
-    folder = results_folder(sampling)
+    folder = results_folder(sampling.output_dir)
     chosen, policy, state = (
         seeds(options.split, options.count),
         policy_of(options),

@@ -35,7 +35,8 @@ from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.image import relative_squared_error
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
-from eval.harness.options import SamplingOptions, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, flag, parse, results_folder
+from eval.harness.pipeline import load
 
 DRAWN_UNDER = "drawn_under"  # in the metadata of losses.safetensors, as JSON
 
@@ -177,7 +178,7 @@ def main() -> None:
         raise ValueError(
             f"missing {missing}, calibration_count={options.calibration_count} of {options.count}: expected all, and fewer than the pool"
         )
-    folder = results_folder(sampling)
+    folder = results_folder(sampling.output_dir)
     pipeline = prepared(sampling, options)
     under = drawn_under(pipeline, sampling, options)
     losses, costs = drawn(pipeline, sampling, options) if options.losses is None else read(options.losses, under)

@@ -22,7 +22,8 @@ from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.metrics.splits import balanced_labels
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
-from eval.harness.options import SamplingOptions, command, load, parse, results_folder
+from eval.harness.options import SamplingOptions, command, parse, results_folder
+from eval.harness.pipeline import load
 
 MODEL = "diffusion/models/uvit.py"  # the model's own code: it runs without exits, too
 
@@ -81,7 +82,7 @@ def profiled(pipeline, sampling: SamplingOptions, policy: Policy | None) -> dict
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, HotPathOptions, description=__doc__)
-    folder, pipeline = results_folder(sampling), load(sampling)
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
     policies = {"no exits": None} | {f"deediff {value:g}": deediff(value) for value in options.thresholds}
     rows = [{"name": name} | profiled(pipeline, sampling, policy) for name, policy in policies.items()]
     settings = asdict(sampling) | asdict(options)

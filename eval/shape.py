@@ -60,7 +60,7 @@ class ShapeOptions:
         if not self.output_dir:
             raise ValueError(f"output_dir={self.output_dir!r}, expected a folder")
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}, expected one of {sorted(DTYPES)}")
+            raise ValueError(f"dtype={self.dtype!r}, expected one of {DTYPES}")
         if unknown := set(self.modes) - {"eager", "compiled"}:
             raise ValueError(f"modes {sorted(unknown)}, expected eager, compiled")
         if (
@@ -86,10 +86,10 @@ def build(options: ShapeOptions) -> tuple[DiTTransformer2DModel, AdapterExits, d
         out_channels=8,
         patch_size=2,
         num_embeds_ada_norm=CLASSES,
-    ).to(place, DTYPES[options.dtype])
+    ).to(place, getattr(torch, options.dtype))
     depths = {part: min(max(1, round(part * options.num_layers)), options.num_layers - 1) for part in options.fractions}
     exits = AdapterExits.for_transformer(transformer, tuple(sorted(set(depths.values()))), rank=0)
-    return transformer.eval(), exits.to(place, DTYPES[options.dtype]).eval(), depths
+    return transformer.eval(), exits.to(place, getattr(torch, options.dtype)).eval(), depths
 
 
 def inputs_of(transformer: DiTTransformer2DModel, rows: int) -> dict[str, Tensor]:

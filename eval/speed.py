@@ -37,7 +37,8 @@ from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPi
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
 from eval.forwards import Forward, Ideal
-from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, command, flag, parse, results_folder
+from eval.harness.pipeline import load
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def whole_call(pipeline: EarlyExitPipeline, options: SpeedOptions, sampling: Sam
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
-    folder, pipeline = results_folder(sampling), load(sampling)
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
     facts = {"command": command(), "settings": asdict(sampling) | asdict(options), "environment": environment()}
     found: dict[str, list[dict]] = {"overhead": [], "realised": []}
 

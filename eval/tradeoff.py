@@ -36,7 +36,8 @@ from ee_diffusion.metrics.quality import COLUMNS, Judge, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from eval.harness.interleave import Candidate, Draw, Labels, in_turns, measured
-from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, command, flag, parse, results_folder
+from eval.harness.pipeline import load
 from eval.harness.real_images import ReferenceOptions, judge_of, shape_of
 
 
@@ -175,7 +176,7 @@ def picture(rows: list[dict], path: Path) -> None:
 
 def main() -> None:
     sampling, options, reference = parse(SamplingOptions, TradeoffOptions, ReferenceOptions, description=__doc__)
-    folder, pipeline = results_folder(sampling), load(sampling)
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
     num_classes = classes_of(pipeline, sampling.guidance_scale)
     draw, judge = drawer(pipeline, sampling), judge_of(reference, **shape_of(pipeline), num_classes=num_classes)
     chosen, labels = seeds("test", options.count), balanced_labels(options.count, num_classes)

@@ -21,7 +21,8 @@ from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.timing import interleaved
 from eval.forwards import Forward
-from eval.harness.options import SamplingOptions, command, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, command, flag, parse, results_folder
+from eval.harness.pipeline import load
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def main() -> None:
     sampling, options = parse(SamplingOptions, TrainingOptions, description=__doc__)
     if options.mixed_precision not in ("no", "bf16"):
         raise ValueError(f"mixed_precision={options.mixed_precision!r}, expected 'no' or 'bf16'")
-    folder = results_folder(sampling)
+    folder = results_folder(sampling.output_dir)
     row = training_cost(load(sampling), options, sampling.seed)
     facts = {"command": command(), "settings": asdict(sampling) | asdict(options), "environment": environment()}
     write_json(folder / "training-step.json", facts | {"rows": [row]})

@@ -23,7 +23,8 @@ from ee_diffusion.metrics.splits import HELD_OUT
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import load_image_source
-from eval.harness.options import SamplingOptions, flag, load, parse, results_folder
+from eval.harness.options import SamplingOptions, flag, parse, results_folder
+from eval.harness.pipeline import load
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def table(said: Tensor, error: Tensor, times: list[int], depths: tuple[int, ...]
 
 def main() -> None:
     sampling, options = parse(SamplingOptions, UncertaintyOptions, description=__doc__)
-    folder, pipeline = results_folder(sampling), load(sampling)
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
     config = pipeline.transformer.config
     images, labels = held_out(options, config.num_classes, size=config.sample_size)
     total = pipeline.scheduler.config.num_train_timesteps

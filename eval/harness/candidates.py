@@ -32,7 +32,8 @@ from ee_diffusion.metrics.tables import write_json
 from eval.harness.baselines import PEERS, Peer
 from eval.harness.frontier_options import FrontierOptions
 from eval.harness.interleave import Candidate, Draw, Labels
-from eval.harness.options import SamplingOptions, load
+from eval.harness.options import SamplingOptions
+from eval.harness.pipeline import in_float32
 
 OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together")
 FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together
@@ -52,12 +53,6 @@ def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> CachedOutput
 def noise_memory(pipeline: EarlyExitPipeline) -> CachedOutputExits:
     """Exits that remember the noise, unfitted: a schedule asks for no uncertainty."""
     return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
-
-
-def in_float32(pipeline: EarlyExitPipeline, sampling: SamplingOptions) -> EarlyExitPipeline:
-    """The pipeline, or the same one loaded in float32. What is fitted, measured and searched for is never so in half precision: two runs
-    that differ a little soon differ by its rounding alone, which passes for a large gain of a small error."""
-    return pipeline if sampling.dtype == "float32" else load(replace(sampling, dtype="float32"))
 
 
 def fitted_memory(

@@ -1,4 +1,7 @@
-"""Flags that the evaluation scripts share, and how they load a pipeline. Not here: what they measure."""
+"""How an evaluation starts: flags, over a YAML file, over defaults, become frozen options; then the work is loaded by its name.
+
+Nothing here loads torch: `--help`, `--dry-run` and refused options come at once. Not here: the work (eval/work/).
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,18 @@ import os
 import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
 
-import torch
+import yaml
 from transformers import HfArgumentParser
 
-from ee_diffusion.checkpoints import checkpoint_path
-from ee_diffusion.core.devices import device_named
-from ee_diffusion.diffusion.pipelines.sampling import use_sampler
-from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
+DTYPES = ("bfloat16", "float16", "float32")
 CLOCK = ("OMP_NUM_THREADS", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+OTHERS = ("reference_dir", "reference_files", "reference_statistics")
 
 
 def flag(help: str, default=None):
@@ -28,37 +29,135 @@ def flag(help: str, default=None):
     return field(default=default, metadata={"help": help})
 
 
+def numbers(help: str, *values: float):
+    """A field that holds a list."""
+    return field(default_factory=lambda: list(values), metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What is sampled, and how."""
+    """What is sampled, and how.
+
+    Raises:
+        ValueError: an unknown dtype.
+    """
 
     model: str | None = flag("Pipeline folder; none: the checkpoint that comes with the package.")
-    output_dir: str | None = flag("Where results go.")
+    output_dir: str | None = flag("Folder for the results.")
     sampler: str = flag("ddim, ddpm, dpm, unipc, euler or heun.", "ddim")
     num_inference_steps: int = flag("Denoising steps.", 50)
     guidance_scale: float = flag("Classifier-free guidance.", 4.0)
     batch_size: int = flag("Images per forward (twice the rows under guidance).", 64)
     dtype: str = flag("float32, bfloat16 or float16.", "float32")
     device: str | None = flag("cpu, cuda, ...; none: cuda if there is one.")
-    seed: int = flag("Seed of whatever the script draws itself (not of the images: those have their own).", 0)
+    seed: int = flag("Seed of what the script draws itself (not of the images: those have their own).", 0)
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}, expected one of {DTYPES}")
+
+
+@dataclass(frozen=True)
+class ReferenceOptions:
+    """Real images to compare with: CIFAR-10's, unless others are named.
+
+    Raises:
+        ValueError: several references, an unknown split, too few images.
+    """
+
+    reference: str = flag("CIFAR-10 split to compare with: train or test.", "train")
+    reference_dir: str | None = flag(
+        "Folder of real images, in CIFAR-10's place; resized to the size of the generated ones."
+    )
+    reference_files: list[str] = numbers("Parquet files of real images, in CIFAR-10's place; resized, too.")
+    reference_column: str = flag("Column of the images in these files.", "image")
+    reference_statistics: str | None = flag(
+        "File of statistics of real images, in CIFAR-10's place: a .safetensors out of --cache_dir, or an .npz with mu and sigma (FID)."
+    )
+    reference_count: int | None = flag("Use only the first so many real images; none: all.", 10_000)
+    data: str | None = flag("Data folder (CIFAR-10, small networks); none: what EE_DIFFUSION_DATA names.")
+    cache_dir: str = flag("Folder for reference statistics.", "runs/references")
+
+    def __post_init__(self):
+        others = [name for name in OTHERS if getattr(self, name)]
+        if len(others) > 1 or (others and self.reference != "train"):
+            raise ValueError(f"references {others}, CIFAR-10's split {self.reference!r}: expected one of them")
+        if self.reference not in ("train", "test"):
+            raise ValueError(f"reference={self.reference!r}, expected train or test")
+        if self.reference_count is not None and self.reference_count < 2:
+            raise ValueError(f"reference_count={self.reference_count}, expected at least 2, or none")
+
+    @property
+    def is_cifar(self) -> bool:
+        """Whether the reference is CIFAR-10."""
+        return not any(getattr(self, name) for name in OTHERS)
+
+    @property
+    def name(self) -> str:
+        """The reference in a table: of paths their last parts."""
+        if self.is_cifar:
+            return f"CIFAR-10 {self.reference}"
+        return ", ".join(
+            Path(given).name for given in self.reference_files or [self.reference_dir or self.reference_statistics]
+        )
 
 
 class Explaining(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Help with the whole docstring, its lines as they are, and every default."""
 
 
-def parse(*kinds: type, description: str, **defaults: object) -> tuple:
-    """Parse flags into frozen dataclasses; with --dry-run print them and exit. `defaults`: the script's own, in the place of a field's."""
+def parse(*kinds: type, description: str, words: Sequence[str] | None = None, **defaults: object) -> tuple:
+    """Flags, over --config (a YAML file of flags), over `defaults`, over the fields' own, as frozen dataclasses.
+
+    With --dry-run they are printed as JSON, and the process ends.
+
+    Raises:
+        ValueError: a config with names that are no flags; what a dataclass refuses.
+    """
     parser = HfArgumentParser(kinds, description=description, formatter_class=Explaining)
-    parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="Print the resolved options as JSON and exit."
-    )
+    parser.add_argument("--config", help="YAML file of flags (eval/configs/); flags that are given win.")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the options as JSON and exit.")
     parser.set_defaults(**defaults)
-    *options, rest = parser.parse_args_into_dataclasses()
+    config = parser.parse_known_args(words)[0].config
+    if config is not None:
+        parser.set_defaults(**_read_config(Path(config), {action.dest for action in parser._actions}))
+    *options, rest = parser.parse_args_into_dataclasses(words)
     if rest.dry_run:
-        print(json.dumps({name: value for option in options for name, value in asdict(option).items()}, indent=2))
+        print(json.dumps(merged(*options), indent=2))
         raise SystemExit(0)
     return tuple(options)
+
+
+def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict) or settings.keys() - known:
+        unknown = sorted(settings.keys() - known) if isinstance(settings, dict) else settings
+        raise ValueError(f"{path} sets {unknown}, expected flags of this script, as NAME: VALUE")
+    return settings
+
+
+def launch(about: str, work: str, *kinds: type, **defaults: object) -> None:
+    """Parse the flags of one script and call its work, "module:function", with one object of each kind."""
+    resolve_name(work)(*parse(*kinds, description=about, **defaults))
+
+
+def launch_one_of(about: str, **commands: tuple[str, tuple[type, ...], dict[str, object]]) -> None:
+    """As `launch`, for a script with several commands: the first word names one. commands: name -> (work, kinds, defaults).
+
+    Raises:
+        SystemExit: no command, or an unknown one; with --help status 0.
+    """
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first not in commands:
+        print(f"{about}\nCommands: {', '.join(commands)}. Each has its own --help.")
+        raise SystemExit(0 if first in ("-h", "--help") else 2)
+    work, kinds, defaults = commands[first]
+    resolve_name(work)(*parse(*kinds, description=about, words=sys.argv[2:], **defaults))
+
+
+def merged(*options: Any) -> dict[str, Any]:
+    """All fields of the options in one table: a report's settings."""
+    return {name: value for option in options for name, value in asdict(option).items()}
 
 
 def command() -> str:
@@ -70,22 +169,10 @@ def command() -> str:
     return shlex.join([*before, "python", "-m", f"eval.{Path(sys.argv[0]).stem}", *words])
 
 
-def results_folder(options: SamplingOptions) -> Path:
+def results_folder(output_dir: str | None) -> Path:
     """The folder that --output_dir names, made. Raises ValueError if there is none."""
-    if options.output_dir is None:
+    if not output_dir:
         raise ValueError("--output_dir is missing, expected a folder for the results")
-    folder = Path(options.output_dir)
+    folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def load(options: SamplingOptions) -> EarlyExitPipeline:
-    """The pipeline that the options name, on its device, in its dtype, with its sampler."""
-    if options.dtype not in DTYPES:
-        raise ValueError(f"dtype={options.dtype!r}, expected one of {sorted(DTYPES)}")
-    pipeline = EarlyExitPipeline.from_pretrained(options.model or checkpoint_path())
-    pipeline.set_progress_bar_config(disable=True)
-    use_sampler(pipeline, options.sampler)
-    device = device_named(options.device)
-    pipeline = pipeline.to(device)
-    return pipeline if options.dtype == "float32" else pipeline.to(DTYPES[options.dtype])

@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -24,58 +22,10 @@ from ee_diffusion.metrics.reference_models import CLASSES, DATA_VARIABLE, Progre
 from ee_diffusion.metrics.references import Reference, read_statistics, reference, reference_path
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import load_image_source
-from eval.harness.options import flag
+from eval.harness.options import ReferenceOptions
 
 CIFAR_SIZE, RGB = 32, 3
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-OTHERS = ("reference_dir", "reference_files", "reference_statistics")
-
-
-@dataclass(frozen=True)
-class ReferenceOptions:
-    """Real images to compare with: CIFAR-10's, unless others are named.
-
-    Raises:
-        ValueError: several references, an unknown split, too few images.
-    """
-
-    reference: str = flag("CIFAR-10 split to compare with: train or test.", "train")
-    reference_dir: str | None = flag(
-        "Folder of real images, in CIFAR-10's place; resized to the size of the generated ones."
-    )
-    reference_files: list[str] = field(
-        default_factory=list, metadata={"help": "Parquet files of real images, in CIFAR-10's place; resized, too."}
-    )
-    reference_column: str = flag("Column of the images in these files.", "image")
-    reference_statistics: str | None = flag(
-        "File of statistics of real images, in CIFAR-10's place: a .safetensors out of --cache_dir, or an .npz with mu and sigma (FID)."
-    )
-    reference_count: int | None = flag("Use only the first so many real images; none: all.", 10_000)
-    data: str | None = flag("Data folder (CIFAR-10, small networks); none: what EE_DIFFUSION_DATA names.")
-    cache_dir: str = flag("Where reference statistics are kept.", "runs/references")
-
-    def __post_init__(self):
-        others = [name for name in OTHERS if getattr(self, name)]
-        if len(others) > 1 or (others and self.reference != "train"):
-            raise ValueError(f"references {others}, CIFAR-10's split {self.reference!r}: expected one of them")
-        if self.reference not in ("train", "test"):
-            raise ValueError(f"reference={self.reference!r}, expected train or test")
-        if self.reference_count is not None and self.reference_count < 2:
-            raise ValueError(f"reference_count={self.reference_count}, expected at least 2, or none")
-
-    @property
-    def is_cifar(self) -> bool:
-        """Whether the reference is CIFAR-10."""
-        return not any(getattr(self, name) for name in OTHERS)
-
-    @property
-    def name(self) -> str:
-        """The reference in a table: of paths their last parts."""
-        if self.is_cifar:
-            return f"CIFAR-10 {self.reference}"
-        return ", ".join(
-            Path(given).name for given in self.reference_files or [self.reference_dir or self.reference_statistics]
-        )
 
 
 def real_images(options: ReferenceOptions, size: int) -> Tensor:

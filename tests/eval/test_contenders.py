@@ -19,7 +19,8 @@ from ee_diffusion.metrics.splits import SEEDS
 from eval.harness import baselines, candidates
 from eval.harness.frontier_options import FrontierOptions
 from eval.harness.interleave import Candidate
-from eval.harness.options import SamplingOptions, load
+from eval.harness.options import SamplingOptions
+from eval.harness.pipeline import load
 
 STEPS = 6
 SAMPLING = SamplingOptions(num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
