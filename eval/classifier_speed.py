@@ -23,7 +23,7 @@ from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.metrics.tables import write_report
+from ee_diffusion.metrics.tables import environment, write_json
 from ee_diffusion.metrics.timing import interleaved
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.datasets import Source
@@ -154,7 +154,7 @@ def main() -> None:
         for size in config.batch_sizes:
             timings = timed(ready, source, own, size=size, runs=config.timed_runs)
             rows += [{"texts": group} | row for row in timings]
-            write_report(Path(config.output_dir) / "report.json", {**report, "rows": rows})
+            write_json(Path(config.output_dir) / "report.json", {**report, "rows": rows, "environment": environment()})
     print(json.dumps(rows))
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.metrics.image import summary
-from ee_diffusion.metrics.tables import markdown_table, write_report
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from eval.evaluated import Evaluated, Fold, Setting, at_cost, dealt, facts_of, folds_of, settings_of
 
 FACTS = ("accuracy", "layers", "flops_fraction", "ece", "brier", "set_size", "missed", "shuffled_accuracy")
@@ -130,7 +130,7 @@ def main() -> None:
         "rows": rows,
     }
     report |= {} if options.note is None else {"note": options.note}
-    write_report(Path(options.output_dir) / "report.json", report)
+    write_json(Path(options.output_dir) / "report.json", report | {"environment": environment()})
     wanted = (
         "exits",
         "rule",

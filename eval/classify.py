@@ -30,7 +30,7 @@ from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.metrics.splits import shuffled
-from ee_diffusion.metrics.tables import markdown_table, write_report
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.sources import TableSource, load_labelled_images
@@ -249,7 +249,7 @@ def main() -> None:
         pabee(patience).save(folder / "policies" / f"pabee-{patience}.json")
     judge.seen.part(judge.test).save(folder / "look.safetensors")
     judge.seen.part(judge.calibration).save(folder / "calibration.safetensors")
-    write_report(folder / "report.json", {"settings": resolved, **report})
+    write_json(folder / "report.json", {"settings": resolved, **report, "environment": environment()})
     print(told(report))
 
 

@@ -23,7 +23,7 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.metrics.clip_score import clip_scores, cut_prompts, read_prompts
 from ee_diffusion.metrics.image import summary
 from ee_diffusion.metrics.splits import seeds
-from ee_diffusion.metrics.tables import write_json, write_report
+from ee_diffusion.metrics.tables import environment, write_json
 from eval.harness.options import flag, parse
 from eval.harness.prompting import draw, load_text_pipeline
 
@@ -85,7 +85,7 @@ def main() -> None:
     if trace is not None:
         report["share_of_blocks"] = trace.report().fraction_executed
     settings = call | {"prompts": Path(options.prompts).name, "count": len(prompts)}
-    write_report(folder / "report.json", {"settings": settings} | report, device=device)
+    write_json(folder / "report.json", {"settings": settings} | report | {"environment": environment(device)})
     for name in ("clip_score", "clip_score_shuffled"):
         if name in report:
             print(

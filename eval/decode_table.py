@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.cli.errors import run_script
-from ee_diffusion.metrics.tables import markdown_table, write_report
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.metrics.text import bootstrap_ratio
 from eval.harness.options import Explaining, command
 
@@ -103,7 +103,10 @@ def main() -> None:
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings |= {"count": len(meanings), "seed": options.seed}
-    write_report(folder / "report.json", {"command": command(), "settings": settings, "table": rows}, device="cpu")
+    write_json(
+        folder / "report.json",
+        {"command": command(), "settings": settings, "table": rows, "environment": environment("cpu")},
+    )
     print(markdown_table(rows))
 
 

@@ -34,7 +34,7 @@ from ee_diffusion.metrics.features import (
 from ee_diffusion.metrics.files import read_images
 from ee_diffusion.metrics.reference_models import CLASSES, class_accuracy, load_classifier
 from ee_diffusion.metrics.references import Reference
-from ee_diffusion.metrics.tables import markdown_table, write_json, write_report
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from eval.harness.options import flag, parse
 from eval.harness.real_images import ReferenceOptions, known_reference, unfit
 
@@ -173,7 +173,7 @@ def main() -> None:
     write_json(folder / "config.json", asdict(options) | asdict(against))
     found = measured(options, against, images, labels, device)
     facts = {"samples": drawn_with(options.images), "reference": against.name}
-    write_report(folder / "report.json", facts | found, device=device)
+    write_json(folder / "report.json", facts | found | {"environment": environment(device)})
     write_text(folder / "metrics.md", markdown_table(lines(found, against)))
     print((folder / "metrics.md").read_text(encoding="utf-8"))
 

@@ -17,9 +17,8 @@ import yaml
 
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
-from ee_diffusion.metrics.tables import markdown_table
+from ee_diffusion.metrics.tables import REPORT, markdown_table
 
-FORMAT = "ee_diffusion.report.1"
 KEYS = ("format", "title", "command", "settings", "environment", "tables", "note")
 HEAD = """# Results
 
@@ -38,9 +37,9 @@ def read_report(path: Path) -> dict:
     """
     report = json.loads(path.read_text(encoding="utf-8"))
     missing = [key for key in KEYS if key not in report]
-    if report.get("format") != FORMAT or missing:
+    if report.get("format") != REPORT or missing:
         raise ValueError(
-            f"{path} is no report: format {report.get('format')!r}, without {missing}, expected {FORMAT!r}"
+            f"{path} is no report: format {report.get('format')!r}, without {missing}, expected {REPORT!r}"
         )
     return report
 

@@ -28,7 +28,7 @@ from ee_diffusion.metrics.files import to_bytes
 from ee_diffusion.metrics.reference_models import in_batches
 from ee_diffusion.metrics.retrieval import ImageTower, load_tower, retrieval, shown
 from ee_diffusion.metrics.splits import seeds
-from ee_diffusion.metrics.tables import markdown_table, write_json, write_report
+from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.training.captions import CaptionConfig, Captioned, load_captioned, subject
 from ee_diffusion.training.config import ImageDataConfig
 from eval.harness.options import flag, parse
@@ -149,7 +149,9 @@ def main() -> None:
     places = {"model": options.model, "tower": options.tower, "policies": options.policies}
     settings = asdict(options) | {name: path and Path(path).name for name, path in places.items()}
     settings |= {"text_encoder": facts["text_encoder"], "output_dir": None}
-    write_report(folder / "report.json", {"settings": settings, "tower": facts, "rows": rows}, device=device)
+    write_json(
+        folder / "report.json", {"settings": settings, "tower": facts, "rows": rows, "environment": environment(device)}
+    )
     write_text(folder / "retrieval.md", markdown_table([shown(one) for one in rows]))
     print((folder / "retrieval.md").read_text(encoding="utf-8"))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ee_diffusion.core.io import write_text
 from ee_diffusion.metrics.timing import describe
 
+REPORT = "ee_diffusion.report.1"
 PACKAGES = ("ee-diffusion", "torch", "diffusers", "transformers", "accelerate", "torchmetrics", "numpy")
 
 
@@ -51,15 +52,50 @@ def write_json(path: str | os.PathLike, content: Mapping) -> None:
     write_text(path, text + "\n")
 
 
-def write_report(path: str | os.PathLike, content: Mapping, *, device: torch.device | str | None = None) -> None:
-    """`write_json` with the environment under "environment".
+def write_report(
+    path: str | os.PathLike,
+    *,
+    title: str,
+    command: str,
+    settings: Mapping,
+    tables: Mapping[str, Sequence[Mapping]],
+    note: str = "",
+    device: torch.device | str | None = None,
+) -> str:
+    """Write a report as JSON, with the environment it came from, and its tables as Markdown beside it. Returns the Markdown.
+
+    Args:
+        path: the JSON file, `NAME.json`; the Markdown goes to `NAME.md`.
+        tables: name -> rows, flat (a number or a text a column); a table without rows is left out. Floats keep six significant digits.
+        note: what the figures are against, and what follows from them.
 
     Raises:
-        ValueError: the content has an "environment" already, or as `write_json`.
+        ValueError: a row that holds a table, a path without `.json`, or as `write_json`.
     """
-    if "environment" in content:
-        raise ValueError("the report holds an 'environment' already, expected it to be added here")
-    write_json(path, {**content, "environment": environment(device)})
+    path = Path(path)
+    if path.suffix != ".json":
+        raise ValueError(f"path={path}, expected the name of a .json file")
+    kept = {name: [_row(name, row) for row in rows] for name, rows in tables.items() if rows}
+    facts = {"format": REPORT, "title": title, "command": command, "settings": settings}
+    write_json(path, {**facts, "environment": environment(device), "tables": kept, "note": note})
+    parts = [f"{name}\n\n{markdown_table(rows, _columns(rows))}" for name, rows in kept.items()]
+    text = "\n".join([f"# {title}\n", *parts, *([f"{note}\n"] if note else [])])
+    write_text(path.with_suffix(".md"), text)
+    return text
+
+
+def _row(table: str, row: Mapping) -> dict:
+    nested = [name for name, value in row.items() if isinstance(value, Mapping | list | tuple)]
+    if nested:
+        raise ValueError(
+            f"table {table!r} has rows with tables in {nested}, expected a number or a text in each column"
+        )
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def _columns(rows: Sequence[Mapping]) -> list[str]:
+    """All columns, in the order in which the rows name them first."""
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def markdown_table(rows: Sequence[Mapping], columns: Sequence[str] | None = None) -> str:

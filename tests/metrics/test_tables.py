@@ -25,19 +25,37 @@ class Facts:
 
 def test_a_report_says_where_it_came_from_and_nothing_of_the_hour(tmp_path: Path):
     paths = [tmp_path / "deep" / "a.json", tmp_path / "b.json"]
+    settings = {"facts": Facts("x", torch.tensor([1, 2])), "dtype": torch.float32, "at": Path("p")}
+    tables = {"times": [{"name": "full", "time": 1.0}, {"name": "own", "time": 1 / 3, "fd": 2.0}], "none": []}
     for path in paths:
-        write_report(
-            path, {"facts": Facts("x", torch.tensor([1, 2])), "dtype": torch.float32, "at": Path("p")}, device="cpu"
+        told = write_report(
+            path, title="A", command="run it", settings=settings, tables=tables, note="Of 2 images.", device="cpu"
         )
     report = json.loads(paths[0].read_text())
-    assert report["facts"] == {"name": "x", "values": [1, 2]}
-    assert (report["dtype"], report["at"]) == ("torch.float32", "p")
+    assert list(report) == ["format", "title", "command", "settings", "environment", "tables", "note"]
+    assert report["format"] == "ee_diffusion.report.1"
+    assert report["settings"]["facts"] == {"name": "x", "values": [1, 2]}
+    assert (report["settings"]["dtype"], report["settings"]["at"]) == ("torch.float32", "p")
+    assert report["tables"] == {"times": [tables["times"][0], {"name": "own", "time": 0.333333, "fd": 2.0}]}
     assert report["environment"] == environment("cpu")
     assert report["environment"]["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert report["environment"]["threads"] == torch.get_num_threads()
     assert paths[0].read_bytes() == paths[1].read_bytes()
-    with pytest.raises(ValueError, match="already"):
-        write_report(paths[0], {"environment": 1})
+    assert (tmp_path / "b.md").read_text() == told
+    assert told == (
+        "# A\n\ntimes\n\n| name |   time |  fd |\n| ---- | -----: | --: |\n"
+        "| full |      1 |   - |\n| own  | 0.3333 |   2 |\n\nOf 2 images.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "path, value, error",
+    [("a.json", {"mean": 1}, r"tables in \['psnr'\]"), ("a.json", [1], r"tables in"), ("a", 1, r"a \.json file")],
+)
+def test_a_report_that_does_not_fit_is_refused(path: str, value: object, error: str, tmp_path: Path):
+    with pytest.raises(ValueError, match=error):
+        write_report(tmp_path / path, title="A", command="c", settings={}, tables={"t": [{"psnr": value}]})
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_json_cannot_hold_is_refused_and_the_old_file_stays(tmp_path: Path):
