@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -16,12 +17,15 @@ from packaging.requirements import Requirement
 from tree import ROOT
 
 import ee_diffusion
+from ee_diffusion import methods
 
 PACKAGE = ROOT / "ee_diffusion"
 
 # Folder of the package -> what its files may import beside the standard library and their own folder.
 CORE = {"torch", "safetensors"}
 SHARED = {"pixels.py": {"numpy", "PIL"}}  # files beside the folders that all of them but the core may import
+PUBLIC = {"__init__.py", "methods.py"}  # tables of names that lie elsewhere, imported when first used
+LAZY = {"lazy.py"}  # how
 SIDE = CORE | {"numpy", "PIL", "ee_diffusion.core", "ee_diffusion.pixels"}
 TABLE = {
     "core": CORE,
@@ -132,7 +136,7 @@ def test_every_file_of_the_package_is_in_the_table():
     strangers = [
         path.relative_to(PACKAGE)
         for path in files_of("ee_diffusion")
-        if path.relative_to(PACKAGE).parts[0] not in {*TABLE, *SHARED, "__init__.py", *COMMAND_LINE}
+        if path.relative_to(PACKAGE).parts[0] not in {*TABLE, *SHARED, *PUBLIC, *LAZY, *COMMAND_LINE}
     ]
     assert not strangers, f"not in the import table: {strangers}"
 
@@ -170,7 +174,7 @@ def test_no_import_inside_a_function(folder: str):
         str(found)
         for path in files_of(folder)
         for found in imports_of(path)
-        if path != PACKAGE / "__init__.py" and (found.inside_function or found.module == "<dynamic>")
+        if path != PACKAGE / "lazy.py" and (found.inside_function or found.module == "<dynamic>")
     ]
     assert not wrong, "\n".join(wrong)
 
@@ -223,34 +227,54 @@ def test_import_loads_no_model_library_and_is_quick():
 
 
 def test_the_core_loads_no_model_library():
-    names = sorted({f"ee_diffusion.{home}" for home in ee_diffusion._HOMES.values() if home.startswith("core.")})
+    names = [name for name, home in ee_diffusion.HOMES.items() if home.startswith("core.")]
     out = _run(
-        f"import importlib, sys\nfor name in {names!r}: importlib.import_module(name)\n"
+        f"import ee_diffusion, sys\nfor name in {names!r}: getattr(ee_diffusion, name)\n"
+        "ee_diffusion.criteria, ee_diffusion.schedules, ee_diffusion.methods\n"
         f"print(*[name for name in {HEAVY!r} if name in sys.modules])"
     )
     assert out == "", f"the core loads {out}"
 
 
-@pytest.mark.parametrize("name", sorted(ee_diffusion._HOMES))
-def test_public_name_comes_from_its_home(name: str):
-    value = getattr(ee_diffusion, name)
-    assert value is getattr(importlib.import_module(f"ee_diffusion.{ee_diffusion._HOMES[name]}"), name)
-    assert value.__module__ == f"ee_diffusion.{ee_diffusion._HOMES[name]}", "defined elsewhere: name its own module"
-    assert name in ee_diffusion.__all__
+def test_the_top_level_is_small():
+    assert len(ee_diffusion.__all__) <= 36, "at most 35 names, and the version"
+
+
+@pytest.mark.parametrize(
+    "module, name", [(module, name) for module in (ee_diffusion, methods) for name in sorted(module.HOMES)]
+)
+def test_public_name_comes_from_its_home(module: ModuleType, name: str):
+    value, home = getattr(module, name), f"ee_diffusion.{module.HOMES[name]}"
+    assert value is getattr(importlib.import_module(home), name)
+    assert value.__module__ == home, "defined elsewhere: name its own module"
+    assert name in module.__all__
+
+
+@pytest.mark.parametrize("name", sorted(ee_diffusion.NAMESPACES))
+def test_a_namespace_is_a_module(name: str):
+    assert getattr(ee_diffusion, name) is importlib.import_module(f"ee_diffusion.{ee_diffusion.NAMESPACES[name]}")
+
+
+@pytest.mark.parametrize("module", [ee_diffusion.criteria, ee_diffusion.schedules], ids=["criteria", "schedules"])
+def test_a_namespace_lists_what_it_defines(module: ModuleType):
+    assert all(getattr(module, name).__module__ == module.__name__ for name in module.__all__)
 
 
 def test_public_names_are_listed_before_they_are_used():
     assert _run("import ee_diffusion\nprint(*(set(ee_diffusion.__all__) - set(dir(ee_diffusion))))") == ""
 
 
-def test_type_checkers_see_the_same_table():
+@pytest.mark.parametrize("module", [ee_diffusion, methods], ids=["top", "methods"])
+def test_type_checkers_see_the_same_table(module: ModuleType):
     declared = {
-        alias.asname or alias.name: str(node.module).removeprefix("ee_diffusion.")
-        for node in ast.walk(ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("ee_diffusion.")
+        alias.name: str(node.module).removeprefix("ee_diffusion.")
+        for node in ast.walk(ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module not in {"__future__", "typing", "ee_diffusion.lazy"}
         for alias in node.names
     }
-    assert declared == ee_diffusion._HOMES
+    namespaces = getattr(module, "NAMESPACES", {})
+    assert set(declared) == {*module.HOMES, *namespaces}
+    assert {name: declared[name] for name in module.HOMES} == module.HOMES
 
 
 def test_unknown_name_is_an_attribute_error():

@@ -18,6 +18,19 @@ from torch import Tensor
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.scores import ExitInputs, score_named
 
+__all__ = [
+    "Criterion",
+    "DecayingThreshold",
+    "DepthTable",
+    "ErrorBudget",
+    "ExitPoint",
+    "GatedExit",
+    "Patience",
+    "QExit",
+    "SampledExit",
+    "Threshold",
+]
+
 State = dict[str, Tensor]
 
 

@@ -13,6 +13,21 @@ from math import ceil
 
 from ee_diffusion.core.fields import check_fields
 
+__all__ = [
+    "DepthPerStep",
+    "FixedDepth",
+    "FixedLayers",
+    "FullDepth",
+    "LinearDecay",
+    "Periodic",
+    "PiecewiseDepth",
+    "PowerDecay",
+    "Schedule",
+    "depth_of",
+    "full_steps_of",
+    "last_steps",
+]
+
 
 @dataclass(frozen=True)
 class Schedule(ABC):

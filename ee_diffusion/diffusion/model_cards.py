@@ -17,10 +17,10 @@ tags: [early-exit, ee-diffusion]
 Early exits after {depths} blocks ({facts}, {size} parameters), for `ee_diffusion`:
 
 ```python
-from ee_diffusion import {kind}, attach_exits, deediff, exit_summary
+from ee_diffusion import {kind}, attach_exits, exit_summary, methods
 
 exits = {kind}.from_pretrained("PATH")
-attach_exits(pipe, exits, deediff(THRESHOLD))  # pipe: a diffusers pipeline with a {made_for}
+attach_exits(pipe, exits, methods.deediff(THRESHOLD))  # pipe: a diffusers pipeline with a {made_for}
 image = pipe(...)
 print(exit_summary(pipe))
 ```

@@ -9,8 +9,9 @@ import torch
 from factories import pipeline
 from tiny_texts import text_pipeline
 
-from ee_diffusion import attach_exits, fit_schedules, periodic_cache
+from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
+from ee_diffusion.diffusion.methods import periodic_cache
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.recording import record, record_call
 

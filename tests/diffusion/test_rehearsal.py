@@ -20,12 +20,14 @@ from tiny_pipelines import STOCK, images_of, pipeline_named
 from tiny_pipelines import call_of as arguments_of
 from tiny_pipelines import pipe as pipe_named
 
-from ee_diffusion import attach_exits, fit_schedules, influence, local_error_gain, periodic_cache, searched
+from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import _settings
-from ee_diffusion.diffusion.step_cache.error_propagation import recorded_error_amplification
+from ee_diffusion.diffusion.methods import periodic_cache, searched
+from ee_diffusion.diffusion.step_cache.error_propagation import influence, recorded_error_amplification
 from ee_diffusion.diffusion.step_cache.recording import record_call
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
+from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 
 STEPS, LABELS = 9, [0, 1]

@@ -18,10 +18,11 @@ from diffusers import (
 from factories import pipeline, randomise, uvit
 from tiny_pipelines import STOCK, call_of, images_of, pipeline_named
 
-from ee_diffusion import attach_exits, fit_schedules, periodic_cache
+from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion import fingerprint
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
+from ee_diffusion.diffusion.methods import periodic_cache
 from ee_diffusion.diffusion.step_cache.error_estimator import fit_error_estimator, walk
 from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, setup_of, steady

@@ -205,7 +205,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
-from ee_diffusion import EarlyExitTextPipeline, deediff
+from ee_diffusion import EarlyExitTextPipeline
+from ee_diffusion.diffusion.methods import deediff
 folder, encoder = sys.argv[1:]
 words = {{}} if encoder == "inside" else {{
     "text_encoder": AutoModel.from_pretrained(encoder), "tokenizer": AutoTokenizer.from_pretrained(encoder)
