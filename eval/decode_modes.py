@@ -148,7 +148,7 @@ def calibrate(decoder: Decoder, meanings: dict[str, list[str]], options: Calibra
             "name": name,
             "layers": layers[k],
             "loss": float(first[k].mean()),
-            "p_value": p_value(first[k], options.risk),
+            "p_value": p_value(first[k], options.risk, delta=options.delta),
             "upper_bound": upper_bound(first[k], options.delta),
             "certified": bool(good[k]),
             "in_expectation": expected == k,

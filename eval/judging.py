@@ -23,10 +23,16 @@ from ee_diffusion.classification.methods import (
     palbert,
     pondernet,
 )
-from ee_diffusion.core.conformal import conformal_sets, conformal_thresholds
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import shuffled_overall, value_for_budget
-from ee_diffusion.core.risk_control import certified, in_expectation, pareto_order, upper_bound
+from ee_diffusion.core.risk_control import (
+    certified,
+    conformal_sets,
+    conformal_thresholds,
+    in_expectation,
+    pareto_order,
+    upper_bound,
+)
 from ee_diffusion.metrics.classification import figures
 from ee_diffusion.metrics.image import summary
 from ee_diffusion.metrics.splits import shuffled
@@ -233,7 +239,7 @@ def guarantee(
         torch.stack([one.cost for one in offered]),
     )  # (K, n) twice
     proposing, deciding = halves(calibration, seed=seed)
-    order = pareto_order(costs[:, proposing].mean(1), losses[:, proposing], risk=risk)
+    order = pareto_order(costs[:, proposing].mean(1), losses[:, proposing], risk=risk, delta=delta)
     passed = order[certified(losses[order][:, deciding], risk=risk, delta=delta)]
     scales = [one.name["pruning_scale"] for one in offered]
     line = torch.tensor([place for place, scale in enumerate(scales) if scale == scales[0]])

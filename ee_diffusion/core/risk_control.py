@@ -1,7 +1,8 @@
 """Risk control: which of several policies may be used so that the expected loss stays below a target, said with confidence.
 
-Here: bounds on losses that were measured. Not here: running the candidates, proposing them (replay.py). Losses lie in [0, 1] and come
-from live runs on samples that neither trained nor proposed anything. K candidates in order, the safest first; n samples.
+Here: bounds on losses that were measured, conformal sets of classes. Not here: running the candidates, proposing them (replay.py).
+Losses lie in [0, 1] and come from live runs on samples that neither trained nor proposed anything.
+K candidates in order, the safest first; n samples; C classes; A answers (the exits' and the model's own).
 """
 
 from __future__ import annotations
@@ -12,34 +13,36 @@ import torch
 from torch import Tensor
 
 
-def p_value(losses: Tensor, risk: float) -> float:
-    """Hoeffding-Bentkus p-value of "the expected loss is above `risk`" (arXiv 2110.01052, sec. 2.2): losses (n,) in [0, 1].
+def p_value(losses: Tensor, risk: float, *, delta: float) -> float:
+    """p-value of "the expected loss is at least `risk`": losses (n,) in [0, 1], in the order in which they were drawn.
 
-    `min(exp(-n h(min(m, r), r)), e P[Bin(n, r) <= ceil(n m)])`, m the mean, `h(a, b) = a log(a/b) + (1-a) log((1-a)/(1-b))`.
+    The capital of a gambler who bets on smaller losses (arXiv 2010.09686, as in arXiv 2101.02703, sec. 3.1.3):
+    `C_t = prod_{i <= t} (1 - v_i (L_i - risk))`, `v_i = min(1, sqrt(2 log(1 / delta) / (n s_{i-1})))`,
+    `m_t = (1/2 + sum_{i <= t} L_i) / (1 + t)`, `s_t = (1/4 + sum_{i <= t} (L_i - m_i)^2) / (1 + t)`; p = min(1, 1 / max_t C_t) (Ville).
+    A bet looks at earlier losses alone, so p is valid for every `delta`, which only says at which level the bets are sharp. Where losses
+    vary little it is far smaller than Hoeffding-Bentkus; for losses of 0 and 1 it is about the same. It depends on the order of the
+    losses, which must not be chosen after looking at them.
 
     Raises:
-        ValueError: no losses, losses outside [0, 1] or NaN, a risk outside (0, 1).
+        ValueError: no losses, losses outside [0, 1] or NaN, a risk or delta outside (0, 1).
     """
-    _check_sample(losses, risk)
-    count, mean = len(losses), min(float(losses.double().mean()), 1.0)
-    hoeffding = math.exp(-count * _divergence(min(mean, risk), risk))
-    return min(1.0, hoeffding, math.e * _binomial_at_most(math.ceil(count * mean - 1e-9), count, risk))
+    _check_sample(losses, risk, delta)
+    return _p_value(losses.double(), _bets(losses.double(), delta), risk)
 
 
 def upper_bound(losses: Tensor, delta: float) -> float:
     """UCB: the smallest risk that the losses (n,) refute with confidence 1 - delta, 1 if there is none (arXiv 2101.02703).
 
     Raises:
-        ValueError: as `p_value`; a delta outside (0, 1).
+        ValueError: as `p_value`.
     """
     _check_sample(losses, 0.5, delta)
-    low, high = float(losses.double().mean()), 1.0
-    for _ in range(50):
+    losses = losses.double()
+    bets = _bets(losses, delta)
+    low, high = 0.0, 1.0
+    for _ in range(50):  # the capital grows with the risk at every t, so p falls with it
         middle = (low + high) / 2
-        if middle <= 0 or middle >= 1 or p_value(losses, middle) > delta:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if _p_value(losses, bets, middle) <= delta else (middle, high)
     return high
 
 
@@ -55,7 +58,7 @@ def certified(losses: Tensor, *, risk: float, delta: float) -> Tensor:
     _check(losses, risk, delta)
     found = torch.zeros(len(losses), dtype=torch.bool)
     for candidate, own in enumerate(losses):
-        if p_value(own, risk) > delta:
+        if p_value(own, risk, delta=delta) > delta:
             break
         found[candidate] = True
     return found
@@ -77,7 +80,7 @@ def in_expectation(losses: Tensor, *, risk: float) -> int | None:
     return int(good[-1]) if len(good) else None
 
 
-def pareto_order(costs: Tensor, losses: Tensor, *, risk: float) -> Tensor:
+def pareto_order(costs: Tensor, losses: Tensor, *, risk: float, delta: float) -> Tensor:
     """Which of many candidates (several knobs) to test, and in which order (Pareto testing, arXiv 2210.07913).
 
     costs (K,), losses (K, n) on samples that only propose -> indices of the candidates that no other beats in cost and mean loss, the most
@@ -86,7 +89,7 @@ def pareto_order(costs: Tensor, losses: Tensor, *, risk: float) -> Tensor:
     Raises:
         ValueError: shapes that do not fit, costs that are no finite numbers; as `p_value`.
     """
-    _check(losses, risk)
+    _check(losses, risk, delta)
     if costs.shape != losses.shape[:1]:
         raise ValueError(f"costs {tuple(costs.shape)} and losses {tuple(losses.shape)}, expected (K,) and (K, n)")
     if not bool(costs.isfinite().all()):
@@ -95,27 +98,68 @@ def pareto_order(costs: Tensor, losses: Tensor, *, risk: float) -> Tensor:
     no_worse = (costs[None] <= costs[:, None]) & (means[None] <= means[:, None])  # (K, K): column beats row
     better = (costs[None] < costs[:, None]) | (means[None] < means[:, None])
     front = (~(no_worse & better).any(1)).nonzero()[:, 0]
-    certain = [p_value(losses[index], risk) for index in front.tolist()]
+    certain = [p_value(losses[index], risk, delta=delta) for index in front.tolist()]
     order = sorted(range(len(front)), key=lambda place: (certain[place], float(means[front[place]])))
     return front[order]
 
 
-def _divergence(a: float, b: float) -> float:
-    """h(a, b) of Hoeffding's bound, 0 <= a <= b < 1."""
-    first = 0.0 if a == 0 else a * math.log(a / b)
-    return first + (1 - a) * math.log((1 - a) / (1 - b))
+def conformal_thresholds(
+    probabilities: Tensor, labels: Tensor, answers: Tensor, *, num_answers: int, miss_rate: float
+) -> Tensor:
+    """Split conformal prediction for each exit, whose confidences are not another's (JEI-DNN, arXiv 2310.09163).
+
+    The `ceil((m + 1)(1 - miss_rate))`-th smallest `1 - p(true)` of the m samples of each answer -> (A,); 1 where m is too small,
+    so that the set is everything.
+
+    probabilities (n, C) of the answers given, labels (n,), answers (n,): which one was taken, 0..A-1.
+
+    Raises:
+        ValueError: shapes that do not fit; NaN, logits or whatever else are no probabilities of one class each; labels and answers that are
+            none; a miss rate outside (0, 1).
+    """
+    _check_answers(probabilities, answers, num_answers)
+    if labels.shape != answers.shape or not 0 < miss_rate < 1:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} and miss_rate={miss_rate}, expected ({len(answers)},) and (0, 1)"
+        )
+    _check_indices("labels", labels, probabilities.shape[1])
+    scores = 1 - probabilities.gather(1, labels[:, None])[:, 0]  # (n,)
+    found = torch.ones(num_answers, dtype=probabilities.dtype)
+    for answer in range(num_answers):
+        own = scores[answers == answer].sort().values  # (m,)
+        place = math.ceil((len(own) + 1) * (1 - miss_rate))
+        if place <= len(own):
+            found[answer] = own[place - 1]
+    return found
 
 
-def _binomial_at_most(most: int, count: int, probability: float) -> float:
-    """P[Bin(count, probability) <= most], in logarithms."""
-    number = torch.arange(0, min(most, count) + 1, dtype=torch.float64)
-    total = torch.tensor(count + 1.0, dtype=torch.float64)
-    ways = torch.lgamma(total) - torch.lgamma(number + 1) - torch.lgamma(total - number)
-    logs = ways + number * math.log(probability) + (count - number) * math.log1p(-probability)
-    return min(1.0, float(logs.logsumexp(0).exp()))
+def conformal_sets(probabilities: Tensor, answers: Tensor, *, thresholds: Tensor) -> Tensor:
+    """The classes with `1 - p <= threshold` of the sample's answer: (n, C) and (n,) -> (n, C) bool; at threshold 1 every class.
+
+    Raises:
+        ValueError: as `conformal_thresholds`; thresholds outside [0, 1] or NaN.
+    """
+    if thresholds.ndim != 1 or not bool(((thresholds >= 0) & (thresholds <= 1)).all()):
+        raise ValueError(f"thresholds {thresholds.tolist()}, expected (A,) numbers in [0, 1]")
+    _check_answers(probabilities, answers, len(thresholds))
+    return 1 - probabilities <= thresholds[answers][:, None]
 
 
-def _check_sample(losses: Tensor, risk: float, delta: float = 0.5) -> None:
+def _bets(losses: Tensor, delta: float) -> Tensor:
+    """v (n,), each from the losses before its own."""
+    count = torch.arange(1, len(losses) + 1, dtype=torch.float64)
+    means = (0.5 + losses.cumsum(0)) / (1 + count)  # (n,)
+    spread = (0.25 + (losses - means).square().cumsum(0)) / (1 + count)  # (n,)
+    before = torch.cat([torch.tensor([0.25], dtype=torch.float64), spread[:-1]])
+    return (2 * math.log(1 / delta) / (len(losses) * before)).sqrt().clamp(max=1.0)
+
+
+def _p_value(losses: Tensor, bets: Tensor, risk: float) -> float:
+    capital = torch.log1p(-bets * (losses - risk)).cumsum(0)  # (n,), logarithms
+    return min(1.0, math.exp(-float(capital.max())))
+
+
+def _check_sample(losses: Tensor, risk: float, delta: float) -> None:
     if losses.ndim != 1 or not len(losses):
         raise ValueError(f"losses are {tuple(losses.shape)}, expected (n,) with n >= 1: those of one candidate")
     _check(losses[None], risk, delta)
@@ -128,3 +172,27 @@ def _check(losses: Tensor, risk: float, delta: float = 0.5) -> None:
         raise ValueError(f"losses from {float(losses.min())} to {float(losses.max())}, expected numbers in [0, 1]")
     if not 0 < risk < 1 or not 0 < delta < 1:
         raise ValueError(f"risk={risk}, delta={delta}, expected both in (0, 1)")
+
+
+def _check_answers(probabilities: Tensor, answers: Tensor, num_answers: int) -> None:
+    if probabilities.ndim != 2 or answers.shape != probabilities.shape[:1]:
+        raise ValueError(
+            f"probabilities {tuple(probabilities.shape)} and answers {tuple(answers.shape)}, expected (n, C) and (n,)"
+        )
+    _check_indices("answers", answers, num_answers)
+    if not len(answers):
+        return
+    low, high = float(probabilities.min()), float(probabilities.max())
+    sums = probabilities.double().sum(1)  # (n,)
+    if not probabilities.is_floating_point() or not 0 <= low <= high <= 1 or bool(((sums - 1).abs() > 0.01).any()):
+        raise ValueError(
+            f"{probabilities.dtype} from {low:.4g} to {high:.4g} in rows with sums from {float(sums.min()):.4g} to "
+            f"{float(sums.max()):.4g}, expected probabilities (softmax): in [0, 1], each row with the sum 1"
+        )
+
+
+def _check_indices(name: str, values: Tensor, count: int) -> None:
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"{name} {values.dtype}, expected whole numbers in 0..{count - 1}")
+    if len(values) and not 0 <= int(values.min()) <= int(values.max()) < count:
+        raise ValueError(f"{name} {int(values.min())}..{int(values.max())}, expected 0..{count - 1}")

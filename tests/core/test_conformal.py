@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ee_diffusion.core.conformal import conformal_sets, conformal_thresholds
+from ee_diffusion.core.risk_control import conformal_sets, conformal_thresholds
 
 
 def draw(n: int, seed: int):

@@ -21,22 +21,50 @@ def population(seed: int = 0) -> torch.Tensor:
     return torch.where(torch.rand(8, COUNT * 20, generator=generator) < 0.5, smooth, (hardness < bold).float())
 
 
-def test_the_p_value_by_hand():
-    losses = torch.tensor([0.0, 0.1, 0.0, 0.3, 0.0, 0.0, 0.2, 0.0, 0.0, 0.0])
-    mean, risk, count = 0.06, 0.4, 10
-    divergence = mean * math.log(mean / risk) + (1 - mean) * math.log((1 - mean) / (1 - risk))
-    bentkus = math.e * sum(math.comb(count, k) * risk**k * (1 - risk) ** (count - k) for k in range(2))  # ceil(0.6) = 1
-    assert p_value(losses, risk) == pytest.approx(min(math.exp(-count * divergence), bentkus), rel=1e-6)
-    assert p_value(torch.zeros(20), 0.1) == pytest.approx(0.9**20, rel=1e-6)
-    assert p_value(torch.ones(20), 0.1) == 1.0
+def by_hand(losses: list[float], risk: float, delta: float) -> float:
+    capital, best, total, squares, spread = 1.0, 0.0, 0.5, 0.25, 0.25
+    for place, loss in enumerate(losses, 1):
+        bet = min(1.0, math.sqrt(2 * math.log(1 / delta) / (len(losses) * spread)))
+        capital *= 1 - bet * (loss - risk)
+        best = max(best, capital)
+        total += loss
+        squares += (loss - total / (1 + place)) ** 2
+        spread = squares / (1 + place)
+    return min(1.0, 1 / best)
+
+
+def test_the_p_value_is_that_of_a_slow_loop():
+    for seed, scale in ((0, 1.0), (1, 0.2), (2, 0.02)):
+        losses = torch.rand(40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+        for risk in (0.05, 0.3, 0.6):
+            assert p_value(losses, risk, delta=DELTA) == pytest.approx(by_hand(losses.tolist(), risk, DELTA))
+    assert p_value(torch.ones(20), 0.1, delta=DELTA) == 1.0
 
 
 def test_the_upper_bound_is_where_the_p_value_crosses():
     losses = torch.rand(50, generator=torch.Generator().manual_seed(1)) * 0.3
     bound = upper_bound(losses, DELTA)
-    assert p_value(losses, bound + 1e-6) <= DELTA < p_value(losses, bound - 1e-4)
-    assert upper_bound(torch.zeros(22), 0.1) == pytest.approx(1 - 0.1 ** (1 / 22), rel=1e-6)
+    assert p_value(losses, bound + 1e-6, delta=DELTA) <= DELTA < p_value(losses, bound - 1e-6, delta=DELTA)
     assert upper_bound(torch.ones(5), 0.1) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["smooth", "all_or_nothing"])
+def test_the_bound_covers_the_true_mean(kind: str):
+    generator = torch.Generator().manual_seed(3)
+    wrong = naive = 0
+    for _ in range(ROUNDS):
+        uniform = torch.rand(COUNT, generator=generator)  # true mean 0.2 both ways
+        losses = 0.4 * uniform if kind == "smooth" else (uniform < 0.2).float()
+        wrong += upper_bound(losses, DELTA) < 0.2
+        naive += bool(losses.mean() < 0.2)
+    assert not too_many(wrong)
+    assert too_many(naive), "a control that must fail: the mean of the losses promises nothing"
+
+
+def test_it_is_tighter_than_hoeffding_where_losses_vary_little():
+    losses = 0.1 + 0.02 * torch.rand(200, generator=torch.Generator().manual_seed(4))
+    mean, hoeffding = float(losses.mean()), math.sqrt(math.log(1 / DELTA) / (2 * 200))
+    assert upper_bound(losses, DELTA) - mean < 0.4 * hoeffding
 
 
 def drawn(generator: torch.Generator, losses: torch.Tensor) -> torch.Tensor:
@@ -89,9 +117,9 @@ def test_conformal_risk_control_holds_in_the_mean():
 def test_pareto_order_keeps_what_nothing_beats():
     costs = torch.tensor([1.0, 0.5, 0.5, 0.3, 0.4])
     losses = torch.tensor([[0.0, 0.0], [0.1, 0.1], [0.3, 0.1], [0.4, 0.4], [0.5, 0.5]])
-    assert pareto_order(costs, losses, risk=0.6).tolist() == [0, 1, 3]
+    assert pareto_order(costs, losses, risk=0.6, delta=DELTA).tolist() == [0, 1, 3]
     with pytest.raises(ValueError, match=r"costs \(2,\) and losses \(5, 2\)"):
-        pareto_order(costs[:2], losses, risk=0.6)
+        pareto_order(costs[:2], losses, risk=0.6, delta=DELTA)
 
 
 @pytest.mark.parametrize("losses", [torch.tensor([[0.1, 1.1]]), torch.tensor([[math.nan]]), torch.tensor([[-0.1]])])
@@ -110,7 +138,9 @@ def test_bad_numbers_are_refused():
         certified(torch.zeros(2, 0), risk=0.1, delta=0.1)
 
 
-@pytest.mark.parametrize("bound", [lambda losses: p_value(losses, 0.1), lambda losses: upper_bound(losses, 0.1)])
+@pytest.mark.parametrize(
+    "bound", [lambda losses: p_value(losses, 0.1, delta=0.1), lambda losses: upper_bound(losses, 0.1)]
+)
 def test_the_losses_of_several_candidates_are_no_sample(bound):
     with pytest.raises(ValueError, match=r"losses are \(3, 50\), expected \(n,\)"):
         bound(torch.zeros(3, 50))
@@ -120,7 +150,7 @@ def test_the_losses_of_several_candidates_are_no_sample(bound):
 
 def test_costs_that_are_no_numbers_order_nothing():
     with pytest.raises(ValueError, match=r"costs .*expected finite numbers"):
-        pareto_order(torch.tensor([1.0, math.nan]), torch.zeros(2, 5), risk=0.1)
+        pareto_order(torch.tensor([1.0, math.nan]), torch.zeros(2, 5), risk=0.1, delta=DELTA)
 
 
 def test_after_the_first_failure_nothing_is_certified():
