@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, HfArgumentParser
 
-from ee_diffusion.classification.activations import StoredStates, origin_of, stored_states
+from ee_diffusion.classification.activations import StoredStates, fingerprint_of, stored_states
 from ee_diffusion.classification.classifier import EarlyExitClassifier
-from ee_diffusion.classification.evaluation import NOTHING, Look, look
+from ee_diffusion.classification.evaluation import NO_SCORE, ExitRecord, record_exits
 from ee_diffusion.classification.exits import ClassifierHeads
 from ee_diffusion.classification.methods import pabee
 from ee_diffusion.cli.errors import run_script
@@ -126,7 +126,7 @@ def drawn(source: TextSource, most: int | None, *, seed: int) -> TextSource:
     return TextSource([source.tokens[place].tolist() for place in places], source.labels[places], pad=source.pad)
 
 
-def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, states: Path | None) -> Look:
+def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, states: Path | None) -> ExitRecord:
     """The look at a source, by way of stored states where they are asked for."""
     classifier.eval()
     known = rules(classifier)
@@ -135,18 +135,18 @@ def looked(config: EvalConfig, classifier: EarlyExitClassifier, source: Source, 
     if states is not None:
         heads = ClassifierHeads(classifier.model, classifier.exits)
         if states.exists():
-            kept = StoredStates.load(states, origin=origin_of(heads, classifier.pruning, source.fingerprint()))
+            kept = StoredStates.load(states, origin=fingerprint_of(heads, classifier.pruning, source.fingerprint()))
         else:
             batches = once(source, config.batch_size, classifier.device)
             kept = stored_states(heads, batches, pruning=classifier.pruning, data=source.fingerprint())
             kept.save(states)
         source = TableSource(kept, kept.origin)
-    return look(classifier, once(source, config.batch_size, classifier.device), scores=scores)
+    return record_exits(classifier, once(source, config.batch_size, classifier.device), scores=scores)
 
 
 def gathered(
     config: EvalConfig, classifier: EarlyExitClassifier, given: list[Source]
-) -> tuple[Look, torch.Tensor, torch.Tensor]:
+) -> tuple[ExitRecord, torch.Tensor, torch.Tensor]:
     """One look at all texts, and the places of those to choose on and of those to judge."""
     names = [None] * len(given)
     if config.states:
@@ -154,7 +154,7 @@ def gathered(
     parts = [looked(config, classifier, source, states) for source, states in zip(given, names, strict=True)]
     sizes = [len(part.labels) for part in parts]
     if len(parts) == 2:
-        return Look.joined(parts), torch.arange(sizes[0]), sizes[0] + torch.arange(sizes[1])
+        return ExitRecord.concatenate(parts), torch.arange(sizes[0]), sizes[0] + torch.arange(sizes[1])
     order = torch.tensor(shuffled(sizes[0], seed=config.seed))
     cut = int(sizes[0] * config.calibration_share)
     return parts[0], order[:cut], order[cut:]
@@ -179,7 +179,7 @@ def evaluate(classifier: EarlyExitClassifier, given: list[Source], config: EvalC
         "controls": controls(judge, classifier),
     }
     rule = next(iter(known.values()))
-    everything = {"full depth": (Policy(), NOTHING)} | {
+    everything = {"full depth": (Policy(), NO_SCORE)} | {
         f"budget {row['budget']}": (rule(row["value"]), score_of(rule)) for row in report["budgeted"][next(iter(known))]
     }
     report["by_length"] = {name: by_length(judge, policy, score=score) for name, (policy, score) in everything.items()}
@@ -247,8 +247,8 @@ def main() -> None:
             known[name](row["value"]).save(folder / "policies" / f"{name}-{row['budget']:g}.json")
     for patience in range(1, len(judge.seen.depths)) if "agreement" in judge.seen.scores else ():
         pabee(patience).save(folder / "policies" / f"pabee-{patience}.json")
-    judge.seen.part(judge.test).save(folder / "look.safetensors")
-    judge.seen.part(judge.calibration).save(folder / "calibration.safetensors")
+    judge.seen.select(judge.test).save(folder / "look.safetensors")
+    judge.seen.select(judge.calibration).save(folder / "calibration.safetensors")
     write_json(folder / "report.json", {"settings": resolved, **report, "environment": environment()})
     print(told(report))
 

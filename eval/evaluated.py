@@ -15,7 +15,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.evaluation import NO_SCORE, ExitRecord
 from ee_diffusion.classification.methods import pabee, pondernet
 from ee_diffusion.core.policy import Policy
 
@@ -28,7 +28,7 @@ class Evaluated:
 
     folder: Path
     report: dict
-    look: Look
+    look: ExitRecord
 
     @classmethod
     def read(cls, name: str) -> Evaluated:
@@ -38,20 +38,20 @@ class Evaluated:
             ValueError: no look, or one of a regression.
         """
         folder = Path(name)
-        look = Look.load(folder / "look.safetensors")
+        look = ExitRecord.load(folder / "look.safetensors")
         if look.labels.is_floating_point():
             raise ValueError(f"{folder} is of a regression, expected classes")
         return cls(folder, json.loads((folder / "report.json").read_text()), look)
 
     def under(self, setting: Setting) -> tuple[Tensor, Tensor]:
         """(FLOPs (n,), float64 (n,): 1 where the answer is right) of a setting."""
-        seen, score = self.look, NOTHING
+        seen, score = self.look, NO_SCORE
         if isinstance(setting, Policy):
-            taken = seen.taken(setting)
-            score = NOTHING if setting.criterion is None else setting.criterion.score
+            taken = seen.exits_under(setting)
+            score = NO_SCORE if setting.criterion is None else setting.criterion.score
         else:
             taken = torch.full_like(seen.labels, len(seen.depths) if setting is None else setting)
-        return seen.cost(taken, score=score).double(), seen.right(taken).double()
+        return seen.cost(taken, score=score).double(), seen.is_correct(taken).double()
 
     def constant(self) -> list[tuple[Tensor, Tensor]]:
         """(FLOPs (n,), right (n,)) of every constant depth."""
@@ -116,7 +116,7 @@ class Fold:
     truncated: list[Evaluated]
 
     @property
-    def look(self) -> Look:
+    def look(self) -> ExitRecord:
         """Any one: labels, tokens and full costs are of the texts alone."""
         return self.references[0].look
 
@@ -183,7 +183,7 @@ def fold_of(run: Evaluated, folds: list[Fold]) -> Fold:
     """
     for fold in folds:
         if fold.learned_confidence(run):
-            classes, expected = run.look.answers.shape[-1], fold.look.answers.shape[-1]
+            classes, expected = run.look.logits.shape[-1], fold.look.logits.shape[-1]
             if classes != expected:
                 raise ValueError(f"{run.folder} tells {classes} classes apart, its reference {expected}")
             return fold

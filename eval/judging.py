@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.classification.classifier import EarlyExitClassifier
-from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.evaluation import NO_SCORE, ExitRecord
 from ee_diffusion.classification.methods import (
     berxit,
     confidence,
@@ -73,28 +73,28 @@ class Judge:
     """Figures and costs of answers taken: chosen on `calibration`, said of `test`, indices of texts. `draws` of every shuffle, from `seed`
     on; `miss_rate` of the conformal sets."""
 
-    seen: Look
+    seen: ExitRecord
     calibration: Tensor
     test: Tensor
     miss_rate: float
     draws: int
     seed: int
 
-    def __call__(self, taken: Tensor, *, score: str = NOTHING) -> dict:
+    def __call__(self, taken: Tensor, *, score: str = NO_SCORE) -> dict:
         """taken (n,) under a rule that looks at `score` -> figures of the test texts, the paired difference in accuracy (of a regression in
         minus the squared error) to the model's own answers with its 95 % interval, mean layers, FLOPs in parts of the full model's."""
         seen, test = self.seen, self.test
-        found = figures(seen.given(taken)[test], seen.labels[test])
+        found = figures(seen.logits_at(taken)[test], seen.labels[test])
         found |= {"layers": seen.layers(taken)[test].double().mean().item()}
         found |= {"flops_fraction": (seen.cost(taken, score=score)[test].sum() / seen.full[test].sum()).item()}
-        own = seen.worth(torch.full_like(taken, len(seen.depths)))
-        gain = summary((seen.worth(taken) - own)[test])
+        own = seen.quality(torch.full_like(taken, len(seen.depths)))
+        gain = summary((seen.quality(taken) - own)[test])
         return found | {"gain": gain.mean, "gain_low": gain.low, "gain_high": gain.high}
 
     def conformal(self, taken: Tensor) -> dict:
         """Mean size and miss rate of sets calibrated per exit on the calibration texts."""
         seen, part = self.seen, self.calibration
-        p = seen.given(taken).double().softmax(-1)
+        p = seen.logits_at(taken).double().softmax(-1)
         thresholds = conformal_thresholds(
             p[part], seen.labels[part], taken[part], num_answers=len(seen.depths) + 1, miss_rate=self.miss_rate
         )
@@ -106,15 +106,15 @@ class Judge:
     def shuffled(self, taken: Tensor) -> float:
         """Mean accuracy of random exits with the same histogram among the test texts."""
         generator = torch.Generator().manual_seed(self.seed)
-        part, found = self.seen.part(self.test), []
+        part, found = self.seen.select(self.test), []
         for _ in range(self.draws):
             dealt = shuffled_overall(taken[self.test][None], generator)[0]
-            found.append(part.right(dealt).double().mean().item())
+            found.append(part.is_correct(dealt).double().mean().item())
         return sum(found) / len(found)
 
     def row(self, policy: Policy, score: str) -> dict:
         """Everything that is said of one rule at one value."""
-        taken = self.seen.taken(policy)
+        taken = self.seen.exits_under(policy)
         return self(taken, score=score) | {"shuffled_accuracy": self.shuffled(taken)} | self.conformal(taken)
 
 
@@ -132,7 +132,7 @@ def budgeted(judge: Judge, rule: Rule, budgets: list[float]) -> list[dict]:
     """Budgeted batches: for each fraction of the layers the safest threshold that meets it on the calibration texts, judged on the others.
     A budget that no threshold meets is left out."""
     score, found = score_of(rule), []
-    trace = judge.seen.part(judge.calibration).trace(score)
+    trace = judge.seen.select(judge.calibration).trace(score)
     for budget in budgets:
         try:
             choice = value_for_budget(trace, rule, budget=budget, low=0.0, high=1.0)
@@ -154,7 +154,8 @@ def controls(judge: Judge, classifier: EarlyExitClassifier) -> dict:
     found["pabee"] = [{"patience": t, **judge.row(pabee(t), "agreement")} for t in range(1, len(seen.depths))]
     if classifier.exits.judge in ("halting", "linear_halting"):
         found["sampled"] = [
-            judge(seen.taken(pondernet(judge.seed + draw)), score="learned_confidence") for draw in range(judge.draws)
+            judge(seen.exits_under(pondernet(judge.seed + draw)), score="learned_confidence")
+            for draw in range(judge.draws)
         ]
     return found
 
@@ -170,26 +171,26 @@ def regression(judge: Judge) -> dict:
         steps.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist() if len(steps) else []
     ):
         for patience in range(1, len(seen.depths)):
-            taken = seen.taken(pabee_regression(patience, tolerance=max(tolerance, 1e-6)))
+            taken = seen.exits_under(pabee_regression(patience, tolerance=max(tolerance, 1e-6)))
             rows.append({"patience": patience, "tolerance": tolerance, **judge(taken, score="closeness")})
     return {"constant_depth": constant, "pabee": rows}
 
 
 def by_length(judge: Judge, policy: Policy, *, score: str) -> list[dict]:
     """Accuracy, layers and FLOPs in the shortest, middle and longest third of the test texts."""
-    seen = judge.seen.part(judge.test)
-    taken, order = seen.taken(policy), seen.tokens.argsort(stable=True)
+    seen = judge.seen.select(judge.test)
+    taken, order = seen.exits_under(policy), seen.tokens.argsort(stable=True)
     found = []
     for name, texts in zip(("short", "middle", "long"), order.tensor_split(3), strict=True):
-        part, own = seen.part(texts), taken[texts]
+        part, own = seen.select(texts), taken[texts]
         share = (part.cost(own, score=score).sum() / part.full.sum()).item()
         figures_there = {"texts": len(texts), "mean_tokens": part.tokens.double().mean().item()}
         found.append(
             {
                 "third": name,
                 **figures_there,
-                "accuracy": part.right(own).double().mean().item(),
-                "accuracy_all_layers": part.right(torch.full_like(own, len(part.depths))).double().mean().item(),
+                "accuracy": part.is_correct(own).double().mean().item(),
+                "accuracy_all_layers": part.is_correct(torch.full_like(own, len(part.depths))).double().mean().item(),
                 "layers": part.layers(own).double().mean().item(),
                 "flops_fraction": share,
             }
@@ -207,14 +208,16 @@ class Candidate:
     loss: Tensor
 
 
-def candidates(looks: dict[float, Look], rule: Rule, values: list[float], *, reference: Look) -> list[Candidate]:
+def candidates(
+    looks: dict[float, ExitRecord], rule: Rule, values: list[float], *, reference: ExitRecord
+) -> list[Candidate]:
     """Every value of the exit threshold with every pruning scale: looks by scale; `reference`: the look that prunes nothing."""
-    own = reference.right(torch.full_like(reference.labels, len(reference.depths)))
+    own = reference.is_correct(torch.full_like(reference.labels, len(reference.depths)))
     score, found = score_of(rule), []
     for scale, seen in looks.items():
         for value in values:
-            taken = seen.taken(rule(value))
-            lost = (own & ~seen.right(taken)).double()
+            taken = seen.exits_under(rule(value))
+            lost = (own & ~seen.is_correct(taken)).double()
             found.append(Candidate({"pruning_scale": scale, "value": value}, seen.cost(taken, score=score), lost))
     return found
 

@@ -30,13 +30,13 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from ee_diffusion.classification.activations import StoredStates, origin_of, stored_states
+from ee_diffusion.classification.activations import StoredStates, fingerprint_of, stored_states
 from ee_diffusion.classification.classifier import EarlyExitClassifier, EarlyExitConfig, check_folder
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.classification.methods import METHODS, method_named
 from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.classification.objective import ClassifierObjective
-from ee_diffusion.classification.truncate import first_layers
+from ee_diffusion.classification.truncate import truncate
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.devices import device_named
 from ee_diffusion.training.checkpointing import write_json
@@ -161,7 +161,7 @@ def build_objective(config: ClassifierConfig, *, images: bool = False, micro_ste
             raise ValueError(
                 "num_layers of a classifier with pruning thresholds for all its layers, expected one without"
             )
-        model = first_layers(model, config.num_layers)
+        model = truncate(model, config.num_layers)
     method = method_named(config.method)
     settings = method.settings_from(vars(config), name=config.method)
     depths = None if config.exit_depths is None else tuple(config.exit_depths)
@@ -190,7 +190,7 @@ def stored(objective: ClassifierObjective, source: Source, path: Path, size: int
     classifier = objective.classifier
     heads, pruning = ClassifierHeads(classifier.model, classifier.exits), classifier.pruning
     if path.exists():
-        states = StoredStates.load(path, origin=origin_of(heads, pruning, source.fingerprint()))
+        states = StoredStates.load(path, origin=fingerprint_of(heads, pruning, source.fingerprint()))
     else:
         device = device_named(None)
         classifier.to(device)

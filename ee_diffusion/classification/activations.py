@@ -1,7 +1,7 @@
-"""What training and looking see of a batch: the answers and judges of all exits, from one forward or from states stored before.
+"""Inputs of exits for training and evaluation: from one forward of the model, or from hidden states stored before.
 
-Here: batches cut by length, what exits on a frozen model look at, stored once. Not here: losses (objective.py), figures.
-B samples, N tokens, D width, C classes, K exits, A = K + 1 answers, n texts of a store.
+Here: batches cut by length, what exits on a frozen model look at, stored once. Not here: losses (methods/), metrics.
+B samples, N tokens, D width, C classes, K exits, n texts of a store.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ee_diffusion.classification.attach import attach, watching
+from ee_diffusion.classification.attach import attach, recorded_states
 from ee_diffusion.classification.exits import ClassifierHeads
 from ee_diffusion.classification.token_pruning import TokenTrace
 from ee_diffusion.core.io import read_tensors, write_tensors
@@ -24,8 +24,8 @@ from ee_diffusion.core.scores import ExitInputs
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 
 
-def by_length(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
-    """The rows of a batch of padded texts in so many parts of like length, each cut to its longest; images stay one part."""
+def split_by_length(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
+    """The rows of a batch of padded texts in so many parts of similar length, each cut to its longest; images stay one part."""
     if parts == 1 or "attention_mask" not in batch:
         return [batch]
     lengths = batch["attention_mask"].sum(1)  # (B,)
@@ -38,22 +38,22 @@ def by_length(batch: dict[str, Tensor], parts: int) -> list[dict[str, Tensor]]:
     return found
 
 
-def look_through(
+def exit_inputs_of(
     heads: ClassifierHeads, states: Sequence[Tensor], masks: Sequence[Tensor | None] | None = None
 ) -> Iterator[ExitInputs]:
-    """What each exit observes of states (B, N, D) with the masks (B, N) of their tokens (None: all are there), one for each exit, what an
-    exit carries handed on to the next."""
+    """The inputs of each exit: states (B, N, D) with the masks (B, N) of their tokens (None: all are there), one for each exit. What an
+    exit carries is in the context of the next."""
     carried: dict[str, Tensor] = {}
     for exit, hidden in enumerate(states):
         mask = None if masks is None else masks[exit]
         context = carried if mask is None else carried | {"attention_mask": mask}
-        observation = ExitInputs(heads, exit, hidden, context)
-        yield observation
-        carried = carried | observation.carried
+        inputs = ExitInputs(heads, exit, hidden, context)
+        yield inputs
+        carried = carried | inputs.carried
 
 
 def masks_at(depths: Sequence[int], mask: Tensor | None, tokens: TokenTrace | None) -> list[Tensor | None]:
-    """The mask (B, M) of the states at each depth: the batch's own, or of what a forward in which nobody left did not remove."""
+    """The mask (B, M) of the states at each depth: the batch's own, or that of the tokens left by a forward without exits."""
     if tokens is None:
         return [mask] * len(depths)
     return [tokens.keys[depth - 1] if depth else mask for depth in depths]
@@ -64,7 +64,7 @@ STORED = ("vectors", "own", "labels", "tokens")
 
 @dataclass(frozen=True, eq=False)
 class StoredStates:
-    """What exits look at of a text's states at their depths, vectors (n, K, D): first tokens, or means; the model's own answers (n, C);
+    """What exits look at of a text's states at their depths, vectors (n, K, D): first tokens, or means; the model's own logits (n, C);
     labels (n,); tokens (n,); `origin`: the model, its pruning, the depths, the pooling and the data. Enough for exits with heads and judges
     of their own, on a model that stays as it is."""
 
@@ -97,8 +97,8 @@ class StoredStates:
         return cls(**tensors, origin=origin)
 
 
-def origin_of(heads: ClassifierHeads, pruning: tuple[float, ...] | None, data: str) -> str:
-    """What stored states depend on: the model's weights, removed tokens, the exits' depths, the data's own name."""
+def fingerprint_of(heads: ClassifierHeads, pruning: tuple[float, ...] | None, data: str) -> str:
+    """What stored states depend on: the model's weights, removed tokens, the exits' depths, the data set."""
     digest = 0
     for name, value in heads.model.state_dict().items():
         digest = zlib.crc32(value.cpu().contiguous().view(torch.uint8).numpy(), zlib.crc32(name.encode(), digest))
@@ -110,7 +110,8 @@ def origin_of(heads: ClassifierHeads, pruning: tuple[float, ...] | None, data: s
 def stored_states(
     heads: ClassifierHeads, batches: Iterable[dict[str, Tensor]], *, pruning: tuple[float, ...] | None, data: str
 ) -> StoredStates:
-    """Run the model once over batches, in eval mode, and keep what exits on it see, in the order of their `key`; `data` names them.
+    """Run the model once over batches, in eval mode, and store what exits on it look at, in the order of the batches'
+    `key`; `data` names the data set.
 
     Raises:
         ValueError: exits that go through the model's own pooler (head `shared`, judges that halt), no batches.
@@ -122,22 +123,22 @@ def stored_states(
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         traces: list[TokenTrace] = []
         run = attach(heads.model, heads.exits, Policy(), pruning=pruning, token_traces=traces)
-        with run, watching(heads.model) as all_states:
+        with run, recorded_states(heads.model) as all_states:
             own = heads.model(**inputs).logits  # (B, C)
         states = [all_states[depth] for depth in heads.depths]
         masks = masks_at(heads.depths, inputs.get("attention_mask"), traces[0] if traces else None)
-        seen = [heads.vector(one.hidden, one.context) for one in look_through(heads, states, masks)]  # K of (B, D)
+        seen = [heads.vector(one.hidden, one.context) for one in exit_inputs_of(heads, states, masks)]  # K of (B, D)
         kept = (torch.stack(seen, dim=1), own, batch["labels"], text_lengths(batch, all_states[0]), batch["key"])
         parts.append([value.cpu() for value in kept])
     if not parts:
         raise ValueError("no batches to store states of")
     *kept, keys = (torch.cat(part) for part in zip(*parts, strict=True))
     vectors, own, labels, tokens = (value[keys.argsort()] for value in kept)
-    return StoredStates(vectors, own, labels, tokens, origin_of(heads, pruning, data))
+    return StoredStates(vectors, own, labels, tokens, fingerprint_of(heads, pruning, data))
 
 
 def check_storable(heads: ClassifierHeads) -> None:
-    """Raise ValueError for exits that see more of a state than the one vector that is stored."""
+    """Raise ValueError for exits that look at more of a state than the one vector that is stored."""
     exits = heads.exits
     judge = exits.judge_kind
     if exits.head == "shared" or (judge is not None and judge.looks_at == "pooled"):

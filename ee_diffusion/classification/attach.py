@@ -39,43 +39,43 @@ def attach(
     exits: ClassifierExits,
     policy: Policy,
     *,
-    elements: Tensor | None = None,
+    sample_ids: Tensor | None = None,
     pruning: tuple[float, ...] | None = None,
     token_traces: list[TokenTrace] | None = None,
 ) -> Iterator[list[Trace]]:
     """Within, every forward of `model` in this thread runs under `policy`; yields a list to which each forward appends its trace.
 
     Outside, and in other threads, the model computes exactly what it did before; another thread that attaches exits to it waits.
-    `elements` (R,): ids of the rows (for plans and drawn exits); None: 0..R-1, for drawn exits `Policy.ids_of` the inputs.
-    Labels given to a forward are compared with the answers of all rows, early or not. `pruning`: saliency below which a token is removed,
+    `sample_ids` (R,): ids of the rows (for depth tables and drawn exits); None: 0..R-1, for drawn exits `Policy.ids_of` the inputs.
+    The loss of a forward with labels is over all rows, early or not. `pruning`: saliency below which a token is removed,
     one threshold per layer (token_pruning.py); what was removed is appended to `token_traces`.
 
     Raises:
         ValueError: an unknown class; exits of another model, or attached by this thread already; a score that these exits cannot give;
             thresholds of the wrong number or range, or a class whose tokens cannot be removed; in a forward: an input longer than the
-            model, hidden states or attentions asked for while rows may leave, attention masks that cannot be cut by rows, labels that
+            model, hidden states or attentions wanted while rows may leave, attention masks that cannot be cut by rows, labels that
             are no class.
     """
     exits.check_fits(model)
     check_policy(policy, exits, problem_of(model, None))
     if pruning is not None:
         check_pruning(model, pruning)
-    run = _Run(model, exits, policy, elements, pruning=pruning)
+    run = _ClassifierHook(model, exits, policy, sample_ids, pruning=pruning)
     run.token_traces = token_traces
-    blocks = run.family.blocks(model)
+    blocks = run.spec.blocks(model)
     by_block = [(block, functools.partial(run.block, block)) for block in blocks]
     with patched([*by_block, (model, run.forward)]):
         yield run.traces
 
 
 def check_policy(policy: Policy, exits: ClassifierExits, problem: str | None) -> None:
-    """Raise ValueError if the policy asks for a score that these exits cannot give; `problem`: the config's problem_type."""
+    """Raise ValueError if the policy uses a score that these exits cannot give; `problem`: the config's problem_type."""
     criterion = policy.criterion
     if isinstance(criterion, DepthTable | None):
         return
     score = criterion.score
     if score in LEARNED and exits.judge_kind is None:
-        raise ValueError(f"the policy looks at the score {score!r}, these exits have no learned judge")
+        raise ValueError(f"the policy uses the score {score!r}, these exits have no learned judge")
     if score in OF_DECODING:
         raise ValueError(f"score {score!r} is about decoding, expected another for a classifier")
     if score in OF_CLASSES and exits.num_labels < 2:
@@ -98,15 +98,15 @@ def problem_of(model: nn.Module, labels: Tensor | None) -> str | None:
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[list[Tensor]]:
+def recorded_states(model: nn.Module) -> Iterator[list[Tensor]]:
     """Within, a forward of `model` appends the hidden states that enter each layer, so that entry d is what an exit at depth d sees."""
     states: list[Tensor] = []
 
-    def note(block, args, kwargs) -> None:
+    def append(block, args, kwargs) -> None:
         states.append(args[0] if args else kwargs["hidden_states"])
 
     blocks = model_spec_of(model).blocks(model)
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_pre_hook(append, with_kwargs=True) for block in blocks]
     try:
         yield states
     finally:
@@ -114,35 +114,35 @@ def watching(model: nn.Module) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-class _Run:
-    """The interceptors of one `attach`."""
+class _ClassifierHook:
+    """The patched forwards of one `attach`."""
 
     def __init__(
         self,
         model: nn.Module,
         exits: ClassifierExits,
         policy: Policy,
-        elements: Tensor | None,
+        sample_ids: Tensor | None,
         *,
         pruning: tuple[float, ...] | None,
     ):
-        self.model, self.policy, self.elements = model, policy, elements
-        self.heads, self.family = ClassifierHeads(model, exits), model_spec_of(model)
-        self.num_layers = self.family.num_layers(model)
+        self.model, self.policy, self.sample_ids = model, policy, sample_ids
+        self.heads, self.spec = ClassifierHeads(model, exits), model_spec_of(model)
+        self.num_layers = self.spec.num_layers(model)
         self.traces: list[Trace] = []
-        self.lane: ActiveBatch | None = None
+        self.active: ActiveBatch | None = None
         self.pruning, self.tokens = pruning, None
         self.token_traces: list[TokenTrace] | None = None
         self.calls = 0  # of blocks in this forward: the next one's layer
-        self.names = _names(self.family.blocks(model)[0])
+        self.names = _names(self.spec.blocks(model)[0])
 
     def forward(self, original, *args, **kwargs):
-        """The model's forward: open a lane, let the model run, put the answers back."""
+        """The model's forward: start an active batch, let the model run, put the logits of the rows that left back."""
         arguments = dict(zip(_names(self.model), args, strict=False)) | kwargs
         labels, as_dict = arguments.pop("labels", None), arguments.pop("return_dict", None)
         self._check(arguments)
         if labels is not None:
-            labels = counted_labels(self.model, labels)
+            labels = labels_for_loss(self.model, labels)
             check_policy(self.policy, self.heads.exits, problem_of(self.model, labels))
         given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
         mask = arguments.get("attention_mask")
@@ -151,18 +151,18 @@ class _Run:
             self.heads.depths,
             rows=torch.arange(len(given)),
             num_steps=1,
-            elements=self.policy.ids_of(given, mask) if self.elements is None else self.elements,
+            elements=self.policy.ids_of(given, mask) if self.sample_ids is None else self.sample_ids,
             device=given.device,
         )
         step = session.step(0, 0.0)
-        self.lane, self.calls = ActiveBatch(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
+        self.active, self.calls = ActiveBatch(step, self.heads, {} if mask is None else {"attention_mask": mask}), 0
         if self.pruning is not None:
             self.tokens = ActiveTokens(self.pruning, mask, rows=len(given))
         try:
             output = original(**arguments, return_dict=True)
-            output.logits = self._answers(output.logits)
+            output.logits = self._own_logits(output.logits)
         finally:
-            self.lane, tokens, self.tokens = None, self.tokens, None
+            self.active, tokens, self.tokens = None, self.tokens, None
         step.close()
         if tokens is not None and self.token_traces is not None:  # not for nobody: a trace holds device memory
             self.token_traces.append(tokens.trace())
@@ -176,45 +176,45 @@ class _Run:
         return output.to_tuple() if as_dict is False else output
 
     def _check(self, arguments: dict) -> None:
-        asked = [name for name in EXTRAS if arguments.get(name, getattr(self.model.config, name))]
-        if asked:
-            raise ValueError(f"{asked[0]}: rows that leave have none of the later layers; ask the model without exits")
+        wanted = [name for name in EXTRAS if arguments.get(name, getattr(self.model.config, name))]
+        if wanted:
+            raise ValueError(f"{wanted[0]}: rows that leave have none of the later layers; run the model without exits")
         if not any(arguments.get(name) is not None for name in INPUTS):
             raise ValueError(f"a forward without inputs, expected one of {INPUTS}")
         check_length(self.model, arguments)
 
-    def _answers(self, logits: Tensor) -> Tensor:
-        """logits (r or R, C) of the tail -> (R, C) with the answers of the rows that left."""
-        return self.lane.put_back(self.lane.running(logits) if self.family.tail_takes_all else logits)
+    def _own_logits(self, logits: Tensor) -> Tensor:
+        """logits (r or R, C) of the tail -> (R, C) with the logits of the rows that left."""
+        return self.active.put_back(self.active.running(logits) if self.spec.tail_takes_all else logits)
 
     def block(self, block: nn.Module, original, *args, **kwargs):
         """One layer: let rows leave, then run on the rest."""
-        lane, layer = self.lane, self.calls
-        if lane is None:
+        active, layer = self.active, self.calls
+        if active is None:
             return original(*args, **kwargs)
         self.calls += 1
         arguments = dict(zip(self.names, args, strict=False)) | kwargs
-        hidden = lane.offer(layer, arguments.pop(self.names[0]))  # (r, N, D)
-        if lane.step.runs(layer):
+        hidden = active.offer(layer, arguments.pop(self.names[0]))  # (r, N, D)
+        if active.step.runs(layer):
             arguments = {name: self._rows_of(name, value) for name, value in arguments.items()}
             if self.tokens is None:
                 given, hidden = len(hidden), original(hidden, **arguments)
-                hidden = hidden[0] if self.family.returns_tuple else hidden
-                names = {"class_name": self.family.class_name, "row_arguments": self.family.row_arguments}
+                hidden = hidden[0] if self.spec.returns_tuple else hidden
+                names = {"class_name": self.spec.class_name, "row_arguments": self.spec.row_arguments}
                 require_rows((hidden,), given, **names)
             else:
                 hidden = self.tokens.layer(
-                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=lane.step.rows.tolist()
+                    layer, block, hidden, mask=arguments.get("attention_mask"), rows=active.step.rows.tolist()
                 )
-                lane.context["attention_mask"] = self.tokens.keys  # (r, M), of what is left
-            lane.step.executed(layer)
-        if layer == self.num_layers - 1 and self.family.tail_takes_all:
-            hidden = lane.spread(hidden)  # (R, N, D)
-        return (hidden, None) if self.family.returns_tuple else hidden
+                active.context["attention_mask"] = self.tokens.keys  # (r, M), of what is left
+            active.step.executed(layer)
+        if layer == self.num_layers - 1 and self.spec.tail_takes_all:
+            hidden = active.spread(hidden)  # (R, N, D)
+        return (hidden, None) if self.spec.returns_tuple else hidden
 
     def _rows_of(self, name: str, value):
-        """The running rows of one argument, as the family table says; anything else is passed on as it is."""
-        if value is None or name not in self.family.row_arguments:
+        """The running rows of one argument, as the model spec says; anything else is passed on as it is."""
+        if value is None or name not in self.spec.row_arguments:
             return value
         if isinstance(value, tuple):
             return tuple(self._rows_of(name, one) for one in value)
@@ -222,7 +222,7 @@ class _Run:
             raise ValueError(
                 f"{name} is a {type(value).__name__}, which cannot be cut by rows; use attn_implementation='sdpa' or 'eager'"
             )
-        return self.lane.running(value) if len(value) == self.lane.num_rows else value  # one for all rows
+        return self.active.running(value) if len(value) == self.active.num_rows else value  # one for all rows
 
 
 def check_length(model: nn.Module, arguments: dict) -> None:
@@ -239,13 +239,13 @@ def check_length(model: nn.Module, arguments: dict) -> None:
         )
 
 
-def counted_labels(model: nn.Module, labels: Tensor) -> Tensor:
-    """Labels (R,) as transformers' loss counts them: -100 where the class's own loss leaves a row out; floating labels (values, several
+def labels_for_loss(model: nn.Module, labels: Tensor) -> Tensor:
+    """Labels (R,) as transformers' loss takes them: -100 where the class's own loss leaves a row out; floating labels (values, several
     classes at once) as they are. Raises ValueError if a class is none of the model's."""
     classes = model.config.num_labels
     if labels.is_floating_point() or classes == 1:
         return labels
-    if model_spec_of(model).uncounted == "negative" and model.config.problem_type is None:
+    if model_spec_of(model).ignored_labels == "negative" and model.config.problem_type is None:
         labels = labels.masked_fill(labels < 0, IGNORED)
     known = labels[labels != IGNORED]
     if known.numel() and not 0 <= int(known.min()) <= int(known.max()) < classes:

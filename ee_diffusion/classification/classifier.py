@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from ee_diffusion.classification.attach import attach, check_length, check_policy, counted_labels
+from ee_diffusion.classification.attach import attach, check_length, check_policy, labels_for_loss
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.model_specs import MODEL_SPECS, model_spec_of
 from ee_diffusion.classification.token_pruning import check_pruning
@@ -53,7 +53,7 @@ class EarlyExitConfig(PreTrainedConfig):
 
 
 class EarlyExitClassifier(PreTrainedModel):
-    """A classifier that answers early where its policy lets it.
+    """A classifier whose samples exit early where its policy lets them.
 
         classifier = EarlyExitClassifier.from_pretrained("runs/palbert")
         classifier.policy = palbert(q=0.5)
@@ -62,7 +62,7 @@ class EarlyExitClassifier(PreTrainedModel):
     With the policy off (`Policy()`) it computes exactly what the stock classifier does.
 
     Raises:
-        ValueError: a config without a base or exits, a base outside of the family table, exits of another model, a policy that cannot run.
+        ValueError: a config without a base or exits, a base of an unknown class, exits of another model, a policy that cannot run.
     """
 
     config_class = EarlyExitConfig
@@ -108,7 +108,7 @@ class EarlyExitClassifier(PreTrainedModel):
 
     @property
     def policy(self) -> Policy:
-        """When to answer; saved with the model. Setting one that does not fit these exits is a ValueError."""
+        """When to exit; saved with the model. Setting one that does not fit these exits is a ValueError."""
         return Policy.from_dict(self.config.policy)
 
     @policy.setter
@@ -149,10 +149,10 @@ class EarlyExitClassifier(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
-        elements: Tensor | None = None,
+        sample_ids: Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """As the stock classifier's; logits (R, C) are each row's own answer. `elements` (R,): ids of the rows, as `attach` takes them."""
+        """As the stock classifier's; logits (R, C) are those of each row's exit. `sample_ids` (R,): as of `attach`."""
         named = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -165,10 +165,10 @@ class EarlyExitClassifier(PreTrainedModel):
         arguments = {name: value for name, value in named.items() if value is not None} | kwargs
         check_length(self.model, arguments)
         if labels is not None:
-            counted_labels(self.model, labels)
+            labels_for_loss(self.model, labels)
         if self.policy.is_off and self.pruning is None:
             return self.model(**arguments)
-        with attach(self.model, self.exits, self.policy, elements=elements, pruning=self.pruning) as traces:
+        with attach(self.model, self.exits, self.policy, sample_ids=sample_ids, pruning=self.pruning) as traces:
             output = self.model(**arguments)
         if self._traces is not None:
             self._traces.extend(traces)

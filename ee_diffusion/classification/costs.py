@@ -1,7 +1,7 @@
 """What a classifier's parts cost: FLOPs from a formula that counts all tokens and the attention between them, per text.
 
 Here: FLOPs (two per multiply-add; norms, softmax and activations are not counted). Not here: seconds.
-n tokens of a text, D width, F inner width, C classes, K exits, A = K + 1 answers, L layers, T texts.
+n tokens of a text, D width, F inner width, C classes, K exits, A = K + 1 outputs, L layers, T texts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ee_diffusion.core.trace import Trace
 
 @dataclass(frozen=True)
 class Costs:
-    """FLOPs of one text of n tokens. block: one layer; judge: one score; tail: the model's own end; answer: an exit's answer, nothing where
+    """FLOPs of one text of n tokens. block: one layer; judge: one score; tail: the model's own end; answer: an exit's head, nothing where
     the score is made of it, and the model's end too, where that runs on all rows whatever left (ModernBERT); first: what comes once, with
     the first layer (DeBERTa's convolution).
     """
@@ -32,10 +32,10 @@ class Costs:
     first: float = 0.0
 
     def up_to(self, depths: tuple[int, ...], num_layers: int) -> Tensor:
-        """The whole way to each answer, the scores before it included, in parts of the model without exits -> (A,) float64."""
+        """Up to each output, the scores before it included, in parts of the model without exits -> (A,) float64."""
         whole = self.layers(num_layers) + self.tail
-        ways = [self.layers(depth) + (exit + 1) * self.judge + self.answer for exit, depth in enumerate(depths)]
-        return torch.tensor([*ways, whole + len(depths) * self.judge], dtype=torch.float64) / whole
+        paths = [self.layers(depth) + (exit + 1) * self.judge + self.answer for exit, depth in enumerate(depths)]
+        return torch.tensor([*paths, whole + len(depths) * self.judge], dtype=torch.float64) / whole
 
     def layers(self, depth: int) -> float:
         """The first `depth` layers."""
@@ -79,8 +79,8 @@ def linear_flops(module: nn.Module) -> int:
 
 
 def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: str | None) -> Costs:
-    """FLOPs for a text of so many tokens under a policy that looks at `score` (None: at nothing). A score made of the answer costs an
-    answer, which then is there to be given; `learned_confidence` and `confidence` cost what the exits' judge does.
+    """FLOPs for a text of so many tokens under a policy of `score` (None: no score). A score of the exit's logits costs the
+    head, whose output then is there; `learned_confidence` and `confidence` cost what the exits' judge does.
 
     ModernBERT's local attention counts as the whole product, which is what eager and SDPA attention compute.
 
@@ -91,9 +91,9 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: st
         score_named(score)
     if tokens < 1:
         raise ValueError(f"tokens={tokens}, expected at least 1")
-    family, config = model_spec_of(model), model.config
+    spec, config = model_spec_of(model), model.config
     width, labels = config.hidden_size, config.num_labels
-    pool = 0 if family.class_name.startswith("ViT") else 2 * width**2
+    pool = 0 if spec.class_name.startswith("ViT") else 2 * width**2
     own = pool + 2 * width * labels
     answer = linear_flops(exits.heads[0]) if exits.heads else own
     kind, learned = exits.judge_kind, score in ("learned_confidence", "confidence")
@@ -105,14 +105,14 @@ def costs_of(model: nn.Module, exits: ClassifierExits, tokens: int, *, score: st
     measured = judge if learned else 0 if score is None else answer
     from_answer = kind is not None and kind.looks_at == "logits" if learned else score is not None
     block, first = _layer_flops(model, tokens)
-    given = (0 if from_answer else answer) + (own if family.tail_takes_all else 0)
+    given = (0 if from_answer else answer) + (own if spec.tail_takes_all else 0)
     return Costs(block, float(given), float(measured), float(own), first)
 
 
-def ways(
+def path_flops(
     model: nn.Module, exits: ClassifierExits, tokens: Tensor, *, score: str | None, pruned: TokenTrace | None = None
 ) -> Tensor:
-    """FLOPs of each text's whole way to each answer, scores on the way included: tokens (T,) -> (T, A) float64.
+    """FLOPs of each text up to each output, the scores before it included: tokens (T,) -> (T, A) float64.
 
     `pruned`: what became of the texts' tokens when nobody left; None: all of them run. Padding is not counted.
 
@@ -135,7 +135,7 @@ def ways(
 
 
 def flops_of(trace: Trace, costs: Costs) -> Tensor:
-    """What one forward cost each element, (E,) float64: its layers, the scores measured on it, its answer or the model's end."""
+    """What one forward cost each sample, (E,) float64: its layers, the scores measured on it, its exit head or the model's end."""
     if len(trace.times) != 1:
         raise ValueError(f"a trace of {len(trace.times)} steps, expected one forward")
     layers = trace.ran[0].double().sum(1)  # (E,)

@@ -80,14 +80,14 @@ class ClassifierExits(nn.Module):
         dropout: float = 0.1,
         pooling: str = "first",
     ) -> ClassifierExits:
-        """Untrained exits that fit a classifier of the family table, in its precision and on its device; depths None: after every layer but
+        """Untrained exits that fit a known classifier class, in its precision and on its device; depths None: after every layer but
         the last.
 
         Raises:
             ValueError: an unknown class, or depths that do not fit it.
         """
-        family = model_spec_of(model)
-        chosen = tuple(range(1, family.num_layers(model))) if depths is None else tuple(depths)
+        spec = model_spec_of(model)
+        chosen = tuple(range(1, spec.num_layers(model))) if depths is None else tuple(depths)
         sizes = (model.config.hidden_size, model.config.num_labels)
         exits = cls(chosen, *sizes, head=head, judge=judge, dropout=dropout, pooling=pooling)
         exits.check_fits(model)
@@ -96,15 +96,15 @@ class ClassifierExits(nn.Module):
 
     def check_fits(self, model: nn.Module) -> None:
         """Raises ValueError if these exits were made for another model's sizes."""
-        family = model_spec_of(model)
+        spec = model_spec_of(model)
         found = {"hidden_size": model.config.hidden_size, "num_labels": model.config.num_labels}
         for name, size in found.items():
             if getattr(self, name) != size:
                 raise ValueError(f"exits of another model: {name} is {getattr(self, name)}, the model's is {size}")
-        layers = family.num_layers(model)
-        if self.depths[0] < family.first_exit or self.depths[-1] >= layers:
+        layers = spec.num_layers(model)
+        if self.depths[0] < spec.first_exit or self.depths[-1] >= layers:
             raise ValueError(
-                f"exits at depths {self.depths}, a {family.class_name} of {layers} layers takes {family.first_exit}..{layers - 1}"
+                f"exits at depths {self.depths}, a {spec.class_name} of {layers} layers takes {spec.first_exit}..{layers - 1}"
             )
 
     def settings(self) -> dict:
@@ -125,7 +125,7 @@ class ClassifierHeads:
     space: Space = "output"
 
     @property
-    def family(self) -> ModelSpec:
+    def spec(self) -> ModelSpec:
         return model_spec_of(self.model)
 
     @property
@@ -139,8 +139,8 @@ class ClassifierHeads:
     def pool(self, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """z: what the model's own classifier would look at, hidden (R, N, D) -> (R, D); of `mean` exits, were the mean all there is."""
         if self.exits.pooling == "mean":
-            return self.family.pool(self.model, self.vector(hidden, context)[:, None], None)
-        return self.family.pool(self.model, hidden, context.get("attention_mask"))
+            return self.spec.pool(self.model, self.vector(hidden, context)[:, None], None)
+        return self.spec.pool(self.model, hidden, context.get("attention_mask"))
 
     def vector(self, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """What the exits look at: hidden (R, N, D) -> (R, D), the first token or the mean of all that are no padding, summed in float32
@@ -156,7 +156,7 @@ class ClassifierHeads:
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """hidden (R, N, D) -> logits (R, C)."""
         if self.exits.head == "shared":
-            return self.family.classify(self.model, self.pool(hidden, context))
+            return self.spec.classify(self.model, self.pool(hidden, context))
         return self.exits.heads[exit](self._own(self.vector(hidden, context)))
 
     def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:

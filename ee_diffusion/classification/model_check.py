@@ -1,4 +1,4 @@
-"""A row of the family table held against a classifier of its class: what was written down, compared with what its forward does.
+"""Check a model spec against a classifier of its class: what is written down, compared with what its forward does.
 
 Here: the check. Not here: the facts (model_specs.py), what is done with them (attach.py).
 R rows, N tokens, D width, C classes, L layers.
@@ -36,7 +36,7 @@ class _Seen:
 
 @torch.no_grad()
 def check_model(model: nn.Module, inputs: Inputs) -> None:
-    """Hold a classifier's row of the family table against the classifier itself, which may be a tiny one with random weights.
+    """Check the spec of a classifier's class against the classifier itself, which may be a tiny one with random weights.
 
     First by what its blocks get and return: every argument whose length follows the number of rows must be named by the row. Then by
     what comes out: `classify` and `pool` say what the model says; exits that are attached and off change nothing, bit for bit; a row in a
@@ -52,38 +52,38 @@ def check_model(model: nn.Module, inputs: Inputs) -> None:
     """
     check = _Check(model, _checked_names(model), inputs)
     check.arguments()
-    check.answers()
+    check.outputs()
 
 
 class _Check:
-    def __init__(self, model: nn.Module, family: ModelSpec, inputs: Inputs):
-        self.model, self.family, self.inputs, self.name = model, family, inputs, family.class_name
-        self.num_layers = family.num_layers(model)
-        self.first = [*inspect.signature(type(family.blocks(model)[0]).forward).parameters][1]
+    def __init__(self, model: nn.Module, spec: ModelSpec, inputs: Inputs):
+        self.model, self.spec, self.inputs, self.name = model, spec, inputs, spec.class_name
+        self.num_layers = spec.num_layers(model)
+        self.first = [*inspect.signature(type(spec.blocks(model)[0]).forward).parameters][1]
 
     def arguments(self) -> None:
         """Whether blocks take and return what the row says, and whether it names what follows the rows."""
         many, few = self._seen(ROWS), self._seen(FEWER)
         for layer, (seen, fewer) in enumerate(zip(many.lengths, few.lengths, strict=True)):
             hidden, returned = many.hidden[layer], many.returned[layer]
-            if self.family.returns_tuple != isinstance(returned, tuple):
+            if self.spec.returns_tuple != isinstance(returned, tuple):
                 kind = type(returned).__name__
                 raise ValueError(
-                    f"{self.name}: layer {layer} returns a {kind}, returns_tuple={self.family.returns_tuple}"
+                    f"{self.name}: layer {layer} returns a {kind}, returns_tuple={self.spec.returns_tuple}"
                 )
-            found = returned[0] if self.family.returns_tuple else returned
+            found = returned[0] if self.spec.returns_tuple else returned
             if hidden.ndim != 3 or len(hidden) != len(ROWS) or found.shape != hidden.shape:
                 raise ValueError(
                     f"{self.name}: layer {layer} gets {tuple(hidden.shape)} and returns {tuple(found.shape)}, expected ({len(ROWS)}, N, D)"
                 )
-            unnamed = [path for path in following(seen, fewer) if path.split(".")[0] not in self.family.row_arguments]
+            unnamed = [path for path in following(seen, fewer) if path.split(".")[0] not in self.spec.row_arguments]
             if unnamed:
                 raise ValueError(
-                    f"{self.name}: the length of {unnamed[0]!r}, an argument of {self.family.block}, follows the number of rows, and "
-                    f"row_arguments={self.family.row_arguments} do not name it"
+                    f"{self.name}: the length of {unnamed[0]!r}, an argument of {self.spec.block}, follows the number of rows, and "
+                    f"row_arguments={self.spec.row_arguments} do not name it"
                 )
 
-    def answers(self) -> None:
+    def outputs(self) -> None:
         """The properties that the table's own classes are tested for."""
         whole, alone = self._seen(ROWS), {row: self._seen([row]) for row in ROWS}
         for row in ROWS:
@@ -94,13 +94,13 @@ class _Check:
                 )
         if any(alike(alone[row].logits, alone[0].logits) for row in ROWS[1:]):
             raise ValueError(f"{self.name}: rows of inputs(rows) have the same logits, expected rows that differ")
-        made = self._classified(whole.returned[-1][0] if self.family.returns_tuple else whole.returned[-1], ROWS)
+        made = self._classified(whole.returned[-1][0] if self.spec.returns_tuple else whole.returned[-1], ROWS)
         if not alike(made, whole.logits):
             raise ValueError(
                 f"{self.name}: pool and classify make logits that are {apart(made, whole.logits):.2g} off from the model's"
             )
         self._off(whole.logits)
-        low, last = self.family.first_exit, self.num_layers - 1
+        low, last = self.spec.first_exit, self.num_layers - 1
         middle = max(low, self.num_layers // 2)
         self._mixed([self.num_layers, max(low, 1), last, low, middle, self.num_layers], alone)
         if not torch.equal(self._seen(ROWS).logits, whole.logits):
@@ -122,16 +122,16 @@ class _Check:
             if not alike(logits[row], expected[0]):
                 raise ValueError(
                     f"{self.name}: row {row} of a batch, which stops after {depth} of {self.num_layers} layers, is "
-                    f"{apart(logits[row], expected[0]):.2g} off from the row alone: are row_arguments={self.family.row_arguments}, "
-                    f"first_exit={self.family.first_exit}, tail_takes_all={self.family.tail_takes_all} right?"
+                    f"{apart(logits[row], expected[0]):.2g} off from the row alone: are row_arguments={self.spec.row_arguments}, "
+                    f"first_exit={self.spec.first_exit}, tail_takes_all={self.spec.tail_takes_all} right?"
                 )
         going = [sum(depth > layer for depth in depths) for layer in range(self.num_layers)]
         if executed != going:
-            raise ValueError(f"{self.name}: {self.family.inner!r} of the layers saw {executed} rows, expected {going}")
+            raise ValueError(f"{self.name}: {self.spec.inner!r} of the layers saw {executed} rows, expected {going}")
 
     def _classified(self, hidden: Tensor, rows: list[int]) -> Tensor:
-        pooled = self.family.pool(self.model, hidden, self.inputs(rows).get("attention_mask"))  # (R, D)
-        return self.family.classify(self.model, pooled)
+        pooled = self.spec.pool(self.model, hidden, self.inputs(rows).get("attention_mask"))  # (R, D)
+        return self.spec.classify(self.model, pooled)
 
     def _under(self, policy: Policy) -> tuple[Tensor, list[int]]:
         """The logits under a policy, and how many rows the inner module saw in each call of a block."""
@@ -140,9 +140,9 @@ class _Check:
         def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             executed.append(len(args[0] if args else next(iter(kwargs.values()))))
 
-        depths = tuple(range(self.family.first_exit, self.num_layers))
+        depths = tuple(range(self.spec.first_exit, self.num_layers))
         exits = ClassifierExits.for_model(self.model, depths, head="shared", judge="none").eval()
-        inner = [block.get_submodule(self.family.inner) for block in self.family.blocks(self.model)]
+        inner = [block.get_submodule(self.spec.inner) for block in self.spec.blocks(self.model)]
         handles = [module.register_forward_pre_hook(count, with_kwargs=True) for module in inner]
         try:
             with attach(self.model, exits, policy):
@@ -169,7 +169,7 @@ class _Check:
             seen.returned.append(output)
             seen.lengths.append(dict(lengths_of(others)))
 
-        handles = [block.register_forward_hook(keep, with_kwargs=True) for block in self.family.blocks(self.model)]
+        handles = [block.register_forward_hook(keep, with_kwargs=True) for block in self.spec.blocks(self.model)]
         try:
             seen.logits = self._forward(rows)
         finally:
@@ -177,23 +177,23 @@ class _Check:
                 handle.remove()
         if len(seen.hidden) != self.num_layers:
             raise ValueError(
-                f"{self.name}: {self.family.block} is called {len(seen.hidden)} times in a forward, expected {self.num_layers} "
-                f"(num_hidden_layers, repeats={self.family.repeats!r})"
+                f"{self.name}: {self.spec.block} is called {len(seen.hidden)} times in a forward, expected {self.num_layers} "
+                f"(num_hidden_layers, repeats={self.spec.repeats!r})"
             )
         return seen
 
 
 def _checked_names(model: nn.Module) -> ModelSpec:
-    """The family, if everything that it names is there."""
-    family, parameter = model_spec_of(model), next(model.parameters())
+    """The spec, if everything that it names is there."""
+    spec, parameter = model_spec_of(model), next(model.parameters())
     if model.training or parameter.dtype not in (torch.float32, torch.float64):
         mode = "train" if model.training else "eval"
-        raise ValueError(f"{family.class_name} in {mode} mode, {parameter.dtype}, expected eval, float32")
-    blocks = family.blocks(model)
+        raise ValueError(f"{spec.class_name} in {mode} mode, {parameter.dtype}, expected eval, float32")
+    blocks = spec.blocks(model)
     if not blocks:
-        raise ValueError(f"{family.class_name} has no module of class {family.block!r} (block)")
+        raise ValueError(f"{spec.class_name} has no module of class {spec.block!r} (block)")
     try:
-        blocks[0].get_submodule(family.inner)
+        blocks[0].get_submodule(spec.inner)
     except AttributeError as error:
-        raise ValueError(f"{family.block} has no module {family.inner!r} (inner)") from error
-    return family
+        raise ValueError(f"{spec.block} has no module {spec.inner!r} (inner)") from error
+    return spec

@@ -1,4 +1,4 @@
-"""The family table: what exits must know of each classifier class of transformers. Written down per class, never guessed from a shape.
+"""What exits must know of each classifier class of transformers: one row a class, never guessed from a shape.
 
 Here: facts. Not here: what is done with them (attach.py, token_pruning.py). R rows, N tokens, D width, C classes.
 """
@@ -34,7 +34,7 @@ class ModelSpec:
     inner: the module inside a block that sees the hidden states first; work is counted there.
     repeats: name of the config's number of blocks in what it counts as one hidden layer; None: one.
     positions: (model) -> the longest text that it takes, in tokens; None: any, since its positions are relative (or those of images).
-    uncounted: labels that its loss leaves out: -100 alone, as everywhere, or `negative`: every label below 0, unless
+    ignored_labels: labels that its loss leaves out: -100 alone, as everywhere, or `negative`: every label below 0, unless
         the config names a problem_type.
     """
 
@@ -49,7 +49,7 @@ class ModelSpec:
     inner: str = "attention"
     repeats: str | None = None
     positions: Callable[[nn.Module], int | None] = _table_length
-    uncounted: Literal["-100", "negative"] = "-100"
+    ignored_labels: Literal["-100", "negative"] = "-100"
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The block modules, each once."""
@@ -81,8 +81,8 @@ def _modernbert_pool(model: nn.Module, hidden: Tensor, mask: Mask) -> Tensor:
 
 
 MODEL_SPECS: dict[str, ModelSpec] = {
-    family.class_name: family
-    for family in (
+    spec.class_name: spec
+    for spec in (
         ModelSpec(
             "BertForSequenceClassification",
             "BertLayer",
@@ -117,7 +117,7 @@ MODEL_SPECS: dict[str, ModelSpec] = {
             row_arguments=("attention_mask",),
             returns_tuple=True,
             positions=lambda model: _table_length(model) if model.config.position_biased_input else None,
-            uncounted="negative",
+            ignored_labels="negative",
             first_exit=1,  # a convolution behind the first block combines its input and output
         ),
         ModelSpec(
@@ -145,25 +145,25 @@ MODEL_SPECS: dict[str, ModelSpec] = {
 TESTED = frozenset(MODEL_SPECS)
 
 
-def register_model(family: ModelSpec) -> None:
+def register_model(spec: ModelSpec) -> None:
     """Make a classifier class known. What is written down is believed: hold it against a classifier of that class with
-    `family_check.check_model`, for a forgotten row argument may be hidden by broadcasting.
+    `model_check.check_model`, for a forgotten row argument may be hidden by broadcasting.
 
     Raises:
         ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
     """
-    if not isinstance(family, ModelSpec):
-        raise ValueError(f"{family!r}, expected {__name__}.ModelSpec(...)")
-    add_row(MODEL_SPECS, family.class_name, family, called="the family table")
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(f"{spec!r}, expected {__name__}.ModelSpec(...)")
+    add_row(MODEL_SPECS, spec.class_name, spec, called="the table of classifiers")
 
 
 def model_spec_of(model: nn.Module) -> ModelSpec:
     """The table's row for a classifier.
 
     Raises:
-        ValueError: its class is unknown; where it wraps a known one, that is said.
+        ValueError: its class is unknown; where it wraps a known one, the message names it.
     """
     kinds = [type(one).__name__ for one in (model, getattr(model, "model", None))]
     if kinds[0] not in MODEL_SPECS and kinds[1] in MODEL_SPECS:
-        raise ValueError(f"no family for {kinds[0]}, but for the {kinds[1]} in it: take its .model")
+        raise ValueError(f"no model spec for {kinds[0]}, but for the {kinds[1]} in it: take its .model")
     return family_row(MODEL_SPECS, model, module=__name__)

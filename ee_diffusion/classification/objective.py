@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.classification.activations import INPUTS, by_length, look_through, masks_at
-from ee_diffusion.classification.attach import attach, watching
+from ee_diffusion.classification.activations import INPUTS, exit_inputs_of, masks_at, split_by_length
+from ee_diffusion.classification.attach import attach, recorded_states
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import costs_of
 from ee_diffusion.classification.exits import ClassifierHeads
@@ -104,7 +104,7 @@ class ClassifierObjective(nn.Module):
         if "vectors" in batch:
             outputs = self._stored(batch)
         else:
-            outputs = BatchOutputs.concatenate([self._part(part) for part in by_length(batch, self.parts)])
+            outputs = BatchOutputs.concatenate([self._part(part) for part in split_by_length(batch, self.parts)])
         costs = functools.partial(self._costs, outputs.num_tokens)
         return replace(outputs, batches_seen=int(self.batches), costs=costs)
 
@@ -113,7 +113,11 @@ class ClassifierObjective(nn.Module):
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         train_model = torch.is_grad_enabled() and not self.is_frozen
         traces: list[TokenTrace] = []
-        with self._tokens(inputs, traces) as gates, watching(model) as states, torch.set_grad_enabled(train_model):
+        with (
+            self._tokens(inputs, traces) as gates,
+            recorded_states(model) as states,
+            torch.set_grad_enabled(train_model),
+        ):
             own = model(**inputs).logits  # (B, C)
         kept = sum(gate.sum() for gate in gates) / len(gates) if gates else None
         real = inputs["attention_mask"].sum() if gates else None
@@ -138,7 +142,7 @@ class ClassifierObjective(nn.Module):
     def _exits(self, states: list[Tensor], masks: list[Tensor | None] | None) -> tuple[list[Tensor], Tensor | None]:
         """The exits' logits, K of (B, C), and judge logits (K, B)."""
         heads, logits, judge_logits = ClassifierHeads(self.classifier.model, self.classifier.exits), [], []
-        for inputs in look_through(heads, states, masks):
+        for inputs in exit_inputs_of(heads, states, masks):
             logits.append(inputs.answer)
             if heads.exits.judge_kind is not None:
                 judge_logits.append(heads.judge_logits(inputs))

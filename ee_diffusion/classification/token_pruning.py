@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ee_diffusion.classification.model_specs import model_spec_of
 
-QUERIES = 128  # query positions whose attention is looked at at once
+QUERIES = 128  # query positions whose attention is computed at once
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class TokenTrace:
 
 def check_prunable(model: nn.Module) -> None:
     """Raise ValueError if tokens of this class cannot be removed."""
-    family = model_spec_of(model)
-    if family.block not in PARTS:
-        raise ValueError(f"tokens of a {family.class_name} cannot be removed; known blocks: {sorted(PARTS)}")
+    spec = model_spec_of(model)
+    if spec.block not in PARTS:
+        raise ValueError(f"tokens of a {spec.class_name} cannot be removed; known blocks: {sorted(PARTS)}")
 
 
 def check_pruning(model: nn.Module, thresholds: tuple[float, ...]) -> None:
@@ -151,7 +151,7 @@ class ActiveTokens:
     def __init__(self, thresholds: tuple[float, ...], mask: Tensor | None, *, rows: int):
         if mask is not None and not bool(mask[:, 0].all()):
             raise ValueError(
-                "a text whose first token is masked (no tokens, or padding on the left): nothing is left to look at"
+                "a text whose first token is masked (no tokens, or padding on the left): nothing is left to classify"
             )
         self.thresholds, self.mask, self.num_rows = thresholds, mask, rows
         self.keys: Tensor | None = None  # (r, M): where a token is, not padding

@@ -1,6 +1,6 @@
-"""The first layers of a stock classifier as a smaller stock classifier: what an exit has to beat at equal cost, once it is trained as long.
+"""Truncate a stock classifier to its first layers: the baseline that an exit has to beat at equal cost, once it is trained as long.
 
-Here: cutting. Not here: training it. L layers.
+Here: truncating. Not here: training it. L layers.
 """
 
 from __future__ import annotations
@@ -13,26 +13,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ee_diffusion.classification.attach import watching
+from ee_diffusion.classification.attach import recorded_states
 from ee_diffusion.classification.model_specs import TESTED, model_spec_of
 from ee_diffusion.core.rows import alike, apart
 
 
-def first_layers(
-    model: PreTrainedModel, num_layers: int, *, inputs: Mapping[str, Any] | None = None
-) -> PreTrainedModel:
+def truncate(model: PreTrainedModel, num_layers: int, *, inputs: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A copy with the embeddings, the first `num_layers` layers and the end of a classifier; the layers' order stays.
 
     Args:
-        inputs: the arguments of one forward, on which the smaller model is compared with what the model says after those layers. Needed
+        inputs: the arguments of one forward, on which the smaller model is compared with the model's output after those layers. Needed
             for a class that is registered by hand: its forward may look at how many layers there are.
 
     Raises:
         ValueError: an unknown class, or not 1..L layers; an ALBERT of several groups, which it deals out over all its layers; a registered
-            class without inputs; weights that are not its class's own (adapters: merge them first); with inputs, another answer.
+            class without inputs; weights that are not its class's own (adapters: merge them first); with inputs, another output.
     """
-    family, config = model_spec_of(model), copy.deepcopy(model.config)
-    name, layers = family.class_name, config.num_hidden_layers
+    spec, config = model_spec_of(model), copy.deepcopy(model.config)
+    name, layers = spec.class_name, config.num_hidden_layers
     if isinstance(num_layers, bool) or not isinstance(num_layers, int) or not 1 <= num_layers <= layers:
         raise ValueError(f"num_layers={num_layers!r} of a {name}, expected 1..{layers}")
     groups = getattr(config, "num_hidden_groups", 1)
@@ -44,7 +42,7 @@ def first_layers(
     if inputs is None and name not in TESTED:
         raise ValueError(
             f"{name} is registered by hand, and its forward may look at how many layers there are: give inputs=, the arguments of one "
-            f"forward, on which its first {num_layers} layers are compared with what it says after them"
+            f"forward, on which its first {num_layers} layers are compared with its output after them"
         )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None) is not None:  # ModernBERT names the kind of each layer
@@ -78,15 +76,15 @@ def _kept(model: PreTrainedModel, smaller: PreTrainedModel, num_layers: int) -> 
 
 @torch.no_grad()
 def _compare(model: PreTrainedModel, smaller: PreTrainedModel, num_layers: int, inputs: Mapping[str, Any]) -> None:
-    family, whole = model_spec_of(model), copy.deepcopy(model).eval()
-    depth = num_layers * family.num_layers(model) // model.config.num_hidden_layers
-    with watching(whole) as states:  # what enters each layer, (R, N, D)
+    spec, whole = model_spec_of(model), copy.deepcopy(model).eval()
+    depth = num_layers * spec.num_layers(model) // model.config.num_hidden_layers
+    with recorded_states(whole) as states:  # what enters each layer, (R, N, D)
         expected = whole(**inputs).logits
     if depth < len(states):
-        expected = family.classify(whole, family.pool(whole, states[depth], inputs.get("attention_mask")))
+        expected = spec.classify(whole, spec.pool(whole, states[depth], inputs.get("attention_mask")))
     found = smaller.eval()(**inputs).logits
     if not alike(found, expected):
         raise ValueError(
-            f"the first {num_layers} layers of {family.class_name} alone are {apart(found, expected):.2g} off from what it says after "
+            f"the first {num_layers} layers of {spec.class_name} alone are {apart(found, expected):.2g} off from its output after "
             f"them, up to {float(expected.abs().max()):.2g}: its forward looks at how many layers there are"
         )

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import CLASSES, LAYERS, NAMES, ROWS, batch_for, exits_for, model_named
 
 from ee_diffusion.classification import methods
-from ee_diffusion.classification.attach import attach, watching
+from ee_diffusion.classification.attach import attach, recorded_states
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.classification.model_specs import model_spec_of
 from ee_diffusion.core.policy import Policy
@@ -54,8 +54,8 @@ def fixture(name: str, case: str) -> tuple[nn.Module, ClassifierExits, Policy]:
 
 
 @torch.no_grad()
-def run(model, exits, policy, batch, elements=None) -> tuple[Tensor, Trace]:
-    with attach(model, exits, policy, elements=elements) as traces:
+def run(model, exits, policy, batch, sample_ids=None) -> tuple[Tensor, Trace]:
+    with attach(model, exits, policy, sample_ids=sample_ids) as traces:
         logits = model(**batch).logits
     (trace,) = traces
     return logits, trace
@@ -65,7 +65,7 @@ def run(model, exits, policy, batch, elements=None) -> tuple[Tensor, Trace]:
 def answers_everywhere(model, exits, batch) -> Tensor:
     """(A, R, C) from the stock forward: every exit's answer and the model's own."""
     heads = ClassifierHeads(model, exits)
-    with watching(model) as states:
+    with recorded_states(model) as states:
         own = model(**batch).logits
     context = {name: value for name, value in batch.items() if name == "attention_mask"}
     return torch.stack([*(heads.answer(k, states[d], context) for k, d in enumerate(exits.depths)), own])
@@ -265,7 +265,7 @@ def test_training_sees_what_inference_sees():
     model, exits, policy = fixture("Bert", "palbert")
     everything = run(model, exits, Policy(policy.criterion, record_all=True), batch_for("Bert"))[1]
     heads, context = ClassifierHeads(model, exits), {"attention_mask": batch_for("Bert")["attention_mask"]}
-    with torch.no_grad(), watching(model) as states:
+    with torch.no_grad(), recorded_states(model) as states:
         model(**batch_for("Bert"))
         for exit, depth in enumerate(exits.depths):
             observation = ExitInputs(heads, exit, states[depth], context)

@@ -80,7 +80,7 @@ class TestRefused:
         classifier = EarlyExitClassifier.from_classifier(model, exits)
         with pytest.raises(
             ValueError,
-            match=r"no family for EarlyExitClassifier, but for the BertForSequenceClassification in it: take its \.model",
+            match=r"no model spec for EarlyExitClassifier, but for the BertForSequenceClassification in it: take its \.model",
         ):
             ClassifierExits.for_model(classifier, head="pooled", judge="none")
 

@@ -256,7 +256,7 @@ class TestDrawnExits:
         classifier.policy, batch = pondernet(0), batch_for("Bert", [0])
         with torch.no_grad(), classifier.recording() as traces:
             for element in range(40):
-                classifier(**batch, elements=torch.tensor([element]))
+                classifier(**batch, sample_ids=torch.tensor([element]))
         assert len({int(trace.depths[0, 0]) for trace in traces}) > 1
 
     @pytest.mark.parametrize("name", ["ViT", "Bert"])

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import CLASSES, LAYERS, NAMES, WIDTH, exits_for, model_named
 
 from ee_diffusion.classification.attach import attach
-from ee_diffusion.classification.costs import block_flops, costs_of, flops_of, saliency_flops, ways
+from ee_diffusion.classification.costs import block_flops, costs_of, flops_of, path_flops, saliency_flops
 from ee_diffusion.classification.methods import METHODS, confidence, jei_dnn, palbert
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
@@ -111,7 +111,7 @@ def test_the_way_of_each_text_is_what_its_own_costs_say():
         model = model_named(name)
         exits = exits_for(model, (1, 3), head="shared", judge="halting")
         lengths = torch.tensor([7, 3, 7])
-        found = ways(model, exits, lengths, score="learned_confidence")  # (3, A)
+        found = path_flops(model, exits, lengths, score="learned_confidence")  # (3, A)
         for row, tokens in zip(found, lengths.tolist(), strict=True):
             costs = costs_of(model, exits, tokens, score="learned_confidence")
             whole = costs.layers(LAYERS) + costs.tail

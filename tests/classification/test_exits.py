@@ -13,14 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from tiny_classifiers import CLASSES, ROWS, WIDTH, batch_for, exits_for, model_named
 
-from ee_diffusion.classification.attach import watching
+from ee_diffusion.classification.attach import recorded_states
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.classification.methods.jei_dnn import output_statistics
 from ee_diffusion.core.scores import ExitInputs
 
 
 def states_of(model) -> list[torch.Tensor]:
-    with torch.no_grad(), watching(model) as states:
+    with torch.no_grad(), recorded_states(model) as states:
         model(**batch_for("Bert"))
     return states
 

@@ -16,7 +16,7 @@ from tiny_classifiers import LAYERS, NAMES, ROWS, batch_for, exits_for, model_na
 
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.classifier import EarlyExitClassifier
-from ee_diffusion.classification.evaluation import look
+from ee_diffusion.classification.evaluation import record_exits
 from ee_diffusion.classification.exits import POOLINGS, ClassifierExits
 from ee_diffusion.classification.methods import berxit, confidence, heads, jei_dnn, judges, pabee, palbert, pondernet
 from ee_diffusion.core.policy import Policy
@@ -90,10 +90,10 @@ def test_every_family(name: str, dtype: torch.dtype, tmp_path: Path):
         with loaded.recording() as again:
             torch.testing.assert_close(loaded(**batch).logits, logits)
     assert torch.equal(again[0].depths, traces[0].depths)
-    seen = look(
+    seen = record_exits(
         classifier, [batch | {"labels": torch.arange(ROWS) % 3}], scores=["learned_confidence", "max_probability"]
     )
-    assert bool(seen.answers.isfinite().all())
+    assert bool(seen.logits.isfinite().all())
 
 
 def test_exits_of_another_precision_are_not_saved_as_one_model():

@@ -10,7 +10,7 @@ from statistics import pstdev
 import pytest
 import torch
 
-from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.evaluation import NO_SCORE, ExitRecord
 from ee_diffusion.classification.methods import confidence
 from eval import classifier_results, classifier_table, evaluated
 
@@ -37,10 +37,10 @@ def written(
     classes = torch.where(correct, labels.long(), 1 - labels.long())
     costs = lengths[:, None] * torch.tensor([1.0, layers])  # (n, 2)
     scores = {"max_probability": torch.tensor([safe or [5] * n]) / 10}
-    both = {name: costs.clone() for name in (NOTHING, "max_probability")}
+    both = {name: costs.clone() for name in (NO_SCORE, "max_probability")}
     (folder / "policies").mkdir(parents=True)
     answers = torch.nn.functional.one_hot(classes, num_labels).float()
-    Look(answers, scores, both, lengths * 4.0, labels, lengths, (1,), layers).save(folder / "look.safetensors")
+    ExitRecord(answers, scores, both, lengths * 4.0, labels, lengths, (1,), layers).save(folder / "look.safetensors")
     budgets = {0.5: 0.5} if least is None else least
     for budget, threshold in budgets.items():
         confidence(threshold).save(folder / "policies" / f"confidence-{budget:g}.json")

@@ -17,7 +17,7 @@ from test_classify import _cache, call, made  # noqa: F401, a fixture that is us
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.methods import confidence
-from ee_diffusion.classification.truncate import first_layers
+from ee_diffusion.classification.truncate import truncate
 from eval import classifier_speed, classifier_table, write_results
 from eval import evaluated as evaluated_runs
 
@@ -37,7 +37,7 @@ def variants(folder: Path) -> None:
     """model (PALBERT), its first two layers as cut, and other: PALBERT with other heads."""
     made(folder, "palbert")
     classifier = EarlyExitClassifier.from_pretrained(folder / "model")
-    cut = first_layers(classifier.model, 2)
+    cut = truncate(classifier.model, 2)
     torch.manual_seed(1)
     for name, model in (("cut", cut), ("other", classifier.model)):
         exits = ClassifierExits.for_model(model, head="shared", judge="halting")
@@ -99,11 +99,11 @@ def test_a_table_over_seeds_with_controls_at_equal_cost(tmp_path: Path, monkeypa
 
 def half(folder: Path, texts: int) -> Path:
     """An evaluation as if of the first or last texts alone: `texts` above 0 or below."""
-    look = evaluated_runs.Look.load(folder / "look.safetensors")
+    look = evaluated_runs.ExitRecord.load(folder / "look.safetensors")
     places = torch.arange(len(look.labels))
     out = folder.with_name(f"{folder.name}{texts}")
     shutil.copytree(folder, out)
-    look.part(places[:texts] if texts > 0 else places[texts:]).save(out / "look.safetensors")
+    look.select(places[:texts] if texts > 0 else places[texts:]).save(out / "look.safetensors")
     return out
 
 
@@ -112,7 +112,7 @@ def test_folds_count_every_text_once_beside_its_own_reference(tmp_path: Path, mo
     evaluated(tmp_path, monkeypatch, "model", "cut", "other")
     out = tmp_path / "out"
     whole = ("--reference {0}/other --truncated {0}/cut --names palbert --folders {0}/model --lengths", "whole")
-    count = len(evaluated_runs.Look.load(out / "model" / "look.safetensors").labels)
+    count = len(evaluated_runs.ExitRecord.load(out / "model" / "look.safetensors").labels)
     first = count // 3
     for name in ("model", "cut", "other"):
         half(out / name, first), half(out / name, first - count)

@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 from ee_diffusion.classification.classifier import EarlyExitClassifier
-from ee_diffusion.classification.evaluation import Look
+from ee_diffusion.classification.evaluation import ExitRecord
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.methods import METHODS
 from ee_diffusion.core.policy import Policy
@@ -84,8 +84,8 @@ def test_a_report_holds_every_rule_and_control(tmp_path: Path, monkeypatch, meth
     assert [row["texts"] for row in thirds] == [7, 7, 6]
     assert [row["mean_tokens"] for row in thirds] == sorted(row["mean_tokens"] for row in thirds)
     assert {"naive", "conformal", "bound", "learn_then_test"} <= set(report["guarantee"])
-    written = Look.load(tmp_path / "out" / "look.safetensors")
-    assert written.right(torch.full((20,), 3)).double().mean().item() == pytest.approx(constant[-1]["accuracy"])
+    written = ExitRecord.load(tmp_path / "out" / "look.safetensors")
+    assert written.is_correct(torch.full((20,), 3)).double().mean().item() == pytest.approx(constant[-1]["accuracy"])
     assert Policy.load(tmp_path / "out" / "policies" / f"{next(iter(report['budgeted']))}-1.json")
 
 
@@ -115,7 +115,7 @@ def test_a_part_of_a_sorted_file_holds_every_class(tmp_path: Path, monkeypatch):
     words = f"--model {tmp_path}/model --text_files {tmp_path}/sorted.tsv --calibration_files {tmp_path}/sorted.tsv"
     call(monkeypatch, words, f"--output_dir {tmp_path}/out --points 2 --draws 1 --max_texts 16 --risk 0.5")
     for name in ("look", "calibration"):
-        labels = Look.load(tmp_path / "out" / f"{name}.safetensors").labels
+        labels = ExitRecord.load(tmp_path / "out" / f"{name}.safetensors").labels
         assert len(labels) == 16
         assert 3 <= int(labels.sum()) <= 13
 

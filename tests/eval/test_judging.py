@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ee_diffusion.classification.evaluation import NOTHING, Look
+from ee_diffusion.classification.evaluation import NO_SCORE, ExitRecord
 from ee_diffusion.classification.methods import confidence
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk_control import upper_bound
@@ -14,7 +14,7 @@ from eval.judging import Candidate, Judge, budgeted, by_length, candidates, guar
 TEXTS, LAYERS = 400, 4
 
 
-def made_look(seed: int = 0) -> Look:
+def made_look(seed: int = 0) -> ExitRecord:
     """Two exits of four layers; the score says how often the first exit is right; the model's own end is right in 9 of 10."""
     draw = torch.Generator().manual_seed(seed)
     sure = torch.rand(2, TEXTS, generator=draw)
@@ -26,10 +26,10 @@ def made_look(seed: int = 0) -> Look:
     answers = 4 * torch.nn.functional.one_hot(said, 2).float()
     costs = torch.tensor([1.0, 2.0, 4.0]).double().expand(TEXTS, 3)
     tokens = torch.arange(TEXTS) % 50 + 1
-    return Look(
+    return ExitRecord(
         answers,
         {"max_probability": sure},
-        {"max_probability": costs + 0.1, NOTHING: costs},
+        {"max_probability": costs + 0.1, NO_SCORE: costs},
         torch.full((TEXTS,), 4.0).double(),
         labels,
         tokens,
@@ -46,14 +46,14 @@ def judge() -> Judge:
 
 def test_costs_layers_and_the_paired_difference(judge: Judge):
     seen, test = judge.seen, judge.test
-    taken = seen.taken(confidence(0.7))
+    taken = seen.exits_under(confidence(0.7))
     found = judge(taken, score="max_probability")
     layers, cost, hits, own = 0, 0.0, 0, 0
     for text in test.tolist():
         place = next((k for k in range(2) if float(seen.scores["max_probability"][k, text]) > 0.7), 2)
         layers, cost = layers + (1, 2, 4)[place], cost + (1.1, 2.1, 4.1)[place]
-        hits += int(int(seen.answers[place, text].argmax()) == int(seen.labels[text]))
-        own += int(int(seen.answers[2, text].argmax()) == int(seen.labels[text]))
+        hits += int(int(seen.logits[place, text].argmax()) == int(seen.labels[text]))
+        own += int(int(seen.logits[2, text].argmax()) == int(seen.labels[text]))
     assert found["layers"] == pytest.approx(layers / 200)
     assert found["flops_fraction"] == pytest.approx(cost / 800)
     assert found["accuracy"] == pytest.approx(hits / 200)
@@ -63,7 +63,7 @@ def test_costs_layers_and_the_paired_difference(judge: Judge):
 
 def test_a_budget_is_met_where_it_was_chosen_and_judged_elsewhere(judge: Judge):
     (row,) = budgeted(judge, confidence, [0.5])
-    chosen = judge.seen.layers(judge.seen.taken(confidence(row["value"])))
+    chosen = judge.seen.layers(judge.seen.exits_under(confidence(row["value"])))
     assert chosen[judge.calibration].double().mean() / LAYERS == pytest.approx(row["fraction"])
     assert row["fraction"] <= 0.5
     assert chosen[judge.test].double().mean() == pytest.approx(row["layers"])
@@ -72,25 +72,25 @@ def test_a_budget_is_met_where_it_was_chosen_and_judged_elsewhere(judge: Judge):
 
 def test_thirds_of_few_texts(judge: Judge):
     few = Judge(judge.seen, judge.calibration, judge.test[:4], miss_rate=0.1, draws=2, seed=0)
-    assert [row["texts"] for row in by_length(few, Policy(), score=NOTHING)] == [2, 1, 1]
+    assert [row["texts"] for row in by_length(few, Policy(), score=NO_SCORE)] == [2, 1, 1]
 
 
 def test_thirds_by_length(judge: Judge):
-    rows = by_length(judge, Policy(), score=NOTHING)
+    rows = by_length(judge, Policy(), score=NO_SCORE)
     assert [row["third"] for row in rows] == ["short", "middle", "long"]
     means = [row["mean_tokens"] for row in rows]
     assert means[0] < means[1] < means[2]
     assert sum(row["texts"] for row in rows) == 200
     assert all(row["flops_fraction"] == pytest.approx(1) for row in rows)
     overall = sum(row["accuracy"] * row["texts"] for row in rows) / 200
-    assert overall == pytest.approx(judge(judge.seen.taken(Policy()))["accuracy"])
+    assert overall == pytest.approx(judge(judge.seen.exits_under(Policy()))["accuracy"])
 
 
 def test_a_loss_is_a_right_answer_lost(judge: Judge):
     (one,) = candidates({1.0: judge.seen}, confidence, [0.6], reference=judge.seen)
-    taken = judge.seen.taken(confidence(0.6))
-    own = judge.seen.right(torch.full_like(taken, 2))
-    assert one.loss.tolist() == (own & ~judge.seen.right(taken)).double().tolist()
+    taken = judge.seen.exits_under(confidence(0.6))
+    own = judge.seen.is_correct(torch.full_like(taken, 2))
+    assert one.loss.tolist() == (own & ~judge.seen.is_correct(taken)).double().tolist()
     assert one.cost.tolist() == judge.seen.cost(taken, score="max_probability").tolist()
 
 

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import LAYERS, NAMES, batch_for, exits_for, model_named
 
 from ee_diffusion.classification.attach import attach
-from ee_diffusion.classification.truncate import first_layers
+from ee_diffusion.classification.truncate import truncate
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 
@@ -22,7 +22,7 @@ from ee_diffusion.core.schedules import FixedDepth
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_a_constant_depth_of_the_models_own_end(name: str):
     model, batch = model_named(name), batch_for(name)
-    smaller = first_layers(model, 2)
+    smaller = truncate(model, 2)
     assert type(smaller) is type(model)
     assert (smaller.config.num_hidden_layers, model.config.num_hidden_layers) == (2, LAYERS)
     assert not smaller.training
@@ -38,7 +38,7 @@ def test_it_is_a_constant_depth_of_the_models_own_end(name: str):
 def test_all_layers_are_the_model():
     model = model_named("ModernBert")
     torch.testing.assert_close(
-        first_layers(model, LAYERS)(**batch_for("ModernBert")).logits, model(**batch_for("ModernBert")).logits
+        truncate(model, LAYERS)(**batch_for("ModernBert")).logits, model(**batch_for("ModernBert")).logits
     )
 
 
@@ -48,23 +48,23 @@ def test_weights_that_are_not_the_classes_own_are_refused():
     with pytest.raises(
         ValueError, match=r"not those of its class \(bert.encoder.layer.0.adapter.bias, in all 2\); merge"
     ):
-        first_layers(model, 2)
+        truncate(model, 2)
     model = model_named("Bert")
     del model.bert.embeddings.token_type_embeddings
     with pytest.raises(
         ValueError, match=r"not those of its class .bert.embeddings.token_type_embeddings.weight, in all 1"
     ):
-        first_layers(model, 2)
+        truncate(model, 2)
     model = model_named("Bert")
     model.bert.encoder.layer[3].adapter = torch.nn.Linear(2, 2)  # of a layer that is left out
-    first_layers(model, 2)
+    truncate(model, 2)
 
 
 def test_an_albert_whose_groups_would_be_dealt_out_anew_is_refused():
     model, batch = model_named("Albert", num_hidden_groups=2), batch_for("Albert")
     with pytest.raises(ValueError, match="of 2 groups deals them out over all its layers"):
-        first_layers(model, 2)
-    torch.testing.assert_close(first_layers(model, LAYERS)(**batch).logits, model(**batch).logits)
+        truncate(model, 2)
+    torch.testing.assert_close(truncate(model, LAYERS)(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("num_layers", [0, LAYERS + 1, True, 2.0])
@@ -72,4 +72,4 @@ def test_refused(num_layers: int):
     with pytest.raises(
         ValueError, match=f"num_layers={num_layers} of a BertForSequenceClassification, expected 1..{LAYERS}"
     ):
-        first_layers(model_named("Bert"), num_layers)
+        truncate(model_named("Bert"), num_layers)

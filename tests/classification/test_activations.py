@@ -13,8 +13,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_objective import FROZEN, LABELS, MAGIC, labelled, objective_for
 from tiny_classifiers import CLASSES, LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 
-from ee_diffusion.classification.activations import StoredStates, by_length, look_through, origin_of, stored_states
-from ee_diffusion.classification.evaluation import look
+from ee_diffusion.classification.activations import (
+    StoredStates,
+    exit_inputs_of,
+    fingerprint_of,
+    split_by_length,
+    stored_states,
+)
+from ee_diffusion.classification.evaluation import record_exits
 from ee_diffusion.classification.exits import ClassifierHeads
 
 
@@ -30,13 +36,13 @@ def test_parts_of_like_length_have_the_loss_of_the_whole(method: str):
 
 
 def test_parts_are_cut_to_their_longest():
-    parts = by_length(labelled(), 3)
+    parts = split_by_length(labelled(), 3)
     assert [part["input_ids"].shape for part in parts] == [(2, 5), (2, 7), (2, 9)]
     assert sorted(torch.cat([part["labels"] for part in parts]).tolist()) == sorted(LABELS.tolist())
     for part in parts:
         assert part["attention_mask"].sum(1).max() == part["input_ids"].shape[1]
     images = labelled("ViT")
-    assert by_length(images, 3) == [images]
+    assert split_by_length(images, 3) == [images]
 
 
 def heads_for(
@@ -76,18 +82,18 @@ def test_stored_states_of_removed_tokens(pooling: str):
     found, expected = objective(kept[torch.arange(ROWS)]), objective(labelled())
     torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="what they cost was not stored"):
-        look(objective.classifier, [kept[torch.arange(ROWS)]], scores=["margin"])
+        record_exits(objective.classifier, [kept[torch.arange(ROWS)]], scores=["margin"])
 
 
-def test_a_look_at_stored_states_is_the_look(tmp_path: Path):
+def test_a_record_of_stored_states_is_that_of_the_live_model(tmp_path: Path):
     objective = objective_for("jei_dnn")
     classifier, scores = objective.classifier, ("learned_confidence", "negative_entropy", "agreement")
     heads = ClassifierHeads(classifier.model, classifier.exits)
     kept = stored_states(heads, halves(), pruning=None, data="texts")
-    expected = look(classifier, halves(), scores=scores)
-    found = look(classifier, [kept[torch.arange(ROWS)]], scores=scores)
+    expected = record_exits(classifier, halves(), scores=scores)
+    found = record_exits(classifier, [kept[torch.arange(ROWS)]], scores=scores)
     assert expected.labels.tolist() == LABELS.tolist(), "in the order of the keys"
-    torch.testing.assert_close(found.answers, expected.answers, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
     for name in scores:
         torch.testing.assert_close(found.scores[name], expected.scores[name], rtol=1e-4, atol=1e-5)
         assert torch.equal(found.costs[name], expected.costs[name])
@@ -98,15 +104,15 @@ def test_a_store_is_read_for_its_own_model_and_data_alone(tmp_path: Path):
     heads = heads_for()
     kept = stored_states(heads, halves(), pruning=None, data="texts")
     kept.save(tmp_path / "deep" / "states")
-    again = StoredStates.load(tmp_path / "deep" / "states", origin=origin_of(heads, None, "texts"))
+    again = StoredStates.load(tmp_path / "deep" / "states", origin=fingerprint_of(heads, None, "texts"))
     for name in ("vectors", "own", "labels", "tokens"):
         assert torch.equal(getattr(again, name), getattr(kept, name))
-    others = [origin_of(heads, None, "other texts"), origin_of(heads, (0.0,) * LAYERS, "texts")]
+    others = [fingerprint_of(heads, None, "other texts"), fingerprint_of(heads, (0.0,) * LAYERS, "texts")]
     torch.nn.init.zeros_(heads.model.classifier.bias)
-    others.append(origin_of(heads, None, "texts"))
-    others.append(origin_of(heads_for(pooling="mean"), None, "texts"))
+    others.append(fingerprint_of(heads, None, "texts"))
+    others.append(fingerprint_of(heads_for(pooling="mean"), None, "texts"))
     shallow = ClassifierHeads(heads.model, exits_for(heads.model, (1,), head="linear", judge="none"))
-    others.append(origin_of(shallow, None, "texts"))
+    others.append(fingerprint_of(shallow, None, "texts"))
     for origin in others:
         with pytest.raises(ValueError, match="expected"):
             StoredStates.load(tmp_path / "deep" / "states", origin=origin)
@@ -120,7 +126,7 @@ def test_what_an_exit_carries_is_there_at_all_later_ones():
     heads, state = heads_for(), torch.zeros(ROWS, 1, WIDTH)
     masks = [torch.ones(ROWS, 1), None, torch.zeros(ROWS, 1)]
     found = []
-    for observation in look_through(heads, [state] * 3, masks):
+    for observation in exit_inputs_of(heads, [state] * 3, masks):
         found.append(dict(observation.context))
         observation.carried[f"from {observation.exit}"] = state
     assert [one.keys() for one in found] == [

@@ -19,7 +19,7 @@ from tiny_classifiers import CONFIGS, LAYERS, NAMES, batch_for, class_name, exit
 from ee_diffusion.classification.attach import attach
 from ee_diffusion.classification.model_check import check_model
 from ee_diffusion.classification.model_specs import MODEL_SPECS, ModelSpec, register_model
-from ee_diffusion.classification.truncate import first_layers
+from ee_diffusion.classification.truncate import truncate
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 
@@ -167,13 +167,13 @@ def test_a_registered_class_is_truncated_where_it_says_what_the_exit_says(table)
     register_model(ELECTRA)
     model, batch = electra(), batch_for("Bert")
     with pytest.raises(ValueError, match=r"registered by hand.*give inputs="):
-        first_layers(model, 2)
+        truncate(model, 2)
     exits = exits_for(model, (2,), head="shared", judge="none")
     with attach(model, exits, Policy(DepthTable(((2,) * 6,)))):
         expected = model(**batch).logits
-    torch.testing.assert_close(first_layers(model, 2, inputs=batch)(**batch).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(truncate(model, 2, inputs=batch)(**batch).logits, expected, rtol=1e-4, atol=1e-5)
     table[ELECTRA.class_name] = replace(ELECTRA, classify=lambda model, pooled: 2 * model.classifier.out_proj(pooled))
     with pytest.raises(
-        ValueError, match=r"first 2 layers of ElectraForSequenceClassification alone are .* off from what"
+        ValueError, match=r"first 2 layers of ElectraForSequenceClassification alone are .* off from its output"
     ):
-        first_layers(model, 2, inputs=batch)
+        truncate(model, 2, inputs=batch)

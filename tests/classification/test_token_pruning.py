@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from tiny_classifiers import LAYERS, ROWS, WIDTH, batch_for, exits_for, model_named
 
 from ee_diffusion.classification import token_pruning as tokens
-from ee_diffusion.classification.attach import attach, watching
+from ee_diffusion.classification.attach import attach, recorded_states
 from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.costs import block_flops, pruned_flops, saliency_flops
 from ee_diffusion.classification.methods import fastbert
@@ -49,7 +49,7 @@ def test_saliency_against_the_models_own_attention(name: str):
     model, batch = model_named(name, attn_implementation="eager"), batch_for(name)
     keys = batch["attention_mask"].bool()
     blocks = model_spec_of(model).blocks(model)
-    with torch.no_grad(), watching(model) as states:
+    with torch.no_grad(), recorded_states(model) as states:
         attentions = model(**batch, output_attentions=True).attentions
     for layer, attention in enumerate(attentions):  # (B, H, N, N)
         found = salient(blocks[layer % len(blocks)], states[layer], keys).detach()
@@ -64,7 +64,7 @@ def test_saliency_against_the_models_own_attention(name: str):
 
 def test_saliency_of_texts_longer_than_a_piece(monkeypatch):
     model, batch = model_named("Bert"), batch_for("Bert")
-    with torch.no_grad(), watching(model) as states:
+    with torch.no_grad(), recorded_states(model) as states:
         model(**batch)
     block, keys = model_spec_of(model).blocks(model)[0], batch["attention_mask"].bool()
     whole = salient(block, states[1], keys)
@@ -87,7 +87,7 @@ def slow_states(name: str, row: int) -> list[torch.Tensor]:
     """One text alone, layer by layer, tokens taken out by hand: the states (1, m, D) before each layer and after the last."""
     model, batch = model_named(name), batch_for(name, [row])
     blocks = model_spec_of(model).blocks(model)
-    with watching(model) as states:
+    with recorded_states(model) as states:
         model(**batch)
     hidden, found = states[0], [states[0]]
     for layer in range(LAYERS):
@@ -264,7 +264,7 @@ def test_soft_pruning_at_zero_temperature_is_hard_pruning_of_what_follows():
 def test_faded_tokens_are_what_the_next_layer_sees():
     model, batch = model_named("Bert"), batch_for("Bert", [0])
     blocks = model_spec_of(model).blocks(model)
-    with watching(model) as states:
+    with recorded_states(model) as states:
         model(**batch)
     hidden, keys = states[0], batch["attention_mask"].bool()
     for layer, block in enumerate(blocks):
@@ -280,7 +280,7 @@ def test_faded_tokens_are_what_the_next_layer_sees():
 
 def test_a_token_at_its_threshold_stays():
     model, batch = model_named("Bert"), batch_for("Bert", [0])
-    with torch.no_grad(), watching(model) as states:
+    with torch.no_grad(), recorded_states(model) as states:
         model(**batch)
     s = salient(model_spec_of(model).blocks(model)[0], states[0], batch["attention_mask"].bool())[0].detach()
     order = s[1:].sort().values
