@@ -11,14 +11,14 @@ from ee_diffusion.lazy import lazy_names
 
 # Public name -> the module that defines it.
 HOMES = {
+    "accumulated_error_budget": "diffusion.methods",
     "ase": "diffusion.methods",
-    "budgeted": "diffusion.methods",
     "deediff": "diffusion.methods",
     "deediff_released": "diffusion.methods",
     "duodiff": "diffusion.methods",
     "periodic_cache": "diffusion.methods",
-    "remembered": "diffusion.methods",
-    "searched": "diffusion.methods",
+    "per_step_error_threshold": "diffusion.methods",
+    "static_cache_schedule": "diffusion.methods",
     "calm": "decoding.methods",
     "d3": "decoding.methods",
     "depth_per_request": "decoding.methods",
@@ -56,12 +56,12 @@ if TYPE_CHECKING:  # the same table for type checkers and editors
         uniform_skipping,
     )
     from ee_diffusion.diffusion.methods import (
+        accumulated_error_budget,
         ase,
-        budgeted,
         deediff,
         deediff_released,
         duodiff,
+        per_step_error_threshold,
         periodic_cache,
-        remembered,
-        searched,
+        static_cache_schedule,
     )

@@ -17,9 +17,9 @@ from functools import cache
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered
+from ee_diffusion.diffusion.methods import accumulated_error_budget, deediff, per_step_error_threshold, periodic_cache
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, generate
-from ee_diffusion.diffusion.step_cache.error_propagation import influence
+from ee_diffusion.diffusion.step_cache.error_propagation import error_weights
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.quality import COLUMNS, flat
 from ee_diffusion.metrics.splits import balanced_labels, seeds
@@ -54,16 +54,16 @@ def lines(pipeline, options: AblationOptions, sampling: SamplingOptions) -> Iter
     """Name, exits, policy."""
     memory, steps = load_memory(pipeline, options.memory), sampling.num_inference_steps
     sensitivity = local_error_gain(memory, pipeline.scheduler, steps)
-    weights = influence(sensitivity, gains_of(pipeline, memory, sampling, FrontierOptions()), power=0.5)
-    both = budgeted(options.budget, weights=weights, decay=options.decay)
-    yield "memory without uncertainty", memory, periodic_cache(options.period, warm_up=WARM_UP)
+    weights = error_weights(sensitivity, gains_of(pipeline, memory, sampling, FrontierOptions()), power=0.5)
+    both = accumulated_error_budget(options.budget, weights=weights, decay=options.decay)
+    yield "memory without uncertainty", memory, periodic_cache(options.period, warmup_steps=WARM_UP)
     if pipeline.exits is not None:
         yield "uncertainty without memory", pipeline.exits, deediff(options.threshold)
     yield "both, per image", memory, both
     yield "both, whole batch", memory, Policy(WholeBatch(both.criterion), exits=(0,))
     if options.memory_full_states:
         yield "both, fitted along the full model", load_memory(pipeline, options.memory_full_states), both
-    yield "both, bounded step by step", memory, remembered(options.error, sensitivity=sensitivity)
+    yield "both, bounded step by step", memory, per_step_error_threshold(options.error, local_gains=sensitivity)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from ee_diffusion.checkpoints import checkpoint_path
 from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.methods import remembered
+from ee_diffusion.diffusion.methods import per_step_error_threshold
 from ee_diffusion.diffusion.pipelines.sampling import Generated, generate, joined
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -52,7 +52,7 @@ def points_of(pipeline: EarlyExitPipeline, folder: Path, options: argparse.Names
     else:
         memory = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
     sensitivity = local_error_gain(memory, pipeline.scheduler, options.num_inference_steps)
-    return found | {"memory": (memory, remembered(options.error, sensitivity=sensitivity))}
+    return found | {"memory": (memory, per_step_error_threshold(options.error, local_gains=sensitivity))}
 
 
 def draw(pipeline: EarlyExitPipeline, points: dict[str, Point], options: argparse.Namespace) -> dict[str, Generated]:
@@ -102,7 +102,7 @@ def main() -> None:
     )
     print(f"\n{markdown_table(rows, list(rows[0]))}")
     print(
-        f"memory: `remembered({options.error}, ...)`, answers from the last full steps of an image where it trusts them."
+        f"memory: `per_step_error_threshold({options.error}, ...)`, answers from the last full steps of an image where it trusts them."
     )
     print(
         f"wall-clock ratio: time of the policy over time of the full model, this machine, median over batches. Pictures are in {output}/"

@@ -26,7 +26,7 @@ from ee_diffusion.core.io import write_text
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import influence
+from ee_diffusion.diffusion.step_cache.error_propagation import error_weights
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 from ee_diffusion.metrics.figures import save_figure
 from ee_diffusion.metrics.quality import COLUMNS, flat
@@ -122,9 +122,9 @@ def candidates(
 ) -> list[Candidate]:
     """All that need no trace. What is dear to find is noted in `store`. kinds: of `exits_by_kind`."""
     steps, layers = sampling.num_inference_steps, len(pipeline.transformer.transformer_blocks)
-    weights = influence(sensitivity, gains or (1.0,) * steps, power=options.power)
+    weights = error_weights(sensitivity, gains or (1.0,) * steps, power=options.power)
     found = candidates_of(options, sensitivity, weights)
-    weights = influence(sensitivity, gains or (1.0,) * steps, power=options.search_power)
+    weights = error_weights(sensitivity, gains or (1.0,) * steps, power=options.search_power)
     asked = {
         "searched": options.shares,
         "searched noise": options.noise_shares,
@@ -182,7 +182,7 @@ def main() -> None:
     if options.fitted_shares:
         fitted["fitted"] = fitted_memory(pipeline, sampling, options, folder / "fitted")
     if options.together_shares:
-        weights = influence(sensitivity, gains, power=options.search_power)
+        weights = error_weights(sensitivity, gains, power=options.search_power)
         fitted["together"] = fitted_memory(pipeline, sampling, options, folder / "together", weights)
     kinds = exits_by_kind(pipeline, memory, fitted)
     first = candidates(

@@ -28,7 +28,7 @@ from ee_diffusion.core.risk_control import certified, in_expectation
 from ee_diffusion.diffusion.calibration.live import live_losses
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import made_for_of
-from ee_diffusion.diffusion.methods import budgeted
+from ee_diffusion.diffusion.methods import accumulated_error_budget
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -143,7 +143,7 @@ def drawn(pipeline: EarlyExitPipeline, sampling: SamplingOptions, options: Guara
     sensitivity = local_error_gain(pipeline.exits, pipeline.scheduler, sampling.num_inference_steps)
     live = live_losses(
         pipeline,
-        [budgeted(value, weights=sensitivity, decay=options.decay) for value in options.values],
+        [accumulated_error_budget(value, weights=sensitivity, decay=options.decay) for value in options.values],
         seeds("test", options.count),
         class_labels=balanced_labels(options.count, classes_of(pipeline, sampling.guidance_scale)),
         loss=lambda images, full: (relative_squared_error(images, full) / options.cap).clamp(max=1),

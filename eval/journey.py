@@ -31,7 +31,7 @@ from ee_diffusion.core.replay import value_for_budget
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.methods import periodic_cache, remembered
+from ee_diffusion.diffusion.methods import per_step_error_threshold, periodic_cache
 from ee_diffusion.diffusion.pipelines.sampling import Generated
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -90,13 +90,13 @@ def candidates_of(
     found = [Candidate("full", "full", None, None, steps)]
     found.append(Candidate(f"deediff {options.budget}", "deediff", options.budget, policy, steps))
     for error in options.errors:
-        made = remembered(error, sensitivity=sensitivity)
+        made = per_step_error_threshold(error, local_gains=sensitivity)
         found.append(Candidate(f"remembered {error}", "remembered", error, made, steps))
     for threshold in options.db_cache:
         for kind in ("db_cache", "db_cache_taylor"):
             found.append(Candidate(f"{kind.replace('_', ' ')} {threshold}", kind, threshold, None, steps))
     found += [Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer) for fewer in options.fewer]
-    cache = periodic_cache(options.period, warm_up=WARM_UP)
+    cache = periodic_cache(options.period, warmup_steps=WARM_UP)
     found.append(Candidate(f"periodic cache {options.period}", "periodic_cache", None, cache, steps))
     if not options.shares:
         return found

@@ -24,7 +24,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(model: Path, output: Path, *more: object) -> list[str]:
     settings = ["--num_inference_steps", 6, "--guidance_scale", 2.0, "--count", 3, "--batch_size", 4]
-    searching = [] if "budgeted" in more or "remembered" in more else ["--search_count", 2]
+    searching = (
+        [] if "accumulated_error_budget" in more or "per_step_error_threshold" in more else ["--search_count", 2]
+    )
     goal = ["--budget", 1.0, *searching, *more]
     return [str(word) for word in ("calibrate", "--model", model, "--output", output, *settings, *goal)]
 
@@ -57,7 +59,7 @@ def test_fewer_images_than_classes_show_no_particular_ones(
         return work(*args, class_labels=class_labels, **call)
 
     monkeypatch.setattr(calibrating, "live_losses", watched)
-    assert main(words(model, tmp_path / "policy.json", "--kind", "budgeted", "--values", 0.01)) == 0
+    assert main(words(model, tmp_path / "policy.json", "--kind", "accumulated_error_budget", "--values", 0.01)) == 0
     assert len(set(given)) == 3
     assert given != [0, 1, 2]
     labels = shuffled_labels(30, 10, seed=4)
@@ -70,27 +72,27 @@ def test_fewer_images_than_classes_show_no_particular_ones(
 @pytest.mark.parametrize(
     ("more", "power"),
     [
-        (["--kind", "budgeted", "--values", 0.01], 0.5),
-        (["--kind", "searched", "--values", 0.5], 1.0),
-        (["--kind", "searched", "--values", 0.5, "--power", 0.3], 0.3),
+        (["--kind", "accumulated_error_budget", "--values", 0.01], 0.5),
+        (["--kind", "static_cache_schedule", "--values", 0.5], 1.0),
+        (["--kind", "static_cache_schedule", "--values", 0.5, "--power", 0.3], 0.3),
     ],
 )
 def test_gains_are_trusted_as_the_kind_has_it(
     more: list, power: float, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     given: list[float] = []
-    influence = calibrating.influence
+    error_weights = calibrating.error_weights
 
     def watched(*args, power):
         given.append(power)
-        return influence(*args, power=power)
+        return error_weights(*args, power=power)
 
-    monkeypatch.setattr(calibrating, "influence", watched)
+    monkeypatch.setattr(calibrating, "error_weights", watched)
     assert main(words(model, tmp_path / "policy.json", *more)) == 0
     assert given == [power]
 
 
-@pytest.mark.parametrize("kind", ["budgeted", "remembered"])
+@pytest.mark.parametrize("kind", ["accumulated_error_budget", "per_step_error_threshold"])
 def test_a_solver_that_asks_twice_is_calibrated(kind: str, model: Path, tmp_path: Path):
     output = tmp_path / "policy.json"
     assert main(words(model, output, "--kind", kind, "--values", 0.01, "--sampler", "heun")) == 0

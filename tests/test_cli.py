@@ -49,12 +49,12 @@ def test_a_budget_takes_the_safest_within_it(model: Path, tmp_path: Path, capsys
     assert dict(policy.made_for)["num_inference_steps"] == "6"
 
 
-@pytest.mark.parametrize("kind", ["remembered", "budgeted"])
+@pytest.mark.parametrize("kind", ["per_step_error_threshold", "accumulated_error_budget"])
 def test_a_risk_takes_the_boldest_that_keeps_it(kind: str, model: Path, tmp_path: Path):
     output = tmp_path / "policy.json"
     goal = ["--kind", kind, "--values", 1e-6, 1e-5, 100.0, "--risk", 0.5, "--delta", 0.2, "--cap", 1e-8]
     assert main(words(model, output, *goal)) == 0
-    number = {"remembered": "threshold", "budgeted": "budget"}[kind]
+    number = {"per_step_error_threshold": "threshold", "accumulated_error_budget": "budget"}[kind]
     bold = Policy.load(output)
     assert main(words(model, output, *goal[:-6], "--risk", 0.5, "--cap", 1e9)) == 0
     boldest = Policy.load(output)
@@ -66,16 +66,16 @@ def test_a_risk_takes_the_boldest_that_keeps_it(kind: str, model: Path, tmp_path
 
 def test_searched_schedules_are_candidates_too(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output = tmp_path / "policy.json"
-    goal = ["--kind", "searched", "--values", 0.3, 0.5, "--search_count", 2, "--budget", 0.6]
+    goal = ["--kind", "static_cache_schedule", "--values", 0.3, 0.5, "--search_count", 2, "--budget", 0.6]
     assert main(words(model, output, *goal)) == 0
-    assert "searched 0.5: 0.500 of the blocks" in capsys.readouterr().out
+    assert "static_cache_schedule 0.5: 0.500 of the blocks" in capsys.readouterr().out
     policy = Policy.load(output)
     assert policy.criterion is None
     assert [depth > 0 for depth in policy.schedule.depths].count(True) == 3
     assert main(words(model, output, *goal[:2], "--values", 0.3, 1.5, "--budget", 0.6)) == 2
     assert "below 1" in capsys.readouterr().err
     assert main(words(model, output, *goal[:2], "--values", 0.5, 0.52, "--search_count", 2, "--budget", 0.6)) == 0
-    assert "searched 0.52" not in capsys.readouterr().out, "the same schedule once more"
+    assert "static_cache_schedule 0.52" not in capsys.readouterr().out, "the same schedule once more"
 
 
 def test_memory_of_another_kind_is_refused_before_it_is_used(
@@ -98,7 +98,7 @@ def test_memory_of_another_kind_is_refused_before_it_is_used(
 
 def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output, folder = tmp_path / "policy.json", tmp_path / "memory"
-    goal = ["--kind", "searched", "--values", 0.5, "--search_count", 2, "--budget", 0.6]
+    goal = ["--kind", "static_cache_schedule", "--values", 0.5, "--search_count", 2, "--budget", 0.6]
     assert main(words(model, output, *goal, "--terms", "noise")) == 0
     line = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert main(words(model, output, *goal, "--fit_memory", folder)) == 0
@@ -112,8 +112,10 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     told = r"calibrated for weights \w+, this run has \w+; exits settings .* are pipe.exits those"
     with pytest.raises(ValueError, match=told):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
-    assert main(words(model, output, "--kind", "budgeted", "--budget", 0.6, "--fit_memory", folder)) == 2
-    assert "expected it with searched" in capsys.readouterr().err
+    assert (
+        main(words(model, output, "--kind", "accumulated_error_budget", "--budget", 0.6, "--fit_memory", folder)) == 2
+    )
+    assert "expected it with static_cache_schedule" in capsys.readouterr().err
     assert main(words(model, output, *goal, "--fit_memory", output)) == 2
     assert "expected the name of a folder" in capsys.readouterr().err
     for taken, what in ((model, "is a pipeline"), (model / "transformer", "holds a UViTTransformer2DModel")):
@@ -130,7 +132,7 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
 
 def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output = tmp_path / "policy.json"
-    goal = ["--kind", "remembered", "--values", 1e-6, "--budget", 1.0, "--terms"]
+    goal = ["--kind", "per_step_error_threshold", "--values", 1e-6, "--budget", 1.0, "--terms"]
     assert main(words(model, output, *goal, "noise")) == 0
     pipe = pipeline()
     for terms in ("noise", "clean"):
@@ -157,7 +159,7 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
 ):
     output = tmp_path / "policy.json"
     assert main(words(model, output, "--budget", 0.5, "--dry-run")) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "searched"
+    assert json.loads(capsys.readouterr().out)["kind"] == "static_cache_schedule"
     for more, message in (
         (["--budget", 1.5], "expected a share of the blocks"),
         (["--risk", 0.1], "--risk needs --cap"),
@@ -167,10 +169,16 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
         (["--budget", 0.5, "--cap", 0.1], "expected it with --risk"),
         (["--budget", 0.5, "--kind", "deediff", "--terms", "noise"], "--terms with --kind deediff, expected it with"),
         (["--budget", 0.5, "--kind", "deediff", "--power", 1], "--power with --kind deediff"),
-        (["--budget", 0.5, "--decay", 0.5], "--decay with --kind searched, expected it with budgeted"),
-        (["--budget", 0.5, "--kind", "budgeted", "--decay", 3], "decay=3.0, expected a share"),
+        (
+            ["--budget", 0.5, "--decay", 0.5],
+            "--decay with --kind static_cache_schedule, expected it with accumulated_error_budget",
+        ),
+        (["--budget", 0.5, "--kind", "accumulated_error_budget", "--decay", 3], "decay=3.0, expected a share"),
         (["--budget", 0.5, "--power", "nan"], "power=nan, expected a number in"),
-        (["--budget", 0.5, "--kind", "budgeted", "--search_count", 3], "--search_count with --kind budgeted"),
+        (
+            ["--budget", 0.5, "--kind", "accumulated_error_budget", "--search_count", 3],
+            "--search_count with --kind accumulated_error_budget",
+        ),
         (["--budget", 0.5, "--model", "/no/where"], "model=/no/where, expected a folder that is there"),
         (["--budget", 0.5, "--memory", "./memory"], "memory=./memory, expected a folder that is there"),
         (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
@@ -265,7 +273,17 @@ def test_the_commands_of_edge_and_cloud_are_there(capsys: pytest.CaptureFixture)
 def test_run_as_a_module_it_knows_all_of_itself(tmp_path: Path):
     """`python -m` runs the file from top to bottom: what stands behind its last line is not there yet."""
     (tmp_path / "file").write_text("")
-    words = ["calibrate", "--kind", "searched", "--budget", "0.5", "--fit_memory", "file", "--output", "p.json"]
+    words = [
+        "calibrate",
+        "--kind",
+        "static_cache_schedule",
+        "--budget",
+        "0.5",
+        "--fit_memory",
+        "file",
+        "--output",
+        "p.json",
+    ]
     command = [sys.executable, "-m", "ee_diffusion.cli.main", *words]
     done = subprocess.run(
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True

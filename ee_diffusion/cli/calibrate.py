@@ -16,10 +16,15 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.risk_control import certified, in_expectation, upper_bound
 from ee_diffusion.diffusion.calibration.live import Live, live_losses, marked
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.methods import budgeted, deediff, remembered, searched
+from ee_diffusion.diffusion.methods import (
+    accumulated_error_budget,
+    deediff,
+    per_step_error_threshold,
+    static_cache_schedule,
+)
 from ee_diffusion.diffusion.pipelines.sampling import classes_of, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification, influence
+from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification, error_weights
 from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -27,7 +32,10 @@ from ee_diffusion.diffusion.step_cache.trajectories import check_distinct_times,
 from ee_diffusion.metrics.image import relative_squared_error
 from ee_diffusion.metrics.splits import balanced_labels, seeds, shuffled_labels
 
-POWERS = {"budgeted": 0.5, "searched": 1.0}  # how far measured gains are trusted: what was best on calibration seeds
+POWERS = {
+    "accumulated_error_budget": 0.5,
+    "static_cache_schedule": 1.0,
+}  # of the amplification: best on calibration seeds
 
 GAIN_IMAGES = 8  # on which gains are measured
 
@@ -85,23 +93,23 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     if options.kind == "deediff":
         return deediff
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
-    if options.kind == "searched":
+    if options.kind == "static_cache_schedule":
         check_distinct_times(scheduler, steps)
     pipeline.exits = _memory(pipeline, options).to(transformer.device)
-    sensitivity = local_error_gain(pipeline.exits, scheduler, steps)
-    if options.kind == "remembered":
-        return partial(remembered, sensitivity=sensitivity)
+    local_gains = local_error_gain(pipeline.exits, scheduler, steps)
+    if options.kind == "per_step_error_threshold":
+        return partial(per_step_error_threshold, local_gains=local_gains)
     num_classes = classes_of(pipeline, options.guidance_scale)
     labels = balanced_labels(GAIN_IMAGES, num_classes)
     generator = torch.Generator().manual_seed(seeds("fit", 1)[0])
     call = {"num_inference_steps": steps, "guidance_scale": options.guidance_scale}
-    gains = error_amplification(
+    amplification = error_amplification(
         pipeline, pipeline.exits, labels, batch_size=1 if labels else GAIN_IMAGES, every=4, generator=generator, **call
     )
     power = POWERS[options.kind] if options.power is None else options.power
-    weights = influence(sensitivity, gains, power=power)
-    if options.kind == "budgeted":
-        return partial(budgeted, weights=weights, decay=options.decay)
+    weights = error_weights(local_gains, amplification, power=power)
+    if options.kind == "accumulated_error_budget":
+        return partial(accumulated_error_budget, weights=weights, decay=options.decay)
     labels = balanced_labels(options.search_count, num_classes)
     course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
     if options.fit_memory is not None:
@@ -111,7 +119,7 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
 
     def schedule(value: float) -> Policy:
         best = nearest(found, steps * (1 - value))
-        return searched(best.full, num_steps=steps, num_layers=layers)
+        return static_cache_schedule(best.full, num_steps=steps, num_layers=layers)
 
     return schedule
 
@@ -123,7 +131,7 @@ def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedO
     known = CachedOutputExits.from_pretrained(folder) if folder else None
     if known is not None:
         known.check_fits(pipeline.transformer)
-    if known is not None and options.kind == "searched" and known.config.length != 2:
+    if known is not None and options.kind == "static_cache_schedule" and known.config.length != 2:
         raise ValueError(
             f"{folder} remembers {known.config.length} predictions, expected 2: schedules are priced by them"
         )
@@ -150,7 +158,7 @@ def _refused(live: Live, options: argparse.Namespace) -> str:
     """Why no candidate was taken."""
     if options.budget is not None:
         least = f"the boldest takes {float(live.costs.min()):.3f}"
-        return f"no candidate keeps to {options.budget} of the blocks: {least} (bolder --values, or --kind searched)"
+        return f"no candidate keeps to {options.budget} of the blocks: {least} (bolder --values, or --kind static_cache_schedule)"
     if options.delta is None:
         return f"no candidate keeps the risk {options.risk}: the safest has {float(live.losses[0].mean()):.4g}"
     sure = f"with probability {1 - options.delta:g} by {live.losses.shape[1]} images"

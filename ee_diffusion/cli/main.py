@@ -19,17 +19,17 @@ from ee_diffusion.edge_cloud import flags as cloud
 
 VALUES = {  # candidates, the safest first
     "deediff": (0.01, 0.02, 0.04, 0.06, 0.1, 0.15, 0.25),
-    "remembered": (0.0002, 0.0004, 0.0008, 0.0012, 0.0018, 0.003, 0.006),
-    "budgeted": (0.0004, 0.0008, 0.0016, 0.0032, 0.0048, 0.0064, 0.0096),
-    "searched": (0.4, 0.5, 0.6, 0.66, 0.72, 0.78),  # share of the steps that memory answers
+    "per_step_error_threshold": (0.0002, 0.0004, 0.0008, 0.0012, 0.0018, 0.003, 0.006),
+    "accumulated_error_budget": (0.0004, 0.0008, 0.0016, 0.0032, 0.0048, 0.0064, 0.0096),
+    "static_cache_schedule": (0.4, 0.5, 0.6, 0.66, 0.72, 0.78),  # share of the steps that memory answers
 }
 NAMED = {  # flags that mean something to these kinds alone, and what they are where they are not given
-    "memory": (("remembered", "budgeted", "searched"), None),
-    "terms": (("remembered", "budgeted", "searched"), None),
-    "power": (("budgeted", "searched"), None),
-    "decay": (("budgeted",), 0.7),
-    "fit_memory": (("searched",), None),
-    "search_count": (("searched",), 16),
+    "memory": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
+    "terms": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
+    "power": (("accumulated_error_budget", "static_cache_schedule"), None),
+    "decay": (("accumulated_error_budget",), 0.7),
+    "fit_memory": (("static_cache_schedule",), None),
+    "search_count": (("static_cache_schedule",), 16),
 }
 SAMPLERS = ("ddim", "ddpm", "dpm", "euler", "heun", "unipc")  # the names in diffusion/pipelines/sampling.py
 EXTRAS = {"calibrate": "eval", "edge": "cloud", "cloud": "cloud"}  # what a command's work needs
@@ -55,14 +55,16 @@ def _calibrate_flags(commands) -> None:
     )
     flags.add_argument(
         "--fit_memory",
-        help="Of `searched`: fit how memory is weighed to the courses that are searched, and write those exits to this folder.",
+        help="Of `static_cache_schedule`: fit the extrapolation to the searched trajectories and write those exits to this folder.",
     )
     flags.add_argument(
         "--terms",
         choices=("clean", "noise"),
         help="What is remembered; none: as in --memory, else clean, with --fit_memory noise.",
     )
-    flags.add_argument("--kind", choices=sorted(VALUES), default="searched", help="The policy whose number is sought.")
+    flags.add_argument(
+        "--kind", choices=sorted(VALUES), default="static_cache_schedule", help="The policy whose number is sought."
+    )
     flags.add_argument(
         "--values", type=float, nargs="+", help="Candidates, the safest first; none: a grid of the kind."
     )
@@ -77,9 +79,17 @@ def _calibrate_flags(commands) -> None:
     flags.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps.")
     flags.add_argument("--guidance_scale", type=float, default=4.0, help="Classifier-free guidance.")
     flags.add_argument("--batch_size", type=int, default=64, help="Images per forward.")
-    flags.add_argument("--decay", type=float, help="Of `budgeted`: what a step leaves of the error; none: 0.7.")
-    flags.add_argument("--power", type=float, help="Trust in the gains; none: 0.5 for `budgeted`, 1 for `searched`.")
-    flags.add_argument("--search_count", type=int, help="Of `searched`: fitting images of the search; none: 16.")
+    flags.add_argument(
+        "--decay", type=float, help="Of `accumulated_error_budget`: what a step leaves of the error; none: 0.7."
+    )
+    flags.add_argument(
+        "--power",
+        type=float,
+        help="Of the error amplification; none: 0.5 for `accumulated_error_budget`, 1 for `static_cache_schedule`.",
+    )
+    flags.add_argument(
+        "--search_count", type=int, help="Of `static_cache_schedule`: fitting images of the search; none: 16."
+    )
     flags.add_argument("--dry_run", "--dry-run", action="store_true", help="Print the resolved flags and exit.")
     flags.set_defaults(work="ee_diffusion.cli.calibrate:calibrate")
 
@@ -124,7 +134,7 @@ def _check(options: argparse.Namespace) -> None:
     values = options.values
     if not all(map(math.isfinite, values)) or list(values) != sorted(set(values)) or values[0] <= 0:
         raise ValueError(f"values {values}, expected positive numbers, ascending: the safest first")
-    if options.kind == "searched" and (values[-1] >= 1 or options.search_count < 1):
+    if options.kind == "static_cache_schedule" and (values[-1] >= 1 or options.search_count < 1):
         raise ValueError(
             f"values {values}, search_count={options.search_count}: expected shares below 1, 1 image or more"
         )

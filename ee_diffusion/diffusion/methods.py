@@ -67,29 +67,30 @@ def duodiff(depth: int, *, switch: float, num_layers: int) -> Policy:
     return Policy(schedule=PiecewiseDepth((switch,), (num_layers, depth)))
 
 
-def remembered(error: float, *, sensitivity: Sequence[float]) -> Policy:
-    """Answer from memory, per image, where that is expected to add at most `error` to the next sample: `sensitivity_step * u <= error`.
+def per_step_error_threshold(error: float, *, local_gains: Sequence[float]) -> Policy:
+    """Take the cached output, per image, where it is expected to add at most `error` to the next sample: `local_gain_step * u <= error`.
 
-    Ours, for `CachedOutputExits`. error: root mean square, data in [-1, 1]; larger is bolder. sensitivity: one number per solver step, from
-    `solver.local_error_gain`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst
-    of an image's rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample.
+    Ours, for `CachedOutputExits`. error: root mean square, data in [-1, 1]; larger is bolder. local_gains: one number per solver step, from
+    `solver.local_error_gain`: what matters is the error of the step, not of the prediction. u is an estimate, of the worst of an image's
+    rows and before guidance, which at scale g may carry up to 2 g - 1 times as much into the sample.
 
     Raises:
-        ValueError: an error that is not positive, or no sensitivities.
+        ValueError: an error that is not positive, or no local gains.
     """
-    if not error > 0 or not sensitivity or not all(math.isfinite(weight) for weight in sensitivity):
+    if not error > 0 or not local_gains or not all(math.isfinite(gain) for gain in local_gains):
         raise ValueError(
-            f"error={error} for {len(sensitivity)} steps, expected a positive number and at least one step, all sensitivities finite"
+            f"error={error} for {len(local_gains)} steps, expected a positive number and at least one step, all local gains finite"
         )
-    lowest = [max(0.0, 1 - error / max(weight, error)) for weight in sensitivity]
+    lowest = [max(0.0, 1 - error / max(gain, error)) for gain in local_gains]
     return Policy(Threshold(tuple((least,) for least in lowest)), exits=(0,))
 
 
-def budgeted(budget: float, *, weights: tuple[float, ...], decay: float) -> Policy:
-    """Answers from memory while the errors they are expected to add up to stay within a budget, image by image (ours).
+def accumulated_error_budget(budget: float, *, weights: tuple[float, ...], decay: float) -> Policy:
+    """Cached outputs while the errors they are expected to add up to stay within a budget, image by image (ours).
 
-    `a_t = decay a_{t-1} + w_t u_t` where memory answers, `u_t` the expected error of the recalled clean image (`CachedOutputExits`); memory
-    answers while `a_t <= budget`. `weights`: w_t for each step of the run, such as `gains.influence` of a model and its solver.
+    `a_t = decay a_{t-1} + w_t u_t` where the cached output is taken, `u_t` the expected error of the extrapolated clean image
+    (`CachedOutputExits`); it is taken while `a_t <= budget`. `weights`: w_t for each step of the run, such as
+    `error_propagation.error_weights` of a model and its solver.
 
     Raises:
         ValueError: a budget or weights that are not positive and finite, a decay outside [0, 1].
@@ -97,35 +98,36 @@ def budgeted(budget: float, *, weights: tuple[float, ...], decay: float) -> Poli
     return Policy(ErrorBudget(budget, tuple(weights), decay), exits=(0,))
 
 
-def periodic_cache(period: int, *, warm_up: int) -> Policy:
-    """Every `period`-th step in full, the others from memory, alike for all images: the fixed-period cache (for `CachedOutputExits`).
+def periodic_cache(cache_interval: int, *, warmup_steps: int) -> Policy:
+    """Compute every `cache_interval`-th step and take the cached output at the others, alike for all images (for `CachedOutputExits`).
 
-    The control of `remembered`: memory without uncertainty. warm_up: full steps at the beginning, at least 1.
+    The control of `per_step_error_threshold`: a cache without uncertainty. warmup_steps: steps that are computed first, at least 1.
 
     Raises:
-        ValueError: a period or warm_up below 1.
+        ValueError: a cache_interval or warmup_steps below 1.
     """
-    if warm_up < 1:
+    if warmup_steps < 1:
         raise ValueError(
-            f"warm_up={warm_up}, expected at least 1: there is nothing to remember before the first full step"
+            f"warmup_steps={warmup_steps}, expected at least 1: there is nothing cached before the first compute step"
         )
-    return Policy(schedule=Periodic(period, warm_up), exits=(0,))
+    return Policy(schedule=Periodic(cache_interval, warmup_steps), exits=(0,))
 
 
-def searched(full: Sequence[int], *, num_steps: int, num_layers: int) -> Policy:
-    """The steps `full` in full, all others from memory, alike for all images: a static schedule, such as `search.search` finds (ours).
+def static_cache_schedule(compute_steps: Sequence[int], *, num_steps: int, num_layers: int) -> Policy:
+    """Compute the steps `compute_steps` and take the cached output at all others, alike for all images (ours): a static schedule, such as
+    `schedule_search.search` finds.
 
     For `CachedOutputExits`. Nothing is measured and nothing decided while images are drawn.
 
     Raises:
-        ValueError: full steps that are not ascending places of the run, the first of them 0.
+        ValueError: compute steps that are not ascending places of the run, the first of them 0.
     """
-    places = list(full)
+    places = list(compute_steps)
     if not all(isinstance(place, int) for place in places):
-        raise ValueError(f"full steps {tuple(full)}, expected places of steps, whole numbers")
+        raise ValueError(f"compute_steps={tuple(compute_steps)}, expected places of steps, whole numbers")
     if places != sorted(set(places)) or not places or places[0] != 0 or places[-1] >= num_steps:
         raise ValueError(
-            f"full steps {tuple(full)} of {num_steps}, expected ascending places below {num_steps}, the first of them 0"
+            f"compute_steps={tuple(compute_steps)} of {num_steps}, expected ascending places below {num_steps}, the first of them 0"
         )
     depths = tuple(num_layers if step in set(places) else 0 for step in range(num_steps))
     return Policy(schedule=DepthPerStep(depths), exits=(0,))

@@ -20,7 +20,13 @@ from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
 from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.guidance import cfg_labels
-from ee_diffusion.diffusion.methods import budgeted, deediff, periodic_cache, remembered, searched
+from ee_diffusion.diffusion.methods import (
+    accumulated_error_budget,
+    deediff,
+    per_step_error_threshold,
+    periodic_cache,
+    static_cache_schedule,
+)
 from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, controls_of, generate
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
@@ -201,7 +207,7 @@ def searched_candidates(
             f"{kind} {count} full",
             kind,
             int(count),
-            searched(full, num_steps=num_steps, num_layers=num_layers),
+            static_cache_schedule(full, num_steps=num_steps, num_layers=num_layers),
             num_steps,
         )
         for count, full in schedules.items()
@@ -216,16 +222,16 @@ def candidates_of(
     """The full model and everything that needs neither a trace nor a search."""
     steps, found = len(sensitivity), []
     for budget in options.budgets:
-        policy = budgeted(budget, weights=weights, decay=options.decay)
+        policy = accumulated_error_budget(budget, weights=weights, decay=options.decay)
         found.append(Candidate(f"budgeted {budget}", "budgeted", budget, policy, steps))
     for error in options.errors:
-        policy = remembered(error, sensitivity=sensitivity)
+        policy = per_step_error_threshold(error, local_gains=sensitivity)
         found.append(Candidate(f"remembered {error}", "remembered", error, policy, steps))
     for error in options.oracles:
-        policy = remembered(error, sensitivity=sensitivity)
+        policy = per_step_error_threshold(error, local_gains=sensitivity)
         found.append(Candidate(f"oracle {error}", "oracle", error, policy, steps))
     for period in options.periods:
-        policy = periodic_cache(period, warm_up=WARM_UP)
+        policy = periodic_cache(period, warmup_steps=WARM_UP)
         found.append(Candidate(f"periodic cache {period}", "periodic_cache", None, policy, steps))
         for name, shares in zip(FITTED, (options.fitted_shares, options.together_shares), strict=True):
             if shares:  # what the search adds to the fit

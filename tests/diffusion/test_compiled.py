@@ -149,7 +149,7 @@ def test_answers_from_memory_and_a_criterion_in_a_pipeline():
     call = {"class_labels": [0, 1, 2], "num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "np"}
     memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     adapters = exits_for(pipe.transformer)
-    for exits, policy in ((memory, periodic_cache(2, warm_up=2)), (adapters, Policy(Threshold(0.5)))):
+    for exits, policy in ((memory, periodic_cache(2, warmup_steps=2)), (adapters, Policy(Threshold(0.5)))):
         images = []
         for options in (None, COUNTED):
             with attach_exits(pipe, exits, policy, compile_options=options) as attachment:

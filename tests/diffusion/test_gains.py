@@ -1,4 +1,4 @@
-"""Gains are what a run that took one answer from memory shows at its end, found here run by run; influence weighs them in."""
+"""Gains are what a run that took one answer from memory shows at its end, found here run by run; error_weights takes them in."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from factories import pipeline
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.methods import budgeted
+from ee_diffusion.diffusion.methods import accumulated_error_budget
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import between, error_amplification, gain_of, influence
+from ee_diffusion.diffusion.step_cache.error_propagation import between, error_amplification, error_weights, gain_of
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
 STEPS, CALL = 9, {"num_inference_steps": 9, "guidance_scale": 2.0}
@@ -84,7 +84,7 @@ def test_there_is_a_gain_for_every_question_of_a_solver_that_asks_twice():
     sensitivity = local_error_gain(pipe.exits, pipe.scheduler, STEPS)
     assert len(found) == len(sensitivity) == 2 * STEPS - 1
     assert all(value > 0 for value in found)
-    policy = budgeted(1.0, weights=influence(sensitivity, found, power=0.5), decay=0.7)
+    policy = accumulated_error_budget(1.0, weights=error_weights(sensitivity, found, power=0.5), decay=0.7)
     assert len(pipe([0], exit_policy=policy, output_type="pt", **CALL).trace.depths) == 2 * STEPS - 1
 
 
@@ -123,17 +123,17 @@ def test_nothing_is_left_on_the_scheduler(pipe: EarlyExitPipeline):
     assert pipe.scheduler.__dict__ == before
 
 
-def test_influence_and_bad_input(pipe: EarlyExitPipeline):
-    assert influence((0.1, 0.2), (4.0, 9.0), power=0.5) == pytest.approx((0.2, 0.6))
-    assert influence((0.1, 0.2), (4.0, 9.0), power=0) == (0.1, 0.2)
+def test_error_weights_and_bad_input(pipe: EarlyExitPipeline):
+    assert error_weights((0.1, 0.2), (4.0, 9.0), power=0.5) == pytest.approx((0.2, 0.6))
+    assert error_weights((0.1, 0.2), (4.0, 9.0), power=0) == (0.1, 0.2)
     for sensitivity, power in (((0.1,), 0.5), ((0.1, 0.2), 1.5)):
         with pytest.raises(ValueError, match="expected as many, and a power in"):
-            influence(sensitivity, (4.0, 9.0), power=power)
+            error_weights(sensitivity, (4.0, 9.0), power=power)
     for wrong in (float("nan"), -0.1, float("inf")):
-        with pytest.raises(ValueError, match=r"gains=.*expected finite numbers, none below 0"):
-            influence((0.1, 0.2), (4.0, wrong), power=0.5)
-        with pytest.raises(ValueError, match=r"sensitivity=.*expected finite numbers, none below 0"):
-            influence((wrong, 0.2), (4.0, 9.0), power=0.5)
+        with pytest.raises(ValueError, match=r"amplification=.*expected finite numbers, none below 0"):
+            error_weights((0.1, 0.2), (4.0, wrong), power=0.5)
+        with pytest.raises(ValueError, match=r"local_gains=.*expected finite numbers, none below 0"):
+            error_weights((wrong, 0.2), (4.0, 9.0), power=0.5)
     with pytest.raises(ValueError, match="every=0"):
         gains(pipe, 0, [0])
     with pytest.raises(ValueError, match="more than 3 steps"):
@@ -156,7 +156,7 @@ def test_a_budget_spends_what_it_has(pipe: EarlyExitPipeline, name: str):
             [0, 1, 2],
             12,
             2.0,
-            exit_policy=budgeted(budget, weights=weights, decay=0.7),
+            exit_policy=accumulated_error_budget(budget, weights=weights, decay=0.7),
             generator=torch.Generator().manual_seed(0),
         ).trace
         shares.append((trace.depths == 0).float().mean().item())

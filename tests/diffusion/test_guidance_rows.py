@@ -29,7 +29,7 @@ from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.guidance import sources_of_rows
 from ee_diffusion.diffusion.hooks.attach import attach_exits
-from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.methods import static_cache_schedule
 
 STEPS = 4
 BATCHES = ([0], [0, 1], [0, 1, 2])
@@ -205,7 +205,7 @@ def test_conditional_rows_keep_what_they_remember():
     """A clean image that is said again: after guidance it is the one that the conditional row said."""
     one, seen = pipe("sd3"), []
     exits = CachedOutputExits.for_pipeline(one.transformer, FlowMatchEulerDiscreteScheduler(), length=1, terms="clean")
-    policy = searched([0, 1], num_steps=STEPS, num_layers=5)
+    policy = static_cache_schedule([0, 1], num_steps=STEPS, num_layers=5)
 
     def look(module, args, kwargs, output):
         seen.append((kwargs["hidden_states"], kwargs["timestep"][0] / 1000, output[0]))

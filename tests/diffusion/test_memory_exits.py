@@ -18,7 +18,7 @@ from ee_diffusion.core.schedules import FixedDepth, Periodic
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits
-from ee_diffusion.diffusion.methods import remembered
+from ee_diffusion.diffusion.methods import per_step_error_threshold
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, sampler, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -255,7 +255,7 @@ def test_half_precision_stays_finite(dtype: torch.dtype, tmp_path: Path):
         assert local_error_gain(exits, pipe.scheduler, STEPS) == sensitivity
         assert exits.remember(None, rows, sample=zero, timestep=time, output=zero).values.dtype == torch.float32
     pipe.exits = loaded
-    images, trace = draw(pipe, remembered(0.5, sensitivity=sensitivity))
+    images, trace = draw(pipe, per_step_error_threshold(0.5, local_gains=sensitivity))
     assert images.isfinite().all()
     assert (trace.depths == 0).any()
 

@@ -40,7 +40,7 @@ def call_of(pipe: EarlyExitPipeline, kind: str, scale: float, **more) -> Callabl
 
 @pytest.mark.parametrize(("kind", "scale"), GUIDED)
 def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: float):
-    pipe, policy = made(kind), periodic_cache(2, warm_up=2)
+    pipe, policy = made(kind), periodic_cache(2, warmup_steps=2)
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     with attach_exits(pipe, exits, policy) as attachment:
         attached = call_of(pipe, kind, scale)()
@@ -52,7 +52,7 @@ def test_attached_exits_draw_what_the_call_draws_with_them(kind: str, scale: flo
 def test_two_calls_of_other_guidance_have_rows_of_their_own():
     pipe = made("class")
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
-    with attach_exits(pipe, exits, periodic_cache(2, warm_up=2)) as attachment:
+    with attach_exits(pipe, exits, periodic_cache(2, warmup_steps=2)) as attachment:
         for scale, rows in ((2.0, 2), (1.0, 1), (3.0, 2)):
             call_of(pipe, "class", scale)()
             assert attachment.trace.rows.unique().tolist() == [rows]

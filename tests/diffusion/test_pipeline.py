@@ -310,10 +310,10 @@ def test_models_that_cannot_do_it(pipe):
     refused(other, "exits is a Linear", exit_threshold=0.5)
     wrong = CachedOutputExits.for_pipeline(pipe.transformer, DDIMScheduler(prediction_type="v_prediction"))
     memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
-    refused(memory, "read 'v_prediction', the scheduler 'epsilon'", exit_policy=periodic_cache(2, warm_up=1))
+    refused(memory, "read 'v_prediction', the scheduler 'epsilon'", exit_policy=periodic_cache(2, warmup_steps=1))
     wrong = CachedOutputExits.for_pipeline(pipe.transformer, DDIMScheduler(beta_schedule="squaredcos_cap_v2"))
     memory = EarlyExitPipeline(pipe.transformer, DDIMScheduler(), wrong)
-    refused(memory, "know another noise schedule", exit_policy=periodic_cache(2, warm_up=1))
+    refused(memory, "know another noise schedule", exit_policy=periodic_cache(2, warmup_steps=1))
 
 
 def test_scores_of_other_models_are_refused_before_any_block(pipe):

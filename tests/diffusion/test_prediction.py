@@ -14,7 +14,7 @@ from factories import pipeline
 from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction
-from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.methods import static_cache_schedule
 from ee_diffusion.diffusion.pipelines.sampling import use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.recording import record
@@ -94,7 +94,7 @@ def test_it_holds_at_the_times_of_the_course_and_the_line_elsewhere(exits: Cache
 def test_a_searched_run_answers_by_it(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     """Image by image nearer to the full model than the line, and the search knows the prices of what is drawn."""
     made, layers = fit_prediction(exits, course), len(pipe.transformer.transformer_blocks)
-    policy = searched([0, 1, 3, 5], num_steps=STEPS, num_layers=layers)
+    policy = static_cache_schedule([0, 1, 3, 5], num_steps=STEPS, num_layers=layers)
 
     def drawn(heads: CachedOutputExits | None) -> torch.Tensor:
         pipe.exits = exits if heads is None else heads
@@ -157,8 +157,8 @@ def test_a_run_that_the_weights_are_not_for_is_told(exits: CachedOutputExits, co
     pipe = pipeline()
     fit_prediction(exits, course).save_pretrained(tmp_path)
     pipe.exits = CachedOutputExits.from_pretrained(tmp_path)
-    policy = searched((0, 1, 3), num_steps=STEPS, num_layers=len(pipe.transformer.transformer_blocks))
-    shorter = searched((0, 1, 3), num_steps=STEPS - 1, num_layers=len(pipe.transformer.transformer_blocks))
+    policy = static_cache_schedule((0, 1, 3), num_steps=STEPS, num_layers=len(pipe.transformer.transformer_blocks))
+    shorter = static_cache_schedule((0, 1, 3), num_steps=STEPS - 1, num_layers=len(pipe.transformer.transformer_blocks))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe([0], exit_policy=policy, **CALL)

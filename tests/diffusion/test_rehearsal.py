@@ -23,8 +23,8 @@ from tiny_pipelines import pipe as pipe_named
 from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import _settings
-from ee_diffusion.diffusion.methods import periodic_cache, searched
-from ee_diffusion.diffusion.step_cache.error_propagation import influence, recorded_error_amplification
+from ee_diffusion.diffusion.methods import periodic_cache, static_cache_schedule
+from ee_diffusion.diffusion.step_cache.error_propagation import error_weights, recorded_error_amplification
 from ee_diffusion.diffusion.step_cache.recording import record_call
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -163,7 +163,7 @@ def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
     assert len(gains) == STEPS
     for skipped in (3, 6, 8):
         rest = [step for step in range(STEPS) if step != skipped]
-        with attach_exits(pipe, exits, searched(rest, num_steps=STEPS, num_layers=4)) as attachment:
+        with attach_exits(pipe, exits, static_cache_schedule(rest, num_steps=STEPS, num_layers=4)) as attachment:
             erred = record_call(pipe, exits, call)
             assert attachment.report.mean_executed == pytest.approx(4 * (STEPS - 1) / STEPS)
         wrong = (erred.course.clean[skipped] - full.course.clean[skipped]).flatten(1).square().mean(1).sqrt().mean()
@@ -176,18 +176,22 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
     exits, policies = fit_schedules(pipe, call_of(pipe), every=2, power=0.5)
     unfitted = exits_of(pipe, terms="noise")
     full = record_call(pipe, unfitted, call_of(pipe))
-    weights = influence(
+    weights = error_weights(
         local_error_gain(unfitted, pipe.scheduler, STEPS),
         recorded_error_amplification(pipe, unfitted, call_of(pipe), full, every=2),
         power=0.5,
     )
     fitted = fit_prediction(unfitted, full.course)
     found = search(gap_prices(fitted, full.course, weights), STEPS)
-    assert policies == {count: searched(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()}
+    assert policies == {
+        count: static_cache_schedule(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()
+    }
     torch.testing.assert_close(exits.prediction.moments, fitted.prediction.moments)
     _, others = fit_schedules(pipe, call_of(pipe), every=2, last_full=True)
     found = search(gap_prices(fitted, full.course, weights), STEPS, last_full=True)
-    assert others == {count: searched(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()}
+    assert others == {
+        count: static_cache_schedule(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()
+    }
     assert others != policies
     assert exits.config.course_scheduler == "DDIMScheduler"
     assert exits.config.course_steps == STEPS
@@ -198,7 +202,7 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
 
 def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipeline):
     exits, _ = fit_schedules(pipe, call_of(pipe))
-    policy, line = periodic_cache(2, warm_up=2), exits_of(pipe, terms="noise")
+    policy, line = periodic_cache(2, warmup_steps=2), exits_of(pipe, terms="noise")
     full = record_call(pipe, line, call_of(pipe))
 
     def missed(chosen: CachedOutputExits) -> float:
@@ -218,7 +222,7 @@ def test_a_scheduler_that_reads_otherwise_is_refused_when_a_run_begins(pipe: DiT
 
 def test_elsewhere_than_where_it_was_fitted_a_run_warns(pipe: DiTPipeline, recwarn):
     exits, _ = fit_schedules(pipe, call_of(pipe))
-    policy, own = periodic_cache(2, warm_up=2), pipe.scheduler
+    policy, own = periodic_cache(2, warmup_steps=2), pipe.scheduler
     recwarn.clear()
     with attach_exits(pipe, exits, policy):
         call_of(pipe)()
@@ -347,7 +351,7 @@ def test_bad_input(pipe: DiTPipeline):
     with pytest.raises(ValueError, match="DiTTransformer2DModel, expected a diffusers pipeline around a transformer"):
         fit_schedules(pipe.transformer, call)
     with (
-        attach_exits(pipe, exits, periodic_cache(2, warm_up=2)),
+        attach_exits(pipe, exits, periodic_cache(2, warmup_steps=2)),
         pytest.raises(ValueError, match="attached to this pipeline already"),
     ):
         fit_schedules(pipe, lambda: pytest.fail("the call was made"))

@@ -29,7 +29,7 @@ from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, s
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 
 STEPS = 6
-POLICY = periodic_cache(2, warm_up=2)
+POLICY = periodic_cache(2, warmup_steps=2)
 REFUSED = {"lumina2"}  # by fit_schedules
 SIZES = {"sd3": {"height": 16, "width": 8}, "flux": {"height": 16, "width": 8}, "pixart": {"height": 16, "width": 16}}
 

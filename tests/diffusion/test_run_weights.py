@@ -20,7 +20,7 @@ from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.linear_predictor import ALONE, LinearPrediction
 from ee_diffusion.diffusion.fingerprint import fingerprint
 from ee_diffusion.diffusion.hooks.attach import attach_exits
-from ee_diffusion.diffusion.methods import periodic_cache, searched
+from ee_diffusion.diffusion.methods import periodic_cache, static_cache_schedule
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.recording import record, record_call
 from ee_diffusion.diffusion.step_cache.trajectories import Trajectory, fit_prediction
@@ -242,7 +242,11 @@ def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline
 def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyExitPipeline, course: Trajectory):
     """Nearer to the full model, image by image in any batch, and not where the policy decides by itself."""
     layers = len(pipe.transformer.transformer_blocks)
-    policy = periodic_cache(3, warm_up=2) if full is None else searched(full, num_steps=STEPS, num_layers=layers)
+    policy = (
+        periodic_cache(3, warmup_steps=2)
+        if full is None
+        else static_cache_schedule(full, num_steps=STEPS, num_layers=layers)
+    )
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
     apart, together = fit_prediction(exits, course), fit_prediction(exits, course, (1.0,) * STEPS)
 
@@ -271,7 +275,7 @@ def test_a_plan_is_of_its_run_alone():
     """One attachment, one policy that fits any number of steps: the second run is another one, and is drawn as if it were the first."""
     pipe = dit_pipeline()
     own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
-    period = periodic_cache(2, warm_up=2)
+    period = periodic_cache(2, warmup_steps=2)
 
     def drawn(steps: int) -> np.ndarray:
         return pipe(

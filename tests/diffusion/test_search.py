@@ -13,7 +13,7 @@ from factories import pipeline
 
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.methods import periodic_cache, searched
+from ee_diffusion.diffusion.methods import periodic_cache, static_cache_schedule
 from ee_diffusion.diffusion.pipelines.sampling import generate, use_sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.recording import record
@@ -126,15 +126,17 @@ def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, course: Traje
         seeds("test", 2),
         [0, 1],
         batch_size=2,
-        exit_policy=searched(best.full, num_steps=STEPS, num_layers=layers),
+        exit_policy=static_cache_schedule(best.full, num_steps=STEPS, num_layers=layers),
         **CALL,
     )
     trace: Trace = drawn.trace
     ran = [step for step in range(STEPS) if bool((trace.depths[step] == layers).all())]
     assert tuple(ran) == best.full
     assert trace.measured.sum() == 0
-    regular = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, exit_policy=periodic_cache(3, warm_up=2), **CALL)
-    same = searched((0, 1, 4, 7), num_steps=STEPS, num_layers=layers)
+    regular = generate(
+        pipe, seeds("test", 2), [0, 1], batch_size=2, exit_policy=periodic_cache(3, warmup_steps=2), **CALL
+    )
+    same = static_cache_schedule((0, 1, 4, 7), num_steps=STEPS, num_layers=layers)
     again = generate(pipe, seeds("test", 2), [0, 1], batch_size=2, exit_policy=same, **CALL)
     assert torch.equal(regular.images, again.images)
 
@@ -142,7 +144,7 @@ def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, course: Traje
 @pytest.mark.parametrize("full", [(), (1, 2), (0, 2, 2), (0, 3, 2), (0, STEPS)])
 def test_schedules_that_make_no_sense_are_refused(full: tuple[int, ...]):
     with pytest.raises(ValueError, match="expected ascending places"):
-        searched(full, num_steps=STEPS, num_layers=3)
+        static_cache_schedule(full, num_steps=STEPS, num_layers=3)
 
 
 def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Trajectory):

@@ -7,7 +7,7 @@ import torch
 from factories import pipeline
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.methods import remembered
+from ee_diffusion.diffusion.methods import per_step_error_threshold
 from ee_diffusion.diffusion.pipelines.sampling import SAMPLERS, use_sampler
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
 
@@ -60,16 +60,16 @@ def test_every_sampler_gives_a_positive_number_for_each_model_call(name: str):
 
 
 def test_the_policy_asks_more_certainty_where_a_step_is_sensitive():
-    policy = remembered(0.01, sensitivity=(0.001, 0.02, 0.1))
+    policy = per_step_error_threshold(0.01, local_gains=(0.001, 0.02, 0.1))
     assert policy.criterion.threshold == ((0.0,), (0.5,), (pytest.approx(0.9),))
     assert policy.exits == (0,)
-    with pytest.raises(ValueError, match="all sensitivities finite"):
-        remembered(0.1, sensitivity=(0.1, float("nan")))
+    with pytest.raises(ValueError, match="all local gains finite"):
+        per_step_error_threshold(0.1, local_gains=(0.1, float("nan")))
     for bad in (0.0, float("nan")):
         with pytest.raises(ValueError, match="expected a positive number"):
-            remembered(bad, sensitivity=(0.1,))
+            per_step_error_threshold(bad, local_gains=(0.1,))
     with pytest.raises(ValueError, match="for 0 steps"):
-        remembered(0.1, sensitivity=())
+        per_step_error_threshold(0.1, local_gains=())
 
 
 def test_no_steps_have_no_sensitivity():

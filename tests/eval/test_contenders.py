@@ -107,7 +107,7 @@ def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(one, other) for one, other in zip(again.parameters(), made.parameters(), strict=True))
 
 
-def test_answers_weighed_together_are_for_one_influence(tmp_path: Path):
+def test_answers_weighed_together_are_for_one_set_of_error_weights(tmp_path: Path):
     pipe, folder = pipeline(), tmp_path / "together"
     made = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
     assert made.config.course_worth is True

@@ -121,8 +121,8 @@ def test_it_is_traded_off(model: Path, tmp_path: Path):
 
 
 GOALS = {
-    "searched": ("--kind", "searched", "--values", 0.3, 0.5, "--search_count", 2),
-    "budgeted": ("--kind", "budgeted", "--values", 0.01, 1.0),
+    "searched": ("--kind", "static_cache_schedule", "--values", 0.3, 0.5, "--search_count", 2),
+    "budgeted": ("--kind", "accumulated_error_budget", "--values", 0.01, 1.0),
     "deediff": ("--kind", "deediff", "--values", 0.1, 0.9),
 }
 

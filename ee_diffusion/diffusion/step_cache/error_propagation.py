@@ -17,7 +17,7 @@ from ee_diffusion.core.history import OutputHistory
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.compile import unwrapped
-from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.methods import static_cache_schedule
 from ee_diffusion.diffusion.model_specs import blocks_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, check_numbers
 from ee_diffusion.diffusion.step_cache.recording import Change, RecordedCall, outputs_through, plain, record_call
@@ -52,9 +52,9 @@ def error_amplification(
     """
     check_numbers(guidance_scale, every=every, batch_size=batch_size)
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
-    sensitivity = local_error_gain(exits, pipeline.scheduler, num_inference_steps)
+    local_gains = local_error_gain(exits, pipeline.scheduler, num_inference_steps)
     first = exits.config.length + 1  # the cache must be full and have been put to the test
-    if len(sensitivity) <= first:
+    if len(local_gains) <= first:
         raise ValueError(f"num_inference_steps={num_inference_steps}, expected more than {first} steps")
     own, drawn = plain(pipeline), generator.get_state()
     outputs, cached, wrong = list[Tensor](), dict[int, Tensor](), dict[int, float]()
@@ -89,8 +89,8 @@ def error_amplification(
         erred = final(
             lambda index, sample, timestep, forward, known=known: known[index] if index in known else forward()
         )
-        found[step] = gain_of(rms(erred - whole), sensitivity[step] * wrong[step])
-    return between(found, len(sensitivity))
+        found[step] = gain_of(rms(erred - whole), local_gains[step] * wrong[step])
+    return between(found, len(local_gains))
 
 
 def recorded_error_amplification(
@@ -109,11 +109,11 @@ def recorded_error_amplification(
     check_every(every)
     if num_steps <= first:
         raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
-    sensitivity, found = local_error_gain_along(exits, full.solver), {}
+    local_gains, found = local_error_gain_along(exits, full.solver), {}
     layers = len(blocks_of(unwrapped(pipeline.transformer)))
     for index in range(first, num_steps, every):
         others = [step for step in range(num_steps) if step != index]
-        with attach_exits(pipeline, exits, searched(others, num_steps=num_steps, num_layers=layers)):
+        with attach_exits(pipeline, exits, static_cache_schedule(others, num_steps=num_steps, num_layers=layers)):
             erred = record_call(pipeline, exits, call)
         before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
         if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
@@ -122,25 +122,25 @@ def recorded_error_amplification(
                 "torch.manual_seed where its pipeline gives the solver none (DiTPipeline)"
             )
         wrong = rms(erred.course.clean[index] - full.course.clean[index])
-        found[index] = gain_of(rms(erred.final - full.final), sensitivity[index] * wrong)
+        found[index] = gain_of(rms(erred.final - full.final), local_gains[index] * wrong)
     return between(found, num_steps)
 
 
-def influence(sensitivity: Sequence[float], gains: Sequence[float], *, power: float) -> tuple[float, ...]:
-    """w_t = s_t g_t^power (S,): what an error of the clean image at step t does in the end. Gains are measured one answer at a time and on
-    few images: `power` below 1 trusts them less, 0 not at all.
+def error_weights(local_gains: Sequence[float], amplification: Sequence[float], *, power: float) -> tuple[float, ...]:
+    """w_t = l_t g_t^power (S,): what an error of the clean image at step t does in the end, from `local_error_gain` l and
+    `error_amplification` g. g is measured one cached step at a time and on few images: `power` below 1 trusts it less, 0 not at all.
 
     Raises:
         ValueError: numbers of steps that differ, a power outside [0, 1], numbers that are negative or not finite.
     """
-    if len(sensitivity) != len(gains) or not 0 <= power <= 1:
+    if len(local_gains) != len(amplification) or not 0 <= power <= 1:
         raise ValueError(
-            f"{len(sensitivity)} sensitivities, {len(gains)} gains, power={power}: expected as many, and a power in [0, 1]"
+            f"{len(local_gains)} local gains, {len(amplification)} amplifications, power={power}: expected as many, and a power in [0, 1]"
         )
-    for name, values in (("sensitivity", sensitivity), ("gains", gains)):
+    for name, values in (("local_gains", local_gains), ("amplification", amplification)):
         if not all(math.isfinite(value) and value >= 0 for value in values):
             raise ValueError(f"{name}={tuple(values)}, expected finite numbers, none below 0")
-    return tuple(s * g**power for s, g in zip(sensitivity, gains, strict=True))
+    return tuple(local * growth**power for local, growth in zip(local_gains, amplification, strict=True))
 
 
 def check_every(every: int) -> None:

@@ -14,9 +14,9 @@ from diffusers import DiffusionPipeline
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.hooks.compile import unwrapped
-from ee_diffusion.diffusion.methods import searched
+from ee_diffusion.diffusion.methods import static_cache_schedule
 from ee_diffusion.diffusion.model_specs import blocks_of
-from ee_diffusion.diffusion.step_cache.error_propagation import check_every, influence, recorded_error_amplification
+from ee_diffusion.diffusion.step_cache.error_propagation import check_every, error_weights, recorded_error_amplification
 from ee_diffusion.diffusion.step_cache.recording import record_call
 from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, search
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain_along
@@ -38,13 +38,13 @@ def fit_schedules(
             pipe([207, 360], generator=torch.Generator().manual_seed(0), num_inference_steps=50, output_type="latent")
 
         exits, policies = fit_schedules(pipe, call)
-        with attach(pipe, exits, policies[20]):
+        with attach_exits(pipe, exits, policies[20]):
             ...  # calls with as many steps, the same solver and guidance; other seeds and labels
 
     `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
-    `search.search` under weights `influence(sensitivity, gains, power)`; with them the answers of any static schedule of as many steps
-    (these, `periodic_cache`) are weighed together (`LinearPrediction.over_run`). Run it in float32: half precision's rounding spoils the
-    fit. Where images are then drawn in half precision, say `last_full` (`search.search` says why).
+    `schedule_search.search` under `error_weights(local_gains, amplification, power)`; with them the cached outputs of any static schedule
+    of as many steps (these, `periodic_cache`) are weighed together (`LinearPrediction.over_run`). Run it in float32: half precision's
+    rounding spoils the fit. Where images are then drawn in half precision, say `last_full` (`schedule_search.search` says why).
 
     Raises:
         ValueError: no pipeline around a transformer, one with exits attached already, no call, numbers out of range; as `record_call`,
@@ -59,20 +59,22 @@ def fit_schedules(
         )
     if not callable(call):
         raise ValueError(f"call={call!r}, expected a function that runs the pipeline once")
-    influence((), (), power=power)
+    error_weights((), (), power=power)
     check_every(every)
     transformer = unwrapped(transformer)
     exits = CachedOutputExits.for_pipeline(transformer, pipeline.scheduler, terms=terms)
     full = record_call(pipeline, exits, call)
     num_steps, layers = len(full.course.times), len(blocks_of(transformer))
-    sensitivity = local_error_gain_along(exits, full.solver)
-    if not all(map(math.isfinite, sensitivity)):
+    local_gains = local_error_gain_along(exits, full.solver)
+    if not all(map(math.isfinite, local_gains)):
         raise ValueError(
-            f"{type(pipeline.scheduler).__name__} makes {sensitivity} of an error of each step, expected finite numbers: at zero terminal "
+            f"{type(pipeline.scheduler).__name__} makes {local_gains} of an error of each step, expected finite numbers: at zero terminal "
             "SNR noise says nothing of the image, expected prediction_type='v_prediction'"
         )
-    gains = recorded_error_amplification(pipeline, exits, call, full, every=every)
-    weights = influence(sensitivity, gains, power=power)
+    amplification = recorded_error_amplification(pipeline, exits, call, full, every=every)
+    weights = error_weights(local_gains, amplification, power=power)
     exits = fit_prediction(exits, full.course, weights)
     found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
-    return exits, {count: searched(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()}
+    return exits, {
+        count: static_cache_schedule(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()
+    }

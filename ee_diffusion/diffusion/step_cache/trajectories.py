@@ -83,8 +83,8 @@ def fit_prediction(
 ) -> CachedOutputExits:
     """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
 
-    weights: w_t (S,), what an error of the clean image at step t does in the end (`gains.influence`). With them the answers of a static
-    schedule are weighed together (`LinearPrediction.over_run`), without each by itself.
+    weights: w_t (S,), what an error of the clean image at step t does in the end (`error_propagation.error_weights`). With them the
+    cached outputs of a static schedule are weighed together (`LinearPrediction.over_run`), without each by itself.
 
     Raises:
         ValueError: a course that is not finite or that has a time twice, weights of another number or that
