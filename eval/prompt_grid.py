@@ -20,8 +20,8 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.metrics.clip_score import read_prompts
 from ee_diffusion.metrics.figures import save_figure
 from ee_diffusion.metrics.splits import seeds
-from ee_diffusion.training.captions import CaptionConfig, load_captioned
-from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.captions import load_captioned
+from ee_diffusion.training.config import CaptionConfig, ImageDataConfig
 from eval.harness.options import flag, parse
 from eval.harness.prompting import draw, load_text_pipeline
 

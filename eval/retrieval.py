@@ -29,8 +29,8 @@ from ee_diffusion.metrics.reference_models import in_batches
 from ee_diffusion.metrics.retrieval import ImageTower, load_tower, retrieval, shown
 from ee_diffusion.metrics.splits import seeds
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
-from ee_diffusion.training.captions import CaptionConfig, Captioned, load_captioned, subject
-from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.captions import Captioned, load_captioned, subject
+from ee_diffusion.training.config import CaptionConfig, ImageDataConfig
 from eval.harness.options import flag, parse
 from eval.harness.prompting import draw, load_text_pipeline
 

@@ -29,15 +29,17 @@ LAZY = {"lazy.py"}  # how
 SIDE = CORE | {"numpy", "PIL", "ee_diffusion.core", "ee_diffusion.pixels"}
 TABLE = {
     "core": CORE,
-    "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib", "peft"},
-    "decoding": SIDE | {"transformers", "huggingface_hub", "peft"},
+    "diffusion": SIDE | {"diffusers", "huggingface_hub", "matplotlib"},
+    "decoding": SIDE | {"transformers", "huggingface_hub"},
     # the one arrow between sides: an edge and a cloud split a language model that decoding drives
     "edge_cloud": SIDE
     | {"ee_diffusion.decoding", "transformers", "huggingface_hub", "grpc", "grpc_health", "google.protobuf"}
     | {"prometheus_client", "ray"},
     "classification": SIDE | {"transformers", "huggingface_hub"},
-    # of diffusers the loop takes the learning rate schedules and the moving average, no model
-    "training": SIDE | {"accelerate", "datasets", "tqdm", "diffusers.optimization", "diffusers.training_utils"},
+    # of diffusers the loop takes the learning rate schedules and the moving average, of transformers the flags; no model
+    "training": SIDE
+    | {"accelerate", "datasets", "tqdm", "peft", "diffusers.optimization", "diffusers.training_utils"}
+    | {"transformers.hf_argparser", "transformers.utils"},
     "metrics": SIDE | {"torchmetrics", "matplotlib"},
     "checkpoints": set(),
     "custom_pipelines": {"ee_diffusion.diffusion"},

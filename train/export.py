@@ -1,83 +1,55 @@
 """Turn a trained pipeline into a checkpoint to ship: half precision, small shards, and policies calibrated to budgets.
 
 python -m train.export --model runs/exits --output_dir ee_diffusion/checkpoints/cifar10-uvit-cpu
+python -m train.export --model runs/text_exits --vae vae --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/checkpoint
 
-The policies (policies/blocks-80.json, ...) are DeeDiff thresholds found by replay on calibration seeds, one for each share of the blocks.
+The policies (policies/blocks-80.json, ...) are DeeDiff thresholds found by replay of a run on calibration seeds, one for each share of the
+blocks. Of a text-to-image pipeline the autoencoder is written, too; its text encoder is not: it is large and public. Its run takes captions
+of the validation split.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
+from transformers.hf_argparser import HfArg
 
 from ee_diffusion.cli.errors import run_script
-from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.replay import value_for_budget
-from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.pipelines.sampling import classes_of, generate, use_sampler
-from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.metrics.splits import balanced_labels, seeds
-from ee_diffusion.metrics.tables import write_json
+from train.launch import launch
 
 
-def flags() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="Folder of a trained pipeline.")
-    parser.add_argument("--output_dir", required=True, help="Where the checkpoint goes.")
-    parser.add_argument(
-        "--budgets", type=float, nargs="*", default=[0.8, 0.6], help="Shares of the blocks, a policy each."
-    )
-    parser.add_argument("--count", type=int, default=64, help="Calibration images.")
-    parser.add_argument("--num_inference_steps", type=int, default=50, help="Denoising steps while calibrating.")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="Guidance while calibrating.")
-    parser.add_argument("--max_shard_size", default="14MB", help="Largest weight file.")
-    return parser.parse_args()
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is exported, and the run that its policies are calibrated on.
 
+    Raises:
+        ValueError: an autoencoder without a text encoder, or the reverse; a number below 1; a share outside (0, 1].
+    """
 
-def forget_origin(path: Path) -> None:
-    """Drop the folder that the weights were loaded from: it means nothing elsewhere."""
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if values.pop("_name_or_path", None) is not None:
-        write_json(path, values)
+    model: str | None = HfArg(default=None, help="Folder of a trained pipeline with exits.")
+    output_dir: str | None = HfArg(default=None, help="Where the checkpoint goes.")
+    budgets: list[float] = HfArg(default_factory=lambda: [0.8, 0.6], help="Shares of the blocks, a policy each.")
+    count: int = HfArg(default=64, help="Calibration images.")
+    num_inference_steps: int | None = HfArg(default=None, help="Denoising steps; none: 50, 25 for text-to-image.")
+    guidance_scale: float | None = HfArg(default=None, help="Guidance; none: 4.0, 3.0 for text-to-image.")
+    batch_size: int = HfArg(default=32, help="Images per call.")
+    max_shard_size: str = HfArg(default="14MB", help="Largest weight file.")
+    vae: str | None = HfArg(default=None, help="Text-to-image: folder of TAESD.")
+    text_encoder: str | None = HfArg(default=None, help="Text-to-image: path or Hub name of its text encoder.")
+    data_files: str = HfArg(default="emoji64/*.parquet", help="Text-to-image: images with captions, as in training.")
 
-
-def write_policies(folder: Path, trace: Trace, budgets: list[float]) -> None:
-    """policies/blocks-80.json, ...: for each share of the blocks the threshold that takes it when the trace is replayed."""
-    (folder / "policies").mkdir(exist_ok=True)
-    for budget in budgets:
-        choice = value_for_budget(trace, lambda value: Policy(Threshold(value)), budget=budget, low=0.0, high=1.0)
-        Policy(Threshold(choice.value)).save(folder / "policies" / f"blocks-{round(100 * budget)}.json")
-        print(f"budget {budget}: certainty above {choice.value:.5f}; replayed share of blocks {choice.fraction:.3f}")
+    def __post_init__(self):
+        if (self.vae is None) != (self.text_encoder is None):
+            raise ValueError(f"vae={self.vae!r}, text_encoder={self.text_encoder!r}, expected both or neither")
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if not all(0 < budget <= 1 for budget in self.budgets):
+            raise ValueError(f"budgets={self.budgets}, expected shares of the blocks in (0, 1]")
 
 
 def main() -> None:
-    options = flags()
-    folder = Path(options.output_dir)
-    pipeline = EarlyExitPipeline.from_pretrained(options.model)
-    num_classes = classes_of(pipeline, options.guidance_scale)
-    use_sampler(pipeline, "ddim")
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(torch.float16).save_pretrained(folder, max_shard_size=options.max_shard_size)
-
-    for path in folder.glob("**/*.json"):
-        forget_origin(path)
-
-    pipeline = EarlyExitPipeline.from_pretrained(folder)  # what users will load decides
-    pipeline.set_progress_bar_config(disable=True)
-    trace = generate(
-        pipeline,
-        seeds("calibrate", options.count),
-        balanced_labels(options.count, num_classes),
-        batch_size=min(64, options.count),
-        num_inference_steps=options.num_inference_steps,
-        guidance_scale=options.guidance_scale,
-        exit_policy=Policy(Threshold(1.0), record_all=True),
-    ).trace
-    write_policies(folder, trace, options.budgets)
+    launch("train.work.export:run", __doc__, ExportConfig, required=("model", "output_dir"))
 
 
 if __name__ == "__main__":

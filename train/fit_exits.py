@@ -5,47 +5,25 @@ then along the trajectories of the exited model:
 accelerate launch -m train.fit_exits --model <pipeline folder> --guidance_scale 3.0 --trajectories exited --exit_threshold 0.1 \\
   --init_exits runs/fit/exits --output_dir runs/fit_exited
 
-`--exit_variant adapter --adapter_rank 32`: small adapters before the model's own tail, for any class of the family table.
+`--exit_variant adapter --adapter_rank 32`: small adapters before the model's own tail, for any known class.
 `--states fresh`: new trajectories for every batch (train_batch_size then counts trajectories); `--states dataset` with the data flags of
-train_uvit.py: noised images instead. `--lora_rank 8`: the backbone adapts, too. `--resume_from_checkpoint latest` goes on after a kill.
+train_uvit: noised images instead. `--lora_rank 8`: the backbone adapts, too. `--resume_from_checkpoint latest` continues after a kill.
 Writes exits/ (the whole pipeline where it has a place for exits, or where it was adapted), config.json, report.json, log.jsonl.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-import resource
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env, set_seed
-from diffusers import DiffusionPipeline
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ee_diffusion.cli.errors import run_script
-from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.distillation.collect import Exited, fingerprint
-from ee_diffusion.diffusion.distillation.dataset import States
-from ee_diffusion.diffusion.distillation.deediff_objective import num_classes_of
-from ee_diffusion.diffusion.distillation.lora import add_lora, merged
-from ee_diffusion.diffusion.distillation.objective import DistillationObjective, ExitErrors, exit_errors
-from ee_diffusion.diffusion.exits.adapter import AdapterExits
-from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.methods import deediff
-from ee_diffusion.diffusion.model_specs import blocks_of
-from ee_diffusion.diffusion.pipelines.sampling import use_sampler
-from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.loop import Trainer
-from train.fit_settings import FitConfig
-from train.fit_supply import build_supply, held_out_states
+from train.launch import launch
 
+STATES = ("stored", "fresh", "dataset")
+TRAJECTORIES = ("full", "exited")
+VARIANTS = ("paper", "released", "adapter")
 DEFAULTS = {  # of the loop, where fitting small heads differs from training a model
     "train_batch_size": 16,
     "learning_rate": 1e-3,
@@ -58,186 +36,95 @@ DEFAULTS = {  # of the loop, where fitting small heads differs from training a m
 }
 
 
-def parse() -> tuple[FitConfig, ImageDataConfig, TrainConfig, bool]:
-    """Flags over the defaults."""
-    kinds = (FitConfig, ImageDataConfig, TrainConfig)
-    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="Print the resolved settings as JSON and exit."
+@dataclass(frozen=True)
+class FitConfig:
+    """Which model, which states, which exits.
+
+    Raises:
+        ValueError: a value out of range, or flags that contradict each other.
+    """
+
+    model: str | None = HfArg(default=None, help="Folder of a diffusers pipeline with a `transformer`.")
+    labels: list[str] | None = HfArg(
+        default=None, help="Class labels in turn, or one file with a label a line; none: every class."
     )
-    parser.set_defaults(**DEFAULTS)
-    *configs, rest = parser.parse_args_into_dataclasses()
-    fit, data, train = configs
-    if not train.output_dir and not rest.dry_run:
-        raise ValueError(f"output_dir={train.output_dir!r}, expected the folder to write to")
+    prompts: str | None = HfArg(default=None, help="A file with a prompt a line, for text pipelines.")
+    num_inference_steps: int = HfArg(default=50, help="Steps of the trajectories, as in use.")
+    guidance_scale: float = HfArg(default=1.0, help="Guidance of the trajectories, as in use.")
+    sampler: str | None = HfArg(default=None, help="ddim, ddpm, dpm, unipc, euler or heun; none: the pipeline's own.")
+    states: str = HfArg(
+        default="stored",
+        help="stored: on disk before the fit; fresh: new ones for every batch; dataset: noised images.",
+    )
+    states_dir: str | None = HfArg(default=None, help="Where stored states lie; none: states/ in output_dir.")
+    num_trajectories: int = HfArg(default=256, help="Stored trajectories.")
+    collect_batch_size: int = HfArg(default=16, help="Images per call of the pipeline, and per file of stored states.")
+    trajectories: str = HfArg(
+        default="full", help="full: the full model's; exited: the exited model's (needs init_exits and a rule)."
+    )
+    exit_threshold: float | None = HfArg(
+        default=None,
+        help="DeeDiff's threshold on the mean uncertainty, for exited trajectories; the exits are judged along them, too.",
+    )
+    exit_policy: str | None = HfArg(default=None, help="The same as a policy file.")
+    init_exits: str | None = HfArg(default=None, help="Folder of exits to go on from; none: fresh ones.")
+    exit_depths: list[int] | None = HfArg(
+        default=None, help="Executed blocks at each exit; none: after every block but the last."
+    )
+    exit_variant: str = HfArg(
+        default="paper",
+        help="paper: DeeDiff's heads; released: the model's own tail; adapter: small adapters before it (any class of the family table).",
+    )
+    adapter_rank: int | None = HfArg(
+        default=None, help="exit_variant=adapter: width inside the adapters; 0: uncertainty modules alone."
+    )
+    uncertainty_weight: float = HfArg(default=1.0, help="Weight of the uncertainty modules' loss.")
+    layerwise_weight: float = HfArg(default=1.0, help="Weight of the heads' loss.")
+    lora_rank: int | None = HfArg(
+        default=None, help="Also train adapters of this rank in the backbone's blocks (needs peft)."
+    )
+    class_drop: float = HfArg(default=0.1, help="states=dataset: probability that a label becomes the null class.")
+    held_out: int = HfArg(default=16, help="Trajectories with seeds of their own that the exits are judged on.")
+
+    def __post_init__(self):
+        for name, known in (("states", STATES), ("trajectories", TRAJECTORIES), ("exit_variant", VARIANTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}, expected one of {known}")
+        for name in ("num_inference_steps", "num_trajectories", "collect_batch_size", "held_out"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+        if (self.exit_variant == "adapter") != (self.adapter_rank is not None):
+            raise ValueError(
+                f"exit_variant={self.exit_variant!r}, adapter_rank={self.adapter_rank}: expected a rank for 'adapter', and for no other"
+            )
+        if self.labels and self.prompts:
+            raise ValueError("give labels or prompts, not both")
+        rules = (self.exit_threshold is not None) + (self.exit_policy is not None)
+        if rules > 1 or (rules and not self.init_exits):
+            raise ValueError(
+                f"exit_threshold={self.exit_threshold}, exit_policy={self.exit_policy!r}, init_exits={self.init_exits!r}: expected "
+                "at most one of exit_threshold and exit_policy, and init_exits with it, for fresh exits exit anywhere"
+            )
+        if self.trajectories == "exited" and (not rules or self.states == "dataset"):
+            raise ValueError(
+                "trajectories='exited' needs init_exits and one of exit_threshold and exit_policy, and is not for states='dataset'"
+            )
+
+
+def check(fit: FitConfig, data: ImageDataConfig, train: TrainConfig) -> None:
     if train.compile:
-        raise ValueError("compile=True: fitting listens to blocks as they run, which cannot be compiled")
+        raise ValueError("compile=True: fitting reads the states between blocks, which cannot be compiled")
     if (fit.states == "dataset") != bool(data.sources()):
         raise ValueError(
             f"states={fit.states!r} with data from {data.sources() or 'nowhere'}: dataset needs data, others take none"
         )
-    return fit, data, train, rest.dry_run
-
-
-def load_pipeline(fit: FitConfig) -> DiffusionPipeline:
-    """The pipeline in its own class, with its sampler; exits that it brings are left out."""
-    own = DiffusionPipeline.load_config(fit.model)["_class_name"] == EarlyExitPipeline.__name__
-    pipeline = (EarlyExitPipeline if own else DiffusionPipeline).from_pretrained(fit.model)
-    pipeline.set_progress_bar_config(disable=True)
-    if "exits" in pipeline.components:
-        pipeline.register_modules(exits=None)
-    if fit.sampler is not None:
-        use_sampler(pipeline, fit.sampler)
-    return pipeline
-
-
-def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> AdapterExits | DenoisingExits:
-    """Fresh exits, or those to go on from. Raises ValueError where the latter are not what the flags say."""
-    adapters = fit.exit_variant == "adapter"
-    if fit.init_exits is None:
-        layers = len(blocks_of(transformer))
-        depths = tuple(fit.exit_depths or range(1, layers))
-        if adapters:
-            return AdapterExits.for_transformer(transformer, depths, rank=fit.adapter_rank)
-        return DenoisingExits.for_transformer(transformer, depths, fit.exit_variant)
-    kind = AdapterExits if adapters else DenoisingExits
-    came = kind.load_config(fit.init_exits)["_class_name"]
-    if came != kind.__name__:
-        raise ValueError(f"the exits in {fit.init_exits} are {came}, the flags say {kind.__name__}")
-    exits = kind.from_pretrained(fit.init_exits)
-    there = (exits.depths, exits.config.rank if adapters else exits.config.variant)
-    asked = (tuple(fit.exit_depths or exits.depths), fit.adapter_rank if adapters else fit.exit_variant)
-    if asked != there:
-        raise ValueError(f"the exits in {fit.init_exits} are {there}, the flags say {asked}")
-    return exits
-
-
-def conditions_of(fit: FitConfig, transformer: torch.nn.Module) -> list[int] | list[str] | None:
-    """What to generate: the prompts, the labels, or every class in turn; None: the model is unconditional."""
-    if fit.prompts is not None:
-        return [line for line in Path(fit.prompts).read_text().splitlines() if line.strip()]
-    if fit.labels is None:
-        count = num_classes_of(transformer)
-        return None if count is None else list(range(count))
-    first = Path(fit.labels[0])
-    words = first.read_text().split() if len(fit.labels) == 1 and first.is_file() else fit.labels
-    try:
-        return [int(word) for word in words]
-    except ValueError as error:
-        raise ValueError(f"labels={fit.labels}, expected integers or a file of them: {error}") from error
-
-
-def judge(
-    objective: DistillationObjective, held: dict[str, States], batch_size: int
-) -> dict[str, tuple[ExitErrors, float]]:
-    return {kind: exit_errors(objective, states, batch_size=batch_size) for kind, states in held.items()}
-
-
-def table(depths: tuple[int, ...], before: ExitErrors, after: ExitErrors, power: float) -> str:
-    """One line per exit; errors relative to the teacher's own mean square."""
-    head = f"{'depth':>5} {'before':>8} {'own tail':>8} {'fitted':>8} {'gap':>7} {'said':>7} {'off by':>7} {'rank corr.':>10}"
-    lines = [
-        f"{depth:>5} {before.error[k] / power:>8.4f} {after.tail_error[k] / power:>8.4f} {after.error[k] / power:>8.4f} "
-        f"{after.gap[k]:>7.4f} {after.said[k]:>7.4f} {after.said_error[k]:>7.4f} {after.rank_correlation[k]:>10.3f}"
-        for k, depth in enumerate(depths)
-    ]
-    return "\n".join([head, *lines])
-
-
-def save(folder: Path, objective: DistillationObjective, pipeline: DiffusionPipeline) -> None:
-    """The exits; and the pipeline with them, if it has a place for them or its backbone adapted."""
-    own = "exits" in pipeline.components
-    if not own:
-        objective.exits.save_pretrained(folder / "exits")
-    if not (own or objective.adapted):
-        return
-    fitted = {"transformer": merged(objective.transformer)} | ({"exits": objective.exits} if own else {})
-    before = {name: pipeline.components[name] for name in fitted}
-    pipeline.register_modules(**fitted)
-    pipeline.save_pretrained(folder)
-    pipeline.register_modules(**before)
-
-
-def peak_memory() -> dict[str, int]:
-    """Bytes at the highest, of this process so far."""
-    there = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return there | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
-
-
-def compared(depths: tuple[int, ...], before: dict, after: dict) -> dict:
-    """Print the tables, return their numbers."""
-    gain = {}
-    for kind, (errors, power) in after.items():
-        print(
-            f"\nheld-out trajectories of the {kind} model; squared errors relative to the full model's mean square, {power:.4f}"
-        )
-        print(table(depths, before[kind][0], errors, power))
-        numbers = {"before": before[kind][0].to_dict(), "after": errors.to_dict()}
-        gain[kind] = {"depths": list(depths), "power": power} | numbers
-    return gain
-
-
-def rule_of(fit: FitConfig) -> Policy | None:
-    """The policy of exited trajectories."""
-    if fit.exit_policy is not None:
-        return Policy.load(fit.exit_policy)
-    return None if fit.exit_threshold is None else deediff(fit.exit_threshold)
-
-
-def machine() -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    counts = {"threads": torch.get_num_threads(), "processes": PartialState().num_processes}
-    return {"device": device, "torch": torch.__version__} | counts
-
-
-def run(fit: FitConfig, data: ImageDataConfig, train: TrainConfig) -> dict:
-    """Fit, and say what it cost and gained; empty on ranks other than the first."""
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as the Trainer's Accelerator will find it
-    folder = Path(train.output_dir)
-    pipeline, policy = load_pipeline(fit).to(state.device), rule_of(fit)
-    set_seed(train.seed)
-    exits = build_exits(fit, pipeline.transformer).to(state.device)
-    exited = None if policy is None else Exited(policy, exits)
-    given = {
-        "conditions": conditions_of(fit, pipeline.transformer),
-        "exited": exited if fit.trajectories == "exited" else None,
-        "num_inference_steps": fit.num_inference_steps,
-        "guidance_scale": fit.guidance_scale,
-    }
-    memory = {"peak_memory_before": peak_memory()}
-    supply = build_supply(fit, data, pipeline, given=given, folder=Path(fit.states_dir or folder / "states"))
-    memory["peak_memory"] = peak_memory()
-    held = held_out_states(fit, pipeline, given | {"exited": exited}) if state.is_main_process else {}
-    weights = {"uncertainty_weight": fit.uncertainty_weight, "layerwise_weight": fit.layerwise_weight}
-    models = {"exits": fingerprint(exits), "transformer": fingerprint(pipeline.transformer)}
-    identity = weights | models | {"lora_rank": fit.lora_rank}
-    if fit.lora_rank is not None:
-        add_lora(pipeline.transformer, rank=fit.lora_rank)
-    objective = DistillationObjective(pipeline.transformer, exits, adapted=fit.lora_rank is not None, **weights)
-    before = judge(objective, held, fit.collect_batch_size)
-    trainer = Trainer(objective, supply.source, train, save=partial(save, pipeline=pipeline), identity=identity)
-    report = trainer.fit()
-    if not state.is_main_process:
-        return {}
-    with trainer.learner.averaged() as fitted:
-        gain = compared(exits.depths, before, judge(fitted, held, fit.collect_batch_size))
-    cost = supply.cost | memory
-    if supply.clock is not None:
-        cost |= {"seconds": round(supply.clock.seconds, 2), "since_resume": report.resumed_from is not None}
-    fitting = asdict(report) | {"peak_memory": peak_memory()}
-    return {"states": cost, "fit": fitting, "gain": gain} | machine()
 
 
 def main() -> None:
-    fit, data, train, dry_run = parse()
-    resolved = asdict(fit) | asdict(data) | asdict(train)
-    if dry_run:
-        print(json.dumps(resolved, indent=2))
-        return
-    if report := run(fit, data, train):
-        write_json(Path(train.output_dir) / "config.json", resolved)
-        write_json(Path(train.output_dir) / "report.json", report)
-        print(json.dumps({name: report[name] for name in ("states", "fit")}))
+    configs = (FitConfig, ImageDataConfig, TrainConfig)
+    launch(
+        "train.work.fit_exits:run", __doc__, *configs, required=("output_dir", "model"), defaults=DEFAULTS, check=check
+    )
 
 
 if __name__ == "__main__":

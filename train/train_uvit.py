@@ -5,134 +5,74 @@ accelerate launch --num_cpu_threads_per_process 2 -m train.train_uvit --preset c
 (on a GPU: presets gpu_backbone and gpu_exits, no thread flag; on a CPU accelerate takes one thread unless told otherwise)
 
 Data: `--dataset_name`, `--train_data_dir` or `--train_data_files` (a preset's `cifar10/train-*.parquet` is looked up below
-$EE_DIFFUSION_DATA). `--resume_from_checkpoint latest` goes on after a stop or a kill; `--dry-run` prints the resolved settings.
+$EE_DIFFUSION_DATA). `--resume_from_checkpoint latest` continues after a stop or a kill; `--dry-run` prints the resolved settings.
 Writes a pipeline folder (transformer/, scheduler/, exits/), log.jsonl, config.json, report.json; `--validation_steps`: validation/*.png.
 """
 
 from __future__ import annotations
 
-import json
-import platform
-from dataclasses import asdict
-from functools import partial
-from pathlib import Path
+from dataclasses import dataclass
 
-import torch
-from accelerate.utils import set_seed
-from diffusers import DDPMScheduler
-from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from ee_diffusion.cli.errors import run_script
-from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
-from ee_diffusion.diffusion.exits.deediff import DenoisingExits
-from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
-from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.training.checkpointing import write_json
 from ee_diffusion.training.config import ImageDataConfig, TrainConfig
-from ee_diffusion.training.datasets import load_image_source
-from ee_diffusion.training.loop import Trainer
-from train.agreement import check_agrees, uvit_from
-from train.presets import PRESETS, UViTConfig, ValidationConfig
-from train.validation import draw
+from train.launch import launch
+from train.presets import PRESETS
 
 
-def parse() -> tuple[UViTConfig, ImageDataConfig, TrainConfig, ValidationConfig, bool]:
-    """Flags over the preset over the defaults."""
-    kinds = (UViTConfig, ImageDataConfig, TrainConfig, ValidationConfig)
-    parser = HfArgumentParser(kinds, description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="Named settings (train/presets.py); flags win.")
-    parser.add_argument(
-        "--dry_run", "--dry-run", action="store_true", help="Print the resolved settings as JSON and exit."
-    )
-    preset = parser.parse_known_args()[0].preset
-    parser.set_defaults(**PRESETS.get(preset, {}))
-    *configs, rest = parser.parse_args_into_dataclasses()
-    return *configs, rest.dry_run
+@dataclass(frozen=True)
+class UViTConfig:
+    """The model and the objective. What `init_from` holds must agree with the flags.
+
+    Raises:
+        ValueError: an unknown mode or variant, a frozen backbone without `init_from`, exits or a variant without a use.
+    """
+
+    mode: str = HfArg(default="backbone", help="backbone: the plain loss; joint: with exits; frozen: exits alone.")
+    init_from: str | None = HfArg(default=None, help="Folder with transformer/ (and exits/) to start from.")
+    patch_size: int = HfArg(default=2, help="Pixels per patch side.")
+    num_layers: int = HfArg(default=13, help="Blocks, an odd number.")
+    num_attention_heads: int = HfArg(default=4, help="Attention heads.")
+    attention_head_dim: int = HfArg(default=64, help="Width of a head.")
+    num_classes: int | None = HfArg(default=None, help="Classes in the data (a null class is added); none: no classes.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Trade compute for memory.")
+    exit_depths: list[int] | None = HfArg(default=None, help="Executed blocks at each exit; none: all but the last.")
+    exit_variant: str = HfArg(default="paper", help="paper or released.")
+    uncertainty_weight: float = HfArg(default=1.0, help="lambda of DeeDiff eq. 8.")
+    layerwise_weight: float = HfArg(default=1.0, help="beta of DeeDiff eq. 8.")
+    class_drop: float = HfArg(default=0.1, help="Probability that a label becomes the null class.")
+    snr_gamma: float | None = HfArg(default=None, help="Weight min(SNR, gamma) / SNR; none: unweighted, as DeeDiff.")
+    num_train_timesteps: int = HfArg(default=1000, help="Steps of the noise schedule.")
+    beta_schedule: str = HfArg(default="linear", help="Its betas, as DDPMScheduler names them.")
+    prediction_type: str = HfArg(default="epsilon", help="epsilon or v_prediction.")
+
+    def __post_init__(self):
+        if self.mode not in ("backbone", "joint", "frozen"):
+            raise ValueError(f"mode={self.mode!r}, expected backbone, joint or frozen")
+        if self.mode == "frozen" and not self.init_from:
+            raise ValueError("mode='frozen' without init_from: expected the folder of a trained transformer")
+        if self.mode == "backbone" and self.exit_depths:
+            raise ValueError(f"mode='backbone' trains no exits, but exit_depths={self.exit_depths}")
+        if self.exit_variant not in ("paper", "released"):
+            raise ValueError(f"exit_variant={self.exit_variant!r}, expected paper or released")
+        if not 0 <= self.class_drop <= 1:
+            raise ValueError(f"class_drop={self.class_drop}, expected a probability")
 
 
-def build_transformer(config: UViTConfig, resolution: int) -> UViTTransformer2DModel:
-    sizes = {
-        "sample_size": resolution,
-        "patch_size": config.patch_size,
-        "num_layers": config.num_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "attention_head_dim": config.attention_head_dim,
-        "num_classes": None if config.num_classes is None else config.num_classes + 1,
-        "null_class": config.num_classes,
-    }
-    return uvit_from(config.init_from, sizes)
+@dataclass(frozen=True)
+class ValidationConfig:
+    """The images drawn every `validation_steps`."""
 
-
-def build_scheduler(config: UViTConfig) -> DDPMScheduler:
-    noise = {name: getattr(config, name) for name in ("num_train_timesteps", "beta_schedule", "prediction_type")}
-    if config.init_from and (Path(config.init_from) / "scheduler").is_dir():
-        check_agrees("scheduler", DDPMScheduler.from_pretrained(config.init_from, subfolder="scheduler").config, noise)
-    return DDPMScheduler(**noise)
-
-
-def build_exits(config: UViTConfig, transformer: UViTTransformer2DModel) -> DenoisingExits | None:
-    if config.mode == "backbone":
-        return None
-    if config.init_from and (Path(config.init_from) / "exits").is_dir():
-        exits = DenoisingExits.from_pretrained(config.init_from, subfolder="exits", torch_dtype=torch.float32)
-        asked = {"depths": list(config.exit_depths or exits.config.depths), "variant": config.exit_variant}
-        check_agrees("exits", {"depths": list(exits.config.depths), "variant": exits.config.variant}, asked)
-        return exits
-    depths = config.exit_depths or range(1, len(transformer.transformer_blocks))
-    released = config.exit_variant == "released"
-    return DenoisingExits.for_transformer(transformer, tuple(depths), config.exit_variant, last_layer=released)
-
-
-def build_objective(config: UViTConfig, resolution: int) -> DiffusionObjective:
-    transformer = build_transformer(config, resolution)
-    if config.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return DiffusionObjective(
-        transformer,
-        build_exits(config, transformer),
-        build_scheduler(config),
-        mode=config.mode,
-        uncertainty_weight=config.uncertainty_weight,
-        layerwise_weight=config.layerwise_weight,
-        class_drop=config.class_drop if config.num_classes is not None else 0.0,
-        snr_gamma=config.snr_gamma,
-    )
-
-
-def save(folder: Path, objective: DiffusionObjective) -> None:
-    EarlyExitPipeline(objective.transformer, objective.scheduler, objective.exits).save_pretrained(folder)
+    validation_images: int = HfArg(default=16, help="How many, seeds 0, 1, ..., classes in turn.")
+    validation_inference_steps: int = HfArg(default=25, help="DDIM steps.")
+    validation_guidance_scale: float = HfArg(default=1.0, help="Classifier-free guidance; 1: none.")
+    validation_threshold: float | None = HfArg(default=None, help="Draw with exits at this threshold, too, and a map.")
 
 
 def main() -> None:
-    model, data, train, validation, dry_run = parse()
-    resolved = asdict(model) | asdict(data) | asdict(train) | asdict(validation)
-    if dry_run:
-        print(json.dumps(resolved, indent=2))
-        return
-    if not train.output_dir:
-        raise ValueError(f"output_dir={train.output_dir!r}, expected the folder to write to")
-    set_seed(train.seed)
-    objective = build_objective(model, data.resolution)
-    source = load_image_source(data, model.num_classes)
-    directory = Path(train.output_dir)
-    trainer = Trainer(
-        objective,
-        source,
-        train,
-        save=save,
-        validate=partial(draw, config=validation, folder=directory / "validation"),
-        identity={name: value for name, value in asdict(model).items() if name != "gradient_checkpointing"},
-    )
-    report = asdict(trainer.fit())
-    if trainer.accelerator.is_main_process:
-        cuda = torch.cuda.is_available()
-        device = (
-            torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-        )
-        machine = {"device": device, "processes": trainer.accelerator.num_processes, "torch": torch.__version__}
-        write_json(directory / "config.json", resolved)
-        write_json(directory / "report.json", report | machine)
-        print(json.dumps(report))
+    configs = (UViTConfig, ImageDataConfig, TrainConfig, ValidationConfig)
+    launch("train.work.uvit:run", __doc__, *configs, presets=PRESETS)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import datasets
+import torch
 from torch import Tensor
 
-from ee_diffusion.training.config import ImageDataConfig
+from ee_diffusion.training.config import CaptionConfig, ImageDataConfig
 from ee_diffusion.training.datasets import Source, find_data_files, load_image_source
 from ee_diffusion.training.rng import Stream, normals, uniforms
 
@@ -53,21 +54,6 @@ def split_of(caption: str, *, validation: float, test: float, seed: int) -> str:
     return "test" if place < test else "validation" if place < test + validation else "train"
 
 
-def _flag(help: str, default=None):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class CaptionConfig:
-    """Captions of images and their split. The shares are of subjects."""
-
-    caption_column: str = _flag("Column of the captions.", "text")
-    skin_tones: bool = _flag("Also use captions that name a skin tone.", False)
-    validation_share: float = _flag("Share of subjects kept for choosing thresholds.", 0.05)
-    test_share: float = _flag("Share of subjects kept for the final figures.", 0.1)
-    split_seed: int = _flag("Seed of the split.", 0)
-
-
 @dataclass(frozen=True, eq=False)
 class Captioned:
     """Images (M, C, H, W) uint8 in the order of the data, with the caption and the split of each."""
@@ -82,6 +68,12 @@ class Captioned:
         if not kept:
             raise ValueError(f"split {split!r} has no images, expected one of {sorted(set(self.splits))}")
         return Captioned(self.images[kept], tuple(self.captions[index] for index in kept), (split,) * len(kept))
+
+    def distinct(self) -> tuple[list[str], Tensor]:
+        """The Q distinct captions, sorted, and which of them each image has, (M,) int64."""
+        captions = sorted(set(self.captions))
+        numbers = {caption: number for number, caption in enumerate(captions)}
+        return captions, torch.tensor([numbers[caption] for caption in self.captions])
 
 
 def load_captioned(data: ImageDataConfig, config: CaptionConfig) -> Captioned:

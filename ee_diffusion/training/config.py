@@ -1,12 +1,14 @@
-"""What a training run is told, with the flag names of diffusers' examples. Frozen dataclasses, checked when they are made.
+"""Settings of a training run and of its data, with the flag names of diffusers' examples. Frozen dataclasses, checked when they are made.
 
-Here: the loop's and the image data's settings. Not here: those of a model or a method (train/), command lines (train/).
+Not here: settings of a model or a method, command lines (train/). Nothing here loads torch.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+
+from transformers.hf_argparser import HfArg
 
 PRECISIONS = ("no", "fp16", "bf16")
 TRACKERS = ("none", "tensorboard", "wandb")
@@ -31,51 +33,53 @@ MATHS = (
 )
 
 
-def _flag(help: str, default=None):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of the loop. Batch sizes count samples; learning rates count per optimiser step.
+    """Settings of the loop. Batch sizes count samples; learning rates count per optimizer step.
 
     Raises:
-        ValueError: for a value out of range (said which, and what was expected).
+        ValueError: a value out of range.
     """
 
-    output_dir: str | None = _flag("Where weights, checkpoints, logs, config.json and report.json go.")
-    seed: int = _flag("Seed of initial weights, data order and every draw.", 0)
-    train_batch_size: int = _flag("Samples per process and micro-step.", 128)
-    gradient_accumulation_steps: int = _flag("Micro-steps per optimiser step.", 1)
-    max_train_steps: int = _flag("Optimiser steps in all.", 10_000)
-    max_train_minutes: float | None = _flag("Stop after so many minutes, with a checkpoint, to be resumed.")
-    optimizer: str = _flag(
-        "adamw, or muon: torch's Muon for the matrices within repeated blocks (steps scaled to AdamW's size), AdamW for the rest.",
-        "adamw",
+    output_dir: str | None = HfArg(
+        default=None, help="Where weights, checkpoints, logs, config.json and report.json go."
     )
-    learning_rate: float = _flag("Peak learning rate.", 2e-4)
-    lr_scheduler: str = _flag(
-        "A name diffusers' get_scheduler knows: constant_with_warmup, cosine, ...", "constant_with_warmup"
+    seed: int = HfArg(default=0, help="Seed of initial weights, data order and every draw.")
+    train_batch_size: int = HfArg(default=128, help="Samples per process and micro-step.")
+    gradient_accumulation_steps: int = HfArg(default=1, help="Micro-steps per optimizer step.")
+    max_train_steps: int = HfArg(default=10_000, help="Optimizer steps in all.")
+    max_train_minutes: float | None = HfArg(
+        default=None, help="Stop after so many minutes, with a checkpoint, to be resumed."
     )
-    lr_warmup_steps: int = _flag("Optimiser steps of linear warm-up.", 500)
-    adam_beta1: float = _flag("AdamW beta1.", 0.9)
-    adam_beta2: float = _flag("AdamW beta2.", 0.99)
-    adam_weight_decay: float = _flag("AdamW weight decay.", 0.03)
-    adam_epsilon: float = _flag("AdamW epsilon.", 1e-8)
-    max_grad_norm: float = _flag("Clip the gradient to this norm; 0: do not clip.", 1.0)
-    use_ema: bool = _flag(
-        "Keep an exponential moving average of the weights; it is what is validated and exported.", True
+    optimizer: str = HfArg(
+        default="adamw",
+        help="adamw, or muon: torch's Muon for the matrices within repeated blocks (steps scaled to AdamW's size), AdamW for the rest.",
     )
-    ema_decay: float = _flag("Decay of the average.", 0.9999)
-    mixed_precision: str = _flag("no, fp16 or bf16.", "no")
-    compile: bool = _flag("torch.compile the objective.", False)
-    report_to: str = _flag("none, tensorboard or wandb.", "none")
-    logging_dir: str = _flag("Tracker files, below output_dir.", "logs")
-    logging_steps: int = _flag("Write losses every so many steps.", 50)
-    checkpointing_steps: int = _flag("Write a checkpoint every so many steps.", 1000)
-    checkpoints_total_limit: int | None = _flag("Keep only the newest so many checkpoints; none: all.")
-    resume_from_checkpoint: str | None = _flag("latest, or the path of a checkpoint folder.")
-    validation_steps: int | None = _flag("Validate every so many steps; none: never.")
+    learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
+    lr_scheduler: str = HfArg(
+        default="constant_with_warmup", help="A name diffusers' get_scheduler knows: constant_with_warmup, cosine, ..."
+    )
+    lr_warmup_steps: int = HfArg(default=500, help="Optimizer steps of linear warm-up.")
+    adam_beta1: float = HfArg(default=0.9, help="AdamW beta1.")
+    adam_beta2: float = HfArg(default=0.99, help="AdamW beta2.")
+    adam_weight_decay: float = HfArg(default=0.03, help="AdamW weight decay.")
+    adam_epsilon: float = HfArg(default=1e-8, help="AdamW epsilon.")
+    max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0: do not clip.")
+    use_ema: bool = HfArg(
+        default=True, help="Keep an exponential moving average of the weights; it is what is validated and exported."
+    )
+    ema_decay: float = HfArg(default=0.9999, help="Decay of the average.")
+    mixed_precision: str = HfArg(default="no", help="no, fp16 or bf16.")
+    compile: bool = HfArg(default=False, help="torch.compile the objective.")
+    report_to: str = HfArg(default="none", help="none, tensorboard or wandb.")
+    logging_dir: str = HfArg(default="logs", help="Tracker files, below output_dir.")
+    logging_steps: int = HfArg(default=50, help="Write losses every so many steps.")
+    checkpointing_steps: int = HfArg(default=1000, help="Write a checkpoint every so many steps.")
+    checkpoints_total_limit: int | None = HfArg(
+        default=None, help="Keep only the newest so many checkpoints; none: all."
+    )
+    resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or the path of a checkpoint folder.")
+    validation_steps: int | None = HfArg(default=None, help="Validate every so many steps; none: never.")
 
     def __post_init__(self):
         counts = (
@@ -123,19 +127,62 @@ class ImageDataConfig:
     Relative `train_data_files` that match nothing are looked up below the folder named by EE_DIFFUSION_DATA.
     """
 
-    dataset_name: str | None = _flag("A data set by its Hub name.")
-    train_data_dir: str | None = _flag("A local folder of images (one sub-folder per class, or metadata files).")
-    train_data_files: list[str] | None = _flag("Parquet files or glob patterns.")
-    dataset_split: str = _flag("Which split of it.", "train")
-    image_column: str = _flag("Column of the images.", "image")
-    label_column: str | None = _flag("Column of integer class labels; none: unconditional.", "label")
-    resolution: int = _flag("Height and width in pixels; other sizes are resized and centre-cropped.", 32)
-    random_flip: bool = _flag("Mirror half of the images.", True)
-    max_train_samples: int | None = _flag("Use only the first so many images.")
+    dataset_name: str | None = HfArg(default=None, help="A data set by its Hub name.")
+    train_data_dir: str | None = HfArg(
+        default=None, help="A local folder of images (one sub-folder per class, or metadata files)."
+    )
+    train_data_files: list[str] | None = HfArg(default=None, help="Parquet files or glob patterns.")
+    dataset_split: str = HfArg(default="train", help="Which split of it.")
+    image_column: str = HfArg(default="image", help="Column of the images.")
+    label_column: str | None = HfArg(default="label", help="Column of integer class labels; none: unconditional.")
+    resolution: int = HfArg(default=32, help="Height and width in pixels; other sizes are resized and center-cropped.")
+    random_flip: bool = HfArg(default=True, help="Mirror half of the images.")
+    max_train_samples: int | None = HfArg(default=None, help="Use only the first so many images.")
 
     def sources(self) -> list[str]:
         """The names of the origins that were given."""
         return [name for name in ("dataset_name", "train_data_dir", "train_data_files") if getattr(self, name)]
+
+
+@dataclass(frozen=True)
+class CaptionConfig:
+    """Captions of images and their split. The shares are of subjects."""
+
+    caption_column: str = HfArg(default="text", help="Column of the captions.")
+    skin_tones: bool = HfArg(default=False, help="Also use captions that name a skin tone.")
+    validation_share: float = HfArg(default=0.05, help="Share of subjects kept for choosing thresholds.")
+    test_share: float = HfArg(default=0.1, help="Share of subjects kept for the final figures.")
+    split_seed: int = HfArg(default=0, help="Seed of the split.")
+
+
+@dataclass(frozen=True)
+class LatentConfig:
+    """How images become latents: enlarged, encoded once by the tiny autoencoder, kept in files.
+
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    vae: str | None = HfArg(default=None, help="Folder of TAESD; also looked up below $EE_DIFFUSION_DATA.")
+    latents_dir: str | None = HfArg(default=None, help="Where latents lie; none: latents/ in output_dir.")
+    image_size: int = HfArg(default=128, help="Pixels that images are enlarged to before they are encoded.")
+    part_size: int = HfArg(default=2048, help="Images per file of latents.")
+    encode_batch_size: int = HfArg(default=32, help="Images per forward of the autoencoder.")
+
+    def __post_init__(self):
+        for name in ("image_size", "part_size", "encode_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """The causal language model and the form of its prompts."""
+
+    model: str | None = HfArg(default=None, help="Folder or name of a causal language model.")
+    gguf_file: str | None = HfArg(default=None, help="A GGUF file in that folder to load from.")
+    attn_implementation: str | None = HfArg(default=None, help="sdpa, eager, ...; none: transformers' choice.")
+    chat: bool = HfArg(default=False, help="Prompt through the tokenizer's chat template; else prompts as they are.")
 
 
 @dataclass(frozen=True)
@@ -149,18 +196,22 @@ class TextDataConfig:
             below 1, a fold that there is not.
     """
 
-    text_files: list[str] | None = _flag("Files or glob patterns, all .tsv, all .csv or all .parquet.")
-    text_columns: list[str] = field(
-        default_factory=lambda: ["text"], metadata={"help": "Columns of the text; several are joined by a space."}
+    text_files: list[str] | None = HfArg(
+        default=None, help="Files or glob patterns, all .tsv, all .csv or all .parquet."
     )
-    text_label_column: str = _flag("Column of the labels.", "label")
-    first_label: int = _flag("The smallest label in the files; labels count from 0 in here.", 0)
-    max_length: int = _flag("Longest text in tokens; longer ones are cut.", 128)
-    max_texts: int | None = _flag("Use only the first so many texts.")
-    column_names: list[str] | None = _flag("Names of all columns, for .tsv and .csv files without a header.")
-    folds: int | None = _flag("Deal the rows out into so many parts; none: all rows in their order.")
-    fold: int = _flag("Which of them is held out.", 0)
-    held_out: bool = _flag("Take the part held out, not the rest.", False)
+    text_columns: list[str] = HfArg(
+        default_factory=lambda: ["text"], help="Columns of the text; several are joined by a space."
+    )
+    text_label_column: str = HfArg(default="label", help="Column of the labels.")
+    first_label: int = HfArg(default=0, help="The smallest label in the files; labels count from 0 in here.")
+    max_length: int = HfArg(default=128, help="Longest text in tokens; longer ones are cut.")
+    max_texts: int | None = HfArg(default=None, help="Use only the first so many texts.")
+    column_names: list[str] | None = HfArg(
+        default=None, help="Names of all columns, for .tsv and .csv files without a header."
+    )
+    folds: int | None = HfArg(default=None, help="Deal the rows out into so many parts; none: all rows in their order.")
+    fold: int = HfArg(default=0, help="Which of them is held out.")
+    held_out: bool = HfArg(default=False, help="Take the part held out, not the rest.")
 
     def __post_init__(self):
         kinds = {name.rsplit(".", 1)[-1] for name in self.text_files or ()}
@@ -188,12 +239,18 @@ class PromptDataConfig:
         ValueError: lists of different lengths, a length or number below 1.
     """
 
-    text_files: list[str] | None = _flag("Files: .csv, .json (a list of objects) or .jsonl, of one kind or several.")
-    prompt_templates: list[str] | None = _flag("For each file its prompt: {column} is replaced, \\n is a line break.")
-    answer_columns: list[str] | None = _flag("For each file the column of the answer.")
-    max_texts: list[int] | None = _flag("For each file, use only so many rows, evenly spaced; none: all.")
-    max_length: int = _flag(
-        "Longest prompt with answer in tokens; longer answers are cut, longer prompts left out.", 256
+    text_files: list[str] | None = HfArg(
+        default=None, help="Files: .csv, .json (a list of objects) or .jsonl, of one kind or several."
+    )
+    prompt_templates: list[str] | None = HfArg(
+        default=None, help="For each file its prompt: {column} is replaced, \\n is a line break."
+    )
+    answer_columns: list[str] | None = HfArg(default=None, help="For each file the column of the answer.")
+    max_texts: list[int] | None = HfArg(
+        default=None, help="For each file, use only so many rows, evenly spaced; none: all."
+    )
+    max_length: int = HfArg(
+        default=256, help="Longest prompt with answer in tokens; longer answers are cut, longer prompts left out."
     )
 
     def __post_init__(self):

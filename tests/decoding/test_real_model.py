@@ -14,7 +14,8 @@ from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.decoding.methods import calm, skipdecode
 from ee_diffusion.decoding.self_speculative import self_speculative_generate
-from train.language_model import ModelConfig
+from ee_diffusion.training.config import LanguageModelConfig
+from train.work.language_model import load_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.data]
 FILE, LAYERS, TOKENS = "SmolLM2-135M-Instruct.Q4_1.gguf", 30, 8
@@ -55,7 +56,7 @@ def first_difference_is_near(model: PreTrainedModel, stock, other: torch.Tensor)
 def test_what_was_read_from_gguf_can_be_saved(tmp_path: Path):
     """As the training scripts do; saved, loaded again, it says the same bit for bit."""
     folder = package_folder()
-    model, _ = ModelConfig(model=str(folder), gguf_file=FILE).load()
+    model, _ = load_model(LanguageModelConfig(model=str(folder), gguf_file=FILE))
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     ids = torch.tensor([[5, 9, 11, 30]])

@@ -11,9 +11,9 @@ from transformers.utils import is_peft_available
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.hooks import running_modules
-from ee_diffusion.decoding.lora import add_lora, merged
 from ee_diffusion.decoding.methods import calm, skipdecode
 from ee_diffusion.decoding.skip_objective import SkipObjective
+from ee_diffusion.training.lora import add_lora, merged
 
 
 @torch.no_grad()
@@ -123,7 +123,7 @@ def test_adapters_change_nothing_when_fresh_and_are_merged():
     model = copy.deepcopy(model_named("qwen2"))
     ids = torch.tensor([[5, 9, 11, 30]])
     before, keys = model(ids).logits, set(model.state_dict())
-    add_lora(model, rank=2)
+    add_lora(model, ["model.layers"], rank=2)
     assert torch.equal(model(ids).logits, before)
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     assert trained
@@ -138,9 +138,9 @@ def test_adapters_change_nothing_when_fresh_and_are_merged():
     assert set(plain.state_dict()) == keys
     assert merged(plain) is plain
     with pytest.raises(ValueError, match="rank=0"):
-        add_lora(plain, rank=0)
+        add_lora(plain, ["model.layers"], rank=0)
     with pytest.raises(ValueError, match=r"no nn\.Linear"):
-        add_lora(copy.deepcopy(model_named("gpt2")), rank=2)
+        add_lora(copy.deepcopy(model_named("gpt2")), ["transformer.h"], rank=2)
 
 
 def test_policies_that_cannot_be_trained_under_are_refused():
@@ -154,8 +154,8 @@ def test_policies_that_cannot_be_trained_under_are_refused():
 
 
 def test_without_peft_adapters_are_refused_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("ee_diffusion.decoding.lora.is_peft_available", lambda: False)
+    monkeypatch.setattr("ee_diffusion.training.lora.is_peft_available", lambda: False)
     model = model_named("qwen2")
     assert merged(model) is model
     with pytest.raises(ImportError, match=r"ee-diffusion\[lora\]"):
-        add_lora(model, rank=2)
+        add_lora(model, ["model.layers"], rank=2)

@@ -20,7 +20,6 @@ from ee_diffusion.core.distributed import JointDecision, gather_traces
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.distillation.collect import Exited, FreshStates, walk
 from ee_diffusion.diffusion.distillation.dataset import States, row_inputs
-from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.distillation.objective import DistillationObjective, exit_errors, rows_of
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
@@ -31,6 +30,7 @@ from ee_diffusion.diffusion.hooks.truncate import truncate
 from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of, model_spec_of, register_model, width_of
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from ee_diffusion.diffusion.step_times import times_of
+from ee_diffusion.training.lora import add_lora
 
 NAME = "DiTTransformer2DModel"
 POLICY = Policy(Threshold(0.5))
@@ -180,7 +180,7 @@ def test_ranks(rank: Any, model):
         AdapterExits.for_transformer(model, (1,), rank=rank)
     if is_peft_available():
         with pytest.raises(ValueError, match=r"rank=.* expected a whole number, at least 1"):
-            add_lora(model, rank=rank)
+            add_lora(model, ["transformer_blocks"], rank=rank)
 
 
 @pytest.mark.parametrize("policy", [0.3, "deediff", Policy, {"criterion": None}])

@@ -26,12 +26,13 @@ from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.hooks import attention
 from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.hooks.attention import set_attention
 from ee_diffusion.diffusion.hooks.truncate import truncate
+from ee_diffusion.diffusion.model_specs import model_spec_of
+from ee_diffusion.training.lora import add_lora
 
 if is_peft_available():
     from peft import LoraConfig
@@ -89,7 +90,7 @@ def adapted(transformer: torch.nn.Module) -> None:
     if not is_peft_available():
         pytest.skip("needs peft (ee-diffusion[lora])")
     torch.manual_seed(5)
-    for name, parameter in add_lora(transformer, rank=2).named_parameters():
+    for name, parameter in add_lora(transformer, model_spec_of(transformer).lists, rank=2).named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.3)
 

@@ -14,10 +14,10 @@ from tiny_families import TINY, exits_for, forward, inputs_of, model_named
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.diffusion.distillation.lora import add_lora
 from ee_diffusion.diffusion.hooks.attach import attach_exits, exit_summary
 from ee_diffusion.diffusion.hooks.truncate import truncate
 from ee_diffusion.diffusion.model_specs import MODEL_SPECS, blocks_of
+from ee_diffusion.training.lora import add_lora
 
 SKIPPING = ("UViTTransformer2DModel", "HunyuanDiT2DModel")
 ROWS = [0, 1, 2]
@@ -139,4 +139,4 @@ def test_what_is_no_transformer_is_refused():
 @pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 def test_adapters_are_refused():
     with pytest.raises(ValueError, match="merge adapters first"):
-        truncate(add_lora(model_named("DiTTransformer2DModel"), rank=2), 2)
+        truncate(add_lora(model_named("DiTTransformer2DModel"), ["transformer_blocks"], rank=2), 2)

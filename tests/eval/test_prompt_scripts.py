@@ -25,11 +25,12 @@ from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 from ee_diffusion.metrics.clip_score import TensorCLIP, clip_scores, cut_prompts, read_prompts
 from ee_diffusion.metrics.retrieval import ImageTower, save_tower
-from ee_diffusion.training.captions import CaptionConfig, Captioned, split_of
+from ee_diffusion.training.captions import Captioned, split_of
+from ee_diffusion.training.config import CaptionConfig
 from eval import clip_score, retrieval
 from eval.diffusion_results import matching
 from eval.harness import prompting
-from train import export_text
+from train import export
 
 
 def save_clip(folder: Path, words: tuple[str, ...]) -> Path:
@@ -277,7 +278,7 @@ def test_export_and_load_again(data, model, monkeypatch):
     monkeypatch.setattr(CaptionConfig, "__init__", partialmethod(CaptionConfig.__init__, validation_share=0.5))
     flags = ["--model", model / "pipe", "--vae", data / "vae", "--text_encoder", model / "encoder", "--count", 5]
     flags += ["--data_files", data / "part.parquet", "--num_inference_steps", 3, "--batch_size", 4]
-    call(monkeypatch, export_text, *flags, "--budgets", 0.7, "--output_dir", data / "ship")
+    call(monkeypatch, export, *flags, "--budgets", 0.7, "--output_dir", data / "ship")
     words = {"text_encoder": tiny_encoder(), "tokenizer": tiny_tokenizer()}
     pipe = EarlyExitTextPipeline.from_pretrained(data / "ship", **words)
     pipe.set_progress_bar_config(disable=True)

@@ -27,7 +27,10 @@ from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.splits import balanced_labels, shuffled_labels
 from ee_diffusion.training.datasets import ImageSource
 from eval import ablation, clock, frontier, generate, guarantee, hot_path, tradeoff, uncertainty
-from train import export, fit_exits, fit_step_cache, presets, validation
+from train import export, fit_exits, fit_step_cache
+from train.train_uvit import ValidationConfig
+from train.work.fit_exits import conditions_of
+from train.work.uvit import draw
 
 STEPS = 6
 KINDS = {"unconditional": {}, "classes": {"num_classes": 4}, "one": {"num_classes": 1, "null_class": 0}}
@@ -71,7 +74,7 @@ def test_the_classes_that_are_drawn(kind: str):
     assert balanced_labels(4, count) == LABELS[kind]
     assert (shuffled_labels(4, count, seed=0) is None) == (LABELS[kind] is None)
     if kind == "one":
-        assert fit_exits.conditions_of(fit_exits.FitConfig(model="m"), made(kind).transformer) == [0]
+        assert conditions_of(fit_exits.FitConfig(model="m"), made(kind).transformer) == [0]
         assert classes_of(made(kind), 2.0) == 1, "its class is none, and guidance leads nowhere"
         return
     with pytest.raises(ValueError, match=r"guidance_scale=2.0 .* null_class=None, expected .*, or guidance_scale=1"):
@@ -207,8 +210,8 @@ def test_uncertainty_is_looked_at_and_training_draws(kind: str, tmp_path: Path, 
         uncertainty.held_out(uncertainty.UncertaintyOptions(), None, size=16)
     assert uncertainty.observe(pipe, seen, labels, 500, seed=0)[0].shape == (2, 4)
     objective = DiffusionObjective(pipe.transformer, pipe.exits, pipe.scheduler, mode="frozen", class_drop=0.0)
-    config = presets.ValidationConfig(validation_images=2, validation_inference_steps=2, validation_guidance_scale=1.0)
-    validation.draw(3, objective, config, folder=tmp_path)
+    config = ValidationConfig(validation_images=2, validation_inference_steps=2, validation_guidance_scale=1.0)
+    draw(3, objective, config, folder=tmp_path)
     assert (tmp_path / "step-000003-full.png").is_file()
 
 

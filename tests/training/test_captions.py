@@ -19,9 +19,11 @@ from ee_diffusion.diffusion.pipelines.prompts import encode_prompts
 from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 from ee_diffusion.metrics.retrieval import load_tower
 from ee_diffusion.training.captions import CaptionSource, names_skin_tone, split_of, subject
+from ee_diffusion.training.config import CaptionConfig, ImageDataConfig, LatentConfig
 from ee_diffusion.training.order import Order
 from ee_diffusion.training.rng import sample_keys
 from train import train_retrieval_tower, train_text_to_image
+from train.work.text_to_image import load_source
 
 SHARES = {"validation": 0.05, "test": 0.1, "seed": 0}
 
@@ -171,9 +173,11 @@ def test_backbone_then_exits_then_pictures_and_a_resumed_run_is_the_same(tmp_pat
 
 
 def test_only_training_captions_are_encoded_in_the_order_of_their_images(tmp_path, data, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_text_to_image.py", *data.split(), "--output_dir", str(tmp_path / "run")])
-    model, images, captions, _, _ = train_text_to_image.parse()
-    made, _ = train_text_to_image.load_source(model, images, captions, tmp_path / "run")
+    model = train_text_to_image.TextToImageConfig(text_encoder=str(tmp_path / "encoder"))
+    latents = LatentConfig(vae=str(tmp_path / "vae"), image_size=32)
+    files = {"train_data_files": [str(tmp_path / "part.parquet")], "resolution": 32, "random_flip": False}
+    captions = CaptionConfig(test_share=0.4)
+    made, _ = load_source(model, latents, ImageDataConfig(**files), captions, folder=tmp_path / "run")
     kept = [caption for caption in CAPTIONS * 3 if split_of(caption, **(SHARES | {"test": 0.4})) == "train"]
     texts = encode_prompts(tiny_tokenizer(), tiny_encoder(), [*kept, ""], num_tokens=4)
     torch.testing.assert_close(made.texts[made.captions].float(), texts[:-1], rtol=1e-2, atol=1e-2)
@@ -183,7 +187,7 @@ def test_only_training_captions_are_encoded_in_the_order_of_their_images(tmp_pat
 @pytest.mark.parametrize(
     "words, told",
     [
-        ("", "output_dir=None, vae=None, text_encoder=None, expected all three"),
+        ("", "output_dir=None, vae=None, text_encoder=None, expected a value for each"),
         ("--mode sideways", "mode='sideways'"),
         ("--mode frozen", "frozen needs a trained backbone"),
         ("--num_text_tokens 0", "num_text_tokens=0"),
@@ -207,7 +211,7 @@ def test_a_tower_is_trained_on_training_captions_alone(tmp_path, data, monkeypat
     torch.testing.assert_close(tower.centre, texts.mean(dim=0))
     assert tower(torch.rand(2, 3, 32, 32)).shape == (2, WIDTH)
     monkeypatch.setattr(sys, "argv", ["train_retrieval_tower.py"])
-    with pytest.raises(ValueError, match="output_dir=None, text_encoder=None, expected both"):
+    with pytest.raises(ValueError, match="output_dir=None, text_encoder=None, expected a value for each"):
         train_retrieval_tower.main()
 
 

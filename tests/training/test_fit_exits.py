@@ -29,6 +29,7 @@ from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from train import fit_exits
+from train.work.fit_exits import conditions_of
 
 TINY = "--num_inference_steps 2 --guidance_scale 2.0 --num_trajectories 6 --collect_batch_size 3 --held_out 3 --labels 0 2 1"
 SHORT = "--train_batch_size 4 --max_train_steps 4 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0"
@@ -278,8 +279,8 @@ def test_labels_from_a_file_and_a_dry_run(folders, tmp_path, monkeypatch, capsys
     assert (resolved["learning_rate"], resolved["labels"]) == (0.125, ["0", "2", "1"])
     fit = fit_exits.FitConfig(model=str(folders["uvit"]), labels=[str(tmp_path / "labels.txt")])
     transformer = EarlyExitPipeline.from_pretrained(folders["uvit"]).transformer
-    assert fit_exits.conditions_of(fit, transformer) == [2, 0]
-    assert fit_exits.conditions_of(fit_exits.FitConfig(model="m"), transformer) == [0, 1, 2, 3, 4]
+    assert conditions_of(fit, transformer) == [2, 0]
+    assert conditions_of(fit_exits.FitConfig(model="m"), transformer) == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow

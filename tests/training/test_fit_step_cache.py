@@ -14,6 +14,7 @@ from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.diffusion.step_cache.error_estimator import walk
 from ee_diffusion.metrics.splits import seeds
 from train import fit_step_cache
+from train.work import step_cache
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -44,7 +45,7 @@ def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypat
         began.append(generator.initial_seed())
         return walk(*args, generator=generator, **call)
 
-    monkeypatch.setattr(fit_step_cache, "walk", watched)
+    monkeypatch.setattr(step_cache, "walk", watched)
     words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 5]
     call(monkeypatch, *words, "--count", 1, "--iterations", 1)
     assert began == [seeds("fit", 1)[0], seeds("test", 1)[0]]
@@ -53,14 +54,14 @@ def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--iterations", 0], "--iterations 0, expected at least 1$"),
-        (["--iterations", -1], "--iterations -1, expected at least 1$"),
-        (["--count", 0], "--count 0, expected at least 1$"),
-        (["--length", 0], "--length 0, expected at least 1$"),
-        (["--num_inference_steps", 3], "--num_inference_steps 3, expected at least 4: memory of 2 is first put to the"),
-        (["--num_inference_steps", 4, "--length", 3], "--num_inference_steps 4, expected at least 5"),
-        (["--skip", 1.0], "--skip 1.0 .*, expected a probability below 1"),
-        (["--guidance_scale", "nan"], "--guidance_scale nan, expected .* a finite number"),
+        (["--iterations", 0], "iterations=0, expected at least 1$"),
+        (["--iterations", -1], "iterations=-1, expected at least 1$"),
+        (["--count", 0], "count=0, expected at least 1$"),
+        (["--length", 0], "length=0, expected at least 1$"),
+        (["--num_inference_steps", 3], "num_inference_steps=3, expected at least 4: with 2 cached"),
+        (["--num_inference_steps", 4, "--length", 3], "num_inference_steps=4, expected at least 5"),
+        (["--skip", 1.0], "skip=1.0, .*, expected a probability below 1"),
+        (["--guidance_scale", "nan"], "guidance_scale=nan, expected .* a finite number"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused_before_work(

@@ -28,6 +28,7 @@ from ee_diffusion.classification.classifier import EarlyExitClassifier
 from ee_diffusion.classification.exits import ClassifierExits
 from ee_diffusion.classification.methods import confidence, jei_dnn
 from train import train_classifier
+from train.work.classifier import build_objective
 
 SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --lr_warmup_steps 0 --max_length 8"
 
@@ -107,7 +108,7 @@ def test_exits_of_the_mean_are_saved_and_not_resumed_as_others(base: Path, monke
 def test_thresholds_begin_on_the_line_asked_for(base: Path):
     numbers = {"mask_weight": 0.1, "temperature": 0.01, "bottom_threshold": 0.01, "top_threshold": 0.03}
     config = train_classifier.ClassifierConfig(method="magic_soft", init_from=str(base / "base"), **numbers)
-    assert train_classifier.build_objective(config).token_gates.thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
+    assert build_objective(config).token_gates.thresholds.tolist() == pytest.approx([0.01, 0.02, 0.03])
 
 
 def test_a_truncated_control(base: Path, monkeypatch):
@@ -187,21 +188,24 @@ def test_dry_run(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "words, error",
     [
-        ("--method cat", "method='cat'"),
+        ("--method cat --init_from x --output_dir y", "method='cat'"),
         ("--num_labels 0", "num_labels=0"),
         ("--method palbert", "init_from=None"),
-        ("--init_from {base}/base --max_length 17", "max_length=17, expected at most the model's 16"),
-        ("--init_from {base}/base --method jei_dnn", "trade_off"),
+        ("--output_dir y --init_from {base}/base --max_length 17", "max_length=17, expected at most the model's 16"),
+        ("--output_dir y --init_from {base}/base --method jei_dnn", "trade_off"),
         (
-            "--init_from {base}/base --method jei_dnn --trade_off 1 --warm_up 3 --max_train_steps 3",
+            "--output_dir y --init_from {base}/base --method jei_dnn --trade_off 1 --warm_up 3 --max_train_steps 3",
             "gates would not be trained",
         ),
-        ("--init_from {base}/base --method magic_soft --temperature 1", "needs mask_weight, top_threshold"),
-        ("--method plain --pooling mean", "pooling=mean: method plain does not look at it"),
-        ("--method palbert --warm_up 5", "warm_up=5: method palbert does not look at it"),
-        ("--method pabee --states f", "states=f: method pabee does not look at it"),
-        ("--init_from {base}/run", "run holds no model itself, expected .*run/model"),
-        ("--init_from {base}/base --method palbert --exit_depths 3", r"takes 0\.\.2"),
+        (
+            "--output_dir y --init_from {base}/base --method magic_soft --temperature 1",
+            "needs mask_weight, top_threshold",
+        ),
+        ("--method plain --pooling mean --init_from x --output_dir y", "pooling=mean: method plain does not use it"),
+        ("--method palbert --warm_up 5 --init_from x --output_dir y", "warm_up=5: method palbert does not use it"),
+        ("--method pabee --states f --init_from x --output_dir y", "states=f: method pabee does not use it"),
+        ("--output_dir y --init_from {base}/run", "run holds no model itself, expected .*run/model"),
+        ("--output_dir y --init_from {base}/base --method palbert --exit_depths 3", r"takes 0\.\.2"),
         ("--init_from {base}/base --text_files {base}/texts.tsv --max_length 8", "output_dir=None"),
     ],
 )

@@ -16,9 +16,11 @@ from stock import tiny_vae
 
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
 from ee_diffusion.diffusion.latents import encode, enlarged
+from ee_diffusion.training.config import LatentConfig
 from ee_diffusion.training.datasets import ImageSource
 from train import train_dit
-from train.encoding import Encoding, encoded_once
+from train.work import dit
+from train.work.latents import encoded_once
 
 TINY = "--image_size 16 --resolution 8 --num_classes 2 --num_layers 2 --num_attention_heads 1 --attention_head_dim 8"
 SHORT = "--train_batch_size 4 --max_train_steps 3 --logging_steps 1 --checkpointing_steps 2 --lr_warmup_steps 0"
@@ -66,21 +68,21 @@ def test_a_stock_pipeline_comes_out_and_a_resumed_run_is_the_same(tmp_path, data
 
 
 def test_latents_stand_in_order_and_mirrored(tmp_path):
-    encoding = Encoding(size=16, part_size=5, batch_size=2, bf16=False, mirrored=True)
+    config = LatentConfig(image_size=16, part_size=5, encode_batch_size=2)
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     source, vae = ImageSource(images, torch.arange(8), random_flip=False), tiny_vae(times=3)
-    found, made_from, cost = encoded_once(encoding, source, vae, folder=tmp_path / "latents")
+    found, made_from, cost = encoded_once(config, source, vae, folder=tmp_path / "latents", mirrored=True)
     pixels = enlarged(torch.cat([images, images.flip(-1)]).float() / 127.5 - 1, 16)
     torch.testing.assert_close(found.float(), encode(vae, pixels), rtol=1e-2, atol=1e-2)
     assert (cost["latents"], made_from["mirrored"]) == (16, True)
     other = ImageSource(images.flip(0), torch.arange(8), random_flip=False)
     with pytest.raises(ValueError, match="something else: images: came"):
-        encoded_once(encoding, other, vae, folder=tmp_path / "latents")
+        encoded_once(config, other, vae, folder=tmp_path / "latents", mirrored=True)
 
 
 def test_the_model_begins_at_zero_and_drops_no_labels_itself():
-    config = train_dit.DiTConfig(image_size=32, num_layers=2, num_attention_heads=1, attention_head_dim=8)
-    transformer = train_dit.build_transformer(config).train()
+    config = train_dit.DiTConfig(num_layers=2, num_attention_heads=1, attention_head_dim=8)
+    transformer = dit.build_transformer(config, 32).train()
     labels, times = torch.tensor([3, 4]), torch.tensor([10, 20])
     sample = torch.randn(2, 4, 4, 4)
     assert not transformer(sample, times, class_labels=labels).sample.any()
@@ -102,7 +104,7 @@ def test_the_model_begins_at_zero_and_drops_no_labels_itself():
     "words, told",
     [
         ("", "output_dir=None, vae=None, expected"),
-        ("--image_size 20", "image_size=20, expected a multiple of 16"),
+        ("--image_size 20 --dry_run", "image_size=20, expected a multiple of 16"),
         ("--num_classes 1001", r"num_classes=1001, expected 1\.\.1000"),
         ("--part_size 0", "part_size=0"),
         ("--class_drop 2", "class_drop=2.0"),

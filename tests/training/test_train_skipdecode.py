@@ -18,8 +18,9 @@ from tree import python_blocks
 
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.decoding.methods import calm, early_termination
+from ee_diffusion.training.config import LanguageModelConfig
 from train import train_skipdecode
-from train.language_model import ModelConfig
+from train.work.language_model import load_model
 
 needs_peft = pytest.mark.skipif(not is_peft_available(), reason="needs peft (ee-diffusion[lora])")
 SKIP = "--warm_up 1 --least 2 --most 5 --horizon 4"
@@ -112,7 +113,7 @@ def test_a_teacher_is_followed_and_belongs_to_the_run(base: Path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 def test_attention_is_the_one_that_was_asked_for(kind: str, base: Path):
-    model, _ = ModelConfig(model="model", attn_implementation=kind).load()
+    model, _ = load_model(LanguageModelConfig(model="model", attn_implementation=kind))
     assert model.config._attn_implementation == kind
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
+from diffusers.utils import set_adapter_layers
 from torch import Tensor, nn
 
 from ee_diffusion.core.criteria import Threshold
@@ -20,7 +21,6 @@ from ee_diffusion.core.schedules import FixedDepth
 from ee_diffusion.diffusion.distillation import deediff_losses as losses
 from ee_diffusion.diffusion.distillation.dataset import ROW_INPUTS, States
 from ee_diffusion.diffusion.distillation.deediff_objective import deediff_terms
-from ee_diffusion.diffusion.distillation.lora import lora_off
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits
@@ -155,8 +155,12 @@ class DistillationObjective(nn.Module):
             prediction, hidden = observe(self.transformer, self.exits.depths, inputs)
         if not self.adapted:
             return prediction.float(), prediction, hidden
-        with torch.no_grad(), lora_off(self.transformer):
-            return self.transformer(**inputs).sample.float(), prediction, hidden
+        set_adapter_layers(self.transformer, enabled=False)
+        try:
+            with torch.no_grad():
+                return self.transformer(**inputs).sample.float(), prediction, hidden
+        finally:
+            set_adapter_layers(self.transformer, enabled=True)
 
     def exits_on(self, hidden: list[Tensor], inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """K hidden states (R, N, D) -> answers (K, R, C, H, W) and uncertainty (released variant: certainty) maps, of the same shape or

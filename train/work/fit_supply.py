@@ -19,7 +19,7 @@ from ee_diffusion.metrics.splits import SEEDS, seeds
 from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.datasets import Source, load_image_source
 from ee_diffusion.training.sources import KeySource, MappedSource, TableSource
-from train.fit_settings import FitConfig
+from train.fit_exits import FitConfig
 
 
 def in_turn(conditions: list | None, count: int) -> list | None:
