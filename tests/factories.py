@@ -29,7 +29,7 @@ from ee_diffusion.core.criteria import (
 )
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session, StepSession, begin
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits
@@ -244,7 +244,7 @@ class PlainDriver:
         yield
 
     def start(self, policy: Policy, **arguments) -> Session:
-        return policy.start(self.num_layers, self.heads.depths, **arguments)
+        return begin(policy, self.num_layers, self.heads.depths, **arguments)
 
     def under(self, step: StepSession, inputs: dict[str, Tensor]) -> Tensor:
         context = {"timestep": inputs["timestep"]}

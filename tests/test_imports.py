@@ -282,3 +282,63 @@ def test_type_checkers_see_the_same_table(module: ModuleType):
 def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'Polcy'; public names: "):
         _ = ee_diffusion.Polcy
+
+
+def circles(arrows: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that import each other, directly or by way of others."""
+    reached = {module: set(targets) for module, targets in arrows.items()}
+    while any(not reached[other] <= reached[module] for module in arrows for other in reached[module]):
+        for targets in reached.values():
+            targets |= set().union(*(reached[other] for other in targets))
+    return [
+        {other for other in reached[module] if module in reached[other]}
+        for module in arrows
+        if module in reached[module]
+    ]
+
+
+def arrows_within(package: Path) -> dict[str, set[str]]:
+    """Module of the package -> the modules of it that its file names in imports, those for type checkers included."""
+    paths = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(package.rglob("*.py"))}
+    modules = {name.removesuffix(".__init__"): path for name, path in paths.items()}
+    return {
+        name: {
+            target
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            for target in _targets(node, modules)
+        }
+        for name, path in modules.items()
+    }
+
+
+def _targets(node: ast.AST, modules: dict[str, Path]) -> set[str]:
+    if isinstance(node, ast.Import):
+        named = {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+        below = {f"{node.module}.{alias.name}" for alias in node.names}
+        named = {name for name in below if name in modules} or {str(node.module)}
+    else:
+        return set()
+    return named & modules.keys()
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    arrows = arrows_within(PACKAGE)
+    for public in ("ee_diffusion", "ee_diffusion.methods"):  # tables for type checkers, imported when first used
+        arrows[public] = {"ee_diffusion.lazy"}
+    assert not (found := circles(arrows)), f"these import each other: {found}"
+
+
+def test_a_circle_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    package = tmp_path / "ee_diffusion"
+    (package / "core").mkdir(parents=True)
+    (package / "core" / "__init__.py").write_text("")
+    (package / "core" / "a.py").write_text("from ee_diffusion.core import b\n")
+    (package / "core" / "b.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ee_diffusion.core.c import C\n"
+    )
+    (package / "core" / "c.py").write_text("import ee_diffusion.core.a\n")
+    (package / "core" / "d.py").write_text("import ee_diffusion.core.a\n")
+    ring = {f"ee_diffusion.core.{name}" for name in "abc"}
+    assert circles(arrows_within(package)) == [ring] * 3

@@ -17,9 +17,9 @@ from torch import Tensor
 from ee_diffusion.classification.attach import attach, recorded_states
 from ee_diffusion.classification.exits import ClassifierHeads
 from ee_diffusion.classification.token_pruning import TokenTrace
+from ee_diffusion.core.exits import ExitInputs
 from ee_diffusion.core.io import read_tensors, write_tensors
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.scores import ExitInputs
 
 INPUTS = ("input_ids", "attention_mask", "token_type_ids", "pixel_values")
 

@@ -23,6 +23,7 @@ from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.patch import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.rows import require_rows
+from ee_diffusion.core.session import begin
 from ee_diffusion.core.trace import Trace
 
 INPUTS = ("input_ids", "inputs_embeds", "pixel_values")
@@ -146,7 +147,8 @@ class _ClassifierHook:
             check_policy(self.policy, self.heads.exits, problem_of(self.model, labels))
         given = next(arguments[name] for name in INPUTS if arguments.get(name) is not None)
         mask = arguments.get("attention_mask")
-        session = self.policy.start(
+        session = begin(
+            self.policy,
             self.num_layers,
             self.heads.depths,
             rows=torch.arange(len(given)),

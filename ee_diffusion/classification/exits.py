@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ee_diffusion.classification.method import Judge
 from ee_diffusion.classification.methods import head_named, judge_named
 from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of
-from ee_diffusion.core.exits import Space
-from ee_diffusion.core.scores import ExitInputs
+from ee_diffusion.core.exits import ExitInputs, Space
 
 POOLINGS = ("first", "mean")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from ee_diffusion.core.scores import ExitInputs
+from ee_diffusion.core.exits import ExitInputs
 
 
 class PoolingHeads(Protocol):

@@ -10,9 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.exits import ExitHeads
+from ee_diffusion.core.exits import ExitHeads, ExitInputs
 from ee_diffusion.core.rows import ExitedRows, rows_of
-from ee_diffusion.core.scores import ExitInputs
 from ee_diffusion.core.session import StepSession
 
 

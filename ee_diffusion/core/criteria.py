@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ee_diffusion.core.exits import ExitInputs
 from ee_diffusion.core.fields import check_fields
-from ee_diffusion.core.scores import ExitInputs, score_named
+from ee_diffusion.core.scores import score_named
 
 __all__ = [
     "Criterion",

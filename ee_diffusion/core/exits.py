@@ -1,4 +1,4 @@
-"""What a driver needs of the exits of one model. The modules themselves belong to the sides.
+"""What a driver needs of the exits of one model, and what an exit sees. The modules themselves belong to the sides.
 
 R rows, N tokens, D width, K exits.
 """
@@ -6,12 +6,10 @@ R rows, N tokens, D width, K exits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from functools import cached_property
+from typing import Literal, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from ee_diffusion.core.scores import ExitInputs
 
 Space = Literal["hidden", "output"]
 
@@ -45,6 +43,27 @@ def require_depths(depths: object) -> None:
     whole = all(isinstance(depth, int) and not isinstance(depth, bool) for depth in listed)
     if not listed or not whole or listed != sorted(set(listed)) or listed[0] < 0:
         raise ValueError(f"depths={depths!r}, expected ascending distinct numbers of blocks, at least one")
+
+
+class ExitInputs:
+    """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
+
+    `hidden` (R, N, D); `context`: tensors with leading R (tuples: what all rows share);
+    `exit`: index among the heads. What a score puts into `carried` (tensors with
+    leading R) is in the context of the rows that go on at the next exit of the same step.
+    """
+
+    def __init__(self, heads: ExitHeads, exit: int, hidden: Tensor, context: Mapping[str, Tensor]):
+        self.heads, self.exit, self.hidden, self.context = heads, exit, hidden, context
+        self.carried: dict[str, Tensor] = {}
+
+    @cached_property
+    def answer(self) -> Tensor:
+        return self.heads.answer(self.exit, self.hidden, self.context)
+
+    @property
+    def answered(self) -> bool:
+        return "answer" in self.__dict__
 
 
 class JudgingHeads(ExitHeads, Protocol):

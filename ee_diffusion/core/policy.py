@@ -1,4 +1,4 @@
-"""Policy: what may run, when to stop, which exits. A frozen description that starts sessions and can be saved.
+"""Policy: what may run, when to stop, which exits. A frozen description that can be saved.
 
 Here: the description. Not here: applying it to a run (session.py). E elements, R rows, L layers, S steps.
 """
@@ -11,17 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ee_diffusion.core.criteria import CRITERIA, Criterion, DepthTable, SampledExit
-from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.fields import check_fields
 from ee_diffusion.core.io import read_json, write_text
 from ee_diffusion.core.rows import content_ids
 from ee_diffusion.core.saved_names import todays_names
 from ee_diffusion.core.schedules import SCHEDULES, FullDepth, Schedule, depth_of
-from ee_diffusion.core.session import Session
 
 _FORMAT = "ee_diffusion.policy.1"
 
@@ -37,8 +34,8 @@ class Policy:
     between, so that neither waits for the other, and everybody leaves an exit later than without. Not worth it on a CPU.
 
     Raises:
-        ValueError: a field of another type; exits not ascending; record_all or late without a criterion that measures; late with a
-            single exit.
+        ValueError: a field of another type; exits not ascending; record_all or delayed without a criterion that measures; delayed
+            with a single exit.
     """
 
     criterion: Criterion | None = None
@@ -63,7 +60,7 @@ class Policy:
         if self.delayed and not measures:
             raise ValueError("delayed=True with nothing to measure, expected a criterion that decides on scores")
         if self.delayed and self.exits is not None:
-            self._check_late(self.exits)
+            self._check_delayed(self.exits)
 
     @property
     def is_off(self) -> bool:
@@ -71,47 +68,17 @@ class Policy:
         return self.criterion is None and isinstance(self.schedule, FullDepth)
 
     def ids_of(self, content: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """Ids (E,) for `start` where the criterion draws by them, made of what each element holds: content (E, N, ...), of it the places
+        """Ids (E,) for `begin` where the criterion draws by them, made of what each element holds: content (E, N, ...), of it the places
         where mask (E, N) is not 0. Equal content draws alike, all other independently, in every batch. None: places do as ids."""
         return content_ids(content, mask) if isinstance(self.criterion, SampledExit) else None
 
-    def start(
-        self,
-        num_layers: int,
-        depths: tuple[int, ...],
-        *,
-        rows: Tensor,
-        num_steps: int,
-        elements: Tensor | None = None,
-        device: torch.device | str = "cpu",
-        frozen: str = "",
-        joint_decision: JointDecision | None = None,
-    ) -> Session:
-        """Begin a run.
-
-        Args:
-            num_layers: L. depths: executed blocks at each exit of the heads.
-            rows: (R,) the element (0..E-1) of each row. num_steps: S.
-            elements: (E,) ids of the elements (for plans); default 0..E-1.
-            frozen: why the driver carries along rows that stopped, for the report; empty: it drops them.
-            vote: ranks that run the model together and so decide together; None: this process decides alone.
+    def validate(self, *, num_steps: int, num_layers: int, depths: tuple[int, ...]) -> tuple[int, ...]:
+        """Exits (depths) of a run of S steps and L layers under heads at these depths.
 
         Raises:
-            ValueError: whatever does not fit together, before any work.
+            ValueError: exits that the heads lack; a schedule, a criterion or thresholds that do not fit.
         """
-        if joint_decision is not None:
-            ids = None if elements is None else elements.tolist()
-            facts = f"{self.to_dict()}, {num_layers} blocks, exits {depths}, rows {rows.tolist()}, {num_steps} steps, ids {ids}"
-            joint_decision.require_alike(facts, torch.device(device))
         exits = depths if self.exits is None else self.exits
-        if not isinstance(num_steps, int) or num_steps < 1:
-            raise ValueError(f"num_steps={num_steps!r}, expected a whole number, at least 1")
-        if not isinstance(rows, Tensor):
-            raise ValueError(f"rows={rows!r}, expected a tensor: the element of each row")
-        if elements is not None and (not isinstance(elements, Tensor) or elements.is_floating_point()):
-            raise ValueError(f"elements={elements!r}, expected a tensor of ids, whole numbers")
-        if rows.ndim != 1 or len(rows) == 0:
-            raise ValueError(f"rows is {tuple(rows.shape)}, expected (R,) with at least one row: the batch is empty")
         if depths and depths[-1] >= num_layers:
             raise ValueError(
                 f"an exit at depth {depths[-1]}, expected below {num_layers}: the model has {num_layers} blocks"
@@ -119,26 +86,13 @@ class Policy:
         missing = [depth for depth in exits if depth not in depths]
         if missing:
             raise ValueError(f"the policy exits at depths {missing}, the heads have {depths}")
-        if rows.is_floating_point() or rows.unique().tolist() != list(range(int(rows.max()) + 1)):
-            raise ValueError("rows must name every element 0..E-1 at least once")
         self._check_schedule(num_steps, num_layers, exits)
-        self._check_late(exits)
+        self._check_delayed(exits)
         if self.criterion is not None:
             self.criterion.validate(num_steps, len(exits))
-        return Session(
-            self,
-            num_layers,
-            depths,
-            exits=exits,
-            rows=rows.cpu(),
-            num_steps=num_steps,
-            elements=elements,
-            device=device,
-            frozen=frozen,
-            joint_decision=joint_decision,
-        )
+        return exits
 
-    def _check_late(self, exits: tuple[int, ...]) -> None:
+    def _check_delayed(self, exits: tuple[int, ...]) -> None:
         if self.delayed and len(exits) < 2:
             raise ValueError(
                 f"delayed=True with exits at {exits}, expected two or more: at the first one nobody leaves"

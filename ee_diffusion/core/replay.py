@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ee_diffusion.core.criteria import DepthTable
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import StepSession
+from ee_diffusion.core.session import StepSession, begin
 from ee_diffusion.core.trace import Trace
 
 
@@ -29,7 +29,8 @@ def replay(trace: Trace, policy: Policy) -> Tensor:
     if not trace.recorded_all and policy.to_dict() != trace.policy:
         raise ValueError("another policy can only be replayed on a trace recorded with record_all=True")
     num_elements, num_layers = len(trace.elements), trace.planned.shape[1]
-    session = policy.start(
+    session = begin(
+        policy,
         num_layers,
         tuple(trace.exits.tolist()),
         rows=torch.arange(num_elements),

@@ -1,42 +1,20 @@
 """Scores: from what is seen at an exit to one number per row; larger is safer. A score is found by its name, so that policies can be saved.
 
-R rows, N tokens, D width, C classes. Here: measuring. Not here: deciding (criteria.py).
+R rows, N tokens, D width, C classes. Here: measuring, and the way to the host. Not here: deciding (criteria.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from ee_diffusion.core.exits import ExitHeads, JudgingHeads, PrunableHeads
+from ee_diffusion.core.exits import ExitInputs, JudgingHeads, PrunableHeads
 from ee_diffusion.core.registry import add_row
-
-
-class ExitInputs:
-    """What one exit sees of the rows that are still running. The head's answer is computed at most once, and only if asked for.
-
-    `hidden` (R, N, D); `context`: tensors with leading R (tuples: what all rows share);
-    `exit`: index among the heads. What a score puts into `carried` (tensors with
-    leading R) is in the context of the rows that go on at the next exit of the same step.
-    """
-
-    def __init__(self, heads: ExitHeads, exit: int, hidden: Tensor, context: Mapping[str, Tensor]):
-        self.heads, self.exit, self.hidden, self.context = heads, exit, hidden, context
-        self.carried: dict[str, Tensor] = {}
-
-    @cached_property
-    def answer(self) -> Tensor:
-        return self.heads.answer(self.exit, self.hidden, self.context)
-
-    @property
-    def answered(self) -> bool:
-        return "answer" in self.__dict__
 
 
 @dataclass(frozen=True)
@@ -155,3 +133,31 @@ def score_named(name: str) -> Score:
     if name not in SCORES:
         raise ValueError(f"score={name!r}, expected one of {sorted(SCORES)}")
     return SCORES[name]
+
+
+@dataclass(frozen=True)
+class PendingScores:
+    """Scores (r,) of rows of `elements` (r,), measured after `depth` blocks. `ready`: passed by the device once `values` has them; None:
+    reading `values` waits by itself."""
+
+    values: Tensor
+    elements: list[int]
+    depth: int
+    ready: torch.cuda.Event | None = None
+
+    def read(self) -> list[float]:
+        """The scores as numbers, when they are there."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.values.tolist()
+
+
+def pending_scores(scores: Tensor, elements: list[int], depth: int, *, overlapping: bool) -> PendingScores:
+    """Scores (r,) on the device. `overlapping`: they are copied behind what the device does until then, and the host goes on."""
+    if not overlapping or not scores.is_cuda:
+        return PendingScores(scores, elements, depth)
+    values = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
+    values.copy_(scores, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record(torch.cuda.current_stream(scores.device))
+    return PendingScores(values, elements, depth, ready)

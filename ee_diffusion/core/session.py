@@ -10,8 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,40 +17,67 @@ from torch import Tensor
 from ee_diffusion.core.criteria import DepthTable, ExitPoint, State
 from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.history import OutputHistory
+from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.rows import ExitedRows, least_of
 from ee_diffusion.core.schedules import depth_of
+from ee_diffusion.core.scores import PendingScores, pending_scores
 from ee_diffusion.core.trace import Trace
 
-if TYPE_CHECKING:
-    from ee_diffusion.core.policy import Policy
+
+def begin(
+    policy: Policy,
+    num_layers: int,
+    depths: tuple[int, ...],
+    *,
+    rows: Tensor,
+    num_steps: int,
+    elements: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    frozen: str = "",
+    joint_decision: JointDecision | None = None,
+) -> Session:
+    """Begin a run under a policy.
+
+    Args:
+        num_layers: L. depths: executed blocks at each exit of the heads.
+        rows: (R,) the element (0..E-1) of each row. num_steps: S.
+        elements: (E,) ids of the elements (for plans); default 0..E-1.
+        frozen: why the driver carries along rows that stopped, for the report; empty: it drops them.
+        joint_decision: ranks that run the model together and so decide together; None: this process decides alone.
+
+    Raises:
+        ValueError: whatever does not fit together, before any work.
+    """
+    if joint_decision is not None:
+        ids = None if elements is None else elements.tolist()
+        facts = f"{policy.to_dict()}, {num_layers} blocks, exits {depths}, rows {rows.tolist()}, {num_steps} steps, ids {ids}"
+        joint_decision.require_alike(facts, torch.device(device))
+    if not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps={num_steps!r}, expected a whole number, at least 1")
+    _check_rows(rows, elements)
+    return Session(
+        policy,
+        num_layers,
+        depths,
+        exits=policy.validate(num_steps=num_steps, num_layers=num_layers, depths=depths),
+        rows=rows.cpu(),
+        num_steps=num_steps,
+        elements=elements,
+        device=device,
+        frozen=frozen,
+        joint_decision=joint_decision,
+    )
 
 
-@dataclass(frozen=True)
-class PendingScores:
-    """Scores (r,) of rows of `elements` (r,), measured after `depth` blocks. `ready`: passed by the device once `values` has them; None:
-    reading `values` waits by itself."""
-
-    values: Tensor
-    elements: list[int]
-    depth: int
-    ready: torch.cuda.Event | None = None
-
-    def read(self) -> list[float]:
-        """The scores as numbers, when they are there."""
-        if self.ready is not None:
-            self.ready.synchronize()
-        return self.values.tolist()
-
-
-def pending_scores(scores: Tensor, elements: list[int], depth: int, *, overlapping: bool) -> PendingScores:
-    """Scores (r,) on the device. `overlapping`: they are copied behind what the device does until then, and the host goes on."""
-    if not overlapping or not scores.is_cuda:
-        return PendingScores(scores, elements, depth)
-    values = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
-    values.copy_(scores, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record(torch.cuda.current_stream(scores.device))
-    return PendingScores(values, elements, depth, ready)
+def _check_rows(rows: Tensor, elements: Tensor | None) -> None:
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"rows={rows!r}, expected a tensor: the element of each row")
+    if elements is not None and (not isinstance(elements, Tensor) or elements.is_floating_point()):
+        raise ValueError(f"elements={elements!r}, expected a tensor of ids, whole numbers")
+    if rows.ndim != 1 or len(rows) == 0:
+        raise ValueError(f"rows is {tuple(rows.shape)}, expected (R,) with at least one row: the batch is empty")
+    if rows.is_floating_point() or rows.unique().tolist() != list(range(int(rows.max()) + 1)):
+        raise ValueError("rows must name every element 0..E-1 at least once")
 
 
 class StepSession:
@@ -250,7 +275,7 @@ class StepSession:
 
 
 class Session:
-    """A policy applied to one run. State between steps is here and nowhere else. Made by `Policy.start`."""
+    """A policy applied to one run. State between steps is here and nowhere else. Made by `begin`."""
 
     def __init__(
         self,

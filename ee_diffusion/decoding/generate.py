@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
+from ee_diffusion.core.session import begin
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.heads import SharedTail, check_heads
@@ -137,7 +138,8 @@ def early_exit_generate(
         check_deferrable(exit_policy, heads.depths, model_kwargs)
         attach, frozen = ParallelRecomputeHook, FROZEN
     embeds = model_kwargs.get("inputs_embeds")
-    session = exit_policy.start(
+    session = begin(
+        exit_policy,
         len(layers_of(model)),
         heads.depths,
         rows=torch.arange(len(input_ids)),

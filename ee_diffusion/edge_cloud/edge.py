@@ -21,7 +21,7 @@ from ee_diffusion.core.exits import ExitHeads
 from ee_diffusion.core.patch import patched
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import depth_of
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session, StepSession, begin
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.decoding.generate import check_made_for
 from ee_diffusion.decoding.heads import SharedTail
@@ -102,7 +102,8 @@ class Edge:
         plans = policy.schedule.plans(num_steps=max_new_tokens, num_layers=self.part.num_layers)
         if any(depth_of(plan) is None for plan in plans):
             raise ValueError(f"the schedule {policy.schedule} leaves out layers below others, expected one that stops")
-        session = policy.start(
+        session = begin(
+            policy,
             self.part.num_layers,
             self.part.exits,
             rows=torch.zeros(1, dtype=torch.int64),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ee_diffusion.core.criteria import Criterion, ExitPoint, State
-from ee_diffusion.core.scores import ExitInputs
+from ee_diffusion.core.exits import ExitInputs
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from ee_diffusion.classification import methods
 from ee_diffusion.classification.attach import attach, recorded_states
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.classification.model_specs import model_spec_of
+from ee_diffusion.core.exits import ExitInputs
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.core.scores import ExitInputs
 from ee_diffusion.core.trace import Trace
 
 METHODS = {

@@ -16,7 +16,7 @@ from tiny_classifiers import CLASSES, ROWS, WIDTH, batch_for, exits_for, model_n
 from ee_diffusion.classification.attach import recorded_states
 from ee_diffusion.classification.exits import ClassifierExits, ClassifierHeads
 from ee_diffusion.classification.methods.jei_dnn import output_statistics
-from ee_diffusion.core.scores import ExitInputs
+from ee_diffusion.core.exits import ExitInputs
 
 
 def states_of(model) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ from ee_diffusion.core.active_batch import run_blocks
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.policy import Policy
+from ee_diffusion.core.session import begin
 
 SAID = ((0.2, 0.9, 0.9), (0.8, 0.3, 0.9))  # what each rank's exits would say
 SECONDS = 4
@@ -46,7 +47,7 @@ def main() -> None:
     wait = timedelta(seconds=SECONDS)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2, timeout=wait)
     policy, rows = Policy(Threshold(0.5)), torch.arange(1)
-    session = policy.start(4, Heads.depths, rows=rows, num_steps=1, joint_decision=JointDecision() if voted else None)
+    session = begin(policy, 4, Heads.depths, rows=rows, num_steps=1, joint_decision=JointDecision() if voted else None)
     hidden, found = torch.ones(1, 1, 1), {}
     try:
         output = run_blocks([block] * 4, hidden, session.step(0, 1.0), heads=Heads(rank), tail=lambda hidden: hidden)

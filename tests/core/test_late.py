@@ -12,11 +12,12 @@ from ee_diffusion.core.criteria import DepthTable, Patience, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.core.session import Session, StepSession, pending_scores
+from ee_diffusion.core.scores import pending_scores
+from ee_diffusion.core.session import Session, StepSession, begin
 
 
 def session_of(policy: Policy, rows=(0, 1, 2), num_steps: int = 1) -> Session:
-    return policy.start(5, (0, 2, 4), rows=torch.tensor(rows), num_steps=num_steps)
+    return begin(policy, 5, (0, 2, 4), rows=torch.tensor(rows), num_steps=num_steps)
 
 
 def never(exit: int) -> None:
@@ -144,7 +145,7 @@ def test_a_policy_says_in_its_file_that_it_is_late(tmp_path):
             r"delayed=True with exits at \(2,\), expected two or more",
         ),
         (
-            lambda: Policy(Threshold(0.5), delayed=True).start(5, (2,), rows=torch.tensor([0]), num_steps=1),
+            lambda: begin(Policy(Threshold(0.5), delayed=True), 5, (2,), rows=torch.tensor([0]), num_steps=1),
             r"delayed=True with exits at \(2,\), expected two or more",
         ),
     ],

@@ -12,6 +12,7 @@ from ee_diffusion.core.active_batch import run_blocks
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import DepthPerStep, FixedDepth, FixedLayers, PiecewiseDepth
+from ee_diffusion.core.session import begin
 
 SINGLE = LAYOUTS["single"]
 EVERYBODY = list(range(IMAGES))
@@ -188,11 +189,8 @@ class Carrying(nn.Module):
 
 def test_what_is_carried_follows_the_rows_that_go_on():
     heads, hidden = Carrying(), torch.tensor([2.0, 0.0, 1.0, 5.0])[:, None, None].expand(4, 2, 3)
-    step = (
-        Policy(Threshold(0.5, score="learned_confidence"))
-        .start(4, heads.depths, rows=torch.arange(4), num_steps=1)
-        .step(0, 0.0)
-    )
+    policy = Policy(Threshold(0.5, score="learned_confidence"))
+    step = begin(policy, 4, heads.depths, rows=torch.arange(4), num_steps=1).step(0, 0.0)
     run_blocks([lambda x: x] * 4, hidden, step, heads=heads, tail=lambda x: x[:, 0])
     assert heads.seen == [[2, 0, 1, 5], [2, 1, 5], [2, 5]]
     assert step.depths.tolist() == [3, 1, 2, 4]

@@ -18,6 +18,7 @@ from ee_diffusion.core.schedules import (
     PiecewiseDepth,
     PowerDecay,
 )
+from ee_diffusion.core.session import begin
 
 POLICIES = [
     Policy(),
@@ -162,7 +163,7 @@ def test_policies_that_say_nothing_sensible_are_refused(make):
 
 def start(policy: Policy, **changes):
     values = {"num_layers": 5, "depths": (1, 3), "rows": torch.arange(2), "num_steps": 2} | changes
-    return policy.start(values.pop("num_layers"), values.pop("depths"), **values)
+    return begin(policy, values.pop("num_layers"), values.pop("depths"), **values)
 
 
 @pytest.mark.parametrize(

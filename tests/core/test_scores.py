@@ -9,7 +9,8 @@ import torch
 from factories import ToyHeads
 
 from ee_diffusion.core import scores
-from ee_diffusion.core.scores import ExitInputs, register_score, score_named
+from ee_diffusion.core.exits import ExitInputs
+from ee_diffusion.core.scores import register_score, score_named
 
 
 class CountingHeads(ToyHeads):

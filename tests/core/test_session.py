@@ -11,11 +11,11 @@ from ee_diffusion.core.criteria import DepthTable, ErrorBudget, ExitPoint, Patie
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import replay
 from ee_diffusion.core.schedules import FixedDepth
-from ee_diffusion.core.session import Session
+from ee_diffusion.core.session import Session, begin
 
 
 def session_of(policy: Policy, rows=(0, 1, 2), num_steps: int = 2, **more) -> Session:
-    return policy.start(5, (0, 2, 4), rows=torch.tensor(rows), num_steps=num_steps, **more)
+    return begin(policy, 5, (0, 2, 4), rows=torch.tensor(rows), num_steps=num_steps, **more)
 
 
 def never(exit: int) -> None:

@@ -19,6 +19,7 @@ from ee_diffusion.cli.main import main
 from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.core.session import begin
 from ee_diffusion.decoding.methods import early_termination
 from ee_diffusion.decoding.model_specs import layers_of
 from ee_diffusion.edge_cloud import edge as edge_module
@@ -174,7 +175,7 @@ def test_nothing_that_a_skipped_layer_is_given_stays_on_the_host(monkeypatch: py
 
     monkeypatch.setattr(edge_module, "write_position", looking)
     policy = Policy(schedule=FixedDepth(EXITS[0]), exits=EXITS)
-    session = policy.start(part.num_layers, part.exits, rows=torch.zeros(1, dtype=torch.int64), num_steps=2)
+    session = begin(policy, part.num_layers, part.exits, rows=torch.zeros(1, dtype=torch.int64), num_steps=2)
     with torch.no_grad(), edge_module._BlockRunner(Edge(model, part), session, None) as passage:
         for count in (3, 1):
             exit, logits = passage.step(torch.zeros(1, count, dtype=torch.int64, device="meta"))

@@ -25,6 +25,7 @@ from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.distributed import JointDecision, gather_traces
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth
+from ee_diffusion.core.session import begin
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.deediff import DenoisingExits
@@ -156,11 +157,17 @@ def refused() -> dict[str, str]:
         "compiled": lambda: attach_exits(model, exits, compile_options={}),
         "after the tail": lambda: attach_exits(dit, after),
         "another policy": lambda: run(model, exits, Policy(schedule=FixedDepth(1 + rank)), inputs(MODEL_SPECS[1])),
-        "another batch": lambda: Policy().start(
-            3, (1,), rows=torch.arange(2 + rank), num_steps=1, joint_decision=JointDecision()
+        "another batch": lambda: begin(
+            Policy(), 3, (1,), rows=torch.arange(2 + rank), num_steps=1, joint_decision=JointDecision()
         ),
-        "other ids": lambda: Policy().start(
-            3, (1,), rows=torch.arange(2), num_steps=1, elements=torch.arange(2) + rank, joint_decision=JointDecision()
+        "other ids": lambda: begin(
+            Policy(),
+            3,
+            (1,),
+            rows=torch.arange(2),
+            num_steps=1,
+            elements=torch.arange(2) + rank,
+            joint_decision=JointDecision(),
         ),
         "ids twice": lambda: gather_traces(trace_of(2)),
         "nobody": lambda: repr(gather_traces(None)),
@@ -177,7 +184,7 @@ def refused() -> dict[str, str]:
 
 
 def trace_of(images: int) -> Trace:
-    session = Policy().start(3, (1,), rows=torch.arange(images), num_steps=1)
+    session = begin(Policy(), 3, (1,), rows=torch.arange(images), num_steps=1)
     session.step(0, 1.0).close()
     return session.trace()
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.schedules import FixedDepth, FixedLayers, PiecewiseDepth
+from ee_diffusion.core.session import begin
 from ee_diffusion.diffusion.exits.adapter import AdapterExits
 from ee_diffusion.diffusion.exits.packed import PackedExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, hook_of
@@ -305,7 +306,7 @@ def test_wrong_inputs_are_refused_before_work(small: AttachedDriver):
     refused(small, again, "step 0 is closed")
 
     def of_another_model(driver):
-        session = Policy().start(closed + 1, driver.heads.depths, rows=torch.arange(IMAGES), num_steps=1)
+        session = begin(Policy(), closed + 1, driver.heads.depths, rows=torch.arange(IMAGES), num_steps=1)
         driver.under(session.step(0, 1.0), images_of(EVERYBODY, 0, 1))
 
     refused(small, of_another_model, "a session for")

@@ -14,7 +14,7 @@ from tiny_pipelines import STEPS, call_of, images_of, pipe
 
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session
+from ee_diffusion.core.session import Session, begin
 from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits, exit_summary, hook_of
 from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
 from ee_diffusion.diffusion.model_specs import model_spec_of
@@ -167,7 +167,7 @@ class Forwards:
         model, self.dtype = model_named("WanTransformer3DModel"), dtype
 
         def start(policy: Policy, *, rows: torch.Tensor, num_steps: int, device) -> Session:
-            return policy.start(4, (1,), rows=rows, num_steps=num_steps)
+            return begin(policy, 4, (1,), rows=rows, num_steps=num_steps)
 
         said = {"pipeline": pipeline, "rows_per_sample": None, "num_steps": None, "renew": lambda: None}
         if not solver:

@@ -21,8 +21,8 @@ from ee_diffusion.classification.method import (
     require_range,
 )
 from ee_diffusion.core.criteria import QExit, SampledExit
+from ee_diffusion.core.exits import ExitInputs
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.scores import ExitInputs
 
 Direction = Literal["posterior_to_prior", "prior_to_posterior"]
 

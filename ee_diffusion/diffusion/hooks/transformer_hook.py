@@ -22,7 +22,7 @@ from ee_diffusion.core.active_batch import ActiveBatch
 from ee_diffusion.core.distributed import JointDecision
 from ee_diffusion.core.patch import ForwardPatch, restore_all
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.core.session import Session, StepSession
+from ee_diffusion.core.session import Session, StepSession, begin
 from ee_diffusion.core.trace import Report, Trace
 from ee_diffusion.diffusion.hooks.block_runner import BlockRunner, layers_of, signature_of
 from ee_diffusion.diffusion.hooks.compatibility import require_no_cache
@@ -132,7 +132,8 @@ class TransformerHook:
         score = getattr(policy.criterion, "score", None)
         if score in OF_OTHER_MODELS:
             raise ValueError(f"score {score!r} looks at logits or tokens, a denoiser has none: expected 'confidence'")
-        return policy.start(
+        return begin(
+            policy,
             len(self.blocks),
             self.heads.depths,
             rows=rows,
