@@ -125,3 +125,17 @@ def test_scripts_say_their_errors_in_one_line():
     assert len(programs) > 30
     wrong = [path.name for path in programs if not path.read_text(encoding="utf-8").endswith("    run_script(main)\n")]
     assert not wrong
+
+
+def test_the_readme_can_be_read_in_three_minutes():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1000
+    cells = [cell.strip() for line in text.splitlines() if line.startswith("|") for cell in line.split("|")]
+    assert max(len(cell.split()) for cell in cells) <= 12
+
+
+def test_links_of_the_readme_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 20
+    assert not [link for link in links if not (ROOT / link).exists()]

@@ -71,7 +71,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfi
     if full:
         constraints = ("-c", ROOT / "constraints.txt")
         _run(*pip, *constraints, "torch", cwd=environment)
-        _run(*pip, *constraints, f"{wheel}[decoding,encoder]", cwd=environment)  # the sides that name model libraries
+        _run(
+            *pip, *constraints, f"{wheel}[decoding,classification]", cwd=environment
+        )  # the sides that name model libraries
         return python
     _run(*pip, "--no-deps", wheel, cwd=environment)
     inside = Path(
@@ -83,13 +85,34 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfi
     return python
 
 
+# What the README's reader has: a stock pipeline and a call of it. Here a tiny one with random weights.
+PIPELINE_OF_ONES_OWN = """
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+torch.manual_seed(0)
+sizes = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 3, "sample_size": 4, "patch_size": 2}
+transformer = DiTTransformer2DModel(**sizes, in_channels=4, out_channels=4, norm_num_groups=4).eval()
+vae = AutoencoderKL(block_out_channels=[8], norm_num_groups=4, latent_channels=4, sample_size=8).eval()
+pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler())
+pipe.set_progress_bar_config(disable=True)
+prompt = [1, 2]
+
+
+def call():
+    pipe(prompt, generator=[torch.Generator().manual_seed(seed) for seed in range(2)], output_type="np")
+
+
+"""
+
+
 def test_the_readme_runs_from_the_wheel(installed: Path, tmp_path: Path):
     where = _run(installed, "-I", "-c", "import ee_diffusion; print(ee_diffusion.__file__)", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parent.parent), f"ee_diffusion comes from {where}"
     blocks = python_blocks((ROOT / "README.md").read_text(encoding="utf-8"))
     assert blocks, "README.md has no ```python block"
     script = tmp_path / "readme.py"
-    script.write_text("\n".join(blocks), encoding="utf-8")
+    script.write_text("\n".join([PIPELINE_OF_ONES_OWN, *blocks]), encoding="utf-8")
     _run(installed, "-I", script, cwd=tmp_path)
 
 
