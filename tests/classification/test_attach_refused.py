@@ -21,6 +21,10 @@ from ee_diffusion.classification.model_specs import ModelSpec, model_spec_of, re
 from ee_diffusion.core.criteria import DepthTable, Threshold
 from ee_diffusion.core.policy import Policy
 
+OF_OTHERS = ("closeness", "saturation", "pruned_probability")  # scores of other outputs than class probabilities
+PLAN = Policy(DepthTable(((1, 2),)))
+TEXTS = batch_for("Bert")
+
 
 class TestRefused:
     """Bad input ends in words, before work is done."""
@@ -63,11 +67,38 @@ class TestRefused:
         [
             (methods.palbert(0.5), "no learned judge"),
             (Policy(Threshold((0.5, 0.5), score="margin")), "2 thresholds, expected one for each of 3"),
+            *((Policy(Threshold(0.5, score=score)), f"score '{score}' is about") for score in OF_OTHERS),
         ],
     )
     def test_policies_that_do_not_fit(self, model, exits, policy, words):
         with pytest.raises(ValueError, match=words), attach(model, exits, policy):
             pass
+
+    def test_entropy_of_a_regression(self):
+        model = model_named("Bert", num_labels=1)
+        exits = exits_for(model, head="pooled", judge="none")
+        with pytest.raises(ValueError, match="about classes"), attach(model, exits, methods.fastbert(0.5)):
+            pass
+
+    @pytest.mark.parametrize(
+        "arguments, policy, pruning, words",
+        [
+            ({"input_ids": torch.ones(1, 17).long()}, Policy(), None, "17 tokens, the model takes at most 16"),
+            ({"input_ids": torch.ones(2, 0).long()}, Policy(), None, "no tokens"),
+            ({"input_ids": torch.ones(2, 0).long()}, Policy(), (0.1,) * 4, "no tokens"),
+            (TEXTS | {"output_hidden_states": True}, Policy(), None, "output_hidden_states"),
+            ({"attention_mask": torch.ones(1, 2)}, Policy(), None, "without inputs"),
+            ({"input_ids": torch.ones(0, 2).long()}, Policy(), None, "the batch is empty"),
+            (TEXTS, PLAN, None, "need columns in a plan"),
+        ],
+    )
+    def test_a_forward(self, model, exits, arguments, policy, pruning, words):
+        with attach(model, exits, policy, pruning=pruning), pytest.raises(ValueError, match=words):
+            model(**arguments)
+
+    def test_positions_of_roberta(self):
+        model = model_named("Roberta")
+        assert model_spec_of(model).positions(model) == 17
 
     def test_what_is_no_policy_and_no_thresholds(self, model, exits):
         classifier = EarlyExitClassifier.from_classifier(model, exits)
@@ -83,12 +114,6 @@ class TestRefused:
             match=r"no model spec for EarlyExitClassifier, but for the BertForSequenceClassification in it: take its \.model",
         ):
             ClassifierExits.for_model(classifier, head="pooled", judge="none")
-
-    def test_entropy_of_a_regression(self):
-        model = model_named("Bert", num_labels=1)
-        exits = exits_for(model, head="pooled", judge="none")
-        with pytest.raises(ValueError, match="about classes"), attach(model, exits, methods.fastbert(0.5)):
-            pass
 
     @pytest.mark.parametrize(
         "judge, policy",
@@ -123,12 +148,6 @@ class TestRefused:
             found = model(**batch_for("Bert", [0, 1]), labels=labels)
         torch.testing.assert_close(found.loss, nn.functional.binary_cross_entropy_with_logits(found.logits, labels))
 
-    @pytest.mark.parametrize("score", ["closeness", "saturation", "pruned_probability"])
-    def test_scores_of_other_outputs(self, model, exits, score: str):
-        policy = Policy(Threshold(0.5, score=score))
-        with pytest.raises(ValueError, match=f"score '{score}' is about"), attach(model, exits, policy):
-            pass
-
     def test_exits_attached_twice(self, model, exits):
         with attach(model, exits, Policy()):
             with pytest.raises(ValueError, match="attached"), attach(model, exits, Policy()):
@@ -136,11 +155,6 @@ class TestRefused:
             model(**batch_for("Bert"))
         with attach(model, exits, Policy()):
             pass
-
-    def test_longer_than_the_model(self, model, exits):
-        with attach(model, exits, Policy()), pytest.raises(ValueError, match="17 tokens, the model takes at most 16"):
-            model(input_ids=torch.ones(1, 17, dtype=torch.long))
-        assert model_spec_of(model_named("Roberta")).positions(model_named("Roberta")) == 17
 
     @pytest.mark.parametrize(
         "labels, words", [([0, 3], r"0\.\.3, this model has the classes 0\.\.2"), ([-1, -100], r"-1\.\.-1, this model")]
@@ -161,33 +175,10 @@ class TestRefused:
             found = model(**batch_for("Bert", [0, 1]), labels=torch.tensor([7.0, -3.0]))
         assert bool(found.loss > 0)
 
-    def test_texts_of_no_tokens(self, model, exits):
-        for pruning in (None, (0.1,) * 4):
-            with attach(model, exits, Policy(), pruning=pruning), pytest.raises(ValueError, match="no tokens"):
-                model(input_ids=torch.ones(2, 0, dtype=torch.long))
-
-    def test_hidden_states_of_rows_that_left(self, model, exits):
-        with attach(model, exits, Policy()), pytest.raises(ValueError, match="output_hidden_states"):
-            model(**batch_for("Bert"), output_hidden_states=True)
-
-    def test_no_inputs_and_no_rows(self, model, exits):
-        with attach(model, exits, Policy()):
-            with pytest.raises(ValueError, match="without inputs"):
-                model(attention_mask=torch.ones(1, 2))
-            with pytest.raises(ValueError, match="the batch is empty"):
-                model(input_ids=torch.ones(0, 2, dtype=torch.long))
-
-    def test_too_few_columns_in_a_plan(self, model, exits):
-        with (
-            attach(model, exits, Policy(DepthTable(((1, 2),)))),
-            pytest.raises(ValueError, match="need columns in a plan"),
-        ):
-            model(**batch_for("Bert"))
-
     def test_an_error_inside_leaves_the_model_as_it_was(self, model, exits):
         before = model(**batch_for("Bert")).logits
-        with pytest.raises(ValueError, match="columns"), attach(model, exits, Policy(DepthTable(((1, 2),)))):
-            model(**batch_for("Bert"))
+        with pytest.raises(ValueError, match="columns"), attach(model, exits, PLAN):
+            model(**TEXTS)
         assert torch.equal(model(**batch_for("Bert")).logits, before)
 
     @pytest.mark.parametrize(

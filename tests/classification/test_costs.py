@@ -54,7 +54,7 @@ def counted(model, exits, policy: Policy):
     [("palbert", palbert(0.6)), ("palbert", confidence(0.6)), ("jei_dnn", jei_dnn(0.5)), ("pabee", confidence(0.9))],
 )
 def test_the_formula_is_what_torch_counts(name: str, method: str, policy: Policy):
-    """All seven families. Eager attention, so that both of its products are counted."""
+    """All seven classes. Eager attention, so that both of its products are counted."""
     model = model_named(name, attn_implementation="eager")
     exits = exits_for(model, **METHODS[method].exits)
     for one in (policy, Policy(policy.criterion, record_all=True)):

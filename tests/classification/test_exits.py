@@ -1,4 +1,4 @@
-"""Answers and judges of exits against slow loops, their memory, and what they must not train."""
+"""Heads and judges of exits against slow loops, what judges carry, and what they must not train."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_halting_looks_at_this_state_and_the_one_before():
 
 
 @pytest.mark.parametrize("judge", ["linear_halting", "correctness", "statistics"])
-def test_certainty_is_the_judges_word(judge: str):
+def test_confidence_is_that_of_the_judge(judge: str):
     model = model_named("Bert")
     heads = ClassifierHeads(model, exits_for(model, head="pooled", judge=judge))
     hidden = states_of(model)[2]
@@ -68,7 +68,7 @@ def test_certainty_is_the_judges_word(judge: str):
     assert torch.equal(heads.confidence(1, hidden, {}), expected)
 
 
-def test_certainty_of_a_judge_with_a_memory_is_refused():
+def test_confidence_of_a_judge_of_two_exits_is_refused():
     model = model_named("Bert")
     heads = ClassifierHeads(model, exits_for(model, head="shared", judge="halting"))
     with pytest.raises(ValueError, match="'learned_confidence'"):

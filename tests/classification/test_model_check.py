@@ -90,7 +90,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("name, change, words", WRONG)
-def test_a_wrong_row_is_told(name: str, change: dict, words: str, table):
+def test_a_wrong_row_is_refused(name: str, change: dict, words: str, table):
     table[class_name(name)] = replace(table[class_name(name)], **change)
     with pytest.raises(ValueError, match=words):
         check_model(model_named(name), functools.partial(batch_for, name))
@@ -103,7 +103,7 @@ def test_a_wrong_row_is_told(name: str, change: dict, words: str, table):
         (lambda rows: batch_for("Bert", [*reversed(rows)]), "the same arguments whatever rows are beside it"),
     ],
 )
-def test_inputs_that_show_nothing_are_told(inputs, words: str):
+def test_inputs_that_show_nothing_are_refused(inputs, words: str):
     with pytest.raises(ValueError, match=words):
         check_model(model_named("Bert"), inputs)
 

@@ -184,9 +184,9 @@ def test_jei_dnn_targets_use_costs_of_the_batchs_length():
     torch.testing.assert_close(
         objective(labelled())["loss"], gate_loss(seen.judge_logits, targets_for("learned_confidence", 0.5))
     )
-    told = (value / 500 for value in range(1, 5000))
+    tried = (value / 500 for value in range(1, 5000))
     trade_off = next(
-        value for value in told if not torch.equal(targets_for("learned_confidence", value), targets_for(None, value))
+        value for value in tried if not torch.equal(targets_for("learned_confidence", value), targets_for(None, value))
     )
     gates_cost = ClassifierObjective(objective.classifier, method="jei_dnn", settings=JeiDnnSettings(trade_off)).eval()
     torch.testing.assert_close(

@@ -76,7 +76,7 @@ def test_every_head_and_judge(judge: str, own: str, dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_every_family(name: str, dtype: torch.dtype, tmp_path: Path):
+def test_every_class(name: str, dtype: torch.dtype, tmp_path: Path):
     model = model_named(name).to(dtype)
     exits = ClassifierExits.for_model(model, head="linear", judge="statistics").eval()
     assert {value.dtype for value in exits.state_dict().values()} == {dtype}

@@ -102,8 +102,8 @@ def slow_states(name: str, row: int) -> list[torch.Tensor]:
 
 def slow_logits(name: str, row: int) -> torch.Tensor:
     model, hidden = model_named(name), slow_states(name, row)[-1]
-    family = model_spec_of(model)
-    return family.classify(model, family.pool(model, hidden, None))[0]
+    spec = model_spec_of(model)
+    return spec.classify(model, spec.pool(model, hidden, None))[0]
 
 
 @pytest.mark.parametrize("name", PRUNABLE)
@@ -174,7 +174,7 @@ def test_exits_of_the_mean_see_what_is_left_of_a_text():
         torch.testing.assert_close(logits[row], expected[0], rtol=1e-4, atol=1e-4)
 
 
-def test_token_traces_are_made_for_those_who_ask(monkeypatch):
+def test_token_traces_are_made_only_where_wanted(monkeypatch):
     made, trace = [], tokens.ActiveTokens.trace
     monkeypatch.setattr(tokens.ActiveTokens, "trace", lambda lane: made.append(lane) or trace(lane))
     run("Bert", THRESHOLDS)
@@ -183,7 +183,7 @@ def test_token_traces_are_made_for_those_who_ask(monkeypatch):
     exits = exits_for(model, head="pooled", judge="none")
     with torch.no_grad(), attach(model, exits, Policy(), pruning=THRESHOLDS):
         model(**batch_for("Bert"))
-    assert len(made) == 1, "nobody asked"
+    assert len(made) == 1, "nobody wants them"
 
 
 def test_everything_may_be_pruned_but_the_first_token():
@@ -204,15 +204,15 @@ def test_flops_of_a_single_text():
     assert pruned_flops(model_named("Bert"), tokens).tolist() == [expected - logits_flops]
 
 
-def test_a_layer_of_threshold_0_looks_at_nothing(monkeypatch):
-    """Tokens go at layer 1 alone; the others compute no saliency, run on what is left, and are not charged for looking."""
-    looked, real = [], tokens.saliency
+def test_a_layer_of_threshold_0_computes_no_saliency(monkeypatch):
+    """Tokens go at layer 1 alone; the others compute no saliency, run on what is left, and cost no saliency."""
+    computed, real = [], tokens.saliency
     monkeypatch.setattr(
-        tokens, "saliency", lambda query, *rest, **more: looked.append(len(query)) or real(query, *rest, **more)
+        tokens, "saliency", lambda query, *rest, **more: computed.append(len(query)) or real(query, *rest, **more)
     )
     with FlopCounterMode(display=False) as counter:
         logits, _, trace = run("Bert", (0.0, 0.1, 0.0, 0.0), rows=[0], attn_implementation="eager")
-    assert looked == [1]
+    assert computed == [1]
     whole, left = int(trace.attended[0, 0]), int(trace.fed[0, 1])
     assert left < whole
     assert trace.attended.tolist() == [[whole, whole, left, left]]
@@ -274,8 +274,8 @@ def test_faded_tokens_are_what_the_next_layer_sees():
         hidden = torch.stack([output[:, j] * gate[:, j, None] for j in range(hidden.shape[1])], dim=1)
     with soft_pruning(model, torch.tensor(THRESHOLDS), batch["attention_mask"], temperature=0.05):
         found = model(**batch).logits
-    family = model_spec_of(model)
-    torch.testing.assert_close(found, family.classify(model, family.pool(model, hidden, None)), rtol=1e-4, atol=1e-5)
+    spec = model_spec_of(model)
+    torch.testing.assert_close(found, spec.classify(model, spec.pool(model, hidden, None)), rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_at_its_threshold_stays():
@@ -308,28 +308,21 @@ def test_thresholds_are_saved_with_the_classifier(tmp_path: Path):
         ("Bert", (0.1,), "1 pruning thresholds, expected one for each of 4"),
         ("Bert", (0.1, 0.2, 0.3, 1.5), "threshold 1.5"),
         ("ModernBert", (0.1,) * 4, "cannot be removed"),
+        ("Bert", THRESHOLDS, "first token is masked"),
     ],
 )
-def test_refused(name, thresholds, words):
+def test_refused(name, thresholds, words, monkeypatch):
+    empty = {"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.zeros(1, 3).long()}
+    monkeypatch.setattr(sys.modules[__name__], "batch_for", lambda *_: empty)
     with pytest.raises(ValueError, match=words):
         run(name, thresholds)
 
 
-def test_a_text_without_tokens():
-    model = model_named("Bert")
-    exits = exits_for(model, head="pooled", judge="none")
-    with attach(model, exits, Policy(), pruning=THRESHOLDS), pytest.raises(ValueError, match="no tokens"):
-        model(input_ids=torch.ones(1, 3, dtype=torch.long), attention_mask=torch.zeros(1, 3, dtype=torch.long))
-
-
-def test_soft_pruning_refuses():
-    model, mask = model_named("Bert"), torch.ones(1, 2)
-    for thresholds, temperature, words in (
-        (torch.zeros(2), 1.0, "2 pruning"),
-        (torch.zeros(4), 0.0, "temperature=0.0"),
-    ):
-        with pytest.raises(ValueError, match=words), soft_pruning(model, thresholds, mask, temperature=temperature):
-            pass
+@pytest.mark.parametrize("count, temperature, words", [(2, 1.0, "2 pruning"), (4, 0.0, "temperature=0.0")])
+def test_soft_pruning_refuses(count: int, temperature: float, words: str):
+    attached = soft_pruning(model_named("Bert"), torch.zeros(count), torch.ones(1, 2), temperature=temperature)
+    with pytest.raises(ValueError, match=words), attached:
+        pass
 
 
 def test_queries_and_keys_are_projected_once():

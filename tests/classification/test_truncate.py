@@ -1,4 +1,4 @@
-"""A truncated classifier is the stock model's first layers and its end, for every family."""
+"""A truncated classifier is the stock model's first layers and its end, for every class."""
 
 from __future__ import annotations
 

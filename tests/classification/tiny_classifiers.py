@@ -1,4 +1,4 @@
-"""Tiny classifiers of every family, real classes with fixed random weights, and texts of different lengths."""
+"""Tiny classifiers of every known class, real classes with fixed random weights, and texts of different lengths."""
 
 from __future__ import annotations
 
