@@ -152,8 +152,10 @@ def fitted_memory(pipe: DiTPipeline, options: JourneyOptions) -> tuple[CachedOut
 
 def each_by_itself(exits: CachedOutputExits) -> CachedOutputExits:
     """The same fit without what misses are worth: the control of answers that are weighed together."""
-    made = CachedOutputExits.from_config(exits.config, course_worth=None).to(exits.alphas_cumprod.device)
-    made.load_state_dict({name: value for name, value in exits.state_dict().items() if name != "prediction.worth"})
+    made = CachedOutputExits.from_config(exits.config, joint=None).to(exits.alphas_cumprod.device)
+    made.load_state_dict(
+        {name: value for name, value in exits.state_dict().items() if name != "prediction.error_weights"}
+    )
     return made.eval()
 
 

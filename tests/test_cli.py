@@ -99,16 +99,16 @@ def test_memory_of_another_kind_is_refused_before_it_is_used(
 def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output, folder = tmp_path / "policy.json", tmp_path / "memory"
     goal = ["--kind", "static_cache_schedule", "--values", 0.5, "--search_count", 2, "--budget", 0.6]
-    assert main(words(model, output, *goal, "--terms", "noise")) == 0
+    assert main(words(model, output, *goal, "--cached_type", "epsilon")) == 0
     line = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert main(words(model, output, *goal, "--fit_memory", folder)) == 0
     fitted = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert fitted < line
     pipe = pipeline()
     pipe.exits = CachedOutputExits.from_pretrained(folder)
-    assert (pipe.exits.config.terms, pipe.exits.config.course_steps) == ("noise", 6)
+    assert (pipe.exits.config.cached_type, pipe.exits.config.fitted_steps) == ("epsilon", 6)
     pipe([1], 6, 2.0, exit_policy=Policy.load(output))
-    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     told = r"calibrated for weights \w+, this run has \w+; exits settings .* are pipe.exits those"
     with pytest.raises(ValueError, match=told):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
@@ -126,25 +126,25 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     clean = tmp_path / "clean"
     pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     pipe.exits.save_pretrained(clean)
-    assert main(words(model, output, *goal, "--memory", clean, "--fit_memory", folder)) == 0, "in the terms of --memory"
-    assert CachedOutputExits.from_pretrained(folder).config.terms == "clean"
+    assert main(words(model, output, *goal, "--memory", clean, "--fit_memory", folder)) == 0, "of the type of --memory"
+    assert CachedOutputExits.from_pretrained(folder).config.cached_type == "sample"
 
 
 def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     output = tmp_path / "policy.json"
-    goal = ["--kind", "per_step_error_threshold", "--values", 1e-6, "--budget", 1.0, "--terms"]
-    assert main(words(model, output, *goal, "noise")) == 0
+    goal = ["--kind", "per_step_error_threshold", "--values", 1e-6, "--budget", 1.0, "--cached_type"]
+    assert main(words(model, output, *goal, "epsilon")) == 0
     pipe = pipeline()
-    for terms in ("noise", "clean"):
-        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
-        if terms == "noise":
+    for cached_type in ("epsilon", "sample"):
+        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type)
+        if cached_type == "epsilon":
             pipe([1], 6, 2.0, exit_policy=Policy.load(output))
     with pytest.raises(ValueError, match="calibrated for exits settings"):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
     folder = tmp_path / "memory"
     pipe.exits.save_pretrained(folder)
-    assert main(words(model, output, *goal, "noise", "--memory", folder)) == 2
-    assert "remember in terms of 'clean'" in capsys.readouterr().err
+    assert main(words(model, output, *goal, "epsilon", "--memory", folder)) == 2
+    assert "cache 'sample'" in capsys.readouterr().err
 
 
 def test_none_certified_is_an_answer_and_writes_nothing(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -167,7 +167,10 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
         (["--risk", 0.1, "--cap", 1, "--delta", 2], "expected a probability"),
         (["--budget", 0.5, "--delta", 0.1], "with --risk"),
         (["--budget", 0.5, "--cap", 0.1], "expected it with --risk"),
-        (["--budget", 0.5, "--kind", "deediff", "--terms", "noise"], "--terms with --kind deediff, expected it with"),
+        (
+            ["--budget", 0.5, "--kind", "deediff", "--cached_type", "epsilon"],
+            "--cached_type with --kind deediff, expected it with",
+        ),
         (["--budget", 0.5, "--kind", "deediff", "--power", 1], "--power with --kind deediff"),
         (
             ["--budget", 0.5, "--decay", 0.5],

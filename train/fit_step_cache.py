@@ -28,7 +28,7 @@ class StepCacheConfig:
     model: str | None = HfArg(default=None, help="Pipeline folder; none: the checkpoint that comes with the package.")
     output_dir: str | None = HfArg(default=None, help="Where exits/ and report.json go.")
     length: int = HfArg(default=2, help="Cached outputs: 1 repeats the newest, 2 extrapolates linearly.")
-    terms: str = HfArg(default="clean", help="What is cached: clean or noise.")
+    cached_type: str = HfArg(default="sample", help="What is cached: sample or epsilon.")
     linear_prediction: bool = HfArg(default=False, help="Fit how cached outputs are weighted, by least squares, too.")
     states: str = HfArg(default="exited", help="Whose trajectories: exited or full.")
     skip: float = HfArg(default=0.6, help="Probability that a step returns a cached output.")

@@ -135,12 +135,12 @@ def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedO
         raise ValueError(
             f"{folder} remembers {known.config.length} predictions, expected 2: schedules are priced by them"
         )
-    wanted = options.terms or ("noise" if options.fit_memory is not None and options.memory is None else None)
-    if known is not None and wanted in (None, known.config.terms):
+    wanted = options.cached_type or ("epsilon" if options.fit_memory is not None and options.memory is None else None)
+    if known is not None and wanted in (None, known.config.cached_type):
         return known
     if options.memory is not None:
-        raise ValueError(f"--terms {wanted}, but the exits in {folder} remember in terms of {known.config.terms!r}")
-    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms=wanted or "clean")
+        raise ValueError(f"--cached_type {wanted}, but the exits in {folder} cache {known.config.cached_type!r}")
+    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, cached_type=wanted or "sample")
 
 
 def choice(live: Live, options: argparse.Namespace) -> int | None:

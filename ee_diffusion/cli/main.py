@@ -15,6 +15,7 @@ from pkgutil import resolve_name
 
 from ee_diffusion import __version__
 from ee_diffusion.cli.errors import said_in_one_line
+from ee_diffusion.diffusion.exits.saved_names import CLASSES
 from ee_diffusion.edge_cloud import flags as cloud
 
 VALUES = {  # candidates, the safest first
@@ -25,7 +26,7 @@ VALUES = {  # candidates, the safest first
 }
 NAMED = {  # flags that mean something to these kinds alone, and what they are where they are not given
     "memory": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
-    "terms": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
+    "cached_type": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
     "power": (("accumulated_error_budget", "static_cache_schedule"), None),
     "decay": (("accumulated_error_budget",), 0.7),
     "fit_memory": (("static_cache_schedule",), None),
@@ -58,9 +59,9 @@ def _calibrate_flags(commands) -> None:
         help="Of `static_cache_schedule`: fit the extrapolation to the searched trajectories and write those exits to this folder.",
     )
     flags.add_argument(
-        "--terms",
-        choices=("clean", "noise"),
-        help="What is remembered; none: as in --memory, else clean, with --fit_memory noise.",
+        "--cached_type",
+        choices=("sample", "epsilon"),
+        help="What is remembered; none: as in --memory, else sample, with --fit_memory epsilon.",
     )
     flags.add_argument(
         "--kind", choices=sorted(VALUES), default="static_cache_schedule", help="The policy whose number is sought."
@@ -187,7 +188,7 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"fit_memory={folder} is a pipeline, expected a folder of its own for exits")
     config = folder / "config.json"
     kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else "CachedOutputExits"
-    if kind != "CachedOutputExits":
+    if CLASSES.get(kind, kind) != "CachedOutputExits":
         raise ValueError(f"fit_memory={folder} holds a {kind}, expected a folder of its own for exits")
 
 

@@ -13,10 +13,10 @@ from diffusers import ConfigMixin, DiffusionPipeline
 from torch import Tensor, nn
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.saved_names import first_config
+from ee_diffusion.diffusion.exits.saved_names import first_config, first_tensor
 
 # settings of exits that earlier versions did not have; None says what those meant
-ADDED = ("out_channels", "course_worth", "course_embedded_guidance", "course_shape", "model_weights")
+ADDED = ("out_channels", "joint", "fitted_embedded_guidance", "fitted_shape", "model_weights")
 
 CHUNK = 2**22  # numbers that are read at a time
 SOME = 16  # values of each tensor by which a change is noticed
@@ -31,7 +31,7 @@ def fingerprint(*modules: nn.Module | None) -> str:
     digest = hashlib.sha256()
     for place, module in enumerate(modules):
         for name, tensor in {} if module is None else module.state_dict().items():
-            digest.update(f"{place}/{name}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
+            digest.update(f"{place}/{first_tensor(name)}/{tuple(tensor.shape)}/{tensor.dtype}".encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -47,10 +47,12 @@ def made_for_of(
         ("weights", fingerprint(pipeline.transformer, pipeline.exits)),
         (
             "exits settings",
-            _settings(first_config(pipeline.exits.config) if isinstance(pipeline.exits, ConfigMixin) else {}),
+            _digest(
+                first_config(settings_of(pipeline.exits.config)) if isinstance(pipeline.exits, ConfigMixin) else {}
+            ),
         ),
         ("scheduler", type(pipeline.scheduler).__name__),
-        ("scheduler settings", _settings(pipeline.scheduler.config)),
+        ("scheduler settings", _digest(settings_of(pipeline.scheduler.config))),
         ("num_inference_steps", str(num_inference_steps)),
         ("guidance_scale", str(float(guidance_scale))),
         ("eta", str(float(eta))),
@@ -129,6 +131,5 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in known.items() if name not in ADDED or value is not None}
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    """A fingerprint of `settings_of` them."""
-    return hashlib.sha256(json.dumps(settings_of(config), sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -58,7 +58,7 @@ def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> CachedOutput
 
 def noise_memory(pipeline: EarlyExitPipeline) -> CachedOutputExits:
     """Exits that remember the noise, unfitted: a schedule asks for no uncertainty."""
-    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, terms="noise")
+    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, cached_type="epsilon")
 
 
 def fitted_memory(

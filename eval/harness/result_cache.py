@@ -82,4 +82,4 @@ def _config(module: object) -> dict:
 
 def _together(exits: nn.Module) -> list[float]:
     """How answers are weighed together, where they are: that is worked out anew in every run."""
-    return [ALONE, FLOOR] if isinstance(exits, CachedOutputExits) and exits.config.course_worth else []
+    return [ALONE, FLOOR] if isinstance(exits, CachedOutputExits) and exits.config.joint else []

@@ -120,8 +120,8 @@ def test_what_exits_remember_is_part_of_what_a_policy_was_made_for():
     pipe = pipeline()
     settings = {"num_inference_steps": 4, "guidance_scale": 1.0}
     marks = []
-    for terms in ("clean", "noise"):
-        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+    for cached_type in ("sample", "epsilon"):
+        pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type)
         marks.append(dict(made_for_of(pipe, **settings)))
     different = {name for name in marks[0] if marks[0][name] != marks[1][name]}
     assert different == {"exits settings"}

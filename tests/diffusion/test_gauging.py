@@ -104,7 +104,7 @@ def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
         wrong = (exits.expected_error(features) / errors).log().abs().median()
     assert wrong < 0.05
     changed = {name for name, value in exits.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {name for name in before if name.startswith("gauge.")}
+    assert changed == {name for name in before if name.startswith("error_estimator.")}
 
 
 def test_until_memory_was_put_to_the_test_every_row_remembers(pipe: EarlyExitPipeline, monkeypatch: pytest.MonkeyPatch):

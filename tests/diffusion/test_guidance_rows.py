@@ -204,7 +204,9 @@ def test_rows_that_are_no_whole_number_for_each_image():
 def test_conditional_rows_keep_what_they_remember():
     """A clean image that is said again: after guidance it is the one that the conditional row said."""
     one, seen = pipe("sd3"), []
-    exits = CachedOutputExits.for_pipeline(one.transformer, FlowMatchEulerDiscreteScheduler(), length=1, terms="clean")
+    exits = CachedOutputExits.for_pipeline(
+        one.transformer, FlowMatchEulerDiscreteScheduler(), length=1, cached_type="sample"
+    )
     policy = static_cache_schedule([0, 1], num_steps=STEPS, num_layers=5)
 
     def look(module, args, kwargs, output):

@@ -74,7 +74,7 @@ def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, pred
 @torch.no_grad()
 def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyExitPipeline):
     """Four outputs of noise that move linearly in t, at samples that do not: each is recalled as it will be."""
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     start, slope = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     memory, rows = None, torch.tensor([0, 1])
     for time in (900.0, 800.0, 650.0):
@@ -89,7 +89,7 @@ def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyEx
     expected = 2e-6 * 50 * 200 * ((1 - alpha) / alpha).sqrt()  # of the clean image that the noise means
     torch.testing.assert_close(said.double(), expected.expand(2), rtol=1e-3, atol=1e-4)
     with pytest.raises(ValueError, match="expected one of"):
-        CachedOutputExits(terms="velocity")
+        CachedOutputExits(cached_type="velocity")
 
 
 def test_off_and_never_are_the_plain_model(pipe: EarlyExitPipeline):
@@ -190,7 +190,7 @@ def test_certainty_is_zero_until_memory_was_put_to_the_test(pipe: EarlyExitPipel
 def test_save_and_load_keep_decisions(pipe: EarlyExitPipeline, tmp_path: Path):
     policy = variety(pipe)
     with torch.no_grad():
-        pipe.exits.gauge[2].bias.fill_(0.1)
+        pipe.exits.error_estimator[2].bias.fill_(0.1)
     try:
         images, trace = draw(pipe, policy)
         pipe.save_pretrained(tmp_path)
@@ -201,7 +201,7 @@ def test_save_and_load_keep_decisions(pipe: EarlyExitPipeline, tmp_path: Path):
         loaded, its_trace = draw(again, Policy.load(tmp_path / "policy.json"))
     finally:
         with torch.no_grad():
-            pipe.exits.gauge[2].bias.zero_()
+            pipe.exits.error_estimator[2].bias.zero_()
     assert torch.equal(loaded, images)
     assert torch.equal(its_trace.depths, trace.depths)
 
@@ -323,7 +323,7 @@ def test_unfitted_exits_are_the_same_wherever_they_are_made():
     torch.manual_seed(2)
     other = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert len(one["gauge.0.weight"].unique()) > 100
+    assert len(one["error_estimator.0.weight"].unique()) > 100
 
 
 def test_bad_input(pipe: EarlyExitPipeline):
@@ -362,12 +362,12 @@ def test_bad_input(pipe: EarlyExitPipeline):
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 5, 4), (2, 3, 2, 4, 4)])
-@pytest.mark.parametrize("terms", ["clean", "noise"])
-def test_flow_matching_is_the_line_from_noise_to_data(shape: tuple[int, ...], terms: str):
-    """x = (1 - s) x_0 + s eps, the output eps - x_0, s = t / 1000, for images, tokens and frames; both terms lead back to the output."""
+@pytest.mark.parametrize("cached_type", ["sample", "epsilon"])
+def test_flow_matching_is_the_line_from_noise_to_data(shape: tuple[int, ...], cached_type: str):
+    """x = (1 - s) x_0 + s eps, the output eps - x_0, s = t / 1000, for images, tokens, frames; both cached types lead back to it."""
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    exits = CachedOutputExits(prediction_type="flow", in_channels=shape[1], sample_size=None, terms=terms)
+    exits = CachedOutputExits(prediction_type="flow", in_channels=shape[1], sample_size=None, cached_type=cached_type)
     for time in (1000.0, 723.5, 31.25):
         sigma, timestep = time / 1000, torch.full((2,), time)
         sample, said = (1 - sigma) * clean + sigma * noise, noise - clean
@@ -375,14 +375,14 @@ def test_flow_matching_is_the_line_from_noise_to_data(shape: tuple[int, ...], te
         torch.testing.assert_close(found, clean, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(exits.output_of(sample, found, timestep), said, rtol=1e-4, atol=1e-4)
         value = exits.value_of(sample, found, timestep)
-        torch.testing.assert_close(value, clean if terms == "clean" else noise, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(value, clean if cached_type == "sample" else noise, rtol=1e-4, atol=1e-4)
         if sigma < 1:  # at s = 1 the sample says nothing of the clean image
             torch.testing.assert_close(exits.clean_from(sample, value, timestep), clean, rtol=1e-3, atol=1e-3)
 
 
 def test_a_line_in_time_is_recalled_exactly_under_flow_matching():
     """Two full steps of a velocity whose noise moves along a line in time, then one from memory."""
-    exits = CachedOutputExits(prediction_type="flow", in_channels=3, sample_size=None, terms="noise")
+    exits = CachedOutputExits(prediction_type="flow", in_channels=3, sample_size=None, cached_type="epsilon")
     generator = torch.Generator().manual_seed(1)
     start, slope, sample = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(3))
     memory = None

@@ -68,7 +68,7 @@ def test_a_call_says_its_guidance_as_pipelines_of_diffusers_do():
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_a_rehearsal_finds_the_course_that_a_walk_records(scale: float):
     pipe = made("class")
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     walked = record(pipe, exits, SEEDS, LABELS, num_inference_steps=STEPS, guidance_scale=scale)
     course = record_call(pipe, exits, call_of(pipe, "class", scale)).course
     torch.testing.assert_close(course.times, walked.times)

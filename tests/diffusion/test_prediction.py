@@ -34,7 +34,7 @@ def pipe() -> EarlyExitPipeline:
 
 @pytest.fixture(scope="module")
 def exits(pipe: EarlyExitPipeline) -> CachedOutputExits:
-    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +60,14 @@ def test_the_weights_are_those_of_least_squares():
     assert weights[2, 2] == 0
 
 
-@pytest.mark.parametrize("terms", ["clean", "noise"])
-def test_exits_miss_a_course_by_no_more_than_least_squares(terms: str, pipe: EarlyExitPipeline, course: Trajectory):
-    """Of what is remembered in their terms, under guidance: here nearly the same at every step, so that weights are free, misses not."""
-    made = fit_prediction(CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms), course)
+@pytest.mark.parametrize("cached_type", ["sample", "epsilon"])
+def test_exits_miss_a_course_by_no_more_than_least_squares(
+    cached_type: str, pipe: EarlyExitPipeline, course: Trajectory
+):
+    """Of what they cache, under guidance: here nearly the same at every step, so that weights are free, misses not."""
+    made = fit_prediction(
+        CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type), course
+    )
     times, values = course.times, values_of(made, course).double()
     for places, now in (([3, 2], 5), ([6, 5], 7), ([1, 0], 4)):
         weights = made.prediction.weights(times[places][None], times[[now]])[0]
@@ -75,7 +79,7 @@ def test_exits_miss_a_course_by_no_more_than_least_squares(terms: str, pipe: Ear
     time = times[5].expand(2)
     signal = pipe.scheduler.alphas_cumprod.double()[int(times[5])] ** 0.5
     noise = (1 - signal**2) ** 0.5
-    wanted = course.clean[5] if terms == "clean" else (course.samples[5] - signal * course.clean[5]) / noise
+    wanted = course.clean[5] if cached_type == "sample" else (course.samples[5] - signal * course.clean[5]) / noise
     torch.testing.assert_close(values[5].float(), wanted.float(), rtol=1e-3, atol=1e-3)
     assert made.value_of(course.samples[5], course.clean[5], time).shape == values[5].shape
 
@@ -117,7 +121,7 @@ def test_files_and_half_precision_keep_it(exits: CachedOutputExits, course: Traj
     wanted = made.prediction.weights(times, now)
     for kind in (None, torch.float16, torch.bfloat16):
         loaded = CachedOutputExits.from_pretrained(tmp_path, torch_dtype=kind)
-        assert loaded.config.course_steps == STEPS
+        assert loaded.config.fitted_steps == STEPS
         assert torch.equal(loaded.prediction.weights(times, now), wanted)
         assert torch.equal(loaded.to(kind or torch.float32).prediction.weights(times, now), wanted)
 
@@ -134,15 +138,15 @@ def test_another_course_takes_the_place_of_the_first(
 ):
     shorter = record(pipe, exits, seeds("fit", 2), [0, 1], **CALL | {"num_inference_steps": 5})
     again, once = fit_prediction(fit_prediction(exits, course), shorter), fit_prediction(exits, shorter)
-    assert again.config.course_steps == 5
+    assert again.config.fitted_steps == 5
     assert all(torch.equal(value, once.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     with pytest.raises(ValueError, match="know no course"):
-        CachedOutputExits.from_config(exits.config, course_steps=STEPS).check_fits(pipe.transformer)
-    with pytest.raises(ValueError, match="course_steps=-1"):
-        CachedOutputExits(course_steps=-1)
+        CachedOutputExits.from_config(exits.config, fitted_steps=STEPS).check_fits(pipe.transformer)
+    with pytest.raises(ValueError, match="fitted_steps=-1"):
+        CachedOutputExits(fitted_steps=-1)
     with pytest.raises(ValueError, match="expected distinct ones"):
         fit_prediction(exits, replace(course, times=course.times[[0, 0, *range(2, STEPS)]]))
     broken = course.clean.clone()

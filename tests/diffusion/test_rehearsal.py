@@ -156,7 +156,7 @@ def test_a_compiled_transformer_is_fitted_as_it_is(pipe: DiTPipeline):
 
 
 def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
-    exits, call = exits_of(pipe, terms="noise"), call_of(pipe)
+    exits, call = exits_of(pipe, cached_type="epsilon"), call_of(pipe)
     full = record_call(pipe, exits, call)
     gains = recorded_error_amplification(pipe, exits, call, full, every=1)
     sensitivity = local_error_gain(exits, pipe.scheduler, STEPS)
@@ -174,7 +174,7 @@ def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
 
 def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
     exits, policies = fit_schedules(pipe, call_of(pipe), every=2, power=0.5)
-    unfitted = exits_of(pipe, terms="noise")
+    unfitted = exits_of(pipe, cached_type="epsilon")
     full = record_call(pipe, unfitted, call_of(pipe))
     weights = error_weights(
         local_error_gain(unfitted, pipe.scheduler, STEPS),
@@ -193,8 +193,8 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
         count: static_cache_schedule(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()
     }
     assert others != policies
-    assert exits.config.course_scheduler == "DDIMScheduler"
-    assert exits.config.course_steps == STEPS
+    assert exits.config.fitted_scheduler == "DDIMScheduler"
+    assert exits.config.fitted_steps == STEPS
     with attach_exits(pipe, exits, policies[5]) as attachment:
         call_of(pipe)()
         assert attachment.report.mean_executed == pytest.approx(4 * 5 / STEPS)
@@ -202,7 +202,7 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
 
 def test_a_fit_answers_better_than_the_line_where_it_was_fitted(pipe: DiTPipeline):
     exits, _ = fit_schedules(pipe, call_of(pipe))
-    policy, line = periodic_cache(2, warmup_steps=2), exits_of(pipe, terms="noise")
+    policy, line = periodic_cache(2, warmup_steps=2), exits_of(pipe, cached_type="epsilon")
     full = record_call(pipe, line, call_of(pipe))
 
     def missed(chosen: CachedOutputExits) -> float:
@@ -341,9 +341,9 @@ def test_bad_input(pipe: DiTPipeline):
     exits, call = exits_of(pipe), call_of(pipe)
     with pytest.raises(ValueError, match="took no step"):
         fit_schedules(pipe, lambda: None)
-    with pytest.raises(ValueError, match="terms='nothing'"):
-        fit_schedules(pipe, call, terms="nothing")
-    for name, wrong in {"every": 0, "power": 1.5, "terms": "nothing"}.items():
+    with pytest.raises(ValueError, match="cached_type='nothing'"):
+        fit_schedules(pipe, call, cached_type="nothing")
+    for name, wrong in {"every": 0, "power": 1.5, "cached_type": "nothing"}.items():
         with pytest.raises(ValueError, match=f"{name}="):
             fit_schedules(pipe, lambda: pytest.fail("the call was made"), **{name: wrong})
     with pytest.raises(ValueError, match="call=None, expected a function"):
@@ -403,7 +403,7 @@ def test_bad_input(pipe: DiTPipeline):
 def test_settings_of_earlier_exits_keep_their_fingerprint():
     """A policy that was calibrated before exits knew of variances is still theirs."""
     exits = CachedOutputExits(num_train_timesteps=10, sample_size=8)
-    added = ("out_channels", "course_worth", "course_embedded_guidance", "course_shape", "model_weights")
+    added = ("out_channels", "joint", "fitted_embedded_guidance", "fitted_shape", "model_weights")
     known = {name: value for name, value in exits.config.items() if name not in added}
     assert len(known) == len(exits.config) - len(added)
     assert _settings(exits.config) == _settings(known)

@@ -96,7 +96,7 @@ def test_guidance_that_a_callback_changes_is_told_from_there_on():
     assert "guidance 3.0; this run has" in said
     assert "guidance 1.5 at step 3" in said
     changed, _ = fit_schedules(pipe, lambda: draw(pipe, "sd3", callback_on_step_end=change), every=STEPS)
-    assert list(changed.config.course_guidance) == pytest.approx([3.0] * 3 + [1.5] * 3)
+    assert list(changed.config.fitted_guidance) == pytest.approx([3.0] * 3 + [1.5] * 3)
     assert told(pipe, changed, lambda: draw(pipe, "sd3", callback_on_step_end=change)) == []
     (said,) = told(pipe, changed, lambda: draw(pipe, "sd3"))
     assert "guidance 1.5; this run has" in said
@@ -241,7 +241,7 @@ def test_our_own_pipelines_tell_it_before_they_run():
     pipe = pipeline()
     call = {"num_inference_steps": STEPS, "guidance_scale": 2.0}
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # takes times by hand
-    memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     pipe.exits = fit_prediction(memory, record(pipe, memory, [1, 2], [0, 1], **call))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -39,7 +39,7 @@ def pipe() -> EarlyExitPipeline:
 
 @pytest.fixture(scope="module")
 def exits(pipe: EarlyExitPipeline) -> CachedOutputExits:
-    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    return CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def fitted(worth: list[float] = WORTH) -> tuple[LinearPrediction, torch.Tensor]:
     """A prediction and the values it saw: walks that drift, so that misses of several steps point the same way."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(STEPS, 2, 300, generator=generator).cumsum(0) + 3 * torch.randn(2, 300, generator=generator)
-    made = LinearPrediction(STEPS, has_worth=True)
+    made = LinearPrediction(STEPS, joint=True)
     made.fit(torch.linspace(900, 40, STEPS, dtype=torch.float64), values, torch.tensor(worth))
     return made, values.flatten(1).double()
 
@@ -75,7 +75,7 @@ def by_least_squares(values: torch.Tensor, worth: list[float], alone: float) -> 
 
 def test_the_weights_of_a_run_are_those_of_least_squares():
     prediction, values = fitted()
-    run = prediction.over_run(FULL, 2)
+    run = prediction.joint_weights(FULL, 2)
     for step, wanted in by_least_squares(values, WORTH, ALONE).items():
         assert run.places[step].tolist() == ANSWERED[step]
         np.testing.assert_allclose(run.weights[step].numpy(), wanted, rtol=1e-3, atol=1e-3)
@@ -99,14 +99,14 @@ def test_the_weights_of_a_run_are_those_of_least_squares():
 
 def test_a_step_whose_misses_are_worth_nothing_is_left_to_itself():
     worth = [*WORTH[:5], 0.0, *WORTH[6:]]
-    run = fitted(worth)[0].over_run(FULL, 2)
+    run = fitted(worth)[0].joint_weights(FULL, 2)
     assert bool(run.weights[5].isnan().all())
     assert not run.weights[[2, 3, 7]].isnan().any()
-    huge = fitted([1e12, *worth[1:]])[0].over_run(
+    huge = fitted([1e12, *worth[1:]])[0].joint_weights(
         FULL, 2
     )  # as flow matching's first step is, which always runs in full
     assert torch.equal(huge.weights.nan_to_num(), run.weights.nan_to_num())
-    nothing = fitted([0.0] * STEPS)[0].over_run(FULL, 2)
+    nothing = fitted([0.0] * STEPS)[0].joint_weights(FULL, 2)
     assert bool(nothing.weights.isnan().all())
 
 
@@ -117,7 +117,7 @@ def test_a_step_that_is_worth_little_is_not_given_over_to_the_misses_of_others()
         prediction, values = fitted([1.0, 1.0, 1.0, worth, 1.0, 1.0, 1.0, 1.0])
         times = prediction.times.double()
         own = prediction.weights(times[[1, 0]][None], times[[3]])[0]
-        weights = prediction.over_run(FULL, 2).weights[3].nan_to_num(float(own[0]))
+        weights = prediction.joint_weights(FULL, 2).weights[3].nan_to_num(float(own[0]))
         misses.append(float((weights @ values[[1, 0]] - values[3]).square().mean().sqrt()))
         alone = float((own @ values[[1, 0]] - values[3]).square().mean().sqrt())
     assert max(misses) < 60 * alone
@@ -133,10 +133,10 @@ def test_steps_that_lie_near_one_another_are_told_apart():
     shapes = torch.randn(4, 2, 200, generator=generator, dtype=torch.float64)
     values = sum((1e-3 * time**power if power else time**0)[:, None, None] * s for power, s in enumerate(shapes))
     values = values + 1e-7 * torch.randn(steps, 2, 200, generator=generator, dtype=torch.float64)
-    prediction = LinearPrediction(steps, has_worth=True)
+    prediction = LinearPrediction(steps, joint=True)
     prediction.fit(torch.linspace(900, 40, steps, dtype=torch.float64), values, torch.ones(steps))
     full = [0, *range(1, steps, 3)]
-    run = prediction.over_run(full, 2)
+    run = prediction.joint_weights(full, 2)
     flat, asked = values.flatten(1), [step for step in range(steps) if step not in full]
     columns = [(step, place) for step in asked for place in run.places[step].tolist() if place >= 0]
     gram = flat @ flat.T / flat.shape[1]
@@ -157,20 +157,20 @@ def test_steps_that_lie_near_one_another_are_told_apart():
 
 def test_one_value_where_one_is_remembered():
     prediction, _ = fitted()
-    run = prediction.over_run([0, 4], 2)
+    run = prediction.joint_weights([0, 4], 2)
     assert run.places[:, 1].tolist() == [-1, -1, -1, -1, -1, 0, 0, 0]
     assert run.weights[1:4, 1].tolist() == [0.0] * 3
     assert not run.weights[1:4, 0].isnan().any()
-    assert prediction.over_run([0], 3).places[5].tolist() == [0, -1, -1]
-    longer = prediction.over_run(FULL, 3)
+    assert prediction.joint_weights([0], 3).places[5].tolist() == [0, -1, -1]
+    longer = prediction.joint_weights(FULL, 3)
     assert longer.places[5].tolist() == [4, 1, 0]
-    assert prediction.over_run(range(STEPS), 2).weights.isnan().all()
+    assert prediction.joint_weights(range(STEPS), 2).weights.isnan().all()
 
 
 def test_they_hold_for_rows_that_ran_in_full_as_planned():
     prediction, _ = fitted()
     times = prediction.times.double()
-    run = prediction.over_run(FULL, 2)
+    run = prediction.joint_weights(FULL, 2)
     remembered = torch.stack([times[[4, 1]], times[[4, 0]], times[[1, 0]], times[[4, 1]]])
     remembered[3, 1] = torch.nan
     now = times[[5, 5, 5, 5]]
@@ -178,7 +178,7 @@ def test_they_hold_for_rows_that_ran_in_full_as_planned():
     assert torch.equal(weights[1:], own[1:]), "other steps, or one of two"
     assert torch.equal(weights[0], run.weights[5])
     assert not torch.allclose(weights[0], own[0], atol=1e-3)
-    early = prediction.over_run([0, 4], 2)
+    early = prediction.joint_weights([0, 4], 2)
     only = torch.stack([times[[0, 0]], times[[0, 0]]])
     only[0, 1] = torch.nan
     at = prediction.weights(only, times[[2, 2]], early)
@@ -207,7 +207,7 @@ def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: CachedO
         all(schedule.layers(step, float(time), num_steps=STEPS, num_layers=LAYERS))
         for step, time in enumerate(course.times)
     ]
-    wanted = made.prediction.over_run([step for step, full in enumerate(ran) if full], 2)
+    wanted = made.prediction.joint_weights([step for step, full in enumerate(ran) if full], 2)
     assert torch.equal(along._run.places, wanted.places)
     assert torch.equal(along._run.weights.isnan(), wanted.weights.isnan())
     assert made._run is None, "nothing of the run stays in the exits"
@@ -227,13 +227,15 @@ def test_without_a_plan_they_stay_as_they_are(exits: CachedOutputExits, course: 
 
 def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline, course: Trajectory):
     weights = tuple(0.1 * (step + 1) for step in range(STEPS))
-    for terms in ("clean", "noise"):
-        own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+    for cached_type in ("sample", "epsilon"):
+        own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type)
         made = fit_prediction(own, course, weights)
         signal = pipe.scheduler.alphas_cumprod.double()[course.times.long()] ** 0.5
-        moved = torch.ones(STEPS, dtype=torch.float64) if terms == "clean" else (1 - signal**2) ** 0.5 / signal
-        torch.testing.assert_close(made.prediction.worth.double(), torch.tensor(weights) * moved, rtol=1e-3, atol=1e-6)
-    flow = CachedOutputExits(num_train_timesteps=1000, prediction_type="flow", terms="noise")
+        moved = torch.ones(STEPS, dtype=torch.float64) if cached_type == "sample" else (1 - signal**2) ** 0.5 / signal
+        torch.testing.assert_close(
+            made.prediction.error_weights.double(), torch.tensor(weights) * moved, rtol=1e-3, atol=1e-6
+        )
+    flow = CachedOutputExits(num_train_timesteps=1000, prediction_type="flow", cached_type="epsilon")
     found = flow.clean_per_value(torch.tensor([500.0, 250.0], dtype=torch.float64))
     torch.testing.assert_close(found, torch.tensor([1.0, 1 / 3], dtype=torch.float64))
 
@@ -247,7 +249,7 @@ def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyE
         if full is None
         else static_cache_schedule(full, num_steps=STEPS, num_layers=layers)
     )
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     apart, together = fit_prediction(exits, course), fit_prediction(exits, course, (1.0,) * STEPS)
 
     def drawn(heads: CachedOutputExits, chosen: Policy | None, images: tuple[int, ...] = (0, 1)) -> torch.Tensor:
@@ -265,7 +267,7 @@ def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyE
 
 
 def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipeline, course: Trajectory):
-    longer = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise", length=3)
+    longer = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon", length=3)
     made = fit_prediction(longer, course, (1.0,) * STEPS).along(SCHEDULES["depths"], num_steps=STEPS, num_layers=LAYERS)
     assert made._run.places[5].tolist() == [4, 1, 0]
 
@@ -274,7 +276,7 @@ def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipelin
 def test_a_plan_is_of_its_run_alone():
     """One attachment, one policy that fits any number of steps: the second run is another one, and is drawn as if it were the first."""
     pipe = dit_pipeline()
-    own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise")
+    own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     period = periodic_cache(2, warmup_steps=2)
 
     def drawn(steps: int) -> np.ndarray:
@@ -296,33 +298,33 @@ def test_a_plan_is_of_its_run_alone():
 def test_files_half_precision_and_fingerprints(exits: CachedOutputExits, course: Trajectory, tmp_path: Path):
     made = fit_prediction(exits, course, (1.0,) * STEPS)
     made.save_pretrained(tmp_path)
-    wanted = made.prediction.over_run(FULL, 2).weights
+    wanted = made.prediction.joint_weights(FULL, 2).weights
     for kind in (None, torch.bfloat16):
         loaded = CachedOutputExits.from_pretrained(tmp_path, torch_dtype=kind)
-        assert loaded.config.course_worth is True
-        assert torch.equal(loaded.prediction.over_run(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
+        assert loaded.config.joint is True
+        assert torch.equal(loaded.prediction.joint_weights(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
     moved = copy.deepcopy(made).to(torch.bfloat16)
-    assert moved.prediction.worth.dtype == torch.float32
-    assert torch.equal(moved.prediction.over_run(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
+    assert moved.prediction.error_weights.dtype == torch.float32
+    assert torch.equal(moved.prediction.joint_weights(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
     assert fingerprint(made) != fingerprint(fit_prediction(exits, course))
-    assert "prediction.worth" not in fit_prediction(made, course).state_dict(), "fitted again, without"
-    assert fit_prediction(made, course).config.course_worth is None
+    assert "prediction.error_weights" not in fit_prediction(made, course).state_dict(), "fitted again, without"
+    assert fit_prediction(made, course).config.joint is None
 
 
 def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
     prediction, _ = fitted()
     for full in ([], [1, 2], [0, 3, 2], [0, 0], [0, STEPS]):
         with pytest.raises(ValueError, match="expected ascending places, the first of them 0"):
-            prediction.over_run(full, 2)
+            prediction.joint_weights(full, 2)
     with pytest.raises(ValueError, match="length=0"):
-        prediction.over_run(FULL, 0)
+        prediction.joint_weights(FULL, 0)
     for unknown in (
         LinearPrediction(STEPS),
-        LinearPrediction(STEPS, has_worth=True),
+        LinearPrediction(STEPS, joint=True),
         fit_prediction(exits, course).prediction,
     ):
         with pytest.raises(ValueError, match=r"without \(all of\) its tables"):
-            unknown.over_run(FULL, 2)
+            unknown.joint_weights(FULL, 2)
     for wrong in ((-1.0,) * STEPS, (float("nan"),) * STEPS, (float("inf"),) * STEPS, (1e300,) * STEPS):
         with pytest.raises(ValueError, match=f"expected {STEPS} finite numbers, none below 0"):
             fit_prediction(exits, course, wrong)
@@ -331,22 +333,22 @@ def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Traj
             fit_prediction(exits, course, wrong)
     for full, length in (([0, 1.5], 2), (FULL, 2.0), (FULL, True)):
         with pytest.raises(ValueError, match="expected whole numbers"):
-            prediction.over_run(full, length)
+            prediction.joint_weights(full, length)
     with pytest.raises(ValueError, match="all zero at a step"):
         LinearPrediction(STEPS).fit(course.times, torch.zeros_like(course.clean))
     with pytest.raises(ValueError, match="the schedule has 7 depths, this run has 8 steps"):
         fit_prediction(exits, course, (1.0,) * STEPS).along(
             DepthPerStep((LAYERS,) * 7), num_steps=STEPS, num_layers=LAYERS
         )
-    with pytest.raises(ValueError, match="has_worth=False, expected both or neither"):
+    with pytest.raises(ValueError, match="joint=False, expected both or neither"):
         LinearPrediction(STEPS).fit(course.times, course.clean, torch.ones(STEPS))
-    with pytest.raises(ValueError, match="has_worth=True, expected both or neither"):
-        LinearPrediction(STEPS, has_worth=True).fit(course.times, course.clean)
-    with pytest.raises(ValueError, match="course_worth=True with course_steps=0"):
-        CachedOutputExits(course_worth=True)
+    with pytest.raises(ValueError, match="joint=True, expected both or neither"):
+        LinearPrediction(STEPS, joint=True).fit(course.times, course.clean)
+    with pytest.raises(ValueError, match="joint=True with fitted_steps=0"):
+        CachedOutputExits(joint=True)
     with pytest.raises(ValueError, match="know no course"):
-        CachedOutputExits.from_config(exits.config, course_steps=STEPS, course_worth=True).check_fits(pipe.transformer)
+        CachedOutputExits.from_config(exits.config, fitted_steps=STEPS, joint=True).check_fits(pipe.transformer)
     broken = fit_prediction(exits, course, (1.0,) * STEPS)
-    broken.prediction.worth[3] = torch.nan
+    broken.prediction.error_weights[3] = torch.nan
     with pytest.raises(ValueError, match="know no course"):
         broken.check_fits(pipe.transformer)

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ee_diffusion.checkpoints import checkpoint_path
+from ee_diffusion.cli.main import _check_folder as check_folder
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import made_for_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
@@ -28,6 +29,17 @@ def test_files_of_the_first_format_load(name: str, tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         exits = CachedOutputExits.from_pretrained(SAVED / name)
+    assert not {"gauge", "prediction.worth"} & {key.split(".0")[0] for key in exits.state_dict()}
+    expected = {"cached_type": "sample", "fitted_steps": 0, "joint": None}
+    if name == "memory-ddim50":
+        expected = {
+            "cached_type": "epsilon",
+            "fitted_steps": 50,
+            "fitted_scheduler": "DDIMScheduler",
+            "fitted_guidance": 4.0,
+            "joint": True,
+        }
+    assert exits.config.items() >= expected.items()
     told = load_file(SAVED / name / "diffusion_pytorch_model.safetensors").values()
     assert sorted(float(one.double().sum()) for one in told) == sorted(
         float(one.double().sum()) for one in exits.state_dict().values()
@@ -44,6 +56,15 @@ def test_marks_of_the_first_format_hold(name: str):
     pipe.exits = CachedOutputExits.from_pretrained(SAVED / name)
     mark = dict(made_for_of(pipe, num_inference_steps=50, guidance_scale=4.0))
     assert {what: mark[what] for what in MARKS[name]} == MARKS[name]
+
+
+def test_they_are_made_way_for_as_todays(tmp_path: Path):
+    """`ee-diffusion calibrate --fit_memory FOLDER` takes the place of cached exits and of nothing else."""
+    shutil.copytree(SAVED / "memory", tmp_path, dirs_exist_ok=True)
+    check_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "UViTTransformer2DModel"}')
+    with pytest.raises(ValueError, match="holds a UViTTransformer2DModel"):
+        check_folder(tmp_path)
 
 
 def test_exits_with_a_learned_trust_are_refused(tmp_path: Path):

@@ -47,23 +47,23 @@ def test_a_full_run_ends_in_the_images_of_the_pipeline(name: str):
     torch.testing.assert_close((last.clamp(-1, 1) / 2 + 0.5), drawn, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("terms", ["clean", "noise"])
-def test_prices_are_those_of_a_slow_loop(terms: str, pipe: EarlyExitPipeline, course: Trajectory):
+@pytest.mark.parametrize("cached_type", ["sample", "epsilon"])
+def test_prices_are_those_of_a_slow_loop(cached_type: str, pipe: EarlyExitPipeline, course: Trajectory):
     weights = tuple(np.random.default_rng(0).uniform(0.5, 2.0, STEPS))
     course = replace(course, clip=1.0)
-    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms=terms)
+    exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type)
     prices = gap_prices(exits, course, weights)
     clean, times, asked = course.clean.double().numpy(), course.times.numpy(), course.samples.double().numpy()
     alphas = pipe.scheduler.alphas_cumprod.double().numpy()[times.astype(int)]
     signal, noise = np.sqrt(alphas), np.sqrt(1 - alphas)
     scaled = signal[:, None, None, None, None]
-    values = clean if terms == "clean" else (asked - scaled * clean) / noise[:, None, None, None, None]
+    values = clean if cached_type == "sample" else (asked - scaled * clean) / noise[:, None, None, None, None]
     assert np.abs(clean).max() > 1  # so that clipping shows
     for (a, b, c), price in prices.items():
         total = np.zeros(clean.shape[1:])
         for t in range(b + 1, c):
             line = values[b] + (times[t] - times[b]) / (times[b] - times[a]) * (values[b] - values[a])
-            line = line if terms == "clean" else (asked[t] - noise[t] * line) / signal[t]
+            line = line if cached_type == "sample" else (asked[t] - noise[t] * line) / signal[t]
             total += weights[t] * (np.clip(line, -1, 1) - np.clip(clean[t], -1, 1))
         assert price == pytest.approx((total**2).mean(), rel=1e-3, abs=1e-7)
     assert prices[0, 1, 2] == 0

@@ -57,7 +57,7 @@ def test_every_kind_and_the_controls_made_of_it_draw_with_its_own_exits(monkeypa
         draw(Candidate(kind, kind, None, POLICY, STEPS), [1, 2], [0, 1], 0)
         assert seen[-1] is exits, kind
     draw(Candidate("noise", "searched noise", None, POLICY, STEPS), [1, 2], [0, 1], 0)
-    assert seen[-1].config.terms == "noise"
+    assert seen[-1].config.cached_type == "epsilon"
     assert seen[-1] is not fitted
 
 
@@ -110,11 +110,11 @@ def test_predictions_are_fitted_on_fitting_seeds(tmp_path: Path, monkeypatch: py
 def test_answers_weighed_together_are_for_one_set_of_error_weights(tmp_path: Path):
     pipe, folder = pipeline(), tmp_path / "together"
     made = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
-    assert made.config.course_worth is True
+    assert made.config.joint is True
     alone = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, tmp_path / "fitted")
-    assert alone.config.course_worth is None
+    assert alone.config.joint is None
     again = candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, (0.5,) * STEPS)
-    assert torch.equal(again.prediction.worth, made.prediction.worth)
+    assert torch.equal(again.prediction.error_weights, made.prediction.error_weights)
     for other in ((0.4,) * STEPS, None):
         with pytest.raises(ValueError, match="holds exits fitted under"):
             candidates.fitted_memory(pipe, SAMPLING, OPTIONS, folder, other)

@@ -68,7 +68,7 @@ def test_losses_drawn_under_something_else_are_refused(words: list, tmp_path: Pa
     with pytest.raises(ValueError, match=r"values \[0.001, 0.02, 0.5\], expected \[0.001, 0.02, 0.4\]"):
         call(monkeypatch, guarantee, *words, "--values", 0.001, 0.02, 0.4)
     exits = CachedOutputExits.from_pretrained(tmp_path / "memory")
-    torch.nn.init.ones_(exits.gauge[2].bias)
+    torch.nn.init.ones_(exits.error_estimator[2].bias)
     exits.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="drawn under weights"):
         call(monkeypatch, guarantee, *words, "--memory", tmp_path / "other")

@@ -191,7 +191,7 @@ def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
     assert sorted(rows["searched noise 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
     assert sorted(rows["searched fitted 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
     fitted = CachedOutputExits.from_pretrained(tmp_path / "fitted")
-    assert (fitted.config.course_steps, fitted.config.terms) == (8, "noise")
+    assert (fitted.config.fitted_steps, fitted.config.cached_type) == (8, "epsilon")
     assert rows["periodic fitted 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
     assert rows["periodic fitted 2"]["psnr"]["mean"] != rows["periodic cache 2"]["psnr"]["mean"]
     assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]

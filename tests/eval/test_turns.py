@@ -133,12 +133,14 @@ def test_contents_are_weights_and_settings_not_folders():
     assert before["device"] == "cpu"
     assert before["versions"]["torch"] == torch.__version__
     assert (
-        result_cache.contents(pipe, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, terms="noise"))
+        result_cache.contents(
+            pipe, CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
+        )
         != before
     )
     assert result_cache.contents(pipe, None) != before
     with torch.no_grad():
-        exits.gauge[2].bias += 1
+        exits.error_estimator[2].bias += 1
     fitted = result_cache.contents(pipe, exits)
     assert (fitted["transformer"], fitted["exits"] == before["exits"]) == (before["transformer"], False)
     with torch.no_grad():

@@ -34,7 +34,7 @@ def test_the_fit_is_written_with_its_figures(count: int, tmp_path: Path, monkeyp
     assert (report["rows"][0]["rank"] is None) == (count == 1)  # two rows a step do not rank
     exits = CachedOutputExits.from_pretrained(tmp_path / "out" / "exits")
     exits.check_fits(made.transformer)
-    assert exits.gauge[2].weight.abs().sum() > 0
+    assert exits.error_estimator[2].weight.abs().sum() > 0
 
 
 def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

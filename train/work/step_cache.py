@@ -31,7 +31,7 @@ def figures(exits: CachedOutputExits, seen: Walk) -> dict[str, float | int | Non
 def run(config: StepCacheConfig) -> None:
     """Raises ValueError for guidance that the model cannot have, and as what it calls does."""
     pipeline = EarlyExitPipeline.from_pretrained(config.model or checkpoint_path()).to(device_named(None))
-    cached = {"length": config.length, "terms": config.terms}
+    cached = {"length": config.length, "cached_type": config.cached_type}
     exits = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, **cached)
     sampling = {"num_inference_steps": config.num_inference_steps, "guidance_scale": config.guidance_scale}
     call = sampling | {"skip": config.skip, "states": config.states}

@@ -1,8 +1,8 @@
-"""Exits that remember: before the first block, the answer follows from what the last full steps said of the clean image.
+"""The step cache as an exit: before the first block, the output is extrapolated from those of the last compute steps.
 
-Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of remembering (core/history.py), which models
-and schedulers have something to remember (cached_inputs.py).
-R rows, C, H, W image, O channels of an output, M remembered predictions, T training timesteps.
+Here: the exit at depth 0 and its uncertainty. Not here: when to stop (core), the arithmetic of extrapolation (core/history.py), which
+models and schedulers can be cached (cached_inputs.py).
+R rows, C, H, W image, O channels of an output, M cached predictions, T training timesteps.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ee_diffusion.diffusion.exits.cached_inputs import check_noise, check_varian
 from ee_diffusion.diffusion.exits.linear_predictor import LinearPrediction, RunWeights
 from ee_diffusion.diffusion.exits.loading import load_strictly
 from ee_diffusion.diffusion.exits.parameterization import PREDICTION_TYPES, Parametrised
-from ee_diffusion.diffusion.exits.saved_names import todays_config
+from ee_diffusion.diffusion.exits.saved_names import todays_config, todays_tensor
 
-TERMS = ("clean", "noise")
+CACHED_TYPES = ("sample", "epsilon")
 FEATURES = 4  # log expected error, log distance to the newest memory, log-SNR, its square
 
 
@@ -42,39 +42,40 @@ def small_mlp(inputs: int, hidden_dim: int) -> nn.Sequential:
 
 
 class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
-    """One exit at depth 0: the clean image is extrapolated in time from the last `length` full steps of the same row.
+    """One exit at depth 0: the output is extrapolated in time from the last `length` compute steps of the same row.
 
-    With `x_t = a_t x_0 + s_t eps`, each full step's output is read as a prediction of `x_0`; recalled at t it is turned back into what the
-    model would have put out. `length=1`: the last prediction again; 2: the line through the last two.
+    With `x_t = a_t x_0 + s_t eps`, the output of each compute step is read as a prediction of `x_0` and cached; extrapolated to t it is
+    turned back into what the model would have output. `length=1`: the last prediction again; 2: linear extrapolation from the last two.
 
-    The uncertainty is an expected root mean square error of the recalled `x_0` (data in [-1, 1]; 1 or more is worthless):
+    The uncertainty is the expected root mean square error of the extrapolated `x_0` (data in [-1, 1]; 1 or more is worthless):
     `u = exp(log e + MLP(log e, log distance, log-SNR))` where `e` is what the interpolation's remainder predicts from the error that this
-    very row's last full step revealed. Untrained, the MLP is 0 and `u = e`. `confidence = 1 - min(u, 1)`; 0 while memory is not full.
+    very row's last compute step revealed. Untrained, the MLP is 0 and `u = e`. `confidence = 1 - min(u, 1)`; 0 until the cache is full.
 
-    `terms`: what is remembered and extrapolated. `clean`: x_0, and the recalled x_0 knows nothing of the sample now; `noise`: eps, so that
-    `x_0 = (x_t - s_t eps) / a_t` follows the sample, and an error of eps counts s_t / a_t times: less and less towards the data.
+    `cached_type`: what is cached and extrapolated. `sample`: x_0, and the extrapolated x_0 knows nothing of the present sample; `epsilon`:
+    eps, so that `x_0 = (x_t - s_t eps) / a_t` follows the sample, and an error of eps counts s_t / a_t times: less and less towards the
+    data.
 
-    `course_steps`: S above 0, the line gives way to the best linear prediction along courses of S steps (`courses.fit_prediction`); at
-    times that are not the course's it holds. u remains that of the line. `course_scheduler`, `course_guidance` (of all steps or of each),
-    `course_embedded_guidance`, `course_shape` (of a sample), `model_weights` (`fingerprint.weights_of` the transformer): whose courses
-    they were; a pipeline that runs something else warns (`run_setup.warn_of_setup`). `course_worth`: True where they know what a miss at
-    each step is worth in the final image: under a static schedule all answers of a run are then weighed together
-    (`LinearPrediction.over_run`).
+    `fitted_steps`: S above 0, linear extrapolation gives way to least squares along trajectories of S steps
+    (`trajectories.fit_prediction`); at times that are not theirs it stays. u remains that of linear extrapolation. `fitted_scheduler`,
+    `fitted_guidance` (of all steps or of each), `fitted_embedded_guidance`, `fitted_shape` (of a sample), `model_weights`
+    (`fingerprint.weights_of` the transformer): what these trajectories were of; a pipeline that runs something else warns
+    (`run_setup.warn_of_setup`). `joint`: True where the error weights of the steps are known: under a static schedule the cached outputs of
+    a run are then fitted by joint least squares (`LinearPrediction.joint_weights`), else each step by itself.
 
-    `out_channels`: what the model puts out; twice `in_channels` where it predicts a variance, too, which is answered with 0: pipelines
-    of such models drop it before the solver.
+    `out_channels`: what the model outputs; twice `in_channels` where it predicts a variance too, which is cached as 0: pipelines of such
+    models drop it before the solver.
 
     Made by `for_pipeline`, which fills in the noise schedule the model was trained on; its table stays in float32. Samples may be images,
     packed tokens (R, N, D) or frames, under a variance-preserving schedule or flow matching (FlowMatchEulerDiscreteScheduler).
 
     Raises:
-        ValueError: a length below 1, an unknown prediction type, unknown terms; out_channels that are neither in_channels nor
-            twice as many.
+        ValueError: a length below 1, an unknown prediction_type or cached_type; out_channels that are neither in_channels nor twice as
+            many; fitted_steps below 0; joint without fitted_steps.
     """
 
     space: Space = "output"
     depths = (0,)
-    _keep_in_fp32_modules = ["alphas_cumprod", "gauge", "prediction"]
+    _keep_in_fp32_modules = ["alphas_cumprod", "error_estimator", "prediction"]
 
     @register_to_config
     def __init__(
@@ -85,14 +86,14 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         sample_size: int | None = 32,
         length: int = 2,
         hidden_dim: int = 32,
-        terms: str = "clean",
-        course_steps: int = 0,
-        course_scheduler: str | None = None,
-        course_guidance: float | Sequence[float | None] | None = None,
+        cached_type: str = "sample",
+        fitted_steps: int = 0,
+        fitted_scheduler: str | None = None,
+        fitted_guidance: float | Sequence[float | None] | None = None,
         out_channels: int | None = None,
-        course_worth: bool | None = None,
-        course_embedded_guidance: float | None = None,
-        course_shape: Sequence[int] | None = None,
+        joint: bool | None = None,
+        fitted_embedded_guidance: float | None = None,
+        fitted_shape: Sequence[int] | None = None,
         model_weights: str | None = None,
     ):
         super().__init__()
@@ -104,14 +105,14 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
             raise ValueError(f"length={length}, expected at least 1 remembered prediction")
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type={prediction_type!r}, expected one of {PREDICTION_TYPES}")
-        if terms not in TERMS:
-            raise ValueError(f"terms={terms!r}, expected one of {TERMS}")
-        if course_steps < 0:
-            raise ValueError(f"course_steps={course_steps}, expected at least 0")
-        if course_worth and not course_steps:
-            raise ValueError("course_worth=True with course_steps=0, expected a course")
-        self.gauge = small_mlp(FEATURES, hidden_dim)
-        self.prediction = LinearPrediction(course_steps, has_worth=bool(course_worth)) if course_steps else None
+        if cached_type not in CACHED_TYPES:
+            raise ValueError(f"cached_type={cached_type!r}, expected one of {CACHED_TYPES}")
+        if fitted_steps < 0:
+            raise ValueError(f"fitted_steps={fitted_steps}, expected at least 0")
+        if joint and not fitted_steps:
+            raise ValueError("joint=True with fitted_steps=0, expected a course")
+        self.error_estimator = small_mlp(FEATURES, hidden_dim)
+        self.prediction = LinearPrediction(fitted_steps, joint=bool(joint)) if fitted_steps else None
         self._run: RunWeights | None = None  # of the schedule that runs
         unknown = 0.0 if prediction_type == "flow" else torch.nan  # of flow matching there is nothing to know
         self.register_buffer("alphas_cumprod", torch.full((num_train_timesteps,), unknown))
@@ -123,7 +124,7 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         scheduler: SchedulerMixin,
         *,
         length: int = 2,
-        terms: str = "clean",
+        cached_type: str = "sample",
     ) -> CachedOutputExits:
         """Exits for a transformer and the noise schedule that it was trained on. They work unfitted.
 
@@ -133,7 +134,7 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
                 something else than its input's channels (and a variance), or whose output is not what the solver gets.
         """
         model, noise = sizes_of(transformer), noise_of(scheduler)
-        exits = cls(**model, **noise, length=length, terms=terms)
+        exits = cls(**model, **noise, length=length, cached_type=cached_type)
         if noise["prediction_type"] != "flow":
             exits.alphas_cumprod.copy_(scheduler.alphas_cumprod)
         exits.check_fits(transformer)
@@ -142,8 +143,14 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
 
     @classmethod
     def from_config(cls, config=None, return_unused_kwargs=False, **kwargs):
-        """As diffusers' `from_config`; a config of an earlier version is read in today's terms."""
+        """As diffusers' `from_config`; a config of an earlier version is read under today's names."""
         return super().from_config(todays_config(config), return_unused_kwargs, **kwargs)
+
+    def _fix_state_dict_keys_on_load(self, state_dict):
+        """As diffusers' own: keys of an earlier version take today's names, in place."""
+        for name in list(state_dict):
+            state_dict[todays_tensor(name)] = state_dict.pop(name)
+        return super()._fix_state_dict_keys_on_load(state_dict)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
@@ -187,13 +194,13 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
     def along(self, schedule: Schedule, *, num_steps: int, num_layers: int) -> CachedOutputExits:
         """The same exits (weights and tables are shared) for a run under a static schedule of full steps and answers from memory: weighed
         together, where they know how. For all else, themselves. Raises ValueError for a schedule that does not fit the run."""
-        if self.prediction is None or not self.config.course_worth or num_steps != self.config.course_steps:
+        if self.prediction is None or not self.config.joint or num_steps != self.config.fitted_steps:
             return self
         full = full_steps_of(schedule, self.prediction.times.tolist(), num_layers=num_layers)
         if full is None or full[:1] != (0,):
             return self
         made = copy.copy(self)
-        made._run = self.prediction.over_run(full, self.config.length)
+        made._run = self.prediction.joint_weights(full, self.config.length)
         return made
 
     def context(self, timestep: Tensor) -> dict[str, Tensor]:
@@ -250,8 +257,8 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
 
     def expected_error(self, features: Tensor) -> Tensor:
         """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""
-        known = features.nan_to_num(0.0).to(self.gauge[0].weight.dtype)
-        return torch.exp(features[:, 0] + self.gauge(known)[:, 0])
+        known = features.nan_to_num(0.0).to(self.error_estimator[0].weight.dtype)
+        return torch.exp(features[:, 0] + self.error_estimator(known)[:, 0])
 
     def weights_of(self, memory: OutputHistory, time: Tensor) -> Tensor:
         """What each remembered value counts at time (R,) -> (R, M)."""
@@ -264,28 +271,28 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
     def _features(self, memory: OutputHistory, time: Tensor) -> Tensor:
         snr = self._log_snr(time)  # (R,)
         expected = memory.expected_error(time).clamp(min=1e-6).log()
-        if self.config.terms == "noise":  # of the clean image that follows from it
+        if self.config.cached_type == "epsilon":  # of the clean image that follows from it
             expected = expected - snr
         distance = (time - memory.times[:, 0]).abs().clamp(min=1.0).log()
         return torch.stack([expected, distance - math.log(20.0), snr / 5, (snr / 5).square()], 1).float()  # (R, F)
 
     def value_of(self, sample: Tensor, clean: Tensor, timestep: Tensor) -> Tensor:
-        """What is remembered of a clean image (R, C, H, W) that was meant at `sample`, in the exits' terms."""
-        if self.config.terms == "clean":
+        """What is remembered of a clean image (R, C, H, W) that was meant at `sample`, as `cached_type` has it."""
+        if self.config.cached_type == "sample":
             return clean
         signal, noise = self._signal_and_noise(timestep, sample)
         return (sample - signal * clean) / noise
 
     def clean_per_value(self, timestep: Tensor) -> Tensor:
         """How far the clean image moves per unit of a recalled value at timestep (T,) -> (T,). Where there is no signal: very far."""
-        if self.config.terms == "clean":
+        if self.config.cached_type == "sample":
             return torch.ones(len(timestep), dtype=torch.float64)
         signal, noise = self._signal_and_noise(timestep.to(self.alphas_cumprod.device), timestep)  # (T,)
         return (noise / signal).double().cpu()
 
     def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
         """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""
-        if self.config.terms == "clean":
+        if self.config.cached_type == "sample":
             return value
         signal, noise = self._signal_and_noise(timestep, sample)
         return (sample - noise * value) / signal

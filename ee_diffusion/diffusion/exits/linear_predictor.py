@@ -1,8 +1,8 @@
-"""The best linear prediction of what a model says at a step from what it said at earlier ones, from second moments along full courses:
-each answer by itself, or all answers of a run together.
+"""The best linear prediction of a model's output at a step from its outputs at earlier ones, by least squares along recorded trajectories:
+per step, or jointly for all cached steps of a run.
 
-Here: the moments and the weights that follow. Not here: whose courses (trajectories.py), remembering (core/history.py).
-S steps of a course, R rows, M remembered values, N unknown weights.
+Here: second moments and the weights that follow. Not here: trajectories (trajectories.py), the cache (core/history.py).
+S steps of a trajectory, R rows, M cached values, N unknown weights.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from torch import Tensor, nn
 
 NEAR = 1e-3  # two times this near are one
 ALONE = 1.0  # what each miss of a run counts by itself, beside their sum
-FLOOR = 1e-3  # by itself no miss counts less than one that is worth so much of the largest
-NOTHING = 1e-9  # worth of the largest that is none
+FLOOR = 1e-3  # by itself no miss counts less than one whose weight is so much of the largest
+NOTHING = 1e-9  # a weight of so much of the largest is none
 RIDGE = 1e-13  # of the largest moment, over a run of each one's own: steps lie near one another, and what tells them apart is far below it
 
 
 @dataclass(frozen=True, eq=False)
 class RunWeights:
-    """The answers of one static schedule: `weights` (S, M) of the values said at steps `places` (S, M), newest first. Where nothing is
-    remembered the place is -1; NaN at steps that run in full, or whose misses are worth nothing."""
+    """The cached outputs of one static schedule: `weights` (S, M) of the values at steps `places` (S, M), newest first. Where nothing is
+    cached the place is -1; NaN at compute steps, and at steps whose errors weigh nothing."""
 
     places: Tensor
     weights: Tensor
 
 
 class LinearPrediction(nn.Module):
-    """`w = K^-1 k` with `K_mn = E[v_m v_n]`, `k_m = E[v_m v_t]`: the weights of remembered values v_m that miss v_t by the least mean
-    square (Wiener, 1949; the mean over images and values is the expectation).
+    """`w = K^-1 k` with `K_mn = E[v_m v_n]`, `k_m = E[v_m v_t]`: the weights of cached values v_m that predict v_t with the least mean
+    square error (Wiener, 1949; the mean over images and values is the expectation).
 
-    That is best for each answer by itself. What the answers of a run miss is small, but points the same way (least squares draws each a
-    little towards the mean) and adds up. Where the steps that run in full are known beforehand, `over_run` takes all weights together.
+    That is best for each step by itself. The errors of a run's cached steps are small, but they point the same way (least squares draws
+    each a little towards the mean) and add up. Where the compute steps are known beforehand, `joint_weights` fits all weights together.
 
     Made for the steps of one solver. Tables are NaN until `fit`. They stay in float32, the moments as what float32 holds of them and what
-    it leaves, and are used in float64. has_worth: whether there is a table of what misses are worth, which `over_run` needs.
+    it leaves, and are used in float64. joint: whether there is a table of error weights, which `joint_weights` needs.
     """
 
-    def __init__(self, num_steps: int, *, has_worth: bool = False):
+    def __init__(self, num_steps: int, *, joint: bool = False):
         super().__init__()
         self.register_buffer("times", torch.full((num_steps,), torch.nan))
         self.register_buffer("moments", torch.full((2, num_steps, num_steps), torch.nan))
-        self.register_buffer("worth", torch.full((num_steps,), torch.nan) if has_worth else None)
+        self.register_buffer("error_weights", torch.full((num_steps,), torch.nan) if joint else None)
 
     def _apply(self, fn, recurse=True):
         tables = dict(self.named_buffers())
@@ -60,13 +60,13 @@ class LinearPrediction(nn.Module):
         return not any(bool(table.isnan().any()) for table in self.buffers())
 
     @torch.no_grad()
-    def fit(self, times: Tensor, values: Tensor, worth: Tensor | None = None) -> None:
-        """Take the moments of values (S, B, ...) that were said at times (S,). worth (S,): how far a miss of one unit at each step moves
-        the final image; needed where there is a table of it, and only there.
+    def fit(self, times: Tensor, values: Tensor, error_weights: Tensor | None = None) -> None:
+        """Take the moments of values (S, B, ...), the outputs at times (S,). error_weights (S,): how far an error of one unit at each step
+        moves the final image; needed where there is a table of them, and only there.
 
         Raises:
-            ValueError: another number of steps, values that are not finite, times that are not distinct, a worth that is missing, not
-                asked for, below 0 or not finite.
+            ValueError: another number of steps, values that are not finite, times that are not distinct, error weights that are missing,
+                not expected, below 0 or not finite.
         """
         steps = len(self.times)
         if times.shape != (steps,) or len(values) != steps or not bool(values.isfinite().all()):
@@ -79,27 +79,33 @@ class LinearPrediction(nn.Module):
             raise ValueError(
                 "values that are all zero at a step, expected what a model says: there is nothing to predict from"
             )
-        if (worth is None) != (self.worth is None):
-            raise ValueError(f"worth={worth}, has_worth={self.worth is not None}, expected both or neither")
-        if worth is not None:
-            if worth.shape != (steps,) or not bool((worth.float().isfinite() & (worth >= 0)).all()):
-                raise ValueError(f"worth={worth.tolist()}, expected {steps} finite numbers, none below 0")
-            self.worth.copy_(worth)
+        if (error_weights is None) != (self.error_weights is None):
+            raise ValueError(
+                f"error_weights={error_weights}, joint={self.error_weights is not None}, expected both or neither"
+            )
+        if error_weights is not None:
+            if error_weights.shape != (steps,) or not bool(
+                (error_weights.float().isfinite() & (error_weights >= 0)).all()
+            ):
+                raise ValueError(
+                    f"error_weights={error_weights.tolist()}, expected {steps} finite numbers, none below 0"
+                )
+            self.error_weights.copy_(error_weights)
         flat = values.flatten(1).double()  # (S, n)
         self.times.copy_(times)
         moments = flat @ flat.T / flat.shape[1]  # (S, S)
         self.moments.copy_(torch.stack([moments, moments - moments.float().double()]))
 
     @torch.no_grad()
-    def over_run(self, full: Sequence[int], length: int) -> RunWeights:
-        """The weights of all answers of a run whose steps `full` run in full, from the last `length` = M of those: they make
+    def joint_weights(self, full: Sequence[int], length: int) -> RunWeights:
+        """The weights of all cached outputs of a run with compute steps `full`, from the last `length` = M of those: they make
 
             E |sum_t c_t e_t|^2 + ALONE * sum_t max(c_t, FLOOR max(c))^2 E |e_t|^2,  e_t = sum_m w_tm v_m - v_t,
 
-        least, with c_t = `worth`, its maximum over the steps that memory answers: what they miss together in the final image, and each by
-        itself. In the first term alone, misses could be as large as they like so long as they cancel out, along the courses that were
-        seen; and a step that is worth nearly nothing could be given over to the misses of others. Of a solver that clips clean images
-        nothing is known here.
+        least, with c_t = `error_weights`, their maximum over the cached steps: the error of all together in the final image, and of each by
+        itself. In the first term alone, errors could be as large as they like so long as they cancel out along the recorded
+        trajectories; and a step that weighs nearly nothing could be given over to the errors of others. Of a solver that clips clean
+        images nothing is known here.
 
         Raises:
             ValueError: tables that are missing; full steps that are not ascending places of the run, the first of them 0; a length
@@ -108,33 +114,33 @@ class LinearPrediction(nn.Module):
         steps, places = len(self.times), list(full)
         if isinstance(length, bool) or not all(isinstance(one, int) for one in (length, *places)):
             raise ValueError(f"full steps {tuple(full)}, length={length!r}, expected whole numbers")
-        if self.worth is None or not self.is_fitted:
-            raise ValueError("a prediction without (all of) its tables: expected has_worth=True, and fit first")
+        if self.error_weights is None or not self.is_fitted:
+            raise ValueError("a prediction without (all of) its tables: expected joint=True, and fit first")
         if not places or places != sorted(set(places)) or places[0] != 0 or places[-1] >= steps or length < 1:
             raise ValueError(
                 f"full steps {tuple(full)} of {steps}, length={length}, expected ascending places, the first of them 0, and at least 1"
             )
-        table, worth = self.moments.cpu().double().sum(0), self.worth.cpu().double()  # (S, S), (S,)
+        table, weight = self.moments.cpu().double().sum(0), self.error_weights.cpu().double()  # (S, S), (S,)
         known = torch.full((steps, length), -1)
         for step in set(range(steps)) - set(places):
             newest = [place for place in places if place < step][::-1][:length]
             known[step, : len(newest)] = torch.tensor(newest)
-        most = worth.where(known[:, 0] >= 0, 0.0).max()  # of the steps that memory answers
-        asked = (known >= 0) & (worth > NOTHING * most)[:, None]  # (S, M): the N unknowns
+        most = weight.where(known[:, 0] >= 0, 0.0).max()  # of the steps that memory answers
+        asked = (known >= 0) & (weight > NOTHING * most)[:, None]  # (S, M): the N unknowns
         at, said = asked.nonzero()[:, 0], known[asked]  # (N,): the step, and that of the value
         answers = asked[:, 0]  # (S,)
-        alone = ALONE * (FLOOR * most / worth[at]).clamp(min=1.0).square()  # (N,)
+        alone = ALONE * (FLOOR * most / weight[at]).clamp(min=1.0).square()  # (N,)
         unknown = table[said][:, said] * (1 + alone * (at[:, None] == at))  # (N, N), of c_t w_tm
         unknown.diagonal().mul_(1 + RIDGE)
-        wanted = table[said][:, answers] @ worth[answers] + alone * worth[at] * table[said, at]  # (N,)
+        wanted = table[said][:, answers] @ weight[answers] + alone * weight[at] * table[said, at]  # (N,)
         weights = torch.full((steps, length), torch.nan, dtype=torch.float64)
         weights[answers] = 0.0
-        weights[asked] = torch.linalg.solve(unknown, wanted) / worth[at]
+        weights[asked] = torch.linalg.solve(unknown, wanted) / weight[at]
         return RunWeights(known.to(self.times.device), weights.to(self.times.device))
 
     def weights(self, times: Tensor, time: Tensor, run: RunWeights | None = None) -> Tensor:
-        """times (R, M) of the remembered values, NaN where nothing is; time (R,) -> (R, M), 0 where nothing is remembered. NaN for rows
-        that remember nothing, or whose times are not those of the course. run: what holds for rows that ran in full where it says."""
+        """times (R, M) of the cached values, NaN where nothing is; time (R,) -> (R, M), 0 where nothing is cached. NaN for rows without a
+        cache, or whose times are not the trajectory's. run: what holds for rows whose compute steps are its own."""
         there = ~times.isnan()  # (R, M)
         places, found = self._places(times)
         now, found_now = self._places(time)

@@ -99,7 +99,7 @@ def fit_error_estimator(
             "the test, and at least 1 iteration"
         )
     target = seen.errors.clamp(min=1e-6).log()
-    optimizer = torch.optim.AdamW(exits.gauge.parameters(), lr=learning_rate)
+    optimizer = torch.optim.AdamW(exits.error_estimator.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     with torch.enable_grad():
         for _ in range(iterations):

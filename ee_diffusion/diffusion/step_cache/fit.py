@@ -27,7 +27,7 @@ def fit_schedules(
     pipeline: DiffusionPipeline,
     call: Callable[[], object],
     *,
-    terms: str = "noise",
+    cached_type: str = "epsilon",
     every: int = 4,
     power: float = 0.5,
     last_full: bool = False,
@@ -43,7 +43,7 @@ def fit_schedules(
 
     `call` is made about 1 + S / `every` times; its images are all that is known, so let it draw some 8 to 32. Schedules are those of
     `schedule_search.search` under `error_weights(local_gains, amplification, power)`; with them the cached outputs of any static schedule
-    of as many steps (these, `periodic_cache`) are weighed together (`LinearPrediction.over_run`). Run it in float32: half precision's
+    of as many steps (these, `periodic_cache`) are weighed together (`LinearPrediction.joint_weights`). Run it in float32: half precision's
     rounding spoils the fit. Where images are then drawn in half precision, say `last_full` (`schedule_search.search` says why).
 
     Raises:
@@ -62,7 +62,7 @@ def fit_schedules(
     error_weights((), (), power=power)
     check_every(every)
     transformer = unwrapped(transformer)
-    exits = CachedOutputExits.for_pipeline(transformer, pipeline.scheduler, terms=terms)
+    exits = CachedOutputExits.for_pipeline(transformer, pipeline.scheduler, cached_type=cached_type)
     full = record_call(pipeline, exits, call)
     num_steps, layers = len(full.course.times), len(blocks_of(transformer))
     local_gains = local_error_gain_along(exits, full.solver)

@@ -53,12 +53,12 @@ def setup_of(exits: object) -> RunSetup:
         return RunSetup()
     config, times = exits.config, None if exits.prediction is None else tuple(exits.prediction.times.tolist())
     return RunSetup(
-        config.course_scheduler,
-        config.course_steps or None,
+        config.fitted_scheduler,
+        config.fitted_steps or None,
         times,
-        config.course_guidance,
-        config.course_embedded_guidance,
-        None if config.course_shape is None else tuple(config.course_shape),
+        config.fitted_guidance,
+        config.fitted_embedded_guidance,
+        None if config.fitted_shape is None else tuple(config.fitted_shape),
         config.model_weights,
     )
 

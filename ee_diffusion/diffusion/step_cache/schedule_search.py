@@ -59,7 +59,7 @@ def gap_prices(exits: CachedOutputExits, course: Trajectory, weights: Sequence[f
 
 @torch.no_grad()
 def _missed(exits: CachedOutputExits, course: Trajectory, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
-    """Recalled clean image minus the one that was said, as the solver sees them (B, ...); values (S, B, ...) in the exits' terms."""
+    """Recalled clean image minus the one that was said, as the solver sees them (B, ...); values (S, B, ...) as the exits cache them."""
     a, b, t = moment
     known = course.times.to(values.device)
     times, time = known[[b, a]][None], known[t][None]

@@ -72,7 +72,7 @@ def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> 
 
 
 def values_of(exits: CachedOutputExits, course: Trajectory) -> Tensor:
-    """What exits would remember of a course, (S, B, ...): its clean images in the exits' terms."""
+    """What exits would remember of a course, (S, B, ...): its clean images as the exits cache them."""
     times = course.times.to(course.clean.device)[:, None].expand(course.clean.shape[:2])  # (S, B)
     said = zip(course.samples, course.clean, times, strict=True)
     return torch.stack([exits.value_of(*one).float() for one in said])
@@ -84,27 +84,27 @@ def fit_prediction(
     """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
 
     weights: w_t (S,), what an error of the clean image at step t does in the end (`error_propagation.error_weights`). With them the
-    cached outputs of a static schedule are weighed together (`LinearPrediction.over_run`), without each by itself.
+    cached outputs of a static schedule are weighed together (`LinearPrediction.joint_weights`), without each by itself.
 
     Raises:
         ValueError: a course that is not finite or that has a time twice, weights of another number or that
             are negative or not finite.
     """
-    worth = None
+    scaled = None
     if weights is not None:
         numbers = isinstance(weights, Sequence) and all(isinstance(one, int | float) for one in weights)
         if not numbers or len(weights) != len(course.times):
             raise ValueError(f"weights={weights!r}, expected {len(course.times)} numbers, none below 0")
-        worth = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(course.times)
-    whose = {"course_scheduler": course.scheduler, "course_guidance": course.guidance_scale}
-    whose |= {"course_embedded_guidance": course.embedded_guidance, "course_shape": list(course.samples.shape[2:])}
-    whose |= {"course_worth": None if weights is None else True, "model_weights": course.weights}
+        scaled = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(course.times)
+    whose = {"fitted_scheduler": course.scheduler, "fitted_guidance": course.guidance_scale}
+    whose |= {"fitted_embedded_guidance": course.embedded_guidance, "fitted_shape": list(course.samples.shape[2:])}
+    whose |= {"joint": None if weights is None else True, "model_weights": course.weights}
     made = (
-        type(exits).from_config(exits.config, course_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
+        type(exits).from_config(exits.config, fitted_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
     )
     rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
     made.load_state_dict(rest, strict=False)  # all but the prediction
-    made.prediction.fit(course.times, values_of(exits, course), worth)
+    made.prediction.fit(course.times, values_of(exits, course), scaled)
     return made.eval()
 
 
