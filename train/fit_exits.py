@@ -24,16 +24,9 @@ from train.launch import launch
 STATES = ("stored", "fresh", "dataset")
 TRAJECTORIES = ("full", "exited")
 VARIANTS = ("paper", "released", "adapter")
-DEFAULTS = {  # of the loop, where fitting small heads differs from training a model
-    "train_batch_size": 16,
-    "learning_rate": 1e-3,
-    "adam_weight_decay": 0.01,
-    "lr_warmup_steps": 50,
-    "max_train_steps": 2000,
-    "ema_decay": 0.99,
-    "checkpointing_steps": 500,
-    "label_column": None,
-}
+# Of the loop, where fitting small heads differs from training a model
+DEFAULTS = {"train_batch_size": 16, "learning_rate": 1e-3, "adam_weight_decay": 0.01, "lr_warmup_steps": 50}
+DEFAULTS |= {"max_train_steps": 2000, "ema_decay": 0.99, "checkpointing_steps": 500, "label_column": None}
 
 
 @dataclass(frozen=True)
@@ -45,46 +38,33 @@ class FitConfig:
     """
 
     model: str | None = HfArg(default=None, help="Folder of a diffusers pipeline with a `transformer`.")
-    labels: list[str] | None = HfArg(
-        default=None, help="Class labels in turn, or one file with a label a line; none: every class."
-    )
+    labels: list[str] | None = HfArg(default=None, help="Class labels in turn, or a file of them; none: every class.")
     prompts: str | None = HfArg(default=None, help="A file with a prompt a line, for text pipelines.")
     num_inference_steps: int = HfArg(default=50, help="Steps of the trajectories, as in use.")
     guidance_scale: float = HfArg(default=1.0, help="Guidance of the trajectories, as in use.")
     sampler: str | None = HfArg(default=None, help="ddim, ddpm, dpm, unipc, euler or heun; none: the pipeline's own.")
     states: str = HfArg(
-        default="stored",
-        help="stored: on disk before the fit; fresh: new ones for every batch; dataset: noised images.",
+        default="stored", help="stored: on disk before the fit; fresh: for every batch; dataset: noised images."
     )
-    states_dir: str | None = HfArg(default=None, help="Where stored states lie; none: states/ in output_dir.")
+    states_dir: str | None = HfArg(default=None, help="Where states are stored; none: states/ in output_dir.")
     num_trajectories: int = HfArg(default=256, help="Stored trajectories.")
     collect_batch_size: int = HfArg(default=16, help="Images per call of the pipeline, and per file of stored states.")
     trajectories: str = HfArg(
-        default="full", help="full: the full model's; exited: the exited model's (needs init_exits and a rule)."
+        default="full", help="full: the full model's; exited: the exited model's (with init_exits)."
     )
-    exit_threshold: float | None = HfArg(
-        default=None,
-        help="DeeDiff's threshold on the mean uncertainty, for exited trajectories; the exits are judged along them, too.",
-    )
+    exit_threshold: float | None = HfArg(default=None, help="DeeDiff's threshold, for exited trajectories.")
     exit_policy: str | None = HfArg(default=None, help="The same as a policy file.")
     init_exits: str | None = HfArg(default=None, help="Folder of exits to go on from; none: fresh ones.")
-    exit_depths: list[int] | None = HfArg(
-        default=None, help="Executed blocks at each exit; none: after every block but the last."
-    )
+    exit_depths: list[int] | None = HfArg(default=None, help="Executed blocks at each exit; none: all but the last.")
     exit_variant: str = HfArg(
-        default="paper",
-        help="paper: DeeDiff's heads; released: the model's own tail; adapter: small adapters before it (any class of the family table).",
+        default="paper", help="paper: DeeDiff's heads; released: the own tail; adapter: adapters before it."
     )
-    adapter_rank: int | None = HfArg(
-        default=None, help="exit_variant=adapter: width inside the adapters; 0: uncertainty modules alone."
-    )
+    adapter_rank: int | None = HfArg(default=None, help="Width inside adapters; 0: uncertainty modules alone.")
     uncertainty_weight: float = HfArg(default=1.0, help="Weight of the uncertainty modules' loss.")
     layerwise_weight: float = HfArg(default=1.0, help="Weight of the heads' loss.")
-    lora_rank: int | None = HfArg(
-        default=None, help="Also train adapters of this rank in the backbone's blocks (needs peft)."
-    )
+    lora_rank: int | None = HfArg(default=None, help="Also train LoRA of this rank in the blocks (peft).")
     class_drop: float = HfArg(default=0.1, help="states=dataset: probability that a label becomes the null class.")
-    held_out: int = HfArg(default=16, help="Trajectories with seeds of their own that the exits are judged on.")
+    held_out: int = HfArg(default=16, help="Trajectories of other seeds to evaluate the exits on.")
 
     def __post_init__(self):
         for name, known in (("states", STATES), ("trajectories", TRAJECTORIES), ("exit_variant", VARIANTS)):

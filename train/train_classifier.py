@@ -31,44 +31,29 @@ class ClassifierConfig:
     """
 
     method: str = HfArg(
-        default="plain",
-        help="plain, magic_soft, magic_hard (no exits), palbert, pondernet, pabee, deebert, fastbert, berxit or jei_dnn.",
+        default="plain", help="plain, magic_soft, magic_hard (no exits), palbert, pondernet, pabee, deebert, ..."
     )
     init_from: str | None = HfArg(default=None, help="Folder or Hub name to start from.")
     num_labels: int | None = HfArg(default=None, help="Classes; 1: regression; none: as many as init_from has.")
-    exit_depths: list[int] | None = HfArg(
-        default=None, help="Executed layers at each exit; none: after every layer but the last."
-    )
-    pooling: str = HfArg(default="first", help="What exits look at: first (the first token) or mean (of all tokens).")
+    exit_depths: list[int] | None = HfArg(default=None, help="Executed layers at each exit; none: all but the last.")
+    pooling: str = HfArg(default="first", help="Input of exits: first (the first token) or mean (of all tokens).")
     prior_rate: float = HfArg(default=0.1, help="lambda_p of the geometric prior (palbert, pondernet).")
     divergence_weight: float = HfArg(default=0.5, help="beta, the weight of the KL (palbert, pondernet).")
-    divergence_direction: str = HfArg(
-        default="posterior_to_prior", help="posterior_to_prior (the formula) or prior_to_posterior (the released code)."
-    )
-    trade_off: float | None = HfArg(
-        default=None, help="lambda of jei_dnn: what the whole model's cost is worth in nats."
-    )
+    divergence_direction: str = HfArg(default="posterior_to_prior", help="or prior_to_posterior, as the released code.")
+    trade_off: float | None = HfArg(default=None, help="jei_dnn's lambda: nats for the whole model's cost.")
     warm_up: int = HfArg(default=0, help="Batches of heads alone at the beginning (jei_dnn).")
     phase: int = HfArg(default=200, help="Batches of each phase (jei_dnn).")
     released: bool = HfArg(default=False, help="The released weighting that cancels (jei_dnn).")
 
     mask_weight: float | None = HfArg(default=None, help="What a kept token costs (magic_soft).")
     temperature: float | None = HfArg(default=None, help="T of the fading (magic_soft).")
-    top_threshold: float | None = HfArg(
-        default=None, help="The last layer's saliency threshold to begin with (magic_soft)."
-    )
-    bottom_threshold: float = HfArg(
-        default=0.0, help="The first layer's saliency threshold to begin with (magic_soft)."
-    )
+    top_threshold: float | None = HfArg(default=None, help="The last layer's first threshold (magic_soft).")
+    bottom_threshold: float = HfArg(default=0.0, help="The first layer's first threshold (magic_soft).")
 
-    num_layers: int | None = HfArg(
-        default=None, help="Keep only the first so many layers of init_from: the truncated control."
-    )
+    num_layers: int | None = HfArg(default=None, help="Keep so many first layers: the truncated control.")
     random_weights: bool = HfArg(default=False, help="Take the configuration of init_from, not its weights.")
     length_parts: int = HfArg(default=1, help="Parts of like length that a batch of texts runs in.")
-    states: str | None = HfArg(
-        default=None, help="File of stored states for exits on a frozen model; written where absent."
-    )
+    states: str | None = HfArg(default=None, help="File of states of a frozen model; written if absent.")
 
     def __post_init__(self):
         if self.num_labels is not None and self.num_labels < 1:

@@ -19,18 +19,9 @@ from ee_diffusion.training.config import ImageDataConfig, LatentConfig, TrainCon
 from train.launch import launch
 
 NULL_CLASS = 1000  # what DiTPipeline takes for "no class"
-DEFAULTS = {
-    "train_data_files": ["cifar10/train-*.parquet"],
-    "image_column": "img",
-    "label_column": "label",
-    "resolution": 32,
-    "train_batch_size": 256,
-    "learning_rate": 4e-4,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 500,
-    "adam_weight_decay": 0.0,
-    "ema_decay": 0.999,
-}
+DEFAULTS = {"train_data_files": ["cifar10/train-*.parquet"], "image_column": "img", "label_column": "label"}
+DEFAULTS |= {"resolution": 32, "train_batch_size": 256, "learning_rate": 4e-4, "lr_scheduler": "cosine"}
+DEFAULTS |= {"lr_warmup_steps": 500, "adam_weight_decay": 0.0, "ema_decay": 0.999}
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,9 @@ from ee_diffusion.training.config import LanguageModelConfig, PromptDataConfig, 
 from train.launch import launch
 
 TEACHERS = ("model", "labels")
-DEFAULTS = {  # of the loop, where fitting small heads differs from training a model
-    "learning_rate": 1e-3,
-    "adam_weight_decay": 0.01,
-    "lr_warmup_steps": 20,
-    "max_train_steps": 1000,
-    "ema_decay": 0.99,
-    "checkpointing_steps": 200,
-}
+# Of the loop, where fitting small heads differs from training a model
+DEFAULTS = {"learning_rate": 1e-3, "adam_weight_decay": 0.01, "lr_warmup_steps": 20, "max_train_steps": 1000}
+DEFAULTS |= {"ema_decay": 0.99, "checkpointing_steps": 200}
 
 
 @dataclass(frozen=True)
@@ -39,20 +34,12 @@ class HeadsConfig:
         ValueError: an unknown teacher, a number below 1.
     """
 
-    exit_depths: list[int] | None = HfArg(
-        default=None, help="Executed layers at each exit, ascending, below the model's."
-    )
-    adapter_width: int | None = HfArg(
-        default=None, help="Inner width of the adapters before the LM head; none: confidences alone."
-    )
+    exit_depths: list[int] | None = HfArg(default=None, help="Executed layers at each exit, ascending.")
+    adapter_width: int | None = HfArg(default=None, help="Width inside adapters; none: confidences alone.")
     teacher: str = HfArg(default="model", help="model: its own next-token distribution; labels: the text's next token.")
-    sampled_tokens: int | None = HfArg(
-        default=None, help="Tokens drawn for each step's loss, beside the likely ones; none: all tokens."
-    )
-    init_exits: str | None = HfArg(default=None, help="exits.safetensors to go on from; none: fresh ones.")
-    states: str | None = HfArg(
-        default=None, help="Where the model's states are stored; none: states.safetensors in output_dir."
-    )
+    sampled_tokens: int | None = HfArg(default=None, help="Tokens in a step's loss, beside likely ones; none: all.")
+    init_exits: str | None = HfArg(default=None, help="exits.safetensors to start from; none: fresh ones.")
+    states: str | None = HfArg(default=None, help="Where states are stored; none: in output_dir.")
     collect_batch_size: int = HfArg(default=4, help="Texts per forward of the model.")
     held_out: int = HfArg(default=1024, help="States at the end that the exits are evaluated on, not fitted to.")
 

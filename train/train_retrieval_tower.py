@@ -16,22 +16,10 @@ from ee_diffusion.cli.errors import run_script
 from ee_diffusion.training.config import CaptionConfig, ImageDataConfig, TrainConfig
 from train.launch import launch
 
-DEFAULTS = {
-    "train_data_files": ["emoji64/*.parquet"],
-    "image_column": "image",
-    "label_column": None,
-    "resolution": 64,
-    "random_flip": False,
-    "train_batch_size": 128,
-    "max_train_steps": 1200,
-    "learning_rate": 2e-3,
-    "lr_scheduler": "cosine",
-    "lr_warmup_steps": 50,
-    "adam_weight_decay": 0.05,
-    "ema_decay": 0.99,
-    "checkpointing_steps": 200,
-    "checkpoints_total_limit": 1,
-}
+DEFAULTS = {"train_data_files": ["emoji64/*.parquet"], "image_column": "image", "label_column": None}
+DEFAULTS |= {"resolution": 64, "random_flip": False, "train_batch_size": 128, "max_train_steps": 1200}
+DEFAULTS |= {"learning_rate": 2e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 50, "adam_weight_decay": 0.05}
+DEFAULTS |= {"ema_decay": 0.99, "checkpointing_steps": 200, "checkpoints_total_limit": 1}
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,9 @@ from ee_diffusion.cli.errors import run_script
 from ee_diffusion.training.config import LanguageModelConfig, PromptDataConfig, TrainConfig
 from train.launch import launch
 
-DEFAULTS = {  # of the loop, where fine-tuning a language model differs from training a diffusion model
-    "train_batch_size": 8,
-    "learning_rate": 5e-4,
-    "adam_weight_decay": 0.0,
-    "lr_warmup_steps": 20,
-    "max_train_steps": 500,
-    "ema_decay": 0.95,
-    "checkpointing_steps": 100,
-}
+# Of the loop, where fine-tuning a language model differs from training a diffusion model
+DEFAULTS = {"train_batch_size": 8, "learning_rate": 5e-4, "adam_weight_decay": 0.0, "lr_warmup_steps": 20}
+DEFAULTS |= {"max_train_steps": 500, "ema_decay": 0.95, "checkpointing_steps": 100}
 
 
 @dataclass(frozen=True)
@@ -43,22 +37,12 @@ class SkipConfig:
     warm_up: int | None = HfArg(default=None, help="SkipDecode: layers at the bottom that always run.")
     least: int | None = HfArg(default=None, help="SkipDecode: layers from token `horizon` on.")
     most: int | None = HfArg(default=None, help="SkipDecode: layers at the first token.")
-    horizon: int | None = HfArg(
-        default=None, help="SkipDecode: tokens from the most layers to the least; the task's median length."
-    )
+    horizon: int | None = HfArg(default=None, help="SkipDecode: tokens from most to least layers.")
     policy: str | None = HfArg(default=None, help="A file that Policy.save wrote, in their place.")
-    keep: int | None = HfArg(
-        default=None, help="Plain fine-tuning of the first so many layers alone (a truncated model, as control)."
-    )
-    lora_rank: int | None = HfArg(
-        default=None, help="Train adapters of this rank, merged when saved; none: every weight."
-    )
-    teacher: str | None = HfArg(
-        default=None, help="Folder or name of a model to learn from at full depth; none: the answers alone."
-    )
-    teacher_weight: float | None = HfArg(
-        default=None, help="The teacher's part of the loss, above 0 to 1; none: 0.5 where there is one."
-    )
+    keep: int | None = HfArg(default=None, help="Fine-tune so many first layers alone: the truncated control.")
+    lora_rank: int | None = HfArg(default=None, help="Train LoRA of this rank, merged at the end; none: all weights.")
+    teacher: str | None = HfArg(default=None, help="A model to learn from at full depth, by folder or name.")
+    teacher_weight: float | None = HfArg(default=None, help="The teacher's share of the loss; none: 0.5.")
 
     def __post_init__(self):
         given = [name for name in ("warm_up", "least", "most", "horizon") if getattr(self, name) is not None]

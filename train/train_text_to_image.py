@@ -20,23 +20,11 @@ from ee_diffusion.cli.errors import run_script
 from ee_diffusion.training.config import CaptionConfig, ImageDataConfig, LatentConfig, TrainConfig
 from train.launch import launch
 
-DEFAULTS = {
-    "image_size": 64,
-    "part_size": 512,
-    "train_data_files": ["emoji64/*.parquet"],
-    "image_column": "image",
-    "label_column": None,
-    "resolution": 64,
-    "random_flip": False,
-    "train_batch_size": 64,
-    "learning_rate": 1.5e-3,
-    "lr_scheduler": "constant_with_warmup",
-    "lr_warmup_steps": 50,
-    "adam_weight_decay": 0.01,
-    "ema_decay": 0.998,
-    "checkpointing_steps": 100,
-    "checkpoints_total_limit": 2,
-}
+DEFAULTS = {"image_size": 64, "part_size": 512, "train_data_files": ["emoji64/*.parquet"]}
+DEFAULTS |= {"image_column": "image", "label_column": None, "resolution": 64, "random_flip": False}
+DEFAULTS |= {"train_batch_size": 64, "learning_rate": 1.5e-3, "lr_scheduler": "constant_with_warmup"}
+DEFAULTS |= {"lr_warmup_steps": 50, "adam_weight_decay": 0.01, "ema_decay": 0.998, "checkpointing_steps": 100}
+DEFAULTS |= {"checkpoints_total_limit": 2}
 
 
 @dataclass(frozen=True)

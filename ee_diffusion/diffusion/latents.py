@@ -81,6 +81,32 @@ def psnr(images: Tensor, others: Tensor) -> Tensor:
     return 10 * (4 / (images - others).square().flatten(1).mean(1)).log10()
 
 
+def encode_bytes(vae: nn.Module, images: Tensor, size: int, *, bf16: bool = False) -> Tensor:
+    """images (B, C, H, W) uint8, enlarged to `size` pixels -> latents (B, c, h, w) float32; bf16: autocast."""
+    return _encode(vae, enlarged(images.to(vae.device).float() / 127.5 - 1, size), bf16=bf16)
+
+
+def round_trip(
+    vae: nn.Module, images: Tensor, size: int, *, batch_size: int, bf16: bool = False
+) -> dict[str, float | int]:
+    """Mean PSNR in decibels of decode(encode(image)), at `size` pixels and back at H, over the first 256 images (M, C, H, W) uint8."""
+    rows, small, images = [], images.shape[-1], images[:256]
+    for batch in images.split(batch_size):
+        pixels = batch.to(vae.device).float() / 127.5 - 1
+        large = enlarged(pixels, size)
+        back = decode(vae, _encode(vae, large, bf16=bf16))
+        shrunk = nn.functional.interpolate(back, size=(small, small), mode="area")
+        rows.append(torch.stack([psnr(large, back), psnr(pixels, shrunk)]))
+    large_db, small_db = torch.cat(rows, dim=1).mean(1).tolist()
+    decibels = {f"psnr_{size}px": round(large_db, 2), f"psnr_{small}px": round(small_db, 2)}
+    return decibels | {"psnr_images": len(images)}
+
+
+def _encode(vae: nn.Module, pixels: Tensor, *, bf16: bool) -> Tensor:
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+        return encode(vae, pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
+
+
 class NoisedStates:
     """States from a data set instead of trajectories: a batch of an image source -> noised inputs (B, 1, ...) of the transformer.
 

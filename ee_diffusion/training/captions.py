@@ -103,6 +103,20 @@ def load_captioned(data: ImageDataConfig, config: CaptionConfig) -> Captioned:
     return Captioned(images, chosen, tuple(split_of(caption, **shares) for caption in chosen))
 
 
+class CaptionTable:
+    """`images` (M, C, H, W) uint8, the number of each one's caption (M,), sentence embeddings (Q, V)."""
+
+    def __init__(self, images: Tensor, captions: Tensor, texts: Tensor):
+        self.images, self.captions, self.texts = images, captions, texts
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, samples: Tensor) -> dict[str, Tensor]:
+        captions = self.captions[samples]
+        return {"images": self.images[samples], "captions": captions, "texts": self.texts[captions]}
+
+
 class CaptionSource(Source):
     """Encoded images (M, C, H, W), the caption of each (M,), and encoded captions (Q, T, V) with the encoded empty one (T, V).
 

@@ -41,33 +41,22 @@ class TrainConfig:
         ValueError: a value out of range.
     """
 
-    output_dir: str | None = HfArg(
-        default=None, help="Where weights, checkpoints, logs, config.json and report.json go."
-    )
+    output_dir: str | None = HfArg(default=None, help="Folder for weights, checkpoints, logs and reports.")
     seed: int = HfArg(default=0, help="Seed of initial weights, data order and every draw.")
     train_batch_size: int = HfArg(default=128, help="Samples per process and micro-step.")
     gradient_accumulation_steps: int = HfArg(default=1, help="Micro-steps per optimizer step.")
     max_train_steps: int = HfArg(default=10_000, help="Optimizer steps in all.")
-    max_train_minutes: float | None = HfArg(
-        default=None, help="Stop after so many minutes, with a checkpoint, to be resumed."
-    )
-    optimizer: str = HfArg(
-        default="adamw",
-        help="adamw, or muon: torch's Muon for the matrices within repeated blocks (steps scaled to AdamW's size), AdamW for the rest.",
-    )
+    max_train_minutes: float | None = HfArg(default=None, help="Stop after so many minutes, with a checkpoint.")
+    optimizer: str = HfArg(default="adamw", help="adamw, or muon: Muon for matrices in blocks, AdamW for the rest.")
     learning_rate: float = HfArg(default=2e-4, help="Peak learning rate.")
-    lr_scheduler: str = HfArg(
-        default="constant_with_warmup", help="A name diffusers' get_scheduler knows: constant_with_warmup, cosine, ..."
-    )
+    lr_scheduler: str = HfArg(default="constant_with_warmup", help="A name of diffusers' get_scheduler.")
     lr_warmup_steps: int = HfArg(default=500, help="Optimizer steps of linear warm-up.")
     adam_beta1: float = HfArg(default=0.9, help="AdamW beta1.")
     adam_beta2: float = HfArg(default=0.99, help="AdamW beta2.")
     adam_weight_decay: float = HfArg(default=0.03, help="AdamW weight decay.")
     adam_epsilon: float = HfArg(default=1e-8, help="AdamW epsilon.")
     max_grad_norm: float = HfArg(default=1.0, help="Clip the gradient to this norm; 0: do not clip.")
-    use_ema: bool = HfArg(
-        default=True, help="Keep an exponential moving average of the weights; it is what is validated and exported."
-    )
+    use_ema: bool = HfArg(default=True, help="Validate and export an exponential moving average of the weights.")
     ema_decay: float = HfArg(default=0.9999, help="Decay of the average.")
     mixed_precision: str = HfArg(default="no", help="no, fp16 or bf16.")
     compile: bool = HfArg(default=False, help="torch.compile the objective.")
@@ -75,9 +64,7 @@ class TrainConfig:
     logging_dir: str = HfArg(default="logs", help="Tracker files, below output_dir.")
     logging_steps: int = HfArg(default=50, help="Write losses every so many steps.")
     checkpointing_steps: int = HfArg(default=1000, help="Write a checkpoint every so many steps.")
-    checkpoints_total_limit: int | None = HfArg(
-        default=None, help="Keep only the newest so many checkpoints; none: all."
-    )
+    checkpoints_total_limit: int | None = HfArg(default=None, help="Keep so many newest checkpoints; none: all.")
     resume_from_checkpoint: str | None = HfArg(default=None, help="latest, or the path of a checkpoint folder.")
     validation_steps: int | None = HfArg(default=None, help="Validate every so many steps; none: never.")
 
@@ -128,14 +115,12 @@ class ImageDataConfig:
     """
 
     dataset_name: str | None = HfArg(default=None, help="A data set by its Hub name.")
-    train_data_dir: str | None = HfArg(
-        default=None, help="A local folder of images (one sub-folder per class, or metadata files)."
-    )
+    train_data_dir: str | None = HfArg(default=None, help="A folder of images, one sub-folder per class.")
     train_data_files: list[str] | None = HfArg(default=None, help="Parquet files or glob patterns.")
     dataset_split: str = HfArg(default="train", help="Which split of it.")
     image_column: str = HfArg(default="image", help="Column of the images.")
     label_column: str | None = HfArg(default="label", help="Column of integer class labels; none: unconditional.")
-    resolution: int = HfArg(default=32, help="Height and width in pixels; other sizes are resized and center-cropped.")
+    resolution: int = HfArg(default=32, help="Height and width in pixels; others are resized and center-cropped.")
     random_flip: bool = HfArg(default=True, help="Mirror half of the images.")
     max_train_samples: int | None = HfArg(default=None, help="Use only the first so many images.")
 
@@ -196,19 +181,13 @@ class TextDataConfig:
             below 1, a fold that there is not.
     """
 
-    text_files: list[str] | None = HfArg(
-        default=None, help="Files or glob patterns, all .tsv, all .csv or all .parquet."
-    )
-    text_columns: list[str] = HfArg(
-        default_factory=lambda: ["text"], help="Columns of the text; several are joined by a space."
-    )
+    text_files: list[str] | None = HfArg(default=None, help="Files or patterns of one kind: .tsv, .csv, .parquet.")
+    text_columns: list[str] = HfArg(default_factory=lambda: ["text"], help="Columns of the text, joined by a space.")
     text_label_column: str = HfArg(default="label", help="Column of the labels.")
     first_label: int = HfArg(default=0, help="The smallest label in the files; labels count from 0 in here.")
     max_length: int = HfArg(default=128, help="Longest text in tokens; longer ones are cut.")
     max_texts: int | None = HfArg(default=None, help="Use only the first so many texts.")
-    column_names: list[str] | None = HfArg(
-        default=None, help="Names of all columns, for .tsv and .csv files without a header."
-    )
+    column_names: list[str] | None = HfArg(default=None, help="Names of the columns of files without a header.")
     folds: int | None = HfArg(default=None, help="Deal the rows out into so many parts; none: all rows in their order.")
     fold: int = HfArg(default=0, help="Which of them is held out.")
     held_out: bool = HfArg(default=False, help="Take the part held out, not the rest.")
@@ -239,19 +218,11 @@ class PromptDataConfig:
         ValueError: lists of different lengths, a length or number below 1.
     """
 
-    text_files: list[str] | None = HfArg(
-        default=None, help="Files: .csv, .json (a list of objects) or .jsonl, of one kind or several."
-    )
-    prompt_templates: list[str] | None = HfArg(
-        default=None, help="For each file its prompt: {column} is replaced, \\n is a line break."
-    )
+    text_files: list[str] | None = HfArg(default=None, help="Files: .csv, .json (a list of objects) or .jsonl.")
+    prompt_templates: list[str] | None = HfArg(default=None, help="For each file its prompt with {column}, \\n.")
     answer_columns: list[str] | None = HfArg(default=None, help="For each file the column of the answer.")
-    max_texts: list[int] | None = HfArg(
-        default=None, help="For each file, use only so many rows, evenly spaced; none: all."
-    )
-    max_length: int = HfArg(
-        default=256, help="Longest prompt with answer in tokens; longer answers are cut, longer prompts left out."
-    )
+    max_texts: list[int] | None = HfArg(default=None, help="For each file, so many rows, evenly spaced.")
+    max_length: int = HfArg(default=256, help="Longest prompt with answer in tokens; longer answers are cut.")
 
     def __post_init__(self):
         files = len(self.text_files or ())

@@ -12,13 +12,14 @@ from accelerate.utils import set_seed
 from diffusers import AutoencoderTiny, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective, forbid_label_drop
+from ee_diffusion.diffusion.latents import round_trip
 from ee_diffusion.diffusion.pipelines.sampling import sampler
 from ee_diffusion.training.config import ImageDataConfig, LatentConfig, TrainConfig
 from ee_diffusion.training.datasets import load_image_source
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import LatentSource
 from train.train_dit import NULL_CLASS, DiTConfig
-from train.work.latents import encoded_once, load_vae, round_trip
+from train.work.latents import encoded_once, load_vae
 from train.work.report import process_state, write_reports
 
 
@@ -54,7 +55,8 @@ def run(model: DiTConfig, latents: LatentConfig, data: ImageDataConfig, train: T
     folder = Path(latents.latents_dir or Path(train.output_dir) / "latents")
     how = {"mirrored": data.random_flip, "bf16": model.encode_bf16}
     encoded, made_from, cost = encoded_once(latents, images, vae, folder=folder, **how)
-    cost |= round_trip(latents, images.images, vae, bf16=model.encode_bf16)
+    how = {"batch_size": latents.encode_batch_size, "bf16": model.encode_bf16}
+    cost |= round_trip(vae, images.images, latents.image_size, **how)
     labels = images.labels.repeat(2 if data.random_flip else 1)
     source = LatentSource(encoded, labels, json.dumps(made_from, sort_keys=True))
     set_seed(train.seed)

@@ -1,4 +1,4 @@
-"""Images through the tiny autoencoder once, in files on disk, and what the round trip loses.
+"""Images through the tiny autoencoder once, in files on disk, shared by the processes.
 
 Not here: the autoencoder (ee_diffusion.diffusion.latents), the files (ee_diffusion.diffusion.distillation.shards), models.
 M images, B of a batch, C, H, W pixels; h, w latents.
@@ -16,12 +16,10 @@ from torch import Tensor
 
 from ee_diffusion.diffusion.distillation.collect import fingerprint
 from ee_diffusion.diffusion.distillation.shards import Parts
-from ee_diffusion.diffusion.latents import decode, encode, enlarged, load_taesd, psnr
+from ee_diffusion.diffusion.latents import encode_bytes, load_taesd
 from ee_diffusion.training.config import LatentConfig
 from ee_diffusion.training.datasets import ImageSource, find_data_files
 from train.work.report import process_state
-
-PSNR_IMAGES = 256
 
 
 def load_vae(config: LatentConfig) -> AutoencoderTiny:
@@ -52,41 +50,15 @@ def encoded_once(
     for number in missing[state.process_index :: state.num_processes]:
         places = torch.arange(number * size, min(count, (number + 1) * size))
         batches = places.split(config.encode_batch_size)
-        chunks = [_encoded(config, images, vae, batch, bf16=bf16) for batch in batches]
-        parts.write(number, {"latents": torch.cat(chunks)})
+        encoded = [encode_bytes(vae, _pixels(images, batch), config.image_size, bf16=bf16) for batch in batches]
+        parts.write(number, {"latents": torch.cat(encoded).cpu().half()})
     state.wait_for_everyone()
     latents = torch.cat([part["latents"] for part in parts.read()])  # (M, 4, h, w) float16
     cost = {"encode_seconds": round(time.perf_counter() - begun, 2), "latents": len(latents), "bytes": parts.nbytes}
     return latents, parts.identity, cost
 
 
-def round_trip(
-    config: LatentConfig, images: Tensor, vae: AutoencoderTiny, *, bf16: bool = False
-) -> dict[str, float | int]:
-    """Mean PSNR in decibels of decode(encode(image)): at the size it is encoded, and back at the size of the data."""
-    sizes, small = [], images.shape[-1]
-    for some in images[:PSNR_IMAGES].split(config.encode_batch_size):
-        pixels = some.to(vae.device).float() / 127.5 - 1
-        large = enlarged(pixels, config.image_size)
-        back = decode(vae, _latents(vae, large, bf16=bf16))
-        shrunk = torch.nn.functional.interpolate(back, size=(small, small), mode="area")
-        sizes.append(torch.stack([psnr(large, back), psnr(pixels, shrunk)]))
-    large_db, small_db = torch.cat(sizes, dim=1).mean(1).tolist()
-    count = min(PSNR_IMAGES, len(images))
-    return {
-        f"psnr_{config.image_size}px": round(large_db, 2),
-        f"psnr_{small}px": round(small_db, 2),
-        "psnr_images": count,
-    }
-
-
-def _encoded(config: LatentConfig, images: Tensor, vae: AutoencoderTiny, places: Tensor, *, bf16: bool) -> Tensor:
-    pixels = images[places % len(images)].to(vae.device).float() / 127.5 - 1  # (B, C, H, W)
-    mirrored = (places >= len(images)).to(vae.device)[:, None, None, None]
-    pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-    return _latents(vae, enlarged(pixels, config.image_size), bf16=bf16).cpu().half()
-
-
-def _latents(vae: AutoencoderTiny, pixels: Tensor, *, bf16: bool) -> Tensor:
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
-        return encode(vae, pixels.contiguous(memory_format=torch.channels_last)).float().contiguous()
+def _pixels(images: Tensor, places: Tensor) -> Tensor:
+    """Images by place; places from M on are mirror images."""
+    found = images[places % len(images)]  # (B, C, H, W)
+    return torch.where((places >= len(images))[:, None, None, None], found.flip(-1), found)

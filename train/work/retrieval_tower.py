@@ -1,4 +1,4 @@
-"""Train the image tower on images and the sentence embeddings of their captions. M images, Q distinct captions, V width of a text."""
+"""Train the image tower on images and the sentence embeddings of their captions."""
 
 from __future__ import annotations
 
@@ -8,30 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import set_seed
-from torch import Tensor
 
 from ee_diffusion.metrics.retrieval import ImageTower, MatchingObjective, save_tower
-from ee_diffusion.training.captions import load_captioned
+from ee_diffusion.training.captions import CaptionTable, load_captioned
 from ee_diffusion.training.config import CaptionConfig, ImageDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.sources import TableSource
 from train.train_retrieval_tower import TowerConfig
 from train.work.report import write_reports
 from train.work.text_encoder import encode_texts
-
-
-class CaptionTable:
-    """`images` (M, C, H, W) uint8, the number of each one's caption (M,), sentence embeddings (Q, V)."""
-
-    def __init__(self, images: Tensor, captions: Tensor, texts: Tensor):
-        self.images, self.captions, self.texts = images, captions, texts
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, samples: Tensor) -> dict[str, Tensor]:
-        captions = self.captions[samples]
-        return {"images": self.images[samples], "captions": captions, "texts": self.texts[captions]}
 
 
 def run(config: TowerConfig, data: ImageDataConfig, captions: CaptionConfig, train: TrainConfig) -> None:

@@ -15,6 +15,7 @@ from ee_diffusion.decoding.fingerprint import fingerprint_of
 from ee_diffusion.decoding.methods import skipdecode
 from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
 from ee_diffusion.decoding.skip_objective import SkipObjective
+from ee_diffusion.decoding.truncate import truncate
 from ee_diffusion.training.config import LanguageModelConfig, PromptDataConfig, TrainConfig
 from ee_diffusion.training.loop import Trainer
 from ee_diffusion.training.lora import add_lora, merged
@@ -51,20 +52,6 @@ def policy_of(config: SkipConfig) -> Policy:
     return skipdecode(warm_up=config.warm_up, least=config.least, most=config.most, horizon=config.horizon)
 
 
-def truncated(model: PreTrainedModel, keep: int) -> PreTrainedModel:
-    """The model with its first layers alone. Raises ValueError for a number that it has not."""
-    layers = len(layers_of(model))
-    if not 1 <= keep < layers:
-        raise ValueError(f"keep={keep}, expected within 1..{layers - 1}: the model has {layers} layers")
-    if "num_hidden_layers" not in model.config.to_dict():
-        raise ValueError(f"{type(model).__name__} says its number of layers by another name than num_hidden_layers")
-    model.set_submodule(model_spec_of(model).layers, model.get_submodule(model_spec_of(model).layers)[:keep])
-    model.config.num_hidden_layers = keep
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:keep]
-    return model
-
-
 def save(folder: Path, model: PreTrainedModel, policy: Policy) -> None:
     """The model and the policy that belongs to it."""
     model.save_pretrained(folder / "model")
@@ -83,7 +70,7 @@ def run(language: LanguageModelConfig, config: SkipConfig, data: PromptDataConfi
     """
     policy, state = policy_of(config), process_state()
     model, tokenizer = load_model(language)
-    model = model if config.keep is None else truncated(model, config.keep)
+    model = model if config.keep is None else truncate(model, config.keep)
     identity = {"policy": policy.to_dict(), "keep": config.keep, "lora_rank": config.lora_rank}
     identity["backbone"] = fingerprint_of(model)
     set_seed(train.seed)

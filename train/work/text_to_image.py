@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 from diffusers import DDPMScheduler
 
 from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
+from ee_diffusion.diffusion.latents import round_trip
 from ee_diffusion.diffusion.pipelines.sampling import sampler
 from ee_diffusion.diffusion.pipelines.text_to_image import EarlyExitTextPipeline
 from ee_diffusion.training.captions import CaptionSource, load_captioned
@@ -19,7 +20,7 @@ from ee_diffusion.training.datasets import ImageSource
 from ee_diffusion.training.loop import Trainer
 from train.train_text_to_image import TextToImageConfig
 from train.work.backbone import exits_from, uvit_from
-from train.work.latents import encoded_once, load_vae, round_trip
+from train.work.latents import encoded_once, load_vae
 from train.work.report import write_reports
 from train.work.text_encoder import encode_texts
 
@@ -32,21 +33,20 @@ def load_source(
     train = every.part("train")
     images = ImageSource(train.images, None, random_flip=False)
     encoded, made_from, cost = encoded_once(latents, images, vae, folder=folder, mirrored=data.random_flip)
-    cost |= round_trip(latents, images.images, vae) | {"images_per_split": dict(Counter(every.splits))}
+    cost |= round_trip(vae, images.images, latents.image_size, batch_size=latents.encode_batch_size)
     distinct, places = train.distinct()
-    texts = encode_texts(
-        config.text_encoder, [*distinct, ""], num_tokens=config.num_text_tokens
-    ).half()  # (Q + 1, T, V)
+    cost |= {"images_per_split": dict(Counter(every.splits)), "captions": len(distinct)}
+    texts = encode_texts(config.text_encoder, [*distinct, ""], num_tokens=config.num_text_tokens)  # (Q + 1, T, V)
     name = json.dumps(made_from | {"text_encoder": config.text_encoder, "captions": len(distinct)}, sort_keys=True)
     source = CaptionSource(
         encoded,
         places.repeat(2 if data.random_flip else 1),
-        texts=texts[:-1],
-        empty=texts[-1],
+        texts=texts[:-1].half(),
+        empty=texts[-1].half(),
         caption_drop=config.caption_drop,
         name=name,
     )
-    return source, cost | {"captions": len(distinct)}
+    return source, cost
 
 
 def build_objective(config: TextToImageConfig, image_size: int, text_dim: int) -> DiffusionObjective:
