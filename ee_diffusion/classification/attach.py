@@ -166,7 +166,7 @@ class _ClassifierHook:
         finally:
             self.active, tokens, self.tokens = None, self.tokens, None
         step.close()
-        if tokens is not None and self.token_traces is not None:  # not for nobody: a trace holds device memory
+        if tokens is not None and self.token_traces is not None:  # only where wanted: a trace holds device memory
             self.token_traces.append(tokens.trace())
         self.traces.append(session.trace())
         if labels is not None:

@@ -114,7 +114,7 @@ def path_flops(
 ) -> Tensor:
     """FLOPs of each text up to each output, the scores before it included: tokens (T,) -> (T, A) float64.
 
-    `pruned`: what became of the texts' tokens when nobody left; None: all of them run. Padding is not counted.
+    `pruned`: the tokens removed in a forward without early exits; None: all of them run. Padding is not counted.
 
     Raises:
         ValueError: as `costs_of`.

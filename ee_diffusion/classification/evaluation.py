@@ -36,7 +36,7 @@ NO_SCORE = "nothing"  # the name, among costs, of a rule without a score
 
 @dataclass(frozen=True, eq=False)
 class ExitRecord:
-    """What all exits put out on n texts while nobody left.
+    """The outputs of all exits on n texts, from forwards without early exits.
 
     logits (A, n, C). scores: name -> (K, n). costs: name of a score, or NO_SCORE -> (n, A) FLOPs up to each output under a rule of that
     score. full (n,): FLOPs of the model without exits and with all tokens. labels (n,). tokens (n,), padding left out.
@@ -168,7 +168,7 @@ class ExitRecord:
 def record_exits(
     classifier: EarlyExitClassifier, batches: Iterable[dict[str, Tensor]], *, scores: Sequence[str]
 ) -> ExitRecord:
-    """Run every batch (inputs and `labels`, or a batch of `StoredStates`) once, nobody leaving, tokens pruned as the classifier is set.
+    """Run every batch (inputs and `labels`, or a batch of `StoredStates`) once without early exits, with its pruning.
 
     Batches that hold a `key` may come in any order: the record is in the order of the keys.
 

@@ -38,9 +38,9 @@ class _Seen:
 def check_model(model: nn.Module, inputs: Inputs) -> None:
     """Check the spec of a classifier's class against the classifier itself, which may be a tiny one with random weights.
 
-    First by what its blocks get and return: every argument whose length follows the number of rows must be named by the row. Then by
-    what comes out: `classify` and `pool` say what the model says; exits that are attached and off change nothing, bit for bit; a row in a
-    batch whose rows stop at different depths is the row alone up to its depth; blocks execute the rows that still go on and no others,
+    First what its blocks get and return: every argument whose length follows the number of rows must be named by the spec. Then what
+    comes out: `pool` and `classify` give the model's logits; exits that are attached and off change nothing, bit for bit; a row in a
+    batch whose rows stop at different depths is the row alone up to its depth; blocks execute only the rows that have not exited,
     counted in `inner`; detached, the model is as before.
 
     Args:
@@ -48,7 +48,7 @@ def check_model(model: nn.Module, inputs: Inputs) -> None:
             whatever rows are beside it, and unlike every other one; texts are of different lengths, so that there is a mask.
 
     Raises:
-        ValueError: no such row of the table; a model in train mode or in half precision; whatever of the above does not hold, by name.
+        ValueError: an unknown class; a model in train mode or in half precision; whatever of the above does not hold, by name.
     """
     check = _Check(model, _checked_names(model), inputs)
     check.arguments()
@@ -110,7 +110,7 @@ class _Check:
         logits, _ = self._under(Policy())
         if not torch.equal(logits, whole):
             raise ValueError(
-                f"{self.name}: with exits attached that nobody takes it is {apart(logits, whole):.2g} off from the model itself"
+                f"{self.name}: with exits attached and off it is {apart(logits, whole):.2g} off from the model itself"
             )
 
     def _mixed(self, depths: list[int], alone: dict[int, _Seen]) -> None:

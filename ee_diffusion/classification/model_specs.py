@@ -141,16 +141,16 @@ MODEL_SPECS: dict[str, ModelSpec] = {
 }
 
 
-# The classes that the package's own tests hold against transformers; those that users register come on top.
+# The classes that the package's own tests compare with transformers, without those that users register.
 TESTED = frozenset(MODEL_SPECS)
 
 
 def register_model(spec: ModelSpec) -> None:
-    """Make a classifier class known. What is written down is believed: hold it against a classifier of that class with
-    `model_check.check_model`, for a forgotten row argument may be hidden by broadcasting.
+    """Make a classifier class known. The row is not checked here: check it on a classifier of that class with
+    `model_check.check_model`, since broadcasting may hide a forgotten row argument.
 
     Raises:
-        ValueError: the class is known already, or something else than a row of this table (denoisers have their own).
+        ValueError: the class is known already, or anything but a ModelSpec of this module (denoisers have their own).
     """
     if not isinstance(spec, ModelSpec):
         raise ValueError(f"{spec!r}, expected {__name__}.ModelSpec(...)")

@@ -1,4 +1,4 @@
-"""Token pruning: tokens to which nobody pays attention are removed between a layer's attention and its feed-forward part.
+"""Token pruning: tokens that get little attention are removed between a layer's attention and its feed-forward part.
 
 Magic Pyramid (arXiv 2111.00230), after Learned Token Pruning (arXiv 2107.00910). Here: saliency, soft and hard removal. Not here: which
 rows run (attach.py). The first token is never removed; the others are gone for every later layer: rows are packed to the longest survivor.
