@@ -47,8 +47,8 @@ def points_of(pipeline: EarlyExitPipeline, folder: Path, options: argparse.Names
     found: dict[str, Point] = {"full": (pipeline.exits, None)}
     for path in sorted((folder / "policies").glob("*.json"), reverse=True):
         found[path.stem] = (pipeline.exits, Policy.load(path))
-    if (folder / "memory").is_dir():
-        memory = CachedOutputExits.from_pretrained(folder / "memory")
+    if (folder / "cache").is_dir():
+        memory = CachedOutputExits.from_pretrained(folder / "cache")
     else:
         memory = CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
     sensitivity = local_error_gain(memory, pipeline.scheduler, options.num_inference_steps)

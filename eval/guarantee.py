@@ -125,7 +125,7 @@ def prepared(sampling: SamplingOptions, options: GuaranteeOptions) -> EarlyExitP
     """The pipeline with the exits that remember. Raises ValueError for a model without a null class."""
     pipeline = load(sampling)
     classes_of(pipeline, sampling.guidance_scale)
-    pipeline.exits = CachedOutputExits.from_pretrained(options.memory or checkpoint_path() / "memory").to(
+    pipeline.exits = CachedOutputExits.from_pretrained(options.memory or checkpoint_path() / "cache").to(
         pipeline.device
     )
     return pipeline

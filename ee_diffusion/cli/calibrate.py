@@ -126,8 +126,10 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
 
 def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedOutputExits:
     """Exits that remember: those of `--memory`, or those beside the model, or unfitted ones."""
-    beside = Path(options.model or checkpoint_path()) / "memory"
-    folder = options.memory or (beside if beside.is_dir() else None)
+    beside = (
+        Path(options.model or checkpoint_path()) / name for name in ("cache", "memory")
+    )  # the second of an earlier version
+    folder = options.memory or next((one for one in beside if one.is_dir()), None)
     known = CachedOutputExits.from_pretrained(folder) if folder else None
     if known is not None:
         known.check_fits(pipeline.transformer)

@@ -44,6 +44,8 @@ def test_files_of_the_first_format_load(name: str, tmp_path: Path):
     assert sorted(float(one.double().sum()) for one in told) == sorted(
         float(one.double().sum()) for one in exits.state_dict().values()
     )
+    shipped = CachedOutputExits.from_pretrained(checkpoint_path() / name.replace("memory", "cache"))
+    assert all(torch.equal(one, shipped.state_dict()[key]) for key, one in exits.state_dict().items())
     exits.save_pretrained(tmp_path)
     again = CachedOutputExits.from_pretrained(tmp_path)
     assert dict(again.config).items() >= {n: v for n, v in exits.config.items() if not n.startswith("_")}.items()
