@@ -103,7 +103,7 @@ def test_a_solver_that_asks_twice_is_calibrated(kind: str, model: Path, tmp_path
     assert len(trace.depths) == 11
 
 
-@pytest.mark.parametrize("more", [[], ["--fit_memory", "memory"]])
+@pytest.mark.parametrize("more", [[], ["--fit_cache", "memory"]])
 def test_no_schedule_is_searched_for_a_solver_that_asks_twice(
     more: list, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -87,12 +87,12 @@ def test_memory_of_another_kind_is_refused_before_it_is_used(
         "schedule": (CachedOutputExits.for_pipeline(pipe.transformer, cosine), "another noise schedule"),
         "short": (
             CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1),
-            "remembers 1 predictions, expected 2",
+            "caches 1 predictions, expected 2",
         ),
     }
     for name, (exits, told) in made.items():
         exits.save_pretrained(tmp_path / name)
-        assert main(words(model, tmp_path / "policy.json", "--memory", tmp_path / name, "--budget", 0.6)) == 2
+        assert main(words(model, tmp_path / "policy.json", "--cache", tmp_path / name, "--budget", 0.6)) == 2
         assert told in capsys.readouterr().err
 
 
@@ -101,7 +101,7 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     goal = ["--kind", "static_cache_schedule", "--values", 0.5, "--search_count", 2, "--budget", 0.6]
     assert main(words(model, output, *goal, "--cached_type", "epsilon")) == 0
     line = float(capsys.readouterr().out.split("loss ")[1].split()[0])
-    assert main(words(model, output, *goal, "--fit_memory", folder)) == 0
+    assert main(words(model, output, *goal, "--fit_cache", folder)) == 0
     fitted = float(capsys.readouterr().out.split("loss ")[1].split()[0])
     assert fitted < line
     pipe = pipeline()
@@ -112,21 +112,19 @@ def test_memory_is_weighed_by_the_courses_that_are_searched(model: Path, tmp_pat
     told = r"calibrated for weights \w+, this run has \w+; exits settings .* are pipe.exits those"
     with pytest.raises(ValueError, match=told):
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
-    assert (
-        main(words(model, output, "--kind", "accumulated_error_budget", "--budget", 0.6, "--fit_memory", folder)) == 2
-    )
+    assert main(words(model, output, "--kind", "accumulated_error_budget", "--budget", 0.6, "--fit_cache", folder)) == 2
     assert "expected it with static_cache_schedule" in capsys.readouterr().err
-    assert main(words(model, output, *goal, "--fit_memory", output)) == 2
+    assert main(words(model, output, *goal, "--fit_cache", output)) == 2
     assert "expected the name of a folder" in capsys.readouterr().err
     for taken, what in ((model, "is a pipeline"), (model / "transformer", "holds a UViTTransformer2DModel")):
         before = {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()}
-        assert main(words(model, output, *goal, "--fit_memory", taken)) == 2
+        assert main(words(model, output, *goal, "--fit_cache", taken)) == 2
         assert what in capsys.readouterr().err
         assert {path: path.read_bytes() for path in taken.rglob("*") if path.is_file()} == before
     clean = tmp_path / "clean"
     pipe.exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     pipe.exits.save_pretrained(clean)
-    assert main(words(model, output, *goal, "--memory", clean, "--fit_memory", folder)) == 0, "of the type of --memory"
+    assert main(words(model, output, *goal, "--cache", clean, "--fit_cache", folder)) == 0, "of the type of --cache"
     assert CachedOutputExits.from_pretrained(folder).config.cached_type == "sample"
 
 
@@ -143,7 +141,7 @@ def test_noise_is_remembered_where_that_is_asked_for(model: Path, tmp_path: Path
         pipe([1], 6, 2.0, exit_policy=Policy.load(output))
     folder = tmp_path / "memory"
     pipe.exits.save_pretrained(folder)
-    assert main(words(model, output, *goal, "epsilon", "--memory", folder)) == 2
+    assert main(words(model, output, *goal, "epsilon", "--cache", folder)) == 2
     assert "cache 'sample'" in capsys.readouterr().err
 
 
@@ -183,7 +181,7 @@ def test_dry_run_prints_and_bad_flags_are_refused_before_work(
             "--search_count with --kind accumulated_error_budget",
         ),
         (["--budget", 0.5, "--model", "/no/where"], "model=/no/where, expected a folder that is there"),
-        (["--budget", 0.5, "--memory", "./memory"], "memory=./memory, expected a folder that is there"),
+        (["--budget", 0.5, "--cache", "./memory"], "cache=./memory, expected a folder that is there"),
         (["--budget", 0.5, "--values", 0.2, 0.1], "the safest first"),
         (["--budget", 0.5, "--count", 0], "at least 1 each"),
         (["--budget", 0.5, "--values", "nan"], "the safest first"),
@@ -282,7 +280,7 @@ def test_run_as_a_module_it_knows_all_of_itself(tmp_path: Path):
         "static_cache_schedule",
         "--budget",
         "0.5",
-        "--fit_memory",
+        "--fit_cache",
         "file",
         "--output",
         "p.json",
@@ -292,4 +290,4 @@ def test_run_as_a_module_it_knows_all_of_itself(tmp_path: Path):
         command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "fit_memory=file is a file" in done.stderr
+    assert "fit_cache=file is a file" in done.stderr

@@ -80,22 +80,22 @@ def calibrate(options: argparse.Namespace) -> int:
     if chosen is None:
         print(f"{_refused(live, options)}; nothing written")
         return 1
-    if options.fit_memory is not None:
-        pipeline.exits.save_pretrained(options.fit_memory)
-        print(f"wrote {options.fit_memory}: exits that remember, to be loaded where the policy runs")
+    if options.fit_cache is not None:
+        pipeline.exits.save_pretrained(options.fit_cache)
+        print(f"wrote {options.fit_cache}: cached exits, to be loaded where the policy runs")
     marked(policies[chosen], pipeline, **settings).save(options.output)
     print(f"wrote {options.output}: {options.kind} {values[chosen]}, {float(live.costs[chosen]):.3f} of the blocks")
     return 0
 
 
 def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[[float], Policy]:
-    """Number -> policy of the kind asked for; gives the pipeline exits that remember where the kind needs them."""
+    """Number -> policy of the kind asked for; gives the pipeline cached exits where the kind needs them."""
     if options.kind == "deediff":
         return deediff
     transformer, scheduler, steps = pipeline.transformer, pipeline.scheduler, options.num_inference_steps
     if options.kind == "static_cache_schedule":
         check_distinct_times(scheduler, steps)
-    pipeline.exits = _memory(pipeline, options).to(transformer.device)
+    pipeline.exits = _cached_exits(pipeline, options).to(transformer.device)
     local_gains = local_error_gain(pipeline.exits, scheduler, steps)
     if options.kind == "per_step_error_threshold":
         return partial(per_step_error_threshold, local_gains=local_gains)
@@ -112,7 +112,7 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
         return partial(accumulated_error_budget, weights=weights, decay=options.decay)
     labels = balanced_labels(options.search_count, num_classes)
     course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
-    if options.fit_memory is not None:
+    if options.fit_cache is not None:
         pipeline.exits = fit_prediction(pipeline.exits, course, weights)
     found = search(gap_prices(pipeline.exits, course, weights), steps)
     layers = len(transformer.transformer_blocks)
@@ -124,23 +124,21 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     return schedule
 
 
-def _memory(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedOutputExits:
-    """Exits that remember: those of `--memory`, or those beside the model, or unfitted ones."""
+def _cached_exits(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> CachedOutputExits:
+    """Cached exits: those of `--cache`, or those beside the model, or unfitted ones."""
     beside = (
         Path(options.model or checkpoint_path()) / name for name in ("cache", "memory")
     )  # the second of an earlier version
-    folder = options.memory or next((one for one in beside if one.is_dir()), None)
+    folder = options.cache or next((one for one in beside if one.is_dir()), None)
     known = CachedOutputExits.from_pretrained(folder) if folder else None
     if known is not None:
         known.check_fits(pipeline.transformer)
     if known is not None and options.kind == "static_cache_schedule" and known.config.length != 2:
-        raise ValueError(
-            f"{folder} remembers {known.config.length} predictions, expected 2: schedules are priced by them"
-        )
-    wanted = options.cached_type or ("epsilon" if options.fit_memory is not None and options.memory is None else None)
+        raise ValueError(f"{folder} caches {known.config.length} predictions, expected 2: schedules are priced by them")
+    wanted = options.cached_type or ("epsilon" if options.fit_cache is not None and options.cache is None else None)
     if known is not None and wanted in (None, known.config.cached_type):
         return known
-    if options.memory is not None:
+    if options.cache is not None:
         raise ValueError(f"--cached_type {wanted}, but the exits in {folder} cache {known.config.cached_type!r}")
     return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, cached_type=wanted or "sample")
 

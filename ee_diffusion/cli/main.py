@@ -25,11 +25,11 @@ VALUES = {  # candidates, the safest first
     "static_cache_schedule": (0.4, 0.5, 0.6, 0.66, 0.72, 0.78),  # share of the steps that memory answers
 }
 NAMED = {  # flags that mean something to these kinds alone, and what they are where they are not given
-    "memory": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
+    "cache": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
     "cached_type": (("per_step_error_threshold", "accumulated_error_budget", "static_cache_schedule"), None),
     "power": (("accumulated_error_budget", "static_cache_schedule"), None),
     "decay": (("accumulated_error_budget",), 0.7),
-    "fit_memory": (("static_cache_schedule",), None),
+    "fit_cache": (("static_cache_schedule",), None),
     "search_count": (("static_cache_schedule",), 16),
 }
 SAMPLERS = ("ddim", "ddpm", "dpm", "euler", "heun", "unipc")  # the names in diffusion/pipelines/sampling.py
@@ -51,17 +51,15 @@ def _calibrate_flags(commands) -> None:
     defaults = argparse.ArgumentDefaultsHelpFormatter
     flags = commands.add_parser("calibrate", help=about, description=about, formatter_class=defaults)
     flags.add_argument("--model", help="Pipeline folder; none: the checkpoint that comes with the package.")
+    flags.add_argument("--cache", help="Folder of fitted cached exits; none: those beside the model, or unfitted.")
     flags.add_argument(
-        "--memory", help="Folder of fitted exits that remember; none: those beside the model, or unfitted."
-    )
-    flags.add_argument(
-        "--fit_memory",
+        "--fit_cache",
         help="Of `static_cache_schedule`: fit the extrapolation to the searched trajectories and write those exits to this folder.",
     )
     flags.add_argument(
         "--cached_type",
         choices=("sample", "epsilon"),
-        help="What is remembered; none: as in --memory, else sample, with --fit_memory epsilon.",
+        help="What is cached; none: as in --cache, else sample, with --fit_cache epsilon.",
     )
     flags.add_argument(
         "--kind", choices=sorted(VALUES), default="static_cache_schedule", help="The policy whose number is sought."
@@ -139,14 +137,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(
             f"values {values}, search_count={options.search_count}: expected shares below 1, 1 image or more"
         )
-    for name in ("model", "memory"):
+    for name in ("model", "cache"):
         _check_there(name, getattr(options, name))
     if options.decay is not None and not 0 <= options.decay <= 1:
         raise ValueError(f"decay={options.decay}, expected a share in [0, 1]")
     if options.power is not None and not 0 <= options.power <= 1:
         raise ValueError(f"power={options.power}, expected a number in [0, 1]")
-    if options.fit_memory is not None:
-        _check_folder(Path(options.fit_memory))
+    if options.fit_cache is not None:
+        _check_folder(Path(options.fit_cache))
     if options.budget is not None and not 0 < options.budget <= 1:
         raise ValueError(f"budget={options.budget}, expected a share of the blocks in (0, 1]")
     if options.risk is not None and options.cap is None:
@@ -183,13 +181,13 @@ def _check_there(name: str, place: str | None) -> None:
 def _check_folder(folder: Path) -> None:
     """Where fitted exits may be written: nothing there yet, or exits that remember."""
     if folder.is_file():
-        raise ValueError(f"fit_memory={folder} is a file, expected the name of a folder")
+        raise ValueError(f"fit_cache={folder} is a file, expected the name of a folder")
     if (folder / "model_index.json").is_file():
-        raise ValueError(f"fit_memory={folder} is a pipeline, expected a folder of its own for exits")
+        raise ValueError(f"fit_cache={folder} is a pipeline, expected a folder of its own for exits")
     config = folder / "config.json"
     kind = json.loads(config.read_text()).get("_class_name") if config.is_file() else "CachedOutputExits"
     if CLASSES.get(kind, kind) != "CachedOutputExits":
-        raise ValueError(f"fit_memory={folder} holds a {kind}, expected a folder of its own for exits")
+        raise ValueError(f"fit_cache={folder} holds a {kind}, expected a folder of its own for exits")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_marks_of_the_first_format_hold(name: str):
 
 
 def test_they_are_made_way_for_as_todays(tmp_path: Path):
-    """`ee-diffusion calibrate --fit_memory FOLDER` takes the place of cached exits and of nothing else."""
+    """`ee-diffusion calibrate --fit_cache FOLDER` takes the place of cached exits and of nothing else."""
     shutil.copytree(SAVED / "memory", tmp_path, dirs_exist_ok=True)
     check_folder(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "UViTTransformer2DModel"}')

@@ -133,7 +133,7 @@ GOALS = {
 @pytest.mark.parametrize("goal", GOALS)
 def test_it_is_calibrated(goal: str, model: Path, kind: str, tmp_path: Path):
     policy, memory = tmp_path / "policy.json", tmp_path / "memory"
-    fit = ("--fit_memory", memory) if goal == "searched" else ()
+    fit = ("--fit_cache", memory) if goal == "searched" else ()
     words = ["calibrate", "--model", model, *CALL, "--count", 4, "--batch_size", 2, "--output", policy]
     words += [*GOALS[goal], *fit, "--budget", 0.99]
     assert cli.main([str(word) for word in words]) == 0

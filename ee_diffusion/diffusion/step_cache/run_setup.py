@@ -105,7 +105,7 @@ def warn_of_setup(exits: object, here: RunSetup, step: int = 0) -> bool:
     when = f" at step {step}" if step else ""
     warnings.warn(
         f"what these exits remember is weighed for {sides[0]}; this run has {sides[1]}{when}: fit them to it "
-        "(ee-diffusion calibrate --kind static_cache_schedule --fit_memory FOLDER; for stock pipelines fit_schedules)",
+        "(ee-diffusion calibrate --kind static_cache_schedule --fit_cache FOLDER; for stock pipelines fit_schedules)",
         stacklevel=3,
     )
     return True
