@@ -179,7 +179,7 @@ def _check_there(name: str, place: str | None) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Where fitted exits may be written: nothing there yet, or exits that remember."""
+    """Where fitted exits may be written: nothing there yet, or cached exits."""
     if folder.is_file():
         raise ValueError(f"fit_cache={folder} is a file, expected the name of a folder")
     if (folder / "model_index.json").is_file():

@@ -1,6 +1,6 @@
-"""Memory: what the last full steps said, row by row, and what follows from it now. Explicit state, passed in and out.
+"""The history of a run's outputs, row by row, and its extrapolation in time. Explicit state, passed in and out.
 
-Here: remembering and extrapolating. Not here: in which terms a model's output is remembered (the sides). R rows, M remembered values.
+Here: appending and extrapolating. Not here: what of a model's output is cached (the sides). R rows, M cached values.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class OutputHistory:
-    """The last M values of each row with their times; recall is the polynomial through those that are there.
+    """The last M values of each row with their times; they are extrapolated by the polynomial through those that are there.
 
-    `values` (R, M, ...), newest first. `times` (R, M): NaN where nothing is remembered yet. `bend` (R,): how far recall was from the
-    newest value when that came (root mean square), over `remainder` at that time; NaN until it could be measured.
+    `values` (R, M, ...), newest first. `times` (R, M): NaN where nothing is cached yet. `bend` (R,): how far the extrapolation was from
+    the newest value when that came (root mean square), over `remainder` at that time; NaN until it could be measured.
 
-    Rows differ: each remembers the steps at which it ran to the end.
+    Rows differ: each holds the steps at which it ran to the end.
     """
 
     values: Tensor
@@ -28,13 +28,13 @@ class OutputHistory:
 
     @classmethod
     def empty(cls, like: Tensor, *, length: int) -> OutputHistory:
-        """Nothing remembered yet, for rows of the shape of `like` (R, ...) and `length` = M values of each.
+        """Nothing cached yet, for rows of the shape of `like` (R, ...) and `length` = M values of each.
 
         Raises:
             ValueError: length below 1.
         """
         if length < 1:
-            raise ValueError(f"a memory of length {length}, expected at least 1 value")
+            raise ValueError(f"a history of length {length}, expected at least 1 value")
         num_rows, nan = len(like), torch.nan
         return cls(
             like.new_zeros(num_rows, length, *like.shape[1:]),
@@ -44,11 +44,11 @@ class OutputHistory:
 
     @property
     def count(self) -> Tensor:
-        """How many values each row remembers, (R,)."""
+        """How many values each row holds, (R,)."""
         return (~self.times.isnan()).sum(1)
 
     def weights(self, time: Tensor) -> Tensor:
-        """What each remembered value counts in `recall` at time (R,) -> (R, M); they add up to 1 where anything is remembered, else 0."""
+        """The weights of the cached values in `extrapolate` at time (R,) -> (R, M); they add up to 1 where anything is cached, else 0."""
         there = ~self.times.isnan()  # (R, M)
         length = self.times.shape[1]
         ahead = time[:, None] - self.times  # (R, M): t - t_m
@@ -57,26 +57,26 @@ class OutputHistory:
         factors = torch.where(other, ahead[:, None, :] / torch.where(other, apart, 1.0), 1.0)
         return torch.where(there, factors.prod(2), 0.0)  # (R, M)
 
-    def recall(self, time: Tensor) -> Tensor:
-        """The polynomial through what each row remembers (Lagrange, degree count - 1) at time (R,) -> (R, ...); zeros for rows that
-        remember nothing."""
+    def extrapolate(self, time: Tensor) -> Tensor:
+        """The polynomial through what each row holds (Lagrange, degree count - 1) at time (R,) -> (R, ...); zeros for rows
+        without a value."""
         return weighted(self.values, self.weights(time))
 
     def remainder(self, time: Tensor) -> Tensor:
-        """`prod_m |t - t_m|` over what each row remembers, at time (R,) -> (R,): the error of recall grows like it."""
+        """`prod_m |t - t_m|` over what each row holds, at time (R,) -> (R,): the error of the extrapolation grows like it."""
         return torch.where(self.times.isnan(), 1.0, (time[:, None] - self.times).abs()).prod(1)
 
     def expected_error(self, time: Tensor) -> Tensor:
-        """`bend * remainder` at time (R,) -> (R,), root mean square: the error of recall if the course goes on bending as it did.
+        """`bend * remainder` at time (R,) -> (R,), root mean square: the error of the extrapolation if the trajectory bends on as before.
 
-        NaN for a row whose recall has never been compared with a value, whose memory is not full (its polynomial changes its degree), or
-        that is asked again at the time of its newest value: a solver's second stage has another input, of which memory knows nothing.
+        NaN for a row whose extrapolation has never been compared with a value, whose history is not full (its polynomial changes its
+        degree), or at the time of its newest value: a solver's second stage has another input, of which the history knows nothing.
         """
         full = (self.count == self.times.shape[1]) & (time != self.times[:, 0])
         return torch.where(full, self.bend * self.remainder(time), torch.nan)
 
     def regrouped(self, sources: Sequence[int | None]) -> OutputHistory:
-        """The memory of a batch whose row i goes on from row `sources[i]` of this one; None: a row that remembers nothing yet."""
+        """The history of a batch whose row i goes on from row `sources[i]` of this one; None: a row without a value yet."""
         device = self.values.device
         taken = torch.tensor([0 if source is None else source for source in sources], device=device)
         new = torch.tensor([source is None for source in sources], device=device)
@@ -86,8 +86,8 @@ class OutputHistory:
             values.masked_fill(wide, 0.0), times.masked_fill(new[:, None], torch.nan), bend.masked_fill(new, torch.nan)
         )
 
-    def remember(self, rows: Tensor, value: Tensor, time: Tensor) -> OutputHistory:
-        """The memory after rows (r,) said value (r, ...) at time (r,). The others keep what they remember.
+    def append(self, rows: Tensor, value: Tensor, time: Tensor) -> OutputHistory:
+        """The history after rows (r,) put out value (r, ...) at time (r,). The others keep what they hold.
 
         Raises:
             ValueError: shapes that do not fit.
@@ -98,7 +98,7 @@ class OutputHistory:
                 f"value {tuple(value.shape)} and time {tuple(time.shape)}, expected {expected} and one time a row"
             )
         past = OutputHistory(*(tensor.index_select(0, rows) for tensor in (self.values, self.times, self.bend)))
-        missed = (past.recall(time) - value).flatten(1).double().square().mean(1).sqrt()  # (r,)
+        missed = (past.extrapolate(time) - value).flatten(1).double().square().mean(1).sqrt()  # (r,)
         again = (
             past.times[:, 0] == time
         )  # a solver may ask twice at one time: the later answer takes the place of the first

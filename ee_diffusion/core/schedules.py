@@ -123,7 +123,7 @@ class PiecewiseDepth(Schedule):
 class Periodic(Schedule):
     """Every layer at the first `warm_up` steps and then at every `period`-th step; the first `depth` layers at the others.
 
-    With exits that remember and depth 0 this is a cache with a fixed period; with `depth` > 0 it is interleaved early exit.
+    With cached exits and depth 0 this is a cache with a fixed period; with `depth` > 0 it is interleaved early exit.
     """
 
     period: int

@@ -125,7 +125,7 @@ def _halved(state: Mapping[str, Tensor], dtype: torch.dtype) -> str:
 
 
 def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings (a noise schedule and order, what exits remember) without versions and defaults (`_...`), and without what a later version
+    """Settings (a noise schedule and order, what exits cache) without versions and defaults (`_...`), and without what a later version
     added where it says nothing."""
     known = {name: value for name, value in config.items() if not name.startswith("_")}
     return {name: value for name, value in known.items() if name not in ADDED or value is not None}

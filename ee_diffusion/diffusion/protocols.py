@@ -26,16 +26,16 @@ class DenoiserHeads(ExitHeads, Protocol):
 
 @runtime_checkable
 class CachingHeads(DenoiserHeads, Protocol):
-    """Heads that answer from what earlier steps of the run said."""
+    """Heads that return outputs extrapolated from earlier steps of the run."""
 
-    def recall(self, memory: OutputHistory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """The context of a step: the session's memory (None: a run begins), sample (R, ...), timestep (R,) -> tensors with leading R."""
+    def extrapolate(self, memory: OutputHistory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """The context of a step: the session's history (None: a run begins), sample (R, ...), timestep (R,) -> tensors with leading R."""
         ...
 
-    def remember(
+    def append(
         self, memory: OutputHistory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
     ) -> OutputHistory:
-        """The memory after a step in which `rows` (r,) of the batch ran to the end."""
+        """The history after a step in which `rows` (r,) of the batch ran to the end."""
         ...
 
 

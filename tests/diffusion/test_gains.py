@@ -89,17 +89,17 @@ def test_there_is_a_gain_for_every_question_of_a_solver_that_asks_twice():
 
 
 def true_errors(pipe: EarlyExitPipeline) -> dict[int, float]:
-    """Root mean square error of the recalled clean image at each step of a full run, mean over the two rows of guidance."""
+    """Root mean square error of the extrapolated clean image at each step of a full run, mean over the two rows of guidance."""
     exits, memory, errors = pipe.exits, None, {}
 
     def look(module, args, kwargs, output):
         nonlocal memory
         sample, timestep = args[0], args[1]
         if memory is not None:
-            recalled = exits.recall(memory, sample, timestep)["recalled"]
-            wrong = exits.clean_of(sample, recalled, timestep) - exits.clean_of(sample, output.sample, timestep)
+            extrapolated = exits.extrapolate(memory, sample, timestep)["extrapolated"]
+            wrong = exits.clean_of(sample, extrapolated, timestep) - exits.clean_of(sample, output.sample, timestep)
             errors[len(errors) + 1] = wrong.flatten(1).square().mean(1).sqrt().mean().item()
-        memory = exits.remember(memory, torch.arange(2), sample=sample, timestep=timestep, output=output.sample)
+        memory = exits.append(memory, torch.arange(2), sample=sample, timestep=timestep, output=output.sample)
 
     hook = pipe.transformer.register_forward_hook(look, with_kwargs=True)
     try:

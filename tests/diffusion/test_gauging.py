@@ -9,7 +9,7 @@ from factories import pipeline
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import Walk, fit_error_estimator, walk
+from ee_diffusion.diffusion.step_cache.error_estimator import ErrorSamples, collect_errors, fit_error_estimator
 
 CALL = {"num_inference_steps": 10, "guidance_scale": 2.0}
 
@@ -19,8 +19,12 @@ def pipe() -> EarlyExitPipeline:
     return pipeline()
 
 
-def seen(pipe: EarlyExitPipeline, exits: CachedOutputExits, *, skip: float = 0.5, states: str = "exited") -> Walk:
-    return walk(pipe, exits, [0, 1, 2], skip=skip, states=states, generator=torch.Generator().manual_seed(1), **CALL)
+def seen(
+    pipe: EarlyExitPipeline, exits: CachedOutputExits, *, skip: float = 0.5, states: str = "exited"
+) -> ErrorSamples:
+    return collect_errors(
+        pipe, exits, [0, 1, 2], skip=skip, states=states, generator=torch.Generator().manual_seed(1), **CALL
+    )
 
 
 def test_without_skipping_the_errors_are_those_of_the_line_through_the_last_two_steps(pipe: EarlyExitPipeline):
@@ -49,19 +53,19 @@ def test_rows_are_the_images_with_their_labels_then_without(pipe: EarlyExitPipel
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     asked: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     kept: list[torch.Tensor] = []
-    remember = exits.remember
+    append = exits.append
 
     def watch(module, args, kwargs, output):
         asked.append((args[0], kwargs["class_labels"], output.sample))
 
-    def remembering(memory, rows, **said):
+    def appending(memory, rows, **said):
         kept.append(rows)
-        return remember(memory, rows, **said)
+        return append(memory, rows, **said)
 
     hook = pipe.transformer.register_forward_hook(watch, with_kwargs=True)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exits, "remember", remembering)
+            patch.setattr(exits, "append", appending)
             seen(pipe, exits, states="full")
     finally:
         hook.remove()
@@ -99,7 +103,7 @@ def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
     features = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
     errors = (features[:, 0] + 0.7 + 0.5 * features[:, 2]).exp()
     before = {name: value.clone() for name, value in exits.state_dict().items()}
-    fit_error_estimator(exits, Walk(features, errors, torch.zeros(500)), iterations=300)
+    fit_error_estimator(exits, ErrorSamples(features, errors, torch.zeros(500)), iterations=300)
     with torch.no_grad():
         wrong = (exits.expected_error(features) / errors).log().abs().median()
     assert wrong < 0.05
@@ -109,13 +113,13 @@ def test_the_fit_learns_a_constant_factor_and_a_trend(pipe: EarlyExitPipeline):
 
 def test_until_memory_was_put_to_the_test_every_row_remembers(pipe: EarlyExitPipeline, monkeypatch: pytest.MonkeyPatch):
     exits, kept = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler), []
-    remember = exits.remember
+    append = exits.append
 
-    def remembering(memory, rows, **said):
+    def appending(memory, rows, **said):
         kept.append(len(rows))
-        return remember(memory, rows, **said)
+        return append(memory, rows, **said)
 
-    monkeypatch.setattr(exits, "remember", remembering)
+    monkeypatch.setattr(exits, "append", appending)
     seen(pipe, exits, skip=0.9)
     assert kept[:3] == [6, 6, 6]
     assert sum(kept[3:]) < 6 * 7 / 2
@@ -126,8 +130,10 @@ def test_bad_input(pipe: EarlyExitPipeline):
     for bad in ({"skip": 1.0}, {"skip": float("nan")}, {"states": "both"}):
         with pytest.raises(ValueError, match="expected a probability below 1 and one of"):
             seen(pipe, exits, **bad)
-    with pytest.raises(ValueError, match="the walk is empty"):
-        fit_error_estimator(exits, Walk(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
+    with pytest.raises(ValueError, match="0 errors were collected"):
+        fit_error_estimator(exits, ErrorSamples(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0)))
     for iterations in (0, -1):
-        with pytest.raises(ValueError, match=f"iterations={iterations}, expected .* at least 1"):
-            fit_error_estimator(exits, Walk(torch.zeros(1, 4), torch.ones(1), torch.zeros(1)), iterations=iterations)
+        with pytest.raises(ValueError, match=f"iterations={iterations}: expected .* at least 1"):
+            fit_error_estimator(
+                exits, ErrorSamples(torch.zeros(1, 4), torch.ones(1), torch.zeros(1)), iterations=iterations
+            )

@@ -12,7 +12,7 @@ from torch import Tensor
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import generate, sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import walk
+from ee_diffusion.diffusion.step_cache.error_estimator import collect_errors
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
 from ee_diffusion.diffusion.step_cache.recording import outputs_through, record
 
@@ -73,7 +73,7 @@ def test_walks_and_gains_ask_what_the_pipeline_asks(dtype: torch.dtype, scale: f
 
     own = asked(pipe, lambda: pipe(LABELS, generator=same_noise(), output_type="pt", **call(scale)))
     walked = {"skip": 0.0, "states": "full", "generator": same_noise()}
-    same(asked(pipe, lambda: walk(pipe, exits, LABELS, **walked, **call(scale))), own)
+    same(asked(pipe, lambda: collect_errors(pipe, exits, LABELS, **walked, **call(scale))), own)
     gained = asked(
         pipe, lambda: error_amplification(pipe, exits, LABELS, every=1, generator=same_noise(), **call(scale))
     )
@@ -154,7 +154,7 @@ def test_runs_that_cannot_be_are_refused_before_the_model_is_asked():
     generator = torch.Generator()
     ways = {
         "record": lambda labels, **given: record(pipe, exits, SEEDS[: len(labels)], labels, **given),
-        "walk": lambda labels, **given: walk(
+        "collect_errors": lambda labels, **given: collect_errors(
             pipe, exits, labels, skip=0.5, states="full", generator=generator, **given
         ),
         "error_amplification": lambda labels, **given: error_amplification(

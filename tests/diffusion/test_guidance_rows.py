@@ -239,10 +239,10 @@ def test_a_row_goes_on_from_the_one_that_was_asked_the_same():
 def test_rows_without_a_source_remember_nothing():
     memory = OutputHistory.empty(torch.zeros(3, 2), length=2)
     for time in (9.0, 5.0, 3.0):
-        memory = memory.remember(torch.arange(3), torch.rand(3, 2), torch.full((3,), time).double())
+        memory = memory.append(torch.arange(3), torch.rand(3, 2), torch.full((3,), time).double())
     kept = memory.regrouped([2, None, 0])
     assert kept.count.tolist() == [2, 0, 2]
     assert kept.bend.isnan().tolist() == [False, True, False]
     now = torch.full((3,), 1.0, dtype=torch.float64)
-    assert torch.equal(kept.recall(now)[[0, 2]], memory.recall(now)[[2, 0]])
-    assert kept.recall(now)[1].tolist() == [0, 0]
+    assert torch.equal(kept.extrapolate(now)[[0, 2]], memory.extrapolate(now)[[2, 0]])
+    assert kept.extrapolate(now)[1].tolist() == [0, 0]

@@ -49,7 +49,7 @@ def variety(pipe: EarlyExitPipeline) -> Policy:
 @pytest.mark.parametrize("name", SAMPLERS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, prediction_type: str):
-    """A model whose clean image moves linearly in t, asked as the scheduler asks: recalled outputs equal its own."""
+    """A model whose clean image moves linearly in t, asked as the scheduler asks: extrapolated outputs equal its own."""
     like = sampler("ddpm", like=pipeline().scheduler)
     like.register_to_config(prediction_type=prediction_type)
     scheduler = sampler(name, like=like)
@@ -63,17 +63,17 @@ def test_recall_is_exact_where_the_clean_image_is_a_line_in_time(name: str, pred
         timestep = time.expand(2)
         true = exits.output_of(asked, start + slope * time / 1000, timestep).to(asked.dtype)
         if place > 2:
-            recalled = exits.recall(memory, asked, timestep)["recalled"]
-            torch.testing.assert_close(recalled, true, rtol=1e-3, atol=1e-3 * true.abs().max().item())
+            extrapolated = exits.extrapolate(memory, asked, timestep)["extrapolated"]
+            torch.testing.assert_close(extrapolated, true, rtol=1e-3, atol=1e-3 * true.abs().max().item())
             checked += 1
-        memory = exits.remember(memory, rows, sample=asked, timestep=timestep, output=true)
+        memory = exits.append(memory, rows, sample=asked, timestep=timestep, output=true)
         sample = scheduler.step(true, time, sample).prev_sample
     assert checked >= 3
 
 
 @torch.no_grad()
 def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyExitPipeline):
-    """Four outputs of noise that move linearly in t, at samples that do not: each is recalled as it will be."""
+    """Four outputs of noise that move linearly in t, at samples that do not: each is extrapolated as it will be."""
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     start, slope = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     memory, rows = None, torch.tensor([0, 1])
@@ -81,10 +81,12 @@ def test_noise_is_recalled_as_a_line_and_read_at_the_sample_of_now(pipe: EarlyEx
         sample = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(int(time)))
         timestep, output = torch.full((2,), time), start + slope * time / 1000
         if time == 650.0:
-            torch.testing.assert_close(exits.recall(memory, sample, timestep)["recalled"], output, rtol=1e-4, atol=1e-4)
-        memory = exits.remember(memory, rows, sample=sample, timestep=timestep, output=output)
+            torch.testing.assert_close(
+                exits.extrapolate(memory, sample, timestep)["extrapolated"], output, rtol=1e-4, atol=1e-4
+            )
+        memory = exits.append(memory, rows, sample=sample, timestep=timestep, output=output)
     missed = OutputHistory(memory.values, memory.times, torch.full((2,), 2e-6, dtype=torch.float64))
-    said = exits.expected_error(exits.recall(missed, sample, torch.full((2,), 600.0))["features"])
+    said = exits.expected_error(exits.extrapolate(missed, sample, torch.full((2,), 600.0))["features"])
     alpha = pipe.scheduler.alphas_cumprod[600].double()
     expected = 2e-6 * 50 * 200 * ((1 - alpha) / alpha).sqrt()  # of the clean image that the noise means
     torch.testing.assert_close(said.double(), expected.expand(2), rtol=1e-3, atol=1e-4)
@@ -213,7 +215,7 @@ def test_the_expected_error_starts_as_the_remainder_says(pipe: EarlyExitPipeline
         torch.tensor([1e-4, 2e-4]).double(),
     )
     time = torch.tensor([480, 480])
-    context = pipe.exits.recall(memory, torch.zeros(2, 3, 8, 8), time)
+    context = pipe.exits.extrapolate(memory, torch.zeros(2, 3, 8, 8), time)
     expected = torch.tensor([1e-4 * 20 * 40, 2e-4 * 20 * 60])
     torch.testing.assert_close(pipe.exits.expected_error(context["features"]), expected)
     torch.testing.assert_close(pipe.exits.confidence(0, None, context), 1 - expected)
@@ -234,10 +236,10 @@ def test_the_second_call_of_guidance_has_a_memory_of_its_own(pipe: EarlyExitPipe
     for time in times[:2]:
         timestep = torch.full((2,), time)
         output = model(sample, timestep, labels[1]).sample
-        memory = exits.remember(memory, torch.tensor([0, 1]), sample=sample, timestep=timestep, output=output)
+        memory = exits.append(memory, torch.tensor([0, 1]), sample=sample, timestep=timestep, output=output)
     torch.testing.assert_close(session.histories[1].values, memory.values)
     assert not torch.allclose(session.histories[0].values, memory.values)
-    torch.testing.assert_close(said, exits.recall(memory, sample, torch.full((2,), 700))["recalled"])
+    torch.testing.assert_close(said, exits.extrapolate(memory, sample, torch.full((2,), 700))["extrapolated"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -253,7 +255,7 @@ def test_half_precision_stays_finite(dtype: torch.dtype, tmp_path: Path):
     for exits in (pipe.exits, loaded):
         assert exits.alphas_cumprod.dtype == torch.float32
         assert local_error_gain(exits, pipe.scheduler, STEPS) == sensitivity
-        assert exits.remember(None, rows, sample=zero, timestep=time, output=zero).values.dtype == torch.float32
+        assert exits.append(None, rows, sample=zero, timestep=time, output=zero).values.dtype == torch.float32
     pipe.exits = loaded
     images, trace = draw(pipe, per_step_error_threshold(0.5, local_gains=sensitivity))
     assert images.isfinite().all()
@@ -293,7 +295,7 @@ def test_the_features_by_hand(pipe: EarlyExitPipeline):
     memory = OutputHistory(
         torch.zeros(1, 2, 3, 8, 8), torch.tensor([[520.0, 560.0]]).double(), torch.tensor([1e-4]).double()
     )
-    said = pipe.exits.recall(memory, torch.zeros(1, 3, 8, 8), torch.tensor([480]))["features"]
+    said = pipe.exits.extrapolate(memory, torch.zeros(1, 3, 8, 8), torch.tensor([480]))["features"]
     alpha = pipe.scheduler.alphas_cumprod[480].double()
     ratio = (alpha / (1 - alpha)).log() / 2 / 5
     expected = torch.stack(
@@ -311,9 +313,9 @@ def test_zero_terminal_snr_is_finite():
     last = OutputHistory(
         torch.zeros(1, 2, 3, 8, 8), torch.tensor([[1019.0, 1039.0]]).double(), torch.tensor([1e-4]).double()
     )
-    said = pipe.exits.recall(last, torch.zeros(1, 3, 8, 8), torch.tensor([999]))
+    said = pipe.exits.extrapolate(last, torch.zeros(1, 3, 8, 8), torch.tensor([999]))
     assert said["features"].isfinite().all()
-    assert said["recalled"].isfinite().all()
+    assert said["extrapolated"].isfinite().all()
 
 
 def test_unfitted_exits_are_the_same_wherever_they_are_made():
@@ -391,5 +393,7 @@ def test_a_line_in_time_is_recalled_exactly_under_flow_matching():
         noise = start + slope * sigma
         said = (noise - sample) / (1 - sigma)  # eps - x_0, x_0 = (x - s eps) / (1 - s)
         if time < 800:
-            torch.testing.assert_close(exits.recall(memory, sample, timestep)["recalled"], said, rtol=1e-4, atol=1e-3)
-        memory = exits.remember(memory, torch.arange(2), sample=sample, timestep=timestep, output=said)
+            torch.testing.assert_close(
+                exits.extrapolate(memory, sample, timestep)["extrapolated"], said, rtol=1e-4, atol=1e-3
+            )
+        memory = exits.append(memory, torch.arange(2), sample=sample, timestep=timestep, output=said)

@@ -15,7 +15,7 @@ from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.exits.oracle import OracleExits
 from ee_diffusion.diffusion.hooks.attach import attach_exits, detach_exits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import walk
+from ee_diffusion.diffusion.step_cache.error_estimator import collect_errors
 from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
 from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.solver import local_error_gain
@@ -67,7 +67,7 @@ def in_turn() -> dict[str, Callable[[EarlyExitPipeline, CachedOutputExits], obje
     return {
         "local_error_gain": lambda pipe, exits: local_error_gain(exits, pipe.scheduler, 5),
         "record": lambda pipe, exits: record(pipe, exits, [1], [0], **CALL),
-        "walk": lambda pipe, exits: walk(pipe, exits, [0], **given),
+        "collect_errors": lambda pipe, exits: collect_errors(pipe, exits, [0], **given),
         "error_amplification": lambda pipe, exits: error_amplification(
             pipe, exits, [0], every=1, generator=torch.Generator(), **CALL
         ),

@@ -40,11 +40,11 @@ def test_certainty_is_the_true_error_of_the_recalled_clean_image():
         nonlocal memory
         output = forward()
         if index > 2:
-            recalled = exits.recall(memory, sample, time)["recalled"]
-            missed = exits.clean_of(sample, recalled, time) - exits.clean_of(sample, output, time)
+            extrapolated = exits.extrapolate(memory, sample, time)["extrapolated"]
+            missed = exits.clean_of(sample, extrapolated, time) - exits.clean_of(sample, output, time)
             rows = missed.double().square().flatten(1).mean(1).sqrt()  # (R,)
             errors.append(1 - rows.clamp(max=1).reshape(2, 2).amax(0))  # the less safe of an image's rows
-        memory = exits.remember(memory, torch.arange(4), sample=sample, timestep=time, output=output)
+        memory = exits.append(memory, torch.arange(4), sample=sample, timestep=time, output=output)
         return output
 
     with outputs_through(made.transformer, compare):
@@ -77,8 +77,8 @@ def test_it_vouches_for_nothing_while_memory_is_not_full():
     times, rows = (torch.full((4,), time) for time in (2.0, 1.0)), torch.arange(4)
     then, now = times
     output = seer._model(sample, then, seer.labels).sample
-    memory = exits.remember(None, rows, sample=sample, timestep=then, output=output.detach())
-    context = seer.recall(memory, sample, now)
+    memory = exits.append(None, rows, sample=sample, timestep=then, output=output.detach())
+    context = seer.extrapolate(memory, sample, now)
     answer = seer.answer(0, sample, context)
     error = (exits.clean_of(sample, answer, now) - context["true"]).square().mean((1, 2, 3)).sqrt()
     assert bool((error < 0.5).all())
@@ -90,7 +90,7 @@ def test_seconds_add_up_and_are_taken_when_the_device_is_done(monkeypatch: pytes
     sample, time = torch.zeros(4, 3, 8, 8), torch.full((4,), 500.0)
     found = []
     for _ in range(3):
-        seer.recall(None, sample, time)
+        seer.extrapolate(None, sample, time)
         found.append(seer.seconds)
     assert 0 < found[0] < found[1] < found[2]
     waited: list[torch.device] = []

@@ -23,7 +23,7 @@ from ee_diffusion.diffusion import fingerprint
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.fingerprint import same_weights, weights_of
 from ee_diffusion.diffusion.methods import periodic_cache
-from ee_diffusion.diffusion.step_cache.error_estimator import fit_error_estimator, walk
+from ee_diffusion.diffusion.step_cache.error_estimator import collect_errors, fit_error_estimator
 from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.run_setup import RunSetup, guidance_in, setup_of, steady
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
@@ -259,7 +259,7 @@ def test_an_uncertainty_is_of_one_model_too():
     pipe, call = pipeline(), {"num_inference_steps": STEPS, "guidance_scale": 2.0}
     gauged = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     generator = torch.Generator().manual_seed(0)
-    seen = walk(pipe, gauged, [0, 1], skip=0.5, states="full", generator=generator, **call)
+    seen = collect_errors(pipe, gauged, [0, 1], skip=0.5, states="full", generator=generator, **call)
     fit_error_estimator(gauged, seen, iterations=1)
     pipe.exits = gauged
     assert setup_of(pipe.exits) == RunSetup(weights=weights_of(pipe.transformer))

@@ -219,6 +219,6 @@ def test_an_oracle_of_an_unconditional_model_asks_without_labels():
     pipe = made("unconditional")
     memory = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler)
     sample, time = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([500, 500])
-    found = OracleExits(memory, pipe.transformer).recall(None, sample, time)
+    found = OracleExits(memory, pipe.transformer).extrapolate(None, sample, time)
     said = pipe.transformer(sample, time).sample
     torch.testing.assert_close(found["true"], memory.clean_of(sample, said, time))

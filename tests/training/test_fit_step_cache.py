@@ -11,7 +11,7 @@ from factories import pipeline
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import walk
+from ee_diffusion.diffusion.step_cache.error_estimator import collect_errors
 from ee_diffusion.metrics.splits import seeds
 from train import fit_step_cache
 from train.work import step_cache
@@ -43,9 +43,9 @@ def test_the_figures_are_of_seeds_that_were_not_fitted(tmp_path: Path, monkeypat
 
     def watched(*args, generator, **call):
         began.append(generator.initial_seed())
-        return walk(*args, generator=generator, **call)
+        return collect_errors(*args, generator=generator, **call)
 
-    monkeypatch.setattr(step_cache, "walk", watched)
+    monkeypatch.setattr(step_cache, "collect_errors", watched)
     words = ["--model", tmp_path / "model", "--output_dir", tmp_path / "out", "--num_inference_steps", 5]
     call(monkeypatch, *words, "--count", 1, "--iterations", 1)
     assert began == [seeds("fit", 1)[0], seeds("test", 1)[0]]

@@ -14,7 +14,7 @@ from ee_diffusion.core.devices import device_named
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_estimator import Walk, fit_error_estimator, walk
+from ee_diffusion.diffusion.step_cache.error_estimator import ErrorSamples, collect_errors, fit_error_estimator
 from ee_diffusion.diffusion.step_cache.recording import record
 from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
 from ee_diffusion.metrics.gauges import gauge_figures
@@ -24,7 +24,7 @@ from train.fit_step_cache import StepCacheConfig
 
 
 @torch.no_grad()
-def figures(exits: CachedOutputExits, seen: Walk) -> dict[str, float | int | None]:
+def figures(exits: CachedOutputExits, seen: ErrorSamples) -> dict[str, float | int | None]:
     return gauge_figures(exits.expected_error(seen.features), seen.errors, groups=seen.steps)
 
 
@@ -42,7 +42,9 @@ def run(config: StepCacheConfig) -> None:
     if config.linear_prediction:
         exits = fit_prediction(exits, record(pipeline, exits, seeds("fit", config.count), labels, **sampling))
     walks = {
-        purpose: walk(pipeline, exits, labels, generator=torch.Generator().manual_seed(seeds(purpose, 1)[0]), **call)
+        purpose: collect_errors(
+            pipeline, exits, labels, generator=torch.Generator().manual_seed(seeds(purpose, 1)[0]), **call
+        )
         for purpose in ("fit", "test")
     }
     recorded = time.perf_counter() - begun

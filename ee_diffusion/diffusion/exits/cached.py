@@ -208,9 +208,9 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         return {"timestep": timestep}
 
     @torch.no_grad()
-    def recall(self, memory: OutputHistory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `recalled` (R, O, H, W), the output that follows
-        from memory, `remembers` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
+    def extrapolate(self, memory: OutputHistory | None, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """What the exit at depth 0 looks at: sample (R, C, H, W), timestep (R,) -> `extrapolated` (R, O, H, W), the output that follows
+        from memory, `num_cached` (R,), how many predictions, and `features` (R, F) of the uncertainty."""
         if memory is None:
             memory = OutputHistory.empty(sample.float(), length=self.config.length)
         time = timestep.double()
@@ -220,13 +220,13 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
             output = torch.cat([output, torch.zeros_like(output)], 1)
         return {
             "timestep": timestep,
-            "recalled": output,
-            "remembers": memory.count,
+            "extrapolated": output,
+            "num_cached": memory.count,
             "features": self._features(memory, time),
         }
 
     @torch.no_grad()
-    def remember(
+    def append(
         self, memory: OutputHistory | None, rows: Tensor, *, sample: Tensor, timestep: Tensor, output: Tensor
     ) -> OutputHistory:
         """The memory after `rows` (r,) of the batch ran to the end: sample (R, C, H, W), timestep (R,), output (R, O, H, W)."""
@@ -237,26 +237,26 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         if self.num_outputs > self.config.in_channels:  # images: what follows is their variance
             output = output[:, : self.config.in_channels]
         value = self.value_of(sample, self.clean_of(sample, output, timestep), timestep)
-        return memory.remember(rows, value.to(memory.values.dtype), timestep.double())
+        return memory.append(rows, value.to(memory.values.dtype), timestep.double())
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
-        """The recalled output (R, O, H, W).
+        """The extrapolated output (R, O, H, W).
 
         Raises:
             ValueError: a row that remembers nothing: its first step must be a full one.
         """
-        if "recalled" not in context or bool((context["remembers"] == 0).any()):
+        if "extrapolated" not in context or bool((context["num_cached"] == 0).any()):
             raise ValueError("an answer from memory before the first full step; let the first steps run to the end")
-        return context["recalled"]
+        return context["extrapolated"]
 
     def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """`1 - min(u, 1)` (R,); 0 where memory is not full yet or was never put to the test; NaN where what it remembers is not finite."""
         error = self.expected_error(context["features"])
-        finite = context["recalled"].flatten(1).isfinite().all(1)  # (R,)
+        finite = context["extrapolated"].flatten(1).isfinite().all(1)  # (R,)
         return torch.where(error.isnan(), 0.0, 1 - error.clamp(max=1.0)).where(finite, torch.nan)
 
     def expected_error(self, features: Tensor) -> Tensor:
-        """features (R, F) -> u (R,), root mean square error of the recalled clean image; NaN where nothing is known."""
+        """features (R, F) -> u (R,), root mean square error of the extrapolated clean image; NaN where nothing is known."""
         known = features.nan_to_num(0.0).to(self.error_estimator[0].weight.dtype)
         return torch.exp(features[:, 0] + self.error_estimator(known)[:, 0])
 
@@ -284,14 +284,14 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         return (sample - signal * clean) / noise
 
     def clean_per_value(self, timestep: Tensor) -> Tensor:
-        """How far the clean image moves per unit of a recalled value at timestep (T,) -> (T,). Where there is no signal: very far."""
+        """How far the clean image moves per unit of a extrapolated value at timestep (T,) -> (T,). Where there is no signal: very far."""
         if self.config.cached_type == "sample":
             return torch.ones(len(timestep), dtype=torch.float64)
         signal, noise = self._signal_and_noise(timestep.to(self.alphas_cumprod.device), timestep)  # (T,)
         return (noise / signal).double().cpu()
 
     def clean_from(self, sample: Tensor, value: Tensor, timestep: Tensor) -> Tensor:
-        """The clean image that a recalled value means at `sample`; the inverse of `value_of`."""
+        """The clean image that a extrapolated value means at `sample`; the inverse of `value_of`."""
         if self.config.cached_type == "sample":
             return value
         signal, noise = self._signal_and_noise(timestep, sample)

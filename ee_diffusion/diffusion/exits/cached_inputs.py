@@ -1,4 +1,4 @@
-"""Memory of what: which models and schedulers exits can remember for, and what those must agree on.
+"""Which models and schedulers exits can cache outputs for, and what those must agree on.
 
 Here: checks, and what exits take over. Not here: the exits (cached.py), facts about classes (model_specs.py).
 T training timesteps.
@@ -92,11 +92,11 @@ def check_noise(scheduler: SchedulerMixin, known: Tensor, *, prediction_type: st
     """Raises ValueError for a scheduler that reads an output in another way, or whose noise schedule is not `known` (T,)."""
     table, kind = getattr(scheduler, "alphas_cumprod", None), prediction_type_of(scheduler)
     if kind != prediction_type:
-        raise ValueError(f"exits that remember read {prediction_type!r}, the scheduler {kind!r}")
+        raise ValueError(f"cached exits read {prediction_type!r}, the scheduler {kind!r}")
     if kind == "flow" and scheduler.config.num_train_timesteps == len(known):
         return
     known = known.cpu()
     if table is None or table.shape != known.shape or not torch.allclose(table.cpu().float(), known, atol=1e-4):
         raise ValueError(
-            f"exits that remember know another noise schedule than this {type(scheduler).__name__}'s: make or fit them for it"
+            f"cached exits know another noise schedule than this {type(scheduler).__name__}'s: make or fit them for it"
         )

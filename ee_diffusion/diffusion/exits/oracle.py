@@ -45,7 +45,7 @@ class OracleExits:
         return self.exits.context(timestep)
 
     @torch.no_grad()
-    def recall(self, memory: Any, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+    def extrapolate(self, memory: Any, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the exits recall, with `asked` and `true` (R, C, H, W): the sample, and the clean image that the full model means.
 
         Raises:
@@ -59,11 +59,11 @@ class OracleExits:
         output = self._model(sample, timestep, self.labels).sample
         true = self.exits.clean_of(sample, output, timestep)
         self.seconds += seconds_on(sample.device) - begun
-        return self.exits.recall(memory, sample, timestep) | {"asked": sample, "true": true}
+        return self.exits.extrapolate(memory, sample, timestep) | {"asked": sample, "true": true}
 
-    def remember(self, memory: Any, rows: Tensor, **facts: Any) -> Any:
+    def append(self, memory: Any, rows: Tensor, **facts: Any) -> Any:
         """As the exits have it."""
-        return self.exits.remember(memory, rows, **facts)
+        return self.exits.append(memory, rows, **facts)
 
     def answer(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """As the exits have it."""
@@ -72,7 +72,7 @@ class OracleExits:
     def confidence(self, exit: int, hidden: Tensor, context: Mapping[str, Tensor]) -> Tensor:
         """(r,), from the truth; 0 where the exits themselves know nothing yet (their memory is not full)."""
         said = self.exits.confidence(exit, hidden, context)
-        if bool((context["remembers"] == 0).any()):
+        if bool((context["num_cached"] == 0).any()):
             return said
         answer = self.exits.answer(exit, hidden, context)
         missed = self.exits.clean_of(context["asked"], answer, context["timestep"]) - context["true"]

@@ -1,6 +1,6 @@
 """What a denoiser's output means: the clean image behind it and back, under the noise schedule of a scheduler.
 
-Here: the arithmetic of `x_t = a_t x_0 + s_t eps`. Not here: remembering (cached.py), solvers (solver.py).
+Here: the arithmetic of `x_t = a_t x_0 + s_t eps`. Not here: caching (cached.py), solvers (solver.py).
 R rows, T training timesteps; ... is what a sample is: (C, H, W), tokens (N, D), frames.
 """
 

@@ -301,7 +301,7 @@ class TransformerHook:
             said = output[0] if isinstance(output, tuple) else output.sample
             facts = {"sample": sample, "timestep": timestep, "output": said}
             histories = step.session.histories
-            histories[step.call] = self.heads.remember(histories.get(step.call), step.rows, **facts)
+            histories[step.call] = self.heads.append(histories.get(step.call), step.rows, **facts)
         step.close()
         return output
 
@@ -372,7 +372,7 @@ class TransformerHook:
     def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
         if self._remembering and step.may_exit:
-            return heads.recall(step.session.histories.get(step.call), sample, timestep)
+            return heads.extrapolate(step.session.histories.get(step.call), sample, timestep)
         return heads.context(timestep) if step.measures else {"timestep": timestep}
 
     def _check(self, step: StepSession, sample: Tensor) -> None:

@@ -1,6 +1,6 @@
-"""Teach exits that remember how wrong they are, along the model's own trajectories. Here: walking and fitting. Not here: deciding (core).
+"""Fit the error estimator of cached exits along the model's own trajectories. Here: collecting errors, fitting. Not here: deciding (core).
 
-E images, R rows (2E under guidance, conditional first), S steps, n = the moments at which a row's memory was put to the test.
+E images, R rows (2E under guidance, conditional first), S steps, n = the steps of rows whose cache could be compared.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ STATES = ("exited", "full")
 
 
 @dataclass(frozen=True, eq=False)
-class Walk:
-    """What was seen under way: `features` (n, F) of the uncertainty, `errors` (n,) the true root mean square error of the recalled clean
-    image, `steps` (n,) where; `weights`: `fingerprint.weights_of` the model, None: not known."""
+class ErrorSamples:
+    """`features` (n, F) of the error estimator, `errors` (n,) the true root mean square error of the extrapolated clean image, `steps` (n,)
+    where; `weights`: `fingerprint.weights_of` the model, None: not known."""
 
     features: Tensor
     errors: Tensor
@@ -33,7 +33,7 @@ class Walk:
 
 
 @torch.no_grad()
-def walk(
+def collect_errors(
     pipeline: EarlyExitPipeline,
     exits: CachedOutputExits,
     class_labels: Sequence[int] | None,
@@ -44,14 +44,14 @@ def walk(
     skip: float,
     states: str,
     generator: torch.Generator,
-) -> Walk:
-    """Draw images with the full model at every step and compare each recalled clean image with the model's.
+) -> ErrorSamples:
+    """Draw images with the full model at every step and compare each extrapolated clean image with the model's.
 
     `batch_size`: how many images of an unconditional model (class_labels None).
 
-    A row remembers a step with probability 1 - `skip` (the rows of an image alike), so that all distances to the last full step occur.
-    `states="exited"`: the steps not remembered are answered from memory, so later states are those that exits lead to; "full": all
-    steps follow the model.
+    A row caches a step with probability 1 - `skip` (the rows of an image alike), so that all distances to the last compute step occur.
+    `states="exited"`: the other steps take the cached output, so later states are those that exits lead to; "full": all steps follow the
+    model.
 
     Raises:
         ValueError: skip outside [0, 1), unknown states, exits that know another noise schedule; as `check_run`.
@@ -67,14 +67,16 @@ def walk(
 
     def compare(index: int, sample: Tensor, timestep: Tensor, forward: Callable[[], Tensor]) -> Tensor:
         nonlocal memory
-        output, known = forward(), exits.recall(memory, sample, timestep)
+        output, known = forward(), exits.extrapolate(memory, sample, timestep)
         ready = known["features"][:, 0].isfinite()  # (R,)
-        wrong = exits.clean_of(sample, known["recalled"], timestep) - exits.clean_of(sample, output, timestep)
+        wrong = exits.clean_of(sample, known["extrapolated"], timestep) - exits.clean_of(sample, output, timestep)
         seen.append((known["features"][ready], wrong.flatten(1).square().mean(1).sqrt()[ready], index))
         images = torch.rand(count, generator=generator) < skip  # (B,)
         skipped = images.repeat(len(sample) // count).to(sample.device) & ready  # (R,)
-        memory = exits.remember(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
-        return torch.where(skipped[:, None, None, None], known["recalled"], output) if states == "exited" else output
+        memory = exits.append(memory, (~skipped).nonzero()[:, 0], sample=sample, timestep=timestep, output=output)
+        return (
+            torch.where(skipped[:, None, None, None], known["extrapolated"], output) if states == "exited" else output
+        )
 
     own, size = plain(pipeline), {"batch_size": batch_size} if class_labels is None else {}
     call = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **size}
@@ -82,21 +84,21 @@ def walk(
         own(class_labels, generator=generator, output_type="pt", **call)
     steps = [torch.full((len(errors),), index) for _, errors, index in seen]
     features, errors = torch.cat([f for f, _, _ in seen]), torch.cat([e for _, e, _ in seen])
-    return Walk(features, errors, torch.cat(steps), weights_of(pipeline.transformer))
+    return ErrorSamples(features, errors, torch.cat(steps), weights_of(pipeline.transformer))
 
 
 def fit_error_estimator(
-    exits: CachedOutputExits, seen: Walk, *, iterations: int = 1000, learning_rate: float = 1e-2
+    exits: CachedOutputExits, seen: ErrorSamples, *, iterations: int = 1000, learning_rate: float = 1e-2
 ) -> None:
-    """Train the uncertainty of `exits` on a walk: smooth L1 between log u and the logarithm of the true error, all moments at once.
+    """Train the error estimator of `exits`: smooth L1 between log u and the logarithm of the true error, all moments at once.
 
     Raises:
-        ValueError: an empty walk, fewer than one iteration.
+        ValueError: no samples, fewer than one iteration.
     """
     if not len(seen.errors) or iterations < 1:
         raise ValueError(
-            f"{'the walk is empty' if not len(seen.errors) else f'iterations={iterations}'}, expected moments at which memory was put to "
-            "the test, and at least 1 iteration"
+            f"{len(seen.errors)} errors were collected, iterations={iterations}: expected some, at steps with a full cache, and at least 1 "
+            "iteration"
         )
     target = seen.errors.clamp(min=1e-6).log()
     optimizer = torch.optim.AdamW(exits.error_estimator.parameters(), lr=learning_rate)

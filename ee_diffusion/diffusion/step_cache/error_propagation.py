@@ -64,11 +64,11 @@ def error_amplification(
         nonlocal memory
         output = forward()
         if index >= first and (index - first) % every == 0:
-            cached[index] = exits.recall(memory, sample, timestep)["recalled"]
+            cached[index] = exits.extrapolate(memory, sample, timestep)["extrapolated"]
             clean = (exits.clean_of(sample, one, timestep) for one in (cached[index], output))
             wrong[index] = rms(torch.sub(*clean))
         rows = torch.arange(len(sample))
-        memory = exits.remember(memory, rows, sample=sample, timestep=timestep, output=output)
+        memory = exits.append(memory, rows, sample=sample, timestep=timestep, output=output)
         outputs.append(output)
         return output
 

@@ -35,7 +35,7 @@ def gap_prices(exits: CachedOutputExits, course: Trajectory, weights: Sequence[f
     Errors within a gap point the same way, so they add up before they are squared. c = S: to the end of the run.
 
     Raises:
-        ValueError: weights for another number of steps or that are not finite; exits that remember another number of predictions than
+        ValueError: weights for another number of steps or that are not finite; exits that cache another number of predictions than
             two.
     """
     num_steps = len(course.times)
@@ -59,16 +59,16 @@ def gap_prices(exits: CachedOutputExits, course: Trajectory, weights: Sequence[f
 
 @torch.no_grad()
 def _missed(exits: CachedOutputExits, course: Trajectory, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
-    """Recalled clean image minus the one that was said, as the solver sees them (B, ...); values (S, B, ...) as the exits cache them."""
+    """The extrapolated clean image minus the model's, as the solver sees them (B, ...); values (S, B, ...) as the exits cache them."""
     a, b, t = moment
     known = course.times.to(values.device)
     times, time = known[[b, a]][None], known[t][None]
     memory = OutputHistory(
         values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64, device=values.device)
     )
-    recalled = weighted(memory.values, exits.weights_of(memory, time))[0]  # (B, ...)
-    recalled = exits.clean_from(course.samples[t], recalled, time.expand(len(recalled)))
-    return course.clipped(recalled) - course.clipped(course.clean[t])
+    extrapolated = weighted(memory.values, exits.weights_of(memory, time))[0]  # (B, ...)
+    extrapolated = exits.clean_from(course.samples[t], extrapolated, time.expand(len(extrapolated)))
+    return course.clipped(extrapolated) - course.clipped(course.clean[t])
 
 
 def price_of(full: Sequence[int], prices: Prices, num_steps: int) -> float:
