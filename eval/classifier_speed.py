@@ -27,7 +27,7 @@ from ee_diffusion.metrics.tables import environment, write_json
 from ee_diffusion.metrics.timing import interleaved
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.datasets import Source
-from ee_diffusion.training.sources import load_labelled_images
+from ee_diffusion.training.sources import load_labeled_images
 from ee_diffusion.training.text_datasets import TextSource, load_text_source
 
 
@@ -85,7 +85,7 @@ def settings(config: SpeedConfig) -> dict[str, EarlyExitClassifier]:
 
 def source_of(config: SpeedConfig, data: TextDataConfig, images: ImageDataConfig, num_labels: int) -> Source:
     if images.sources():
-        return load_labelled_images(replace(images, random_flip=False), num_labels=num_labels)
+        return load_labeled_images(replace(images, random_flip=False), num_labels=num_labels)
     tokenizer = AutoTokenizer.from_pretrained(config.models[0])
     return load_text_source(
         data,

@@ -33,7 +33,7 @@ from ee_diffusion.metrics.splits import shuffled
 from ee_diffusion.metrics.tables import environment, markdown_table, write_json
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig
 from ee_diffusion.training.datasets import Source
-from ee_diffusion.training.sources import TableSource, load_labelled_images
+from ee_diffusion.training.sources import TableSource, load_labeled_images
 from ee_diffusion.training.text_datasets import TextSource, load_text_source, once
 from eval.judging import (
     Judge,
@@ -101,7 +101,7 @@ def sources(
 ) -> list[Source]:
     """What is judged and, where it has files of its own, what is chosen on (first)."""
     if images.sources():
-        return [load_labelled_images(replace(images, random_flip=False), num_labels=classifier.config.num_labels)]
+        return [load_labeled_images(replace(images, random_flip=False), num_labels=classifier.config.num_labels)]
     if data.folds is not None and not data.held_out:
         warnings.warn(f"judging what training with fold={data.fold} sees; --held_out true takes the rest", stacklevel=2)
     tokenizer = AutoTokenizer.from_pretrained(config.model)

@@ -1,4 +1,4 @@
-"""Train the image tower that judges whether an image shows its caption, against a frozen text encoder, on training captions alone.
+"""Train the image tower that scores whether an image shows its caption, against a frozen text encoder, on training captions alone.
 
 accelerate launch -m train.train_retrieval_tower --text_encoder sentence-transformers/all-MiniLM-L6-v2 --output_dir runs/tower
 

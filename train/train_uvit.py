@@ -2,7 +2,7 @@
 
 accelerate launch --num_cpu_threads_per_process 2 -m train.train_uvit --preset cpu_backbone --output_dir runs/backbone
 accelerate launch --num_cpu_threads_per_process 2 -m train.train_uvit --preset cpu_exits --init_from runs/backbone --output_dir runs/exits
-(on a GPU: presets gpu_backbone and gpu_exits, no thread flag; on a CPU accelerate takes one thread unless told otherwise)
+(on a GPU: presets gpu_backbone and gpu_exits, no thread flag; on a CPU accelerate takes one thread by default)
 
 Data: `--dataset_name`, `--train_data_dir` or `--train_data_files` (a preset's `cifar10/train-*.parquet` is looked up below
 $EE_DIFFUSION_DATA). `--resume_from_checkpoint latest` continues after a stop or a kill; `--dry-run` prints the resolved settings.

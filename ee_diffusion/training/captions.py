@@ -1,4 +1,4 @@
-"""Captioned images for the loop: a split by caption, and encoded images with encoded captions, handed out with all that an objective draws.
+"""Captioned images for the loop: a split by caption, and encoded images with encoded captions and all that an objective draws.
 
 Here: which caption belongs to which split, batches. Not here: the encoders of images and texts (a side, a script).
 M images, Q distinct captions, T text tokens, V their width, B samples, C, H, W.
@@ -10,12 +10,11 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-import datasets
 import torch
 from torch import Tensor
 
 from ee_diffusion.training.config import CaptionConfig, ImageDataConfig
-from ee_diffusion.training.datasets import Source, find_data_files, load_image_source
+from ee_diffusion.training.datasets import Source, load_image_source, read_table
 from ee_diffusion.training.rng import Stream, normals, uniforms
 
 SPLITS = ("train", "validation", "test")
@@ -34,7 +33,7 @@ def subject(caption: str) -> str:
 
 
 def names_skin_tone(caption: str) -> bool:
-    """Whether a caption says a skin tone ('default' is none): sets that draw a thing in six tones would else be mostly people."""
+    """Whether a caption names a skin tone ('default' is none): sets with a thing in six tones would otherwise be mostly people."""
     text = re.sub(r"[\s:,]+default\s*$", "", caption.lower())
     return " ".join(re.findall(_WORD, text)) != subject(caption)
 
@@ -84,10 +83,7 @@ def load_captioned(data: ImageDataConfig, config: CaptionConfig) -> Captioned:
     """
     if not data.train_data_files:
         raise ValueError(f"train_data_files={data.train_data_files}, expected parquet files of images with captions")
-    files = [file for pattern in data.train_data_files for file in find_data_files(pattern)]
-    table = datasets.load_dataset("parquet", data_files=files, split="train")
-    if config.caption_column not in table.column_names:
-        raise ValueError(f"no column {config.caption_column!r} in the data, which has {table.column_names}")
+    table = read_table(data.train_data_files, [config.caption_column], kind="parquet")
     captions = list(table[config.caption_column])[: data.max_train_samples]
     empty = [index for index, caption in enumerate(captions) if not caption or not caption.strip()]
     if empty:
@@ -96,7 +92,7 @@ def load_captioned(data: ImageDataConfig, config: CaptionConfig) -> Captioned:
         )
     kept = [index for index, caption in enumerate(captions) if config.skin_tones or not names_skin_tone(caption)]
     if not kept:
-        raise ValueError(f"none of {len(captions)} captions is without a skin tone; ask for them by skin_tones")
+        raise ValueError(f"none of {len(captions)} captions is without a skin tone; set skin_tones to use them")
     shares = {"validation": config.validation_share, "test": config.test_share, "seed": config.split_seed}
     chosen = tuple(captions[index] for index in kept)
     images = load_image_source(data, None).images[kept]

@@ -1,6 +1,6 @@
 """Folders that are either whole or absent: written beside, flushed to disk, then renamed. Checkpoints, their rotation and their refusal.
 
-Here: what lies on disk. Not here: what goes into a checkpoint and when (loop.py).
+Here: files on disk. Not here: what goes into a checkpoint and when (loop.py).
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def prune(directory: Path, keep: int | None, *, spare: Path | None) -> None:
 
 
 def find_checkpoint(directory: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint to resume from: None if none was asked for, or `latest` was and none is there.
+    """The checkpoint to resume from: None if none is to be resumed, or `latest` is and there is none.
 
     Raises:
         ValueError: a named path that is no checkpoint, or checkpoints in a directory that a fresh run would write into.
@@ -156,8 +156,10 @@ def load_checkpoint(path: Path, identity: dict) -> tuple[dict, dict]:
     ours = json.loads(json.dumps(identity, default=str))
     differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
     if differ:
-        told = "; ".join(f"{name}: came {ours.get(name)!r}, the checkpoint has {theirs.get(name)!r}" for name in differ)
-        raise ValueError(f"{path} is of another run, resuming would change its maths: {told}")
+        differences = "; ".join(
+            f"{name}: came {ours.get(name)!r}, the checkpoint has {theirs.get(name)!r}" for name in differ
+        )
+        raise ValueError(f"{path} is of another run, resuming would change its maths: {differences}")
     try:
         if run["digest"] != (found := _digest(path / STATE_FILE)):
             raise Damaged(f"{path / STATE_FILE} is not as it was written: digest {found}, expected {run['digest']}")
@@ -167,11 +169,11 @@ def load_checkpoint(path: Path, identity: dict) -> tuple[dict, dict]:
 
 
 def resume(directory: Path, resume_from: str | None, identity: dict) -> tuple[Path | None, dict, dict, list[str]]:
-    """(the checkpoint to go on from, its state, its run, what was passed over): where `latest` is asked for and the newest is damaged,
-    the one before it. (None, {}, {}, []) to start anew.
+    """(checkpoint to continue from, its state, its run, what was passed over). With `latest`, a damaged newest one gives way to the one
+    before it. (None, {}, {}, []): start anew.
 
     Raises:
-        Damaged: the checkpoint that is named is damaged, or all are.
+        Damaged: the named checkpoint is damaged, or all are.
         ValueError: as `find_checkpoint`, or a checkpoint of another run.
     """
     path = find_checkpoint(directory, resume_from)

@@ -15,7 +15,7 @@ TRACKERS = ("none", "tensorboard", "wandb")
 OPTIMIZERS = ("adamw", "muon")
 ENDLESS_SCHEDULES = ("constant", "constant_with_warmup")
 
-# A run resumed under another value of one of these would not be the run that was begun.
+# A run resumed under another value of one of these would be another run.
 MATHS = (
     "seed",
     "optimizer",
@@ -142,14 +142,14 @@ class CaptionConfig:
 
 @dataclass(frozen=True)
 class LatentConfig:
-    """How images become latents: enlarged, encoded once by the tiny autoencoder, kept in files.
+    """How images become latents: enlarged, encoded once by the tiny autoencoder, stored in files.
 
     Raises:
         ValueError: a number below 1.
     """
 
     vae: str | None = HfArg(default=None, help="Folder of TAESD; also looked up below $EE_DIFFUSION_DATA.")
-    latents_dir: str | None = HfArg(default=None, help="Where latents lie; none: latents/ in output_dir.")
+    latents_dir: str | None = HfArg(default=None, help="Where latents are stored; none: latents/ in output_dir.")
     image_size: int = HfArg(default=128, help="Pixels that images are enlarged to before they are encoded.")
     part_size: int = HfArg(default=2048, help="Images per file of latents.")
     encode_batch_size: int = HfArg(default=32, help="Images per forward of the autoencoder.")
@@ -172,9 +172,9 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class TextDataConfig:
-    """Where labelled texts come from: tsv, csv or parquet files. Relative ones are also looked up below EE_DIFFUSION_DATA.
+    """Where labeled texts come from: tsv, csv or parquet files. Relative ones are also looked up below EE_DIFFUSION_DATA.
 
-    With `folds` the rows are shuffled, always alike, and dealt out; `fold` is held out, and `held_out` says which side is meant.
+    With `folds` the rows are shuffled, always in one order, and dealt out; `fold` is held out, and `held_out` selects it, not the rest.
 
     Raises:
         ValueError: files of several kinds or of none of the three, names for columns that have theirs, no text column, a length or number

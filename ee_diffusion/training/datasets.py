@@ -1,16 +1,17 @@
-"""Data for the loop: a Source turns indices and keys into a batch. Images from the Hub, a folder or parquet, decoded once.
+"""Data for the loop: a Source makes a batch of indices and keys. Tables from files; images from the Hub, a folder or parquet, decoded once.
 
-Here: image sources. Not here: order and keys (order.py, rng.py), what a batch is used for (an objective).
+Here: reading, image sources. Not here: order and keys (order.py, rng.py), what a batch is used for (an objective).
 M images in the set, B samples, C channels, H = W pixels.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -24,6 +25,7 @@ from ee_diffusion.training.config import ImageDataConfig
 from ee_diffusion.training.rng import Stream, normals, uniforms
 
 DATA_VARIABLE = "EE_DIFFUSION_DATA"
+READERS = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}  # by extension
 
 
 class Source(ABC):
@@ -43,7 +45,7 @@ class Source(ABC):
 
 
 class ImageSource(Source):
-    """Images in memory as bytes, handed out with all that a denoising objective draws.
+    """Images in memory as bytes, with all that a denoising objective draws.
 
     Args:
         images: (M, C, H, W) uint8. labels: (M,) int64 or None.
@@ -94,20 +96,15 @@ def load_image_source(config: ImageDataConfig, num_classes: int | None) -> Image
 
     Raises:
         ValueError: not exactly one origin, no such files or columns, no images, labels that are no integers or out of range, an image that
-            is damaged or does not say what white is (named by its file, or its row).
+            is damaged or does not define white (named by its file, or its row).
     """
     table = _load(config)
-    wanted = [config.image_column] + ([config.label_column] if num_classes is not None else [])
-    missing = [name for name in wanted if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"no column {missing[0]!r} in the data, which has {table.column_names}; name it by image_column or label_column"
-        )
+    check_columns(table, [config.image_column, *([] if num_classes is None else [config.label_column])], "the data")
     if config.max_train_samples is not None:
         table = table.select(range(min(config.max_train_samples, len(table))))
     if not len(table):
         raise ValueError(f"the data set ({config.sources()[0]}, split {config.dataset_split!r}) has no rows")
-    labels = None if num_classes is None else _labels(table, config.label_column, num_classes)
+    labels = None if num_classes is None else class_labels(table, config.label_column, num_classes)
     if not isinstance(table.features[config.image_column], datasets.Image):
         came = table.features[config.image_column]
         raise ValueError(f"column {config.image_column!r} holds {came}, expected images")
@@ -129,13 +126,37 @@ def _load(config: ImageDataConfig) -> datasets.Dataset:
         raise ValueError(f"train_data_dir={config.train_data_dir!r} is no folder")
     if config.train_data_dir:
         return datasets.load_dataset("imagefolder", data_dir=config.train_data_dir, split=split)
-    files = [file for pattern in config.train_data_files for file in find_data_files(pattern)]
+    return read_table(config.train_data_files, [], kind="parquet", split=split)
+
+
+def read_table(
+    patterns: Sequence[str], columns: Sequence[str], *, kind: str | None = None, split: str = "train", **options
+) -> datasets.Dataset:
+    """The rows of files of one kind, .csv, .tsv, .json (a list of objects), .jsonl or .parquet; None: as the first is called.
+
+    Raises:
+        ValueError: another kind, no such files, no rows, no such columns.
+    """
+    kind = patterns[0].rsplit(".", 1)[-1] if kind is None else kind
+    if kind not in READERS:
+        raise ValueError(f"files {list(patterns)}, expected {', '.join(f'.{name}' for name in READERS)}")
+    files = [file for pattern in patterns for file in find_data_files(pattern)]
+    options = ({"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}) | options
     try:
-        return datasets.load_dataset("parquet", data_files={split: files}, split=split)
-    except ValueError as error:  # the library's words for files without rows name neither the files nor the reason
-        raise ValueError(
-            f"train_data_files={config.train_data_files} hold no rows that can be loaded: {error}"
-        ) from error
+        table = datasets.load_dataset(READERS[kind], data_files={split: files}, split=split, **options)
+    except ValueError as error:  # the library's message for files without rows names neither the files nor the reason
+        raise ValueError(f"{list(patterns)} hold no rows that can be loaded: {error}") from error
+    check_columns(table, columns, list(patterns))
+    if not len(table):
+        raise ValueError(f"{list(patterns)} hold no rows")
+    return table
+
+
+def check_columns(table: datasets.Dataset, wanted: Sequence[str], origin: object) -> None:
+    """Raises ValueError for a column that the table does not have."""
+    missing = [name for name in wanted if name not in table.column_names]
+    if missing:
+        raise ValueError(f"no column {missing[0]!r} in {origin}, which has {table.column_names}")
 
 
 def find_data_files(pattern: str) -> list[str]:
@@ -168,19 +189,20 @@ def _decoded(table: datasets.Dataset, config: ImageDataConfig) -> Iterator[np.nd
         yield pixels
 
 
-def _labels(table: datasets.Dataset, column: str, num_classes: int) -> Tensor:
+def class_labels(table: datasets.Dataset, column: str, num_classes: int, *, first: int = 0) -> Tensor:
+    """Integer labels first..first + num_classes - 1 -> (M,) int64, counted from 0. Raises ValueError for others."""
     values = np.asarray(table.with_format("numpy")[column])
     if values.dtype.kind not in "iu":
         raise ValueError(f"labels in column {column!r} are {values.dtype}, expected integers")
-    if values.min() < 0 or values.max() >= num_classes:
-        raise ValueError(
-            f"labels in column {column!r} span {values.min()}..{values.max()}, expected 0..{num_classes - 1}"
-        )
-    return torch.from_numpy(values.astype(np.int64))
+    low, high = int(values.min()), int(values.max())
+    if low < first or high >= first + num_classes:
+        expected = f"{first}..{first + num_classes - 1}"
+        raise ValueError(f"labels in column {column!r} span {low}..{high}, expected {expected}")
+    return torch.from_numpy(values.astype(np.int64) - first)
 
 
 def _pixels(image: Image.Image, resolution: int) -> np.ndarray:
-    """Any PIL image -> (H, W, 3) uint8 (`rgb`), shorter side resized to `resolution`, centre-cropped."""
+    """Any PIL image -> (H, W, 3) uint8 (`rgb`), shorter side resized to `resolution`, center-cropped."""
     image = rgb(image)
     if image.size != (resolution, resolution):
         scale = resolution / min(image.size)

@@ -1,4 +1,4 @@
-"""What learns: an objective's trainable weights with optimiser, learning-rate schedule and moving average, as one state.
+"""What learns: an objective's trainable weights with optimizer, learning-rate schedule and moving average, as one state.
 
 Here: one gradient, one update, the state of both. Not here: which batch comes when, logging, files (loop.py, checkpointing.py).
 """
@@ -59,7 +59,7 @@ def build_optimizers(objective: nn.Module, config: TrainConfig, *, fused: bool) 
 
 
 class Learner:
-    """The optimisers of the parameters of `objective` that require a gradient. Moves and wraps the objective for `accelerator`."""
+    """The optimizers of the parameters of `objective` that require a gradient. Moves and wraps the objective for `accelerator`."""
 
     def __init__(self, objective: nn.Module, config: TrainConfig, accelerator: Accelerator):
         self.objective, self.config, self.accelerator = objective, config, accelerator
@@ -93,7 +93,7 @@ class Learner:
         return terms
 
     def update(self) -> None:
-        """One optimiser step with the accumulated gradient."""
+        """One optimizer step with the accumulated gradient."""
         if self.config.max_grad_norm:
             self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         for optimizer in self.optimizers:

@@ -1,4 +1,4 @@
-"""What a run says while it runs: means over the last steps, to a JSONL file beside the output and to accelerate's trackers.
+"""What a run logs: means over the last steps, to a JSONL file beside the output and to accelerate's trackers.
 
 Here: scalars and the throughput clock. Not here: checkpoints, the progress bar.
 """

@@ -1,4 +1,4 @@
-"""The one training loop: it minimises `objective(batch)["loss"]` for any `nn.Module` and any Source, and resumes exactly.
+"""The one training loop: it minimizes `objective(batch)["loss"]` for any `nn.Module` and any Source, and resumes exactly.
 
 Here: when to step, log, checkpoint, validate, export, stop. Not here: models and losses (an objective), weights (learner.py), data.
 A step's data and draws depend on (seed, step) alone; the global generator, for dropout and the like, is reseeded by (seed, step, rank).
@@ -57,7 +57,7 @@ class Trainer:
     """Trains `objective` on `source` as `config` says.
 
     Args:
-        objective: `objective(batch) -> dict` of scalars; "loss" is minimised and must be a mean over the batch (see `units`), the
+        objective: `objective(batch) -> dict` of scalars; "loss" is minimized and must be a mean over the batch (see `units`), the
             others are logged. Only its parameters with `requires_grad` train; all of its state goes into checkpoints.
         save: `save(directory, objective)` writes the result (averaged weights applied) into an empty directory; each entry it
             wrote is then moved into `output_dir`, whole. Main process only. A stopped run exports too.
@@ -65,7 +65,7 @@ class Trainer:
         units: `units(batch) -> (U,)`, for an objective whose means are over something that batches hold different numbers of (tokens).
             It then gets `batch["units"]` (U,) float64, the mean of these numbers over all parts of a step (ranks and micro-steps), and
             divides its sums by that: the mean over the parts is the mean over all units of the step. None: over samples. So a run may be
-            resumed with another split of the same global batch (docs/architecture.md says what a split changes).
+            resumed with another split of the same global batch (docs/architecture.md has what a split changes).
         identity: further facts (JSON values) that a checkpoint must share with the run that resumes from it.
 
     Raises:
@@ -109,13 +109,13 @@ class Trainer:
         self.journal = Journal(self.directory, self.accelerator, self.clock, samples_per_step=self.order.global_batch)
 
     def fit(self) -> TrainReport:
-        """Train to `max_train_steps` or until the time is up, checkpoint, export, and say what happened.
+        """Train to `max_train_steps` or until the time is up, checkpoint, export, and report what happened.
 
         Raises:
             ValueError: a checkpoint that does not fit, or an output_dir that holds another run's.
             FloatingPointError: the loss is not finite.
         """
-        config, begun = self.config, time.monotonic()
+        config, started = self.config, time.monotonic()
         first, line = self._start()
         done, stop = first, False
         bar = self._progress_bar(first)
@@ -123,7 +123,7 @@ class Trainer:
             self._step(done)
             done += 1
             bar.update()
-            stop = self._time_is_up(done, begun)
+            stop = self._time_is_up(done, started)
             checkpoint = stop or done == config.max_train_steps or done % config.checkpointing_steps == 0
             if checkpoint or done % config.logging_steps == 0:
                 line = self.journal.write(done, self.learner.learning_rate)
@@ -148,7 +148,7 @@ class Trainer:
         return {"global_batch": self.order.global_batch, "data": self.source.fingerprint(), "model": model}
 
     def _start(self) -> tuple[int, dict]:
-        """Clean up, resume if asked to; returns (the step to go on from, the last log line before it)."""
+        """Clean up, resume if asked to; returns (the step to continue from, the last log line before it)."""
         config, accelerator = self.config, self.accelerator
         if accelerator.is_main_process:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -173,7 +173,7 @@ class Trainer:
         return step, line
 
     def _step(self, step: int) -> None:
-        """One optimiser step on the global batch number `step`."""
+        """One optimizer step on the global batch number `step`."""
         seed, rank, micro_steps = self.config.seed, self.accelerator.process_index, self.order.micro_steps
         torch.manual_seed(scalar_key(seed, Stream.STEP, step * self.order.ranks + rank))
         batches: Iterable[Batch] = (self._batch(step, micro_step) for micro_step in range(micro_steps))
@@ -190,16 +190,16 @@ class Trainer:
         return self.source.batch(self.order.indices(positions), keys)
 
     def _with_units(self, batches: list[Batch], units: Callable[[Batch], Tensor]) -> list[Batch]:
-        """The batches of a step, told how many units a part of it holds in the mean."""
+        """The batches of a step, with the mean number of units of its parts."""
         mine = torch.stack([units(batch) for batch in batches]).sum(0)  # (U,)
         mean = self.accelerator.reduce(mine, reduction="sum").double() / (len(batches) * self.order.ranks)
         return [batch | {"units": mean} for batch in batches]
 
-    def _time_is_up(self, done: int, begun: float) -> bool:
+    def _time_is_up(self, done: int, started: float) -> bool:
         """Whether `max_train_minutes` have passed; ranks decide together, every few steps, so that they stop at the same one."""
         if self.config.max_train_minutes is None:
             return False
-        over = time.monotonic() - begun >= 60 * self.config.max_train_minutes
+        over = time.monotonic() - started >= 60 * self.config.max_train_minutes
         if self.order.ranks == 1:
             return over
         if done % STEPS_BETWEEN_VOTES:
@@ -250,17 +250,17 @@ class Trainer:
 
 
 def slow_in_bfloat16(config: TrainConfig, device: torch.device) -> str:
-    """What to say where a CPU without bfloat16 of its own is asked to compute in it; empty: nothing."""
+    """A warning for a CPU that computes in bfloat16 without instructions for it; empty: none."""
     if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return ""
-    asked = ["--mixed_precision bf16"] if config.mixed_precision == "bf16" else []
-    asked += (
+    wanted = ["--mixed_precision bf16"] if config.mixed_precision == "bf16" else []
+    wanted += (
         ["--optimizer muon"] if config.optimizer == "muon" else []
     )  # it orthogonalises in bfloat16, whatever the precision
-    if not asked:
+    if not wanted:
         return ""
     return (
-        f"this CPU has no bfloat16 of its own: {' and '.join(asked)} may make steps tens of times slower; "
+        f"this CPU has no bfloat16 of its own: {' and '.join(wanted)} may make steps tens of times slower; "
         "--mixed_precision no --optimizer adamw does not use it"
     )
 

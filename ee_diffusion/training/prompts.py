@@ -1,6 +1,6 @@
 """Prompts with answers for causal language models, as tokens in memory, padded on the right to the longest of each batch.
 
-Here: reading, filling in templates, cutting, padding. Not here: tokenisers (the caller brings one), order and keys.
+Here: reading, filling in templates, cutting, padding. Not here: tokenizers (the caller brings one), order and keys.
 M texts in the set, B samples, N tokens of the longest text of a batch.
 """
 
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import string
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import datasets
 import torch
 from torch import Tensor
 
 from ee_diffusion.training.config import PromptDataConfig
-from ee_diffusion.training.datasets import Source, find_data_files
-
-Encode = Callable[[list[str]], list[list[int]]]
+from ee_diffusion.training.datasets import Source, read_table
+from ee_diffusion.training.text_datasets import Encode, padded
 
 
 class PromptSource(Source):
@@ -48,11 +46,8 @@ class PromptSource(Source):
 
     def batch(self, indices: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (B, N) int64, `prompt_length` (B,), `key`."""
-        chosen = [self.tokens[index] for index in indices.tolist()]
-        ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.pad)  # (B, N)
-        lengths = torch.tensor([len(one) for one in chosen])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        batch = {"input_ids": ids, "attention_mask": mask, "prompt_length": self.prompt_lengths[indices]}
+        batch = padded([self.tokens[index] for index in indices.tolist()], pad=self.pad)
+        batch["prompt_length"] = self.prompt_lengths[indices]
         return {name: value.to(keys.device) for name, value in batch.items()} | {"key": keys}
 
     def fingerprint(self) -> str:
@@ -91,15 +86,6 @@ def load_prompt_source(
 
 
 def _rows(pattern: str, template: str, answer: str) -> list[dict]:
-    kind = pattern.rsplit(".", 1)[-1]
-    if kind not in ("csv", "json", "jsonl"):
-        raise ValueError(f"text file {pattern!r}, expected .csv, .json or .jsonl")
-    files = find_data_files(pattern)
-    table = datasets.load_dataset("csv" if kind == "csv" else "json", data_files=files, split="train")
     wanted = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None] + [answer]
-    missing = [name for name in wanted if name not in table.column_names]
-    if missing:
-        raise ValueError(f"no column {missing[0]!r} in {pattern}, which has {table.column_names}")
-    if not len(table):
-        raise ValueError(f"{pattern} holds no rows")
+    table = read_table([pattern], wanted)
     return [{name: "" if row[name] is None else row[name] for name in wanted} for row in table]

@@ -24,7 +24,7 @@ class Table(Protocol):
 
 
 class TableSource(Source):
-    """The samples of a table and their keys. `name` must say what the table holds: a run resumes only on the same name."""
+    """The samples of a table and their keys. `name` identifies the table: a run resumes only on the same name."""
 
     def __init__(self, table: Table, name: str):
         self.table, self.name = table, name
@@ -41,7 +41,7 @@ class TableSource(Source):
 
 
 class LatentSource(Source):
-    """Encoded images (M, C, H, W) with integer labels (M,), handed out with all that a denoising objective draws.
+    """Encoded images (M, C, H, W) with integer labels (M,), with all that a denoising objective draws.
 
     Raises:
         ValueError: no latents, or tensors that do not fit together.
@@ -96,7 +96,7 @@ class KeySource(Source):
 
 
 class MappedSource(Source):
-    """A source whose batches go through `function(batch) -> batch`, on the device that trains. `name` says what the function does."""
+    """A source whose batches go through `function(batch) -> batch`, on the device that trains. `name` describes the function."""
 
     def __init__(self, source: Source, function: Callable[[dict[str, Tensor]], dict[str, Tensor]], name: str):
         self.source, self.function, self.name = source, function, name
@@ -112,7 +112,7 @@ class MappedSource(Source):
         return f"{self.name} of {self.source.fingerprint()}"
 
 
-def load_labelled_images(config: ImageDataConfig, *, num_labels: int) -> MappedSource:
+def load_labeled_images(config: ImageDataConfig, *, num_labels: int) -> MappedSource:
     """Images to classify: `pixel_values` (B, C, H, W) in [-1, 1], `labels` (B,) and `key`.
 
     Raises:
@@ -126,4 +126,6 @@ def load_labelled_images(config: ImageDataConfig, *, num_labels: int) -> MappedS
             f"every label in column {config.label_column!r} is {int(source.labels[0])}: one class is nothing to learn"
         )
     names = {"images": "pixel_values", "class_labels": "labels", "key": "key"}
-    return MappedSource(source, lambda batch: {new: batch[old] for old, new in names.items()}, "labelled images")
+    return MappedSource(
+        source, lambda batch: {new: batch[old] for old, new in names.items()}, "labelled images"
+    )  # a name on disk

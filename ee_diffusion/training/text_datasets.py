@@ -1,12 +1,11 @@
-"""Labelled texts for the loop, as tokens in memory, padded to the longest of each batch.
+"""Labeled texts for the loop, as tokens in memory, padded to the longest of each batch.
 
-Here: reading, checking, padding. Not here: tokenisers (the caller brings one), order and keys (order.py, rng.py).
+Here: checking, padding. Not here: tokenizers (the caller brings one), order and keys (order.py, rng.py).
 M texts in the set, B samples, N tokens of the longest text of a batch.
 """
 
 from __future__ import annotations
 
-import csv
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.training.config import TextDataConfig
-from ee_diffusion.training.datasets import Source, find_data_files
+from ee_diffusion.training.datasets import Source, class_labels, read_table
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -48,17 +47,21 @@ class TextSource(Source):
 
     def batch(self, indices: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask` (B, N) int64, `labels` (B,), `key`."""
-        chosen = [self.tokens[index] for index in indices.tolist()]
-        ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=self.pad)  # (B, N)
-        lengths = torch.tensor([len(one) for one in chosen])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": self.labels[indices]}
+        batch = padded([self.tokens[index] for index in indices.tolist()], pad=self.pad)
+        batch["labels"] = self.labels[indices]
         return {name: value.to(keys.device) for name, value in batch.items()} | {"key": keys}
 
     def fingerprint(self) -> str:
         digest = zlib.crc32(torch.cat(self.tokens).numpy())
         digest = zlib.crc32(self.labels.numpy(), digest)
         return f"{len(self)} texts crc32={digest:08x}"
+
+
+def padded(tokens: list[Tensor], *, pad: int) -> dict[str, Tensor]:
+    """Token ids of B texts -> `input_ids`, `attention_mask` (B, N) int64, filled up on the right."""
+    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=pad)  # (B, N)
+    lengths = torch.tensor([len(one) for one in tokens])
+    return {"input_ids": ids, "attention_mask": (torch.arange(ids.shape[1]) < lengths[:, None]).long()}
 
 
 def once(source: Source, size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
@@ -77,14 +80,12 @@ def load_text_source(config: TextDataConfig, encode: Encode, *, num_labels: int,
     Raises:
         ValueError: no files, no such columns, empty texts, labels out of range or of one class only, longer tokens than max_length.
     """
-    table = _read(config)
-    missing = [name for name in (*config.text_columns, config.text_label_column) if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"no column {missing[0]!r} in the data, which has {table.column_names}; name it by text_columns or text_label_column"
-        )
+    if not config.text_files:
+        raise ValueError(f"text_files={config.text_files}, expected at least one file")
+    options = {"names": config.column_names, "header": None} if config.column_names else {}
+    table = read_table(config.text_files, [*config.text_columns, config.text_label_column], **options)
     if config.folds is not None:
-        table = table.select(_dealt(len(table), config))
+        table = table.select(_fold(len(table), config))
     if config.max_texts is not None:
         table = table.select(range(min(config.max_texts, len(table))))
     columns = [table[name] for name in config.text_columns]
@@ -100,22 +101,8 @@ def load_text_source(config: TextDataConfig, encode: Encode, *, num_labels: int,
     return TextSource(tokens, labels, pad=pad)
 
 
-def _read(config: TextDataConfig) -> datasets.Dataset:
-    if not config.text_files:
-        raise ValueError(f"text_files={config.text_files}, expected at least one file")
-    files = [file for pattern in config.text_files for file in find_data_files(pattern)]
-    kind = files[0].rsplit(".", 1)[-1]
-    options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == "tsv" else {}
-    if config.column_names:
-        options |= {"names": config.column_names, "header": None}
-    table = datasets.load_dataset("parquet" if kind == "parquet" else "csv", data_files=files, split="train", **options)
-    if not len(table):
-        raise ValueError(f"{config.text_files} hold no rows")
-    return table
-
-
-def _dealt(count: int, config: TextDataConfig) -> list[int]:
-    """Rows of the part that is asked for, shuffled alike for every seed of a run, so that the first so many are a fair draw too."""
+def _fold(count: int, config: TextDataConfig) -> list[int]:
+    """Rows of the chosen part, in one shuffled order for every seed of a run, so that the first so many are a fair sample, too."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     held_out = torch.arange(count) % config.folds == config.fold
     return order[held_out if config.held_out else ~held_out].tolist()
@@ -123,21 +110,15 @@ def _dealt(count: int, config: TextDataConfig) -> list[int]:
 
 def _labels(table: datasets.Dataset, config: TextDataConfig, num_labels: int) -> Tensor:
     column = config.text_label_column
-    values = np.asarray(table.with_format("numpy")[column])
-    if values.dtype.kind not in "iuf" or (num_labels > 1 and values.dtype.kind == "f"):
-        expected = "numbers" if num_labels == 1 else "integers"
-        raise ValueError(f"labels in column {column!r} are {values.dtype}, expected {expected}")
     if num_labels == 1:
+        values = np.asarray(table.with_format("numpy")[column])
+        if values.dtype.kind not in "iuf":
+            raise ValueError(f"labels in column {column!r} are {values.dtype}, expected numbers")
         return torch.from_numpy(values.astype(np.float32))
-    values = values.astype(np.int64) - config.first_label
-    if values.min() < 0 or values.max() >= num_labels:
+    labels = class_labels(table, column, num_labels, first=config.first_label)
+    if bool((labels == labels[0]).all()):
         raise ValueError(
-            f"labels in column {column!r} span {values.min() + config.first_label}..{values.max() + config.first_label}, "
-            f"expected {config.first_label}..{num_labels - 1 + config.first_label}"
-        )
-    if values.min() == values.max():
-        raise ValueError(
-            f"every label in column {column!r} is {values[0] + config.first_label}: one class is nothing to learn"
+            f"every label in column {column!r} is {int(labels[0]) + config.first_label}: one class is nothing to learn"
             + ("" if config.max_texts is None else f" (max_texts={config.max_texts} takes the first rows)")
         )
-    return torch.from_numpy(values)
+    return labels

@@ -148,7 +148,7 @@ def test_states_that_are_there_are_used_and_missing_ones_are_made_again(folders,
     call(monkeypatch, common, tmp_path / "second")
     assert lost.read_bytes() == before
     assert kept.stat().st_mtime_ns == when
-    walked = [report_of(tmp_path / name)["states"]["parts_walked_now"] for name in ("first", "second")]
+    walked = [report_of(tmp_path / name)["states"]["files_recorded_now"] for name in ("first", "second")]
     assert walked == [2, 1]
     first, second = weights_of(tmp_path / "first"), weights_of(tmp_path / "second")
     assert all(torch.equal(first[name], second[name]) for name in first)

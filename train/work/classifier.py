@@ -28,7 +28,7 @@ from ee_diffusion.core.devices import device_named
 from ee_diffusion.training.config import ImageDataConfig, TextDataConfig, TrainConfig
 from ee_diffusion.training.datasets import Source
 from ee_diffusion.training.loop import Trainer
-from ee_diffusion.training.sources import TableSource, load_labelled_images
+from ee_diffusion.training.sources import TableSource, load_labeled_images
 from ee_diffusion.training.text_datasets import load_text_source, once
 from train.train_classifier import ClassifierConfig
 from train.work.report import write_reports
@@ -127,7 +127,7 @@ def run(config: ClassifierConfig, texts: TextDataConfig, images: ImageDataConfig
     objective = build_objective(config, images=on_images, micro_steps=train.gradient_accumulation_steps)
     if on_images:
         processor = ViTImageProcessorPil(size={"height": images.resolution, "width": images.resolution})
-        source = load_labelled_images(images, num_labels=config.num_labels)
+        source = load_labeled_images(images, num_labels=config.num_labels)
     else:
         processor = AutoTokenizer.from_pretrained(config.init_from)
         source = text_source(objective, texts, processor)

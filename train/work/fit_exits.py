@@ -44,7 +44,7 @@ def load_pipeline(fit: FitConfig) -> DiffusionPipeline:
 
 
 def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> AdapterExits | DenoisingExits:
-    """Fresh exits, or those to go on from. Raises ValueError where the latter are not what the flags say."""
+    """Fresh exits, or those to continue from. Raises ValueError where the latter differ from the flags."""
     adapters = fit.exit_variant == "adapter"
     if fit.init_exits is None:
         layers = len(blocks_of(transformer))
@@ -57,10 +57,10 @@ def build_exits(fit: FitConfig, transformer: torch.nn.Module) -> AdapterExits | 
     if came != kind.__name__:
         raise ValueError(f"the exits in {fit.init_exits} are {came}, the flags say {kind.__name__}")
     exits = kind.from_pretrained(fit.init_exits)
-    there = (exits.depths, exits.config.rank if adapters else exits.config.variant)
+    found = (exits.depths, exits.config.rank if adapters else exits.config.variant)
     wanted = (tuple(fit.exit_depths or exits.depths), fit.adapter_rank if adapters else fit.exit_variant)
-    if wanted != there:
-        raise ValueError(f"the exits in {fit.init_exits} are {there}, the flags say {wanted}")
+    if wanted != found:
+        raise ValueError(f"the exits in {fit.init_exits} are {found}, the flags say {wanted}")
     return exits
 
 
@@ -87,7 +87,7 @@ def errors_of(
 
 def table(depths: tuple[int, ...], before: ExitErrors, after: ExitErrors, power: float) -> str:
     """One line per exit; errors relative to the teacher's own mean square."""
-    head = f"{'depth':>5} {'before':>8} {'own tail':>8} {'fitted':>8} {'gap':>7} {'said':>7} {'off by':>7} {'rank corr.':>10}"
+    head = f"{'depth':>5} {'before':>8} {'own tail':>8} {'fitted':>8} {'gap':>7} {'estim.':>7} {'off by':>7} {'rank corr.':>10}"
     lines = [
         f"{depth:>5} {before.error[k] / power:>8.4f} {after.tail_error[k] / power:>8.4f} {after.error[k] / power:>8.4f} "
         f"{after.gap[k]:>7.4f} {after.said[k]:>7.4f} {after.said_error[k]:>7.4f} {after.rank_correlation[k]:>10.3f}"
@@ -111,9 +111,9 @@ def save(folder: Path, objective: DistillationObjective, pipeline: DiffusionPipe
 
 
 def peak_memory() -> dict[str, int]:
-    """Bytes at the highest, of this process so far."""
-    there = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-    return there | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
+    """Largest number of bytes of this process so far."""
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return peak | ({"cuda": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
 def compared(depths: tuple[int, ...], before: dict, after: dict) -> dict:

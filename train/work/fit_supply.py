@@ -1,4 +1,4 @@
-"""Where the fitting script's samples come from, and the held-out ones: walked and stored, walked on the way, or noised images."""
+"""The samples of a fit, and the held-out ones: recorded and stored, recorded on the way, or noised images."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_turn(conditions: list | None, count: int) -> list | None:
 def stored_states(
     fit: FitConfig, pipeline: DiffusionPipeline, given: dict, *, folder: Path
 ) -> tuple[States, Parts, int]:
-    """Every rank walks the parts that are its own and not there yet; then all read all of them. Also: how many were not there."""
+    """Every rank records its share of the missing files; then all read all of them. Also: how many were missing."""
     state, size = PartialState(), fit.collect_batch_size
     chosen, given = seeds("fit", fit.num_trajectories), dict(given)
     turn = in_turn(given.pop("conditions"), len(chosen))
@@ -51,9 +51,9 @@ class Timed:
         self.function, self.seconds = function, 0.0
 
     def __call__(self, batch: dict) -> dict:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         made = self.function(batch)
-        self.seconds += time.perf_counter() - begun
+        self.seconds += time.perf_counter() - started
         return made
 
 
@@ -70,11 +70,15 @@ def build_supply(
     fit: FitConfig, data: ImageDataConfig, pipeline: DiffusionPipeline, *, given: dict, folder: Path
 ) -> Supply:
     if fit.states == "stored":
-        begun = time.perf_counter()
-        states, parts, walked = stored_states(fit, pipeline, given, folder=folder)
+        started = time.perf_counter()
+        states, parts, recorded = stored_states(fit, pipeline, given, folder=folder)
         trajectories, calls, rows = states.shape
         cost = {"samples": len(states), "trajectories": trajectories, "calls": calls, "rows": rows}
-        cost |= {"seconds": round(time.perf_counter() - begun, 2), "parts": parts.count, "parts_walked_now": walked}
+        cost |= {
+            "seconds": round(time.perf_counter() - started, 2),
+            "parts": parts.count,
+            "files_recorded_now": recorded,
+        }
         cost |= {"bytes_on_disk": parts.nbytes, "bytes_in_memory": states.nbytes}
         return Supply(TableSource(states, json.dumps(parts.identity, sort_keys=True)), cost)
     if fit.states == "fresh":

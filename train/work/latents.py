@@ -39,7 +39,7 @@ def encoded_once(
     Raises:
         ValueError: files in `folder` that were made from something else.
     """
-    state, begun = PartialState(), time.perf_counter()
+    state, started = PartialState(), time.perf_counter()
     images, size = source.images, config.part_size
     count = len(images) * (2 if mirrored else 1)
     what = {"images": source.fingerprint(), "vae": fingerprint(vae), "size": config.image_size}
@@ -54,7 +54,7 @@ def encoded_once(
         parts.write(number, {"latents": torch.cat(encoded).cpu().half()})
     state.wait_for_everyone()
     latents = torch.cat([part["latents"] for part in parts.read()])  # (M, 4, h, w) float16
-    cost = {"encode_seconds": round(time.perf_counter() - begun, 2), "latents": len(latents), "bytes": parts.nbytes}
+    cost = {"encode_seconds": round(time.perf_counter() - started, 2), "latents": len(latents), "bytes": parts.nbytes}
     return latents, parts.identity, cost
 
 

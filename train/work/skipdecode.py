@@ -28,7 +28,7 @@ library_name: transformers
 pipeline_tag: text-generation
 ---
 A causal language model that was fine-tuned under a schedule of its layers, `{schedule}`.
-It was made to run under that schedule: generate with the policy that lies beside the weights.
+It was made to run under that schedule: generate with the policy beside the weights.
 
 ```python
 from ee_diffusion import Policy, early_exit_generate

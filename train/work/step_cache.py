@@ -38,7 +38,7 @@ def run(config: StepCacheConfig) -> None:
     if pipeline.transformer.config.num_classes is None:
         call["batch_size"] = config.count
     labels = balanced_labels(config.count, classes_of(pipeline, config.guidance_scale))
-    begun = time.perf_counter()
+    started = time.perf_counter()
     if config.linear_prediction:
         exits = fit_prediction(exits, record(pipeline, exits, seeds("fit", config.count), labels, **sampling))
     walks = {
@@ -47,13 +47,13 @@ def run(config: StepCacheConfig) -> None:
         )
         for purpose in ("fit", "test")
     }
-    recorded = time.perf_counter() - begun
+    recorded = time.perf_counter() - started
     rows = [{"uncertainty": "unfitted", **figures(exits, walks["test"])}]
     fit_error_estimator(exits, walks["fit"], iterations=config.iterations)
     rows.append({"uncertainty": "fitted", **figures(exits, walks["test"])})
     folder = Path(config.output_dir)
     exits.save_pretrained(folder / "exits")
-    seconds = {"walks": recorded, "all": time.perf_counter() - begun}
+    seconds = {"walks": recorded, "all": time.perf_counter() - started}
     facts = {"settings": asdict(config), "environment": environment(), "seconds": seconds, "rows": rows}
     write_json(folder / "report.json", facts)
     print(markdown_table(rows))
