@@ -122,7 +122,7 @@ def drawer(pipe: DiTPipeline, options: JourneyOptions, heads: dict[str, Denoiser
             with attach_exits(pipe, exits, _slice(candidate.policy, first, len(chosen))) as attachment:
                 images, trace = pipe(**call).images, attachment.trace
             ids = torch.arange(first, first + len(chosen))
-            trace = replace(trace, elements=ids, policy=candidate.policy.to_dict())
+            trace = replace(trace, samples=ids, policy=candidate.policy.to_dict())
         seconds = (ended or time.perf_counter()) - begun
         small = interpolate(torch.from_numpy(images).permute(0, 3, 1, 2), size=(options.judged_size,) * 2, mode="area")
         return Generated(small.contiguous(), trace, (seconds,))

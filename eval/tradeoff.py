@@ -142,7 +142,7 @@ def policies_of(
 def controls(candidate: Candidate, drawn: Generated, time: float, *, seed: int) -> list[Candidate]:
     """The controls of one policy, from its own trace and its measured time."""
     made = controls_of(drawn.trace, seed=seed)
-    if candidate.policy.guidance == "apart":  # its trace has no line for an image
+    if candidate.policy.cfg_exit == "separate":  # its trace has no line for an image
         made = {"static": made["static"]}
     told = candidate.name.removeprefix("deediff ")
     found = [

@@ -1,6 +1,6 @@
 """Tiny models, exits and drivers for the laws, and every criterion with numbers that split a batch.
 
-Here: things to test with. Not here: what must hold (laws.py). R rows, E elements, K exits, L layers, S steps, N tokens, D width.
+Here: things to test with. Not here: what must hold (laws.py). R rows, E samples, K exits, L layers, S steps, N tokens, D width.
 """
 
 from __future__ import annotations
@@ -176,13 +176,13 @@ class Layout:
     apart: bool = False
 
     def rows(self, num_images: int) -> Tensor:
-        """(R,) the element of each row."""
+        """(R,) the sample of each row."""
         if self.apart:
             return torch.arange(self.rows_per_sample * num_images)
         return torch.arange(num_images).repeat(self.rows_per_sample)
 
-    def elements(self, images: list[int]) -> Tensor:
-        """(E,) ids of the elements, in the order of `rows`."""
+    def samples(self, images: list[int]) -> Tensor:
+        """(E,) ids of the samples, in the order of `rows`."""
         ids = torch.tensor(images)
         return torch.cat([ids + IMAGES * branch for branch in range(self.rows_per_sample)]) if self.apart else ids
 
@@ -192,7 +192,7 @@ class Layout:
 
 
 LAYOUTS = {
-    layout.name: layout for layout in (Layout("single", 1), Layout("together", 2), Layout("apart", 2, apart=True))
+    layout.name: layout for layout in (Layout("single", 1), Layout("joint", 2), Layout("separate", 2, apart=True))
 }
 
 
@@ -323,7 +323,7 @@ def run(
     images = list(range(IMAGES)) if images is None else images
     outputs = []
     with driver.ready():
-        session = driver.start(policy, rows=layout.rows(len(images)), num_steps=STEPS, elements=layout.elements(images))
+        session = driver.start(policy, rows=layout.rows(len(images)), num_steps=STEPS, samples=layout.samples(images))
         for index in range(STEPS):
             if each is not None:
                 each(index)
@@ -391,7 +391,7 @@ def between(values: Tensor, count: int = 10) -> list[float]:
 
 
 def splitting(trace: Trace, make: Callable[[float], Criterion], values: list[float]) -> Criterion:
-    """The criterion among `make(value)` under which the elements of a trace stop at the most different depths, some at none (at every
+    """The criterion among `make(value)` under which the samples of a trace stop at the most different depths, some at none (at every
     step, where the steps are independent; else in the whole run)."""
     num_layers, every_step = trace.planned.shape[1], len(trace.times) == STEPS
 
@@ -426,7 +426,7 @@ def _per_step(trace: Trace, quantile: float) -> tuple[tuple[float, ...], ...]:
 def _planned(trace: Trace) -> DepthTable:
     choices = torch.tensor([*trace.exits.tolist(), trace.planned.shape[1]])
     generator = torch.Generator().manual_seed(8)
-    drawn = torch.randint(len(choices), (len(trace.times), int(trace.elements.max()) + 1), generator=generator)
+    drawn = torch.randint(len(choices), (len(trace.times), int(trace.samples.max()) + 1), generator=generator)
     return DepthTable(tuple(tuple(row) for row in choices[drawn].tolist()))
 
 
@@ -464,7 +464,7 @@ def criterion_named(name: str, driver: str, layout: str) -> Criterion:
 
 
 def criteria_for(trace: Trace) -> dict[str, Criterion]:
-    """Every criterion, with numbers that split the elements of a trace recorded with all exits measured (4 exits)."""
+    """Every criterion, with numbers that split the samples of a trace recorded with all exits measured (4 exits)."""
     return {name: make(trace) for name, make in _CRITERIA.items()}
 
 

@@ -109,7 +109,7 @@ def say_near(what: str) -> None:
 
 
 def margin_of(trace: Trace, policy: Policy) -> Tensor:
-    """(S, E): the smallest change of an element's scores that changes its depth, found by replaying shifted scores."""
+    """(S, E): the smallest change of a sample's scores that changes its depth, found by replaying shifted scores."""
     least = torch.full(trace.depths.shape, torch.inf)
     for shift in (-NEAR, NEAR):
         values = {name: getattr(trace, name) for name in trace.__dataclass_fields__} | {"scores": trace.scores + shift}
@@ -140,7 +140,7 @@ def save_and_load_keep_decisions(driver: Driver, policy: Policy, layout: Layout,
     live.trace.save(folder / "trace.safetensors")
     trace = Trace.load(folder / "trace.safetensors")
     assert (trace.policy, trace.recorded_all) == (live.trace.policy, live.trace.recorded_all)
-    for name in ("elements", "rows", "times", "exits", "planned", "depths", "ran", "measured", "answered"):
+    for name in ("samples", "rows", "times", "exits", "planned", "depths", "ran", "measured", "answered"):
         assert torch.equal(getattr(trace, name), getattr(live.trace, name)), name
     torch.testing.assert_close(trace.scores, live.trace.scores, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(replay(trace, loaded), live.trace.depths)
@@ -330,7 +330,7 @@ def cases(drivers: tuple[str, ...]) -> list[Case]:
     at_once = [Case(*names) for names in itertools.product(drivers, LAYOUTS, CRITERIA)]
     measuring = [name for name in CRITERIA if name != "planned"]
     return at_once + [
-        Case(driver, "together", name, delayed=True) for driver, name in itertools.product(drivers, measuring)
+        Case(driver, "joint", name, delayed=True) for driver, name in itertools.product(drivers, measuring)
     ]
 
 

@@ -153,7 +153,7 @@ class _ClassifierHook:
             self.heads.depths,
             rows=torch.arange(len(given)),
             num_steps=1,
-            elements=self.policy.ids_of(given, mask) if self.sample_ids is None else self.sample_ids,
+            samples=self.policy.ids_of(given, mask) if self.sample_ids is None else self.sample_ids,
             device=given.device,
         )
         step = session.step(0, 0.0)

@@ -61,7 +61,7 @@ class ExitRecord:
             raise ValueError(f"score {score!r} was not recorded, only {sorted(self.scores)}")
         n, layers, exits = len(self.labels), self.num_layers, len(self.depths)
         return Trace(
-            elements=torch.arange(n),
+            samples=torch.arange(n),
             rows=torch.ones(1, n, dtype=torch.int64),
             times=torch.zeros(1, dtype=torch.float64),
             exits=torch.tensor(self.depths),

@@ -47,7 +47,7 @@ class ExitPoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Criterion(ABC):
-    """Says when an element stops. A NaN score never stops anything. One with a `__post_init__` of its own calls this one first."""
+    """Says when a sample stops. A NaN score never stops anything. One with a `__post_init__` of its own calls this one first."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,10 +57,10 @@ class Criterion(ABC):
         """Raise ValueError if thresholds do not fit S steps and K exits."""
 
     @abstractmethod
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
-        """State of a new step for elements (E,) (their ids); `previous`: the state at the end of the last step, None at the first.
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        """State of a new step for samples (E,) (their ids); `previous`: the state at the end of the last step, None at the first.
 
-        Raises ValueError if the criterion does not know an element.
+        Raises ValueError if the criterion does not know a sample.
         """
 
     @abstractmethod
@@ -69,11 +69,11 @@ class Criterion(ABC):
 
     @abstractmethod
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
-        """score (E,), NaN where an element has none -> stop (E,) bool and the new state."""
+        """score (E,), NaN where a sample has none -> stop (E,) bool and the new state."""
 
     @abstractmethod
     def floor(self, where: ExitPoint) -> float | None:
-        """A number for which holds: no element with a score at or below it (or without one) stops here, and if all are so, `decide` leaves
+        """A number for which holds: no sample with a score at or below it (or without one) stops here, and if all are so, `decide` leaves
         the state as it was. A session then need not ask. None: there is no such number."""
 
 
@@ -131,7 +131,7 @@ class Threshold(Criterion):
     def validate(self, num_steps: int, num_exits: int) -> None:
         check_lengths(self.threshold, num_steps, num_exits)
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         return {}
 
     def measure(self, observation: ExitInputs) -> Tensor:
@@ -169,8 +169,8 @@ class Patience(Criterion):
         if isinstance(self.patience, tuple) and len(self.patience) != num_exits:
             raise ValueError(f"patience has {len(self.patience)} values, expected one or {num_exits} (exits)")
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
-        return {"crossings": torch.zeros_like(elements)}  # (E,)
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        return {"crossings": torch.zeros_like(samples)}  # (E,)
 
     def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
@@ -203,8 +203,8 @@ class QExit(Criterion):
     def validate(self, num_steps: int, num_exits: int) -> None:
         """Any number of steps and exits fits one q."""
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
-        return {"survival": torch.ones(len(elements), device=elements.device)}  # (E,)
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        return {"survival": torch.ones(len(samples), device=samples.device)}  # (E,)
 
     def measure(self, observation: ExitInputs) -> Tensor:
         return score_named(self.score).measure(observation)
@@ -221,7 +221,7 @@ class QExit(Criterion):
 class SampledExit(Criterion):
     """Sampling exit (PonderNet, arXiv 2107.05407): the exit drawn from `p_i` is the first i with `sum_{j<=i} p_j > u`, u ~ U[0, 1).
 
-    u depends on `seed`, the element's id and the step alone, so that batches and order do not matter.
+    u depends on `seed`, the sample's id and the step alone, so that batches and order do not matter.
     """
 
     seed: int
@@ -234,11 +234,11 @@ class SampledExit(Criterion):
     def validate(self, num_steps: int, num_exits: int) -> None:
         """Any number of steps and exits fits."""
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
-        drawn = [Random(f"{self.seed}/{step}/{element}").random() for element in elements.tolist()]
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        drawn = [Random(f"{self.seed}/{step}/{sample}").random() for sample in samples.tolist()]
         return {
-            "drawn": torch.tensor(drawn, dtype=torch.float32, device=elements.device),  # (E,)
-            "survival": torch.ones(len(elements), device=elements.device),  # (E,)
+            "drawn": torch.tensor(drawn, dtype=torch.float32, device=samples.device),  # (E,)
+            "survival": torch.ones(len(samples), device=samples.device),  # (E,)
         }
 
     def measure(self, observation: ExitInputs) -> Tensor:
@@ -267,8 +267,8 @@ class GatedExit(Criterion):
     def validate(self, num_steps: int, num_exits: int) -> None:
         """Any number of steps and exits fits one threshold."""
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
-        zeros = torch.zeros(len(elements), device=elements.device)
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        zeros = torch.zeros(len(samples), device=samples.device)
         return {"sum": zeros, "survival": zeros + 1}  # (E,), (E,)
 
     def measure(self, observation: ExitInputs) -> Tensor:
@@ -286,9 +286,9 @@ class GatedExit(Criterion):
 
 @dataclass(frozen=True)
 class DepthTable(Criterion):
-    """Stop where a table says: element e at step s stops at the first exit whose depth is at least `depths[s][e]`.
+    """Stop where a table says: sample e at step s stops at the first exit whose depth is at least `depths[s][e]`.
 
-    Measures nothing. For controls (random exits, oracle) and depths chosen by request. `depths`: (S, number of ids); an element's id is
+    Measures nothing. For controls (random exits, oracle) and depths chosen by request. `depths`: (S, number of ids); a sample's id is
     its column. `every_step`: one row that holds at every step.
     """
 
@@ -307,12 +307,12 @@ class DepthTable(Criterion):
         if len(self.depths) != (1 if self.every_step else num_steps):
             raise ValueError(f"the plan has {len(self.depths)} steps, this run has {num_steps}")
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         columns = len(self.depths[0])
-        if int(elements.max()) >= columns or int(elements.min()) < 0:
-            raise ValueError(f"element ids {elements.tolist()} need columns in a plan for {columns} elements")
-        row = torch.tensor(self.depths[0 if self.every_step else step], device=elements.device)
-        return {"plan": row[elements]}  # (E,)
+        if int(samples.max()) >= columns or int(samples.min()) < 0:
+            raise ValueError(f"sample ids {samples.tolist()} need columns in a plan for {columns} samples")
+        row = torch.tensor(self.depths[0 if self.every_step else step], device=samples.device)
+        return {"plan": row[samples]}  # (E,)
 
     def measure(self, observation: ExitInputs) -> None:
         return None
@@ -347,7 +347,7 @@ class DecayingThreshold(Criterion):
     def validate(self, num_steps: int, num_exits: int) -> None:
         """Any number of steps and exits fits one threshold."""
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         return {}
 
     def measure(self, observation: ExitInputs) -> Tensor:
@@ -364,7 +364,7 @@ class DecayingThreshold(Criterion):
 class ErrorBudget(Criterion):
     """Errors that add up over the steps of a run are kept within a budget (ours).
 
-    `a_t = decay * a_{t-1} + w_t (1 - score)` where an element stops, `a_t = decay * a_{t-1}` where it runs to the end; it stops as long as
+    `a_t = decay * a_{t-1} + w_t (1 - score)` where a sample stops, `a_t = decay * a_{t-1}` where it runs to the end; it stops as long as
     `a_t <= budget`. `weights`: w_t (S,), what an error of 1 at that step does. A score of 0 says that nothing is known: it never stops.
     Law 5 holds within a step: a smaller budget may leave more of it to later ones.
     """
@@ -388,9 +388,9 @@ class ErrorBudget(Criterion):
         if len(self.weights) != num_steps:
             raise ValueError(f"weights for {len(self.weights)} steps, this run has {num_steps}")
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         if previous is None:
-            return {"spent": torch.zeros(len(elements), device=elements.device)}  # (E,)
+            return {"spent": torch.zeros(len(samples), device=samples.device)}  # (E,)
         return {"spent": self.decay * previous["spent"]}
 
     def measure(self, observation: ExitInputs) -> Tensor:

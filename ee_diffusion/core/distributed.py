@@ -1,7 +1,7 @@
-"""Several processes: decisions that the ranks of a group take together, and traces gathered from ranks that each had elements of their own.
+"""Several processes: decisions that the ranks of a group take together, and traces gathered from ranks that each had samples of their own.
 
 Here: what the ranks say to each other. Not here: who stops (session.py), which group runs a model together (diffusion/hooks/parallel.py).
-E elements.
+E samples.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ee_diffusion.core.trace import Trace
 
 @dataclass(frozen=True)
 class JointDecision:
-    """Ranks that run one model together, each on a part of its tokens or weights, and so must take the same decision on every element.
+    """Ranks that run one model together, each on a part of its tokens or weights, and so must take the same decision on every sample.
 
-    A rank that stops an element alone would leave out collectives that the others wait in.
+    A rank that stops a sample alone would leave out collectives that the others wait in.
 
     group: their process group; None: all ranks.
 
@@ -63,7 +63,7 @@ def gather_traces(
 ) -> Trace | None:
     """The traces of all ranks as one, in the order of the ranks, on every rank; for ranks that generate images of their own.
 
-    trace: this rank's; None: it had nothing to do. renumber: give the elements the ids 0, 1, ... in that order, for ranks that each count
+    trace: this rank's; None: it had nothing to do. renumber: give the samples the ids 0, 1, ... in that order, for ranks that each count
     from 0. group: default all ranks. In one process: the trace itself.
 
     Raises:
@@ -80,9 +80,9 @@ def gather_traces(
         return None
     whole = Trace.concatenate(there)
     if renumber:
-        return replace(whole, elements=torch.arange(len(whole.elements)))
-    if len(whole.elements.unique()) < len(whole.elements):
+        return replace(whole, samples=torch.arange(len(whole.samples)))
+    if len(whole.samples.unique()) < len(whole.samples):
         raise ValueError(
-            f"element ids {whole.elements.tolist()} occur on more than one rank; say renumber=True if each rank counts from 0"
+            f"sample ids {whole.samples.tolist()} occur on more than one rank; say renumber=True if each rank counts from 0"
         )
     return whole

@@ -1,6 +1,6 @@
 """Policy: what may run, when to stop, which exits. A frozen description that can be saved.
 
-Here: the description. Not here: applying it to a run (session.py). E elements, R rows, L layers, S steps.
+Here: the description. Not here: applying it to a run (session.py). E samples, R rows, L layers, S steps.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Policy:
 
     `Policy()` is off: the model as it is. `record_all`: measure every exit but stop nobody, for calibration by replay.
     `made_for`: (name, value) of what it was calibrated on; a pipeline that differs refuses it. Empty: for any model.
-    `guidance`: whether the conditional and the unconditional row of an image leave `together` (the least safe decides) or `apart`.
+    `cfg_exit`: under classifier-free guidance the rows of an image leave `joint` (the least safe decides) or `separate`.
     `delayed`: scores decide at the exit after the one where they were measured. They reach the host while the device runs the blocks in
     between, so that neither waits for the other, and everybody leaves an exit later than without. Not worth it on a CPU.
 
@@ -42,7 +42,7 @@ class Policy:
     schedule: Schedule = field(default_factory=FullDepth)
     exits: tuple[int, ...] | None = None
     record_all: bool = False
-    guidance: Literal["together", "apart"] = "together"
+    cfg_exit: Literal["joint", "separate"] = "joint"
     made_for: tuple[tuple[str, str], ...] = ()
     delayed: bool = False
 
@@ -68,7 +68,7 @@ class Policy:
         return self.criterion is None and isinstance(self.schedule, FullDepth)
 
     def ids_of(self, content: Tensor, mask: Tensor | None = None) -> Tensor | None:
-        """Ids (E,) for `begin` where the criterion draws by them, made of what each element holds: content (E, N, ...), of it the places
+        """Ids (E,) for `begin` where the criterion draws by them, made of what each sample holds: content (E, N, ...), of it the places
         where mask (E, N) is not 0. Equal content draws alike, all other independently, in every batch. None: places do as ids."""
         return content_ids(content, mask) if isinstance(self.criterion, SampledExit) else None
 
@@ -120,7 +120,7 @@ class Policy:
         values |= {"made_for": self.made_for} if self.made_for else {}
         values |= {"delayed": True} if self.delayed else {}
         # Through JSON, so that a fresh dictionary equals one that was read from a file.
-        return json.loads(json.dumps(values | {"record_all": self.record_all, "guidance": self.guidance}))
+        return json.loads(json.dumps(values | {"record_all": self.record_all, "cfg_exit": self.cfg_exit}))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Policy:

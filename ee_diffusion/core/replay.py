@@ -2,7 +2,7 @@
 
 A replay drives the very same sessions as a live run. It is exact for the policy that made the trace, and for other rules only within a
 step and from a trace recorded with `record_all`: a bolder exit changes every later state, so a live run has the last word.
-S steps, E elements, K exits, L layers.
+S steps, E samples, K exits, L layers.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ee_diffusion.core.trace import Trace
 
 
 def replay(trace: Trace, policy: Policy) -> Tensor:
-    """Depths (S, E) at which `policy` stops the elements of a trace, decided from its stored scores; -1: absent from the step.
+    """Depths (S, E) at which `policy` stops the samples of a trace, decided from its stored scores; -1: absent from the step.
 
     Raises:
         ValueError: a policy other than the trace's own, on a trace that was not recorded with `record_all`; exits that it lacks.
     """
     if not trace.recorded_all and policy.to_dict() != trace.policy:
         raise ValueError("another policy can only be replayed on a trace recorded with record_all=True")
-    num_elements, num_layers = len(trace.elements), trace.planned.shape[1]
+    num_samples, num_layers = len(trace.samples), trace.planned.shape[1]
     session = begin(
         policy,
         num_layers,
         tuple(trace.exits.tolist()),
-        rows=torch.arange(num_elements),
+        rows=torch.arange(num_samples),
         num_steps=len(trace.times),
-        elements=trace.elements,
+        samples=trace.samples,
     )
     needs_scores = policy.criterion is not None and not isinstance(policy.criterion, DepthTable)
     if needs_scores and not bool(trace.measured.any()):
@@ -103,12 +103,12 @@ def static_depths(depths: Tensor, exits: tuple[int, ...], *, num_layers: int) ->
     What rounding takes from one step it gives to the next, so that the total is kept as closely as the exits allow.
 
     Raises:
-        ValueError: a step in which no element took part.
+        ValueError: a step in which no sample took part.
     """
     empty = (depths < 0).all(1).nonzero()[:, 0].tolist()
     if empty or not len(depths):
         raise ValueError(
-            f"of depths {tuple(depths.shape)} nobody took part in steps {empty}, expected at least one element in each"
+            f"of depths {tuple(depths.shape)} nobody took part in steps {empty}, expected at least one sample in each"
         )
     allowed = torch.tensor([*exits, num_layers], dtype=torch.float64)
     carried, chosen = 0.0, []
@@ -121,11 +121,11 @@ def static_depths(depths: Tensor, exits: tuple[int, ...], *, num_layers: int) ->
 
 
 def shuffled_per_step(depths: Tensor, generator: torch.Generator) -> Tensor:
-    """Random exits with the per-step histogram: at each step the depths (S, E) dealt out anew among the elements."""
+    """Random exits with the per-step histogram: at each step the depths (S, E) dealt out anew among the samples."""
     return torch.stack([row[torch.randperm(len(row), generator=generator)] for row in depths])
 
 
 def shuffled_overall(depths: Tensor, generator: torch.Generator) -> Tensor:
-    """Random exits with the overall histogram: all depths (S, E) dealt out anew among steps and elements."""
+    """Random exits with the overall histogram: all depths (S, E) dealt out anew among steps and samples."""
     flat = depths.flatten()
     return flat[torch.randperm(len(flat), generator=generator)].reshape(depths.shape)

@@ -28,15 +28,15 @@ class ExitedRows:
     rows: list[int]
 
 
-def least_of(scores: list[float], elements: list[int], *, num_elements: int) -> list[float]:
-    """Each element's least safe row: scores (r,) of rows of elements (r,) -> (E,), NaN for an element without a row (or with a NaN row)."""
+def least_of(scores: list[float], samples: list[int], *, num_samples: int) -> list[float]:
+    """Each sample's least safe row: scores (r,) of rows of samples (r,) -> (E,), NaN for a sample without a row (or with a NaN row)."""
     least: dict[int, float] = {}
-    for element, score in zip(elements, scores, strict=True):
-        before = least.get(element, math.inf)
-        least[element] = (
+    for sample, score in zip(samples, scores, strict=True):
+        before = least.get(sample, math.inf)
+        least[sample] = (
             score if score < before or score != score else before
         )  # a NaN stays: no comparison with it is true
-    return [least.get(element, math.nan) for element in range(num_elements)]
+    return [least.get(sample, math.nan) for sample in range(num_samples)]
 
 
 def rows_of(values: Shareable, places: Tensor) -> Shareable:

@@ -1,4 +1,4 @@
-"""Schedules: which layers may run at a step, known before the step begins and the same for every element.
+"""Schedules: which layers may run at a step, known before the step begins and the same for every sample.
 
 L layers, S steps. A schedule without holes runs the first d layers and answers at depth d.
 """

@@ -137,11 +137,11 @@ def score_named(name: str) -> Score:
 
 @dataclass(frozen=True)
 class PendingScores:
-    """Scores (r,) of rows of `elements` (r,), measured after `depth` blocks. `ready`: passed by the device once `values` has them; None:
+    """Scores (r,) of rows of `samples` (r,), measured after `depth` blocks. `ready`: passed by the device once `values` has them; None:
     reading `values` waits by itself."""
 
     values: Tensor
-    elements: list[int]
+    samples: list[int]
     depth: int
     ready: torch.cuda.Event | None = None
 
@@ -152,12 +152,12 @@ class PendingScores:
         return self.values.tolist()
 
 
-def pending_scores(scores: Tensor, elements: list[int], depth: int, *, overlapping: bool) -> PendingScores:
+def pending_scores(scores: Tensor, samples: list[int], depth: int, *, overlapping: bool) -> PendingScores:
     """Scores (r,) on the device. `overlapping`: they are copied behind what the device does until then, and the host goes on."""
     if not overlapping or not scores.is_cuda:
-        return PendingScores(scores, elements, depth)
+        return PendingScores(scores, samples, depth)
     values = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
     values.copy_(scores, non_blocking=True)
     ready = torch.cuda.Event()
     ready.record(torch.cuda.current_stream(scores.device))
-    return PendingScores(values, elements, depth, ready)
+    return PendingScores(values, samples, depth, ready)

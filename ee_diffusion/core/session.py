@@ -31,30 +31,30 @@ def begin(
     *,
     rows: Tensor,
     num_steps: int,
-    elements: Tensor | None = None,
+    samples: Tensor | None = None,
     device: torch.device | str = "cpu",
-    frozen: str = "",
+    keeps_exited_rows: str = "",
     joint_decision: JointDecision | None = None,
 ) -> Session:
     """Begin a run under a policy.
 
     Args:
         num_layers: L. depths: executed blocks at each exit of the heads.
-        rows: (R,) the element (0..E-1) of each row. num_steps: S.
-        elements: (E,) ids of the elements (for plans); default 0..E-1.
-        frozen: why the driver carries along rows that stopped, for the report; empty: it drops them.
+        rows: (R,) the sample (0..E-1) of each row. num_steps: S.
+        samples: (E,) ids of the samples (for plans); default 0..E-1.
+        keeps_exited_rows: why the driver carries along rows that stopped, for the report; empty: it drops them.
         joint_decision: ranks that run the model together and so decide together; None: this process decides alone.
 
     Raises:
         ValueError: whatever does not fit together, before any work.
     """
     if joint_decision is not None:
-        ids = None if elements is None else elements.tolist()
+        ids = None if samples is None else samples.tolist()
         facts = f"{policy.to_dict()}, {num_layers} blocks, exits {depths}, rows {rows.tolist()}, {num_steps} steps, ids {ids}"
         joint_decision.require_alike(facts, torch.device(device))
     if not isinstance(num_steps, int) or num_steps < 1:
         raise ValueError(f"num_steps={num_steps!r}, expected a whole number, at least 1")
-    _check_rows(rows, elements)
+    _check_rows(rows, samples)
     return Session(
         policy,
         num_layers,
@@ -62,22 +62,22 @@ def begin(
         exits=policy.validate(num_steps=num_steps, num_layers=num_layers, depths=depths),
         rows=rows.cpu(),
         num_steps=num_steps,
-        elements=elements,
+        samples=samples,
         device=device,
-        frozen=frozen,
+        keeps_exited_rows=keeps_exited_rows,
         joint_decision=joint_decision,
     )
 
 
-def _check_rows(rows: Tensor, elements: Tensor | None) -> None:
+def _check_rows(rows: Tensor, samples: Tensor | None) -> None:
     if not isinstance(rows, Tensor):
-        raise ValueError(f"rows={rows!r}, expected a tensor: the element of each row")
-    if elements is not None and (not isinstance(elements, Tensor) or elements.is_floating_point()):
-        raise ValueError(f"elements={elements!r}, expected a tensor of ids, whole numbers")
+        raise ValueError(f"rows={rows!r}, expected a tensor: the sample of each row")
+    if samples is not None and (not isinstance(samples, Tensor) or samples.is_floating_point()):
+        raise ValueError(f"samples={samples!r}, expected a tensor of ids, whole numbers")
     if rows.ndim != 1 or len(rows) == 0:
         raise ValueError(f"rows is {tuple(rows.shape)}, expected (R,) with at least one row: the batch is empty")
     if rows.is_floating_point() or rows.unique().tolist() != list(range(int(rows.max()) + 1)):
-        raise ValueError("rows must name every element 0..E-1 at least once")
+        raise ValueError("rows must name every sample 0..E-1 at least once")
 
 
 class StepSession:
@@ -93,26 +93,26 @@ class StepSession:
         self.rows = session.all_rows  # (r,) rows still running, as places in the whole batch
         self.measured, self.answered = [0] * num_exits, [0] * num_exits  # rows
         self._places = session.places  # (r,) the same; lists are replaced, never written to
-        self._elements = session.elements_of_rows  # (r,) element of each running row
-        self.rows_per_element = self._counts = session.rows_per_element  # (E,) running rows of each element
+        self._samples = session.samples_of_rows  # (r,) sample of each running row
+        self.rows_per_sample = self._counts = session.rows_per_sample  # (E,) running rows of each sample
         self.work = [[0] * len(self._counts)] * num_layers  # (L, E) rows that each layer was executed on
         self.left = [num_layers if count else -1 for count in self._counts]  # (E,)
         self._scores: dict[int, list[float]] = {}  # exit -> (E,), NaN where not measured
-        self._unsound: list[int] = []  # depths where an element that was running has no number
+        self._unsound: list[int] = []  # depths where a sample that was running has no number
         self._pending: PendingScores | None = None  # scores that decide at the next exit
         self._state: State = {}
         if policy.criterion is not None and leader is None:
-            self._state = policy.criterion.start(session.elements, step=index, previous=session.state)
+            self._state = policy.criterion.start(session.samples, step=index, previous=session.state)
 
     def leave_out(self, absent: list[bool]) -> None:
-        """Elements (E,) that have no part in this step: depth -1, no row runs."""
+        """Samples (E,) that have no part in this step: depth -1, no row runs."""
         self._mark(absent, -1)
-        keep = [place for place, element in enumerate(self._elements) if not absent[element]]
+        keep = [place for place, sample in enumerate(self._samples) if not absent[sample]]
         self._stay(keep)
 
     @property
     def depths(self) -> Tensor:
-        """(E,) where each element left, so far; L: nowhere before the end; -1: absent."""
+        """(E,) where each sample left, so far; L: nowhere before the end; -1: absent."""
         return torch.tensor(self.left, dtype=torch.int16)
 
     @property
@@ -124,7 +124,7 @@ class StepSession:
     @property
     def finished(self) -> bool:
         """True when no row is running any more."""
-        return not self._elements
+        return not self._samples
 
     @property
     def measures(self) -> bool:
@@ -143,11 +143,11 @@ class StepSession:
 
     def runs(self, layer: int) -> bool:
         """Whether the layer is to be executed, on the rows that are still running."""
-        return self.layers[layer] and bool(self._elements)
+        return self.layers[layer] and bool(self._samples)
 
     def executed(self, layer: int) -> None:
         """The driver says: the layer ran on the running rows (on all rows, where those that stopped are carried along)."""
-        self.work[layer] = self.rows_per_element if self.session.frozen else self._counts
+        self.work[layer] = self.rows_per_sample if self.session.keeps_exited_rows else self._counts
 
     def add_work_of(self, follower: StepSession) -> None:
         """Count what a following forward executed as this step's."""
@@ -163,7 +163,7 @@ class StepSession:
         Returns the departure of the rows that leave, or None if all go on.
         """
         session = self.session
-        if depth not in session.exits or not self._elements:
+        if depth not in session.exits or not self._samples:
             return None
         if depth == self.last:  # decided before the step began: no score, no sync
             return self._leave([True] * len(self.left), depth)
@@ -182,7 +182,7 @@ class StepSession:
         """Where a policy is late: ask, after the rows that left at `depth` are gone, for the scores (r,) that decide at the next exit.
         Nothing waits for them here. Where nobody decides on them, `measure` is not called."""
         following = self.session.next_exits.get(depth)
-        if not self.looks_ahead or following in (None, self.last) or not self._elements:
+        if not self.looks_ahead or following in (None, self.last) or not self._samples:
             return
         seen = measure(self.session.heads_exits[depth])
         self._pending = None if seen is None else self._asked(seen, depth)
@@ -215,9 +215,9 @@ class StepSession:
     def _asked(self, seen: Tensor, depth: int) -> PendingScores:
         """seen (r,), the scores of the running rows, on their way to the host."""
         self.measured[self.session.exits[depth]] += len(seen)
-        joint_decision = self.session.joint_decision  # of rows: their element's least is then the same on all ranks
+        joint_decision = self.session.joint_decision  # of rows: their sample's least is then the same on all ranks
         said = seen if joint_decision is None else joint_decision.least(seen.float())
-        return pending_scores(said, self._elements, depth, overlapping=self.looks_ahead)
+        return pending_scores(said, self._samples, depth, overlapping=self.looks_ahead)
 
     def _decide(self, pending: PendingScores, depth: int) -> ExitedRows | None:
         """On scores that were measured after `pending.depth` blocks, who leaves after `depth`."""
@@ -236,35 +236,35 @@ class StepSession:
         return None if self.session.policy.record_all else self._leave(stop.tolist(), depth)
 
     def _least(self, pending: PendingScores) -> list[float]:
-        """(E,): each element's least safe row."""
+        """(E,): each sample's least safe row."""
         said = pending.read()  # the host sync of this exit
         if any(score != score for score in said):
             self._unsound.append(pending.depth)
-        return least_of(said, pending.elements, num_elements=len(self.left))
+        return least_of(said, pending.samples, num_samples=len(self.left))
 
     def _leave(self, stopped: list[bool], depth: int) -> ExitedRows | None:
-        """The running rows of the elements that stopped (E,) leave; None: there is none."""
+        """The running rows of the samples that stopped (E,) leave; None: there is none."""
         if True not in stopped:
             return None
-        elements, places, exit = self._elements, self._places, self.session.heads_exits[depth]
-        leave = [place for place, element in enumerate(elements) if stopped[element]]
+        samples, places, exit = self._samples, self._places, self.session.heads_exits[depth]
+        leave = [place for place, sample in enumerate(samples) if stopped[sample]]
         if not leave:
             return None
         self._mark(stopped, depth)
-        keep = [place for place, element in enumerate(elements) if not stopped[element]]
+        keep = [place for place, sample in enumerate(samples) if not stopped[sample]]
         self._stay(keep)
         return ExitedRows(exit, leave, keep, [places[place] for place in leave])
 
     def _stay(self, keep: list[int]) -> None:
         """Of the running rows only those at these places go on."""
-        self._elements, self._places = (
-            [self._elements[place] for place in keep],
+        self._samples, self._places = (
+            [self._samples[place] for place in keep],
             [self._places[place] for place in keep],
         )
         self.rows = torch.tensor(self._places) if keep else self.session.no_rows
 
     def _mark(self, stopped: list[bool], depth: int) -> None:
-        """Elements (E,) that stop at a depth, if they had not before, have no running rows."""
+        """Samples (E,) that stop at a depth, if they had not before, have no running rows."""
         facts = list(zip(stopped, self._counts, self.left, strict=True))
         self.left = [depth if gone and count else before for gone, count, before in facts]
         self._counts = [0 if gone else count for gone, count, _ in facts]
@@ -286,23 +286,23 @@ class Session:
         exits: tuple[int, ...],
         rows: Tensor,
         num_steps: int,
-        elements: Tensor | None,
+        samples: Tensor | None,
         device: torch.device | str,
-        frozen: str = "",
+        keeps_exited_rows: str = "",
         joint_decision: JointDecision | None = None,
     ):
-        self.frozen = frozen  # why rows that stopped are carried along; empty: they are dropped
+        self.keeps_exited_rows = keeps_exited_rows  # why rows that stopped are carried along; empty: they are dropped
         self.joint_decision = joint_decision  # ranks that decide together
         self.policy, self.num_layers, self.num_steps, self.device = policy, num_layers, num_steps, torch.device(device)
         self.heads_exits = {depth: depths.index(depth) for depth in exits}  # depth -> exit among the heads
         self.exits = {depth: exit for exit, depth in enumerate(exits)}  # depth -> exit among the policy's
         self.next_exits = dict(itertools.pairwise(exits))  # depth -> depth of the exit that follows
-        num_elements = 1 + int(rows.max())
-        self._seat(rows, num_elements)
-        self.no_scores = torch.full((num_elements,), torch.nan)
-        self.elements = torch.arange(num_elements) if elements is None else torch.as_tensor(elements).cpu()
-        if self.elements.shape != (num_elements,):
-            raise ValueError(f"{tuple(self.elements.shape)} element ids, expected ({num_elements},)")
+        num_samples = 1 + int(rows.max())
+        self._seat(rows, num_samples)
+        self.no_scores = torch.full((num_samples,), torch.nan)
+        self.samples = torch.arange(num_samples) if samples is None else torch.as_tensor(samples).cpu()
+        if self.samples.shape != (num_samples,):
+            raise ValueError(f"{tuple(self.samples.shape)} sample ids, expected ({num_samples},)")
         self.state: State | None = None
         self.histories: dict[
             int, OutputHistory
@@ -310,33 +310,33 @@ class Session:
         self.finished: list[StepSession] = []
         self._open: StepSession | None = None
 
-    def _seat(self, rows: Tensor, num_elements: int) -> None:
-        self.rows = rows  # (R,) element of each row
-        self.elements_of_rows: list[int] = rows.tolist()
+    def _seat(self, rows: Tensor, num_samples: int) -> None:
+        self.rows = rows  # (R,) sample of each row
+        self.samples_of_rows: list[int] = rows.tolist()
         self.places, self.all_rows, self.no_rows = list(range(len(rows))), torch.arange(len(rows)), torch.arange(0)
-        self.rows_per_element: list[int] = torch.bincount(rows, minlength=num_elements).tolist()  # (E,)
+        self.rows_per_sample: list[int] = torch.bincount(rows, minlength=num_samples).tolist()  # (E,)
 
     def regroup(self, rows: Tensor, sources: Sequence[int | None]) -> None:
-        """From the next step on the batch has other rows (guidance that ends in mid-run): rows (R,), the element of each, among those of
-        the run. An element without a row is absent. Row i remembers what row `sources[i]` of the batch before did, None: nothing; rows
+        """From the next step on the batch has other rows (guidance that ends in mid-run): rows (R,), the sample of each, among those of
+        the run. A sample without a row is absent. Row i remembers what row `sources[i]` of the batch before did, None: nothing; rows
         that are no source take their memory along.
 
         Raises:
-            ValueError: a step is going on, or elements that the run does not have.
+            ValueError: a step is going on, or samples that the run does not have.
         """
-        num_elements = len(self.elements)
-        if self._open is not None or len(sources) != len(rows) or int(rows.max()) >= num_elements:
+        num_samples = len(self.samples)
+        if self._open is not None or len(sources) != len(rows) or int(rows.max()) >= num_samples:
             raise ValueError(
-                f"rows of elements {rows.tolist()} that go on from {list(sources)}: expected elements below {num_elements}, a source for "
+                f"rows of samples {rows.tolist()} that go on from {list(sources)}: expected samples below {num_samples}, a source for "
                 "each row, and no step that is going on"
             )
-        self._seat(rows, num_elements)
+        self._seat(rows, num_samples)
         self.histories = {call: memory.regrouped(sources) for call, memory in self.histories.items()}
 
     def step(self, index: int, time: float, *, absent: Tensor | None = None) -> StepSession:
         """Begin step `index` at `time` (timestep or sigma). Steps come in order; the one before must be closed.
 
-        `absent`: (E,) bool, elements that have no part in this step (sequences that have ended); None: all take part.
+        `absent`: (E,) bool, samples that have no part in this step (sequences that have ended); None: all take part.
 
         Raises:
             ValueError: a step out of order or beyond the run; or one begun before the last was closed; absent of another shape.
@@ -345,8 +345,8 @@ class Session:
             raise ValueError(
                 f"step {index} of {self.num_steps}, expected step {len(self.finished)} with the one before closed"
             )
-        if absent is not None and absent.shape != (len(self.elements),):
-            raise ValueError(f"absent is {tuple(absent.shape)}, expected ({len(self.elements)},): one for each element")
+        if absent is not None and absent.shape != (len(self.samples),):
+            raise ValueError(f"absent is {tuple(absent.shape)}, expected ({len(self.samples)},): one for each sample")
         self._open = StepSession(self, index, float(time))
         if absent is not None and bool(absent.any()):
             self._open.leave_out(absent.tolist())
@@ -366,8 +366,8 @@ class Session:
         return self._open
 
     def miss(self, other: StepSession) -> None:
-        """A step that another session of the run took, and no element of this one (a call of guidance that was not made)."""
-        self.step(other.index, other.time, absent=torch.ones(len(self.elements), dtype=torch.bool)).close()
+        """A step that another session of the run took, and no sample of this one (a call of guidance that was not made)."""
+        self.step(other.index, other.time, absent=torch.ones(len(self.samples), dtype=torch.bool)).close()
 
     def require_open(self, step: StepSession) -> None:
         """Raise ValueError unless `step` is the one that is going on."""
@@ -383,7 +383,7 @@ class Session:
         self._open = None
 
     def trace(self, beside: Session | None = None) -> Trace:
-        """Everything that happened in the closed steps; `beside`: a session of the same run, elements are absent from its further steps.
+        """Everything that happened in the closed steps; `beside`: a session of the same run, samples are absent from its further steps.
 
         Raises:
             ValueError: no step was closed.
@@ -392,24 +392,24 @@ class Session:
         if not steps:
             raise ValueError("no step has been closed: there is nothing to trace")
         return Trace(
-            elements=self.elements,
-            rows=torch.tensor([step.rows_per_element for step in steps]),
+            samples=self.samples,
+            rows=torch.tensor([step.rows_per_sample for step in steps]),
             times=torch.tensor([step.time for step in steps], dtype=torch.float64),
             exits=torch.tensor(list(self.exits), dtype=torch.int64),
             planned=torch.tensor([step.layers for step in steps]),
             depths=torch.tensor([step.left for step in steps], dtype=torch.int16),
-            scores=torch.tensor([step.scores for step in steps]).view(len(steps), len(self.exits), len(self.elements)),
+            scores=torch.tensor([step.scores for step in steps]).view(len(steps), len(self.exits), len(self.samples)),
             ran=torch.tensor([step.work for step in steps], dtype=torch.int16).transpose(1, 2).contiguous(),
             measured=torch.tensor([step.measured for step in steps]),
             answered=torch.tensor([step.answered for step in steps]),
             policy=self.policy.to_dict(),
             recorded_all=self.policy.record_all,
             calls=tuple(step.calls for step in steps),
-            frozen=self.frozen,
+            keeps_exited_rows=self.keeps_exited_rows,
         )
 
     def _missed(self, other: StepSession) -> StepSession:
         """The same step without anybody of this session, which does not take note of it."""
         made = StepSession(self, other.index, other.time)
-        made.leave_out([True] * len(self.elements))
+        made.leave_out([True] * len(self.samples))
         return made

@@ -1,6 +1,6 @@
 """What happened in a run and what it cost. A Trace holds everything, a Report condenses it.
 
-S steps, E elements, K exits of the policy, L layers. What the policy *needed* (`needed`) is kept apart from what really *ran* (`ran`).
+S steps, E samples, K exits of the policy, L layers. What the policy *needed* (`needed`) is kept apart from what really *ran* (`ran`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ee_diffusion.core.io import read_tensors, write_tensors
+from ee_diffusion.core.saved_names import TRACE_NAMES, renamed, todays_names
 
-_FORMAT = "ee_diffusion.trace.2"
-_FIRST_FORMAT = "ee_diffusion.trace.1"  # the same, but for rows (E,): every step's
-_TENSORS = ("elements", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
+# this one; before it, samples were called elements; before that, rows were (E,), every step's
+_FORMATS = ("ee_diffusion.trace.3", "ee_diffusion.trace.2", "ee_diffusion.trace.1")
+_TENSORS = ("samples", "rows", "times", "exits", "planned", "depths", "scores", "ran", "measured", "answered")
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Beside:
 class Trace:
     """One run, step by step.
 
-    elements (E,) ids; rows (S, E) rows per element (guidance may end in mid-run); times (S,); exits (K,) depths; planned (S, L) layers
+    samples (E,) ids; rows (S, E) rows per sample (guidance may end in mid-run); times (S,); exits (K,) depths; planned (S, L) layers
     that the schedule allowed;
-    depths (S, E) blocks after which the element's answer was taken (L: by the model's own tail; -1: absent from the step);
+    depths (S, E) blocks after which the sample's answer was taken (L: by the model's own tail; -1: absent from the step);
     scores (S, K, E), NaN where not measured;
-    ran (S, E, L) rows of the element that the layer was executed on; measured and answered (S, K) rows that a score and a head were
+    ran (S, E, L) rows of the sample that the layer was executed on; measured and answered (S, K) rows that a score and a head were
     evaluated on. `policy`: the policy as a dictionary; `recorded_all`: every exit was measured and nobody stopped.
     `calls`: forwards of each step, those after the first (a second call of guidance) following its depths; empty: one each.
-    `frozen`: why rows that stopped were carried along; empty: they were dropped. `beside`: other work of the same call.
+    `keeps_exited_rows`: why rows that stopped were carried along; empty: they were dropped. `beside`: other work of the same call.
     """
 
-    elements: Tensor
+    samples: Tensor
     rows: Tensor
     times: Tensor
     exits: Tensor
@@ -59,16 +60,16 @@ class Trace:
     policy: dict[str, Any]
     recorded_all: bool = False
     calls: tuple[int, ...] = ()
-    frozen: str = ""
+    keeps_exited_rows: str = ""
     beside: tuple[Beside, ...] = ()
 
     def __repr__(self) -> str:
-        (steps, elements), layers = self.depths.shape, self.planned.shape[1]
-        return f"Trace({steps} steps, {elements} elements, {layers} blocks, exits {self.exits.tolist()})"
+        (steps, samples), layers = self.depths.shape, self.planned.shape[1]
+        return f"Trace({steps} steps, {samples} samples, {layers} blocks, exits {self.exits.tolist()})"
 
     @property
     def needed(self) -> Tensor:
-        """(S, E, L): whether the policy needed the layer for the element: allowed by the schedule and below the element's depth."""
+        """(S, E, L): whether the policy needed the layer for the sample: allowed by the schedule and below the sample's depth."""
         layers = torch.arange(self.planned.shape[1])
         return self.planned[:, None, :] & (layers < self.depths[:, :, None])
 
@@ -85,9 +86,9 @@ class Trace:
             "policy": json.dumps(self.policy),
             "recorded_all": json.dumps(self.recorded_all),
             "calls": json.dumps(self.calls),
-            "frozen": json.dumps(self.frozen),
+            "keeps_exited_rows": json.dumps(self.keeps_exited_rows),
             "beside": json.dumps([astuple(one) for one in self.beside]),
-            "format": _FORMAT,
+            "format": _FORMATS[0],
         }
         write_tensors(path, {name: getattr(self, name) for name in _TENSORS}, metadata)
 
@@ -98,21 +99,28 @@ class Trace:
         Raises:
             ValueError: a truncated file, or one that is no trace.
         """
-        tensors, metadata = read_tensors(path, "trace", names=_TENSORS, format=(_FORMAT, _FIRST_FORMAT))
+        found, metadata = read_tensors(path, "trace", format=_FORMATS)
         try:
-            if metadata["format"] == _FIRST_FORMAT:
+            found, metadata = renamed(found, TRACE_NAMES), renamed(metadata, TRACE_NAMES)
+            if missing := [name for name in _TENSORS if name not in found]:
+                raise ValueError(f"it lacks the tensors {missing}, it holds {sorted(found)}")
+            tensors = {name: found[name] for name in _TENSORS}
+            if metadata["format"] == _FORMATS[-1]:
                 tensors["rows"] = tensors["rows"].expand(len(tensors["times"]), -1)
-            plain = {name: json.loads(metadata[name]) for name in ("policy", "recorded_all")}
-            calls, frozen = json.loads(metadata.get("calls", "[]")), json.loads(metadata.get("frozen", '""'))
-            beside = tuple(Beside(*one) for one in json.loads(metadata.get("beside", "[]")))
-            facts: dict[str, Any] = tensors | plain
-            return cls(**facts, calls=tuple(calls), frozen=frozen, beside=beside)
+            facts: dict[str, Any] = tensors | {
+                "policy": todays_names(json.loads(metadata["policy"])),
+                "recorded_all": json.loads(metadata["recorded_all"]),
+                "calls": tuple(json.loads(metadata.get("calls", "[]"))),
+                "keeps_exited_rows": json.loads(metadata.get("keeps_exited_rows", '""')),
+                "beside": tuple(Beside(*one) for one in json.loads(metadata.get("beside", "[]"))),
+            }
+            return cls(**facts)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not a readable trace: {error}") from error
 
     @classmethod
     def concatenate(cls, traces: list[Trace]) -> Trace:
-        """Join runs of the same policy over different elements (batches, ranks) into one.
+        """Join runs of the same policy over different samples (batches, ranks) into one.
 
         Raises:
             ValueError: nothing to join, or runs of different policies, steps or exits.
@@ -121,21 +129,23 @@ class Trace:
             raise ValueError("no traces to concatenate, expected at least one")
         first = traces[0]
         for other in traces[1:]:
-            if (other.policy, other.times.tolist(), other.exits.tolist(), other.calls, other.frozen) != (
+            if (other.policy, other.times.tolist(), other.exits.tolist(), other.calls, other.keeps_exited_rows) != (
                 first.policy,
                 first.times.tolist(),
                 first.exits.tolist(),
                 first.calls,
-                first.frozen,
+                first.keeps_exited_rows,
             ) or not torch.equal(other.planned, first.planned):
                 raise ValueError("traces of different policies, steps, exits or layers cannot be joined")
         joined = {
-            name: torch.cat([getattr(trace, name) for trace in traces], dim=dim) for name, dim in _ELEMENT_DIMS.items()
+            name: torch.cat([getattr(trace, name) for trace in traces], dim=dim) for name, dim in _SAMPLE_DIMS.items()
         }
         counts = {
             name: torch.stack([getattr(trace, name) for trace in traces]).sum(0) for name in ("measured", "answered")
         }
-        same = {name: getattr(first, name) for name in ("times", "exits", "planned", "policy", "calls", "frozen")}
+        same = {
+            name: getattr(first, name) for name in ("times", "exits", "planned", "policy", "calls", "keeps_exited_rows")
+        }
         merged: dict[str, Any] = joined | counts | same
         beside = _summed(one for trace in traces for one in trace.beside)
         return cls(**merged, recorded_all=all(trace.recorded_all for trace in traces), beside=beside)
@@ -152,7 +162,7 @@ class Trace:
         ]
         return Report(
             num_steps=steps,
-            num_elements=len(self.elements),
+            num_samples=len(self.samples),
             num_layers=layers,
             mean_executed=blocks[present].mean().item(),
             mean_needed=self.needed.sum(2)[present].float().mean().item(),
@@ -162,7 +172,7 @@ class Trace:
             measured_rows=int(self.measured.sum()),
             answered_rows=int(self.answered.sum()),
             followed_calls=sum(self.calls) - len(self.calls),
-            frozen=self.frozen,
+            keeps_exited_rows=self.keeps_exited_rows,
             beside=self.beside,
             call_fraction=self._call_fraction(),
         )
@@ -183,23 +193,23 @@ def _summed(beside: Iterable[Beside]) -> tuple[Beside, ...]:
     return tuple(found.values())
 
 
-_ELEMENT_DIMS = {"elements": 0, "rows": 1, "depths": 1, "scores": 2, "ran": 1}
+_SAMPLE_DIMS = {"samples": 0, "rows": 1, "depths": 1, "scores": 2, "ran": 1}
 
 
 @dataclass(frozen=True)
 class Report:
-    """A trace condensed, over the elements that took part in a step.
+    """A trace condensed, over the samples that took part in a step.
 
-    `mean_executed`: blocks that really ran per element and step; `mean_needed`: blocks that the policy needed; `spread_per_step`:
-    standard deviation over elements of the blocks executed at a step (0: every element alike); `depth_histogram`: depth -> number of
-    (step, element) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads;
-    `followed_calls`: forwards that followed the depths of another one (second calls of guidance); `frozen`: why rows that stopped were
-    carried along, empty: they were dropped; `beside`: other work of the same call; `call_fraction`: of all rows x blocks of the call,
-    those beside included, the part that ran.
+    `mean_executed`: blocks that really ran per sample and step; `mean_needed`: blocks that the policy needed; `spread_per_step`:
+    standard deviation over samples of the blocks executed at a step (0: every sample alike); `depth_histogram`: depth -> number of
+    (step, sample) answers taken there; `measured_rows` and `answered_rows`: evaluations of scores and of exit heads;
+    `followed_calls`: forwards that followed the depths of another one (second calls of guidance); `keeps_exited_rows`: why rows that
+    stopped were carried along, empty: they were dropped; `beside`: other work of the same call; `call_fraction`: of all rows x blocks of
+    the call, those beside included, the part that ran.
     """
 
     num_steps: int
-    num_elements: int
+    num_samples: int
     num_layers: int
     mean_executed: float
     mean_needed: float
@@ -209,7 +219,7 @@ class Report:
     measured_rows: int
     answered_rows: int
     followed_calls: int = 0
-    frozen: str = ""
+    keeps_exited_rows: str = ""
     beside: tuple[Beside, ...] = ()
     call_fraction: float = 1.0
 
@@ -221,8 +231,8 @@ class Report:
     def summary(self) -> str:
         """A few lines for a person."""
         lines = [
-            f"{self.num_elements} elements x {self.num_steps} steps, {self.num_layers} blocks",
-            f"executed blocks per element and step: {self.mean_executed:.2f} of {self.num_layers} ({100 * self.fraction_executed:.1f} %)",
+            f"{self.num_samples} samples x {self.num_steps} steps, {self.num_layers} blocks",
+            f"executed blocks per sample and step: {self.mean_executed:.2f} of {self.num_layers} ({100 * self.fraction_executed:.1f} %)",
         ]
         counted = [f"{one.forwards} of {one.name}" for one in self.beside if one.blocks]
         if counted:
@@ -235,8 +245,8 @@ class Report:
             lines.append("nothing was skipped")
         if self.mean_executed - self.mean_needed > 1e-6:
             lines.append(f"needed by the policy: {self.mean_needed:.2f} (the difference ran without being needed)")
-        if self.frozen:
-            lines.append(f"rows that stopped were carried along, not dropped: {self.frozen}")
+        if self.keeps_exited_rows:
+            lines.append(f"rows that stopped were carried along, not dropped: {self.keeps_exited_rows}")
         if self.followed_calls:
             lines.append(f"{self.followed_calls} second calls of guidance followed the depths of the first")
         total = sum(self.depth_histogram.values())

@@ -26,7 +26,7 @@ from ee_diffusion.decoding.heads import SharedTail, check_heads
 from ee_diffusion.decoding.hooks import DecodingHook
 from ee_diffusion.decoding.kv_cache import check_asked_once, check_cache, pads_ended, with_cache
 from ee_diffusion.decoding.model_specs import layers_of, model_spec_of
-from ee_diffusion.decoding.parallel_recompute import FROZEN, ParallelRecomputeHook, check_deferrable
+from ee_diffusion.decoding.parallel_recompute import CARRIES_EXITED_ROWS, ParallelRecomputeHook, check_deferrable
 
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 
@@ -35,7 +35,7 @@ ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3")
 class EarlyExitDecoderOnlyOutput(GenerateDecoderOnlyOutput):
     """What `generate` returns with `return_dict_in_generate=True`: transformers' fields, and what the decode steps did.
 
-    trace: step t is the forward that reads generated token t, an element is a sequence; the prompt's forward, always at full depth, is not
+    trace: step t is the forward that reads generated token t, a sample is a sequence; the prompt's forward, always at full depth, is not
     in it. None if the policy is off or nothing but the prompt was read. propagated (S, L): rows whose keys and values were computed for
     a layer that did not run; recomputed (S,): with `exit_missing="recompute"`, rows x earlier positions that took the upper layers then
     (not in the trace, which holds a step's own position). These two are attributes alone, no items: they have no entry per sequence, as
@@ -133,10 +133,10 @@ def early_exit_generate(
     heads = default_heads(model, exit_policy, num_steps=num_steps) if exit_heads is None else exit_heads
     check_heads(model, heads)
     _check_score(exit_policy, heads)
-    attach, frozen = DecodingHook, ""
+    attach, keeps_exited_rows = DecodingHook, ""
     if exit_missing == "recompute":
         check_deferrable(exit_policy, heads.depths, model_kwargs)
-        attach, frozen = ParallelRecomputeHook, FROZEN
+        attach, keeps_exited_rows = ParallelRecomputeHook, CARRIES_EXITED_ROWS
     embeds = model_kwargs.get("inputs_embeds")
     session = begin(
         exit_policy,
@@ -144,9 +144,9 @@ def early_exit_generate(
         heads.depths,
         rows=torch.arange(len(input_ids)),
         num_steps=num_steps,
-        elements=exit_policy.ids_of(input_ids if embeds is None else embeds, model_kwargs.get("attention_mask")),
+        samples=exit_policy.ids_of(input_ids if embeds is None else embeds, model_kwargs.get("attention_mask")),
         device=model.device,
-        frozen=frozen,
+        keeps_exited_rows=keeps_exited_rows,
     )
     padding = generation_config._pad_token_tensor  # transformers refuses an end token without one
     with attach(model, heads, session, padding=0 if padding is None else int(padding)) as attachment:

@@ -26,7 +26,7 @@ from ee_diffusion.decoding.hooks import certain
 from ee_diffusion.decoding.model_specs import layers_of
 
 _KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
-FROZEN = "waiting positions go through the upper layers together, for all sequences"
+CARRIES_EXITED_ROWS = "waiting positions go through the upper layers together, for all sequences"
 
 
 class ParallelRecomputeHook:

@@ -40,7 +40,7 @@ def deediff_released(threshold: float, *, depths: tuple[int, ...], num_layers: i
     require_depths(depths)
     crossings = tuple(2 if depth <= num_layers // 2 else 1 for depth in depths)
     criterion = Patience(threshold, crossings, consecutive=False) if patience else Threshold(threshold)
-    return Policy(criterion, exits=depths, guidance="apart")
+    return Policy(criterion, exits=depths, cfg_exit="separate")
 
 
 def ase(depths: tuple[int, ...], *, num_train_timesteps: int = 1000) -> Policy:

@@ -80,10 +80,10 @@ class _Check:
         for layer, (seen, fewer) in enumerate(zip(many, few, strict=True)):
             self._check_streams(layer, seen)
             unnamed = [one for one in following(seen.lengths, fewer.lengths) if one.split(".")[0] not in named]
-            if unnamed and not self.family.frozen:
+            if unnamed and not self.family.keeps_exited_rows:
                 raise ValueError(
                     f"{self.name}: the length of {unnamed[0]!r}, an argument of {type(self.blocks[layer]).__name__}, follows the number of "
-                    f"rows, and row_arguments={self.family.row_arguments} do not name it (if its rows cannot be taken: frozen='why')"
+                    f"rows, and row_arguments={self.family.row_arguments} do not name it (if they cannot be taken: keeps_exited_rows='why')"
                 )
 
     def answers(self) -> None:
@@ -144,7 +144,9 @@ class _Check:
                     f"earlier={sorted(self.family.earlier)}, residuals={self.family.residuals} all there are?"
                 )
         going = [sum(depth > layer for depth in depths) for layer in range(len(self.blocks))]
-        self._check_work(executed, [len(ROWS) * (rows > 0) for rows in going] if self.family.frozen else going)
+        self._check_work(
+            executed, [len(ROWS) * (rows > 0) for rows in going] if self.family.keeps_exited_rows else going
+        )
 
     def _check_work(self, executed: list[int], expected: list[int]) -> None:
         if executed != expected:

@@ -41,7 +41,7 @@ class ModelSpec:
     image_tokens: (transformer, arguments of its forward) -> (R, N) bool, for classes whose tokens before the tail are text and image and
         lie elsewhere in every row; None: all are image tokens (but for the prefix).
     inner: the first module inside a block that sees the hidden states; work is counted there.
-    frozen: empty: rows that stopped are dropped. Else the reason why they are carried along, unused and counted as executed.
+    keeps_exited_rows: empty: rows that stopped are dropped. Else the reason why they are carried along, unused and counted as executed.
     turned: its pipeline hands the solver minus the output, and times turned around.
     counts: config entries that say how many blocks each list has, in the order of the lists.
     outputs: how many channels the model puts out, where its attribute or config entry `out_channels` does not say so.
@@ -69,7 +69,7 @@ class ModelSpec:
     prefix_tokens: str | None = None
     image_tokens: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None
     inner: str = "attn1"
-    frozen: str = ""
+    keeps_exited_rows: str = ""
     turned: bool = False
     counts: tuple[str, ...] = ("num_layers", "num_single_layers")
     outputs: Callable[[nn.Module], int] | None = None

@@ -29,7 +29,7 @@ def _row(family: ModelSpec) -> tuple[str, ...]:
         ", ".join(f"`{name}`" for name in family.row_arguments) or "none",
         ", ".join(between) or "nothing",
         guidance,
-        f"carried along: {family.frozen}" if family.frozen else "dropped",
+        f"carried along: {family.keeps_exited_rows}" if family.keeps_exited_rows else "dropped",
     )
 
 

@@ -108,7 +108,7 @@ class Edge:
             self.part.exits,
             rows=torch.zeros(1, dtype=torch.int64),
             num_steps=max_new_tokens,
-            elements=policy.ids_of(input_ids),
+            samples=policy.ids_of(input_ids),
         )
         ids = input_ids.to(self.model.device)
         output = EdgeOutput(ids, None)  # type: ignore[arg-type]  # the trace comes at the end

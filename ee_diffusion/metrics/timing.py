@@ -1,7 +1,7 @@
 """Honest wall clock: candidates that take turns, and the ideal time that skipped work would leave.
 
 Here: `interleaved`, Timing, times of parts (alone, or in their places), `ideal_seconds`. Not here: which modules a model's parts are
-(eval/), FLOPs. S steps, E elements, L layers, K exits. A *part* is a name such as "block 3"; its time depends on the number of rows.
+(eval/), FLOPs. S steps, E samples, L layers, K exits. A *part* is a name such as "block 3"; its time depends on the number of rows.
 """
 
 from __future__ import annotations
@@ -200,7 +200,7 @@ def medians(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def executed_counts(trace: Trace) -> Counter[tuple[str, int]]:
-    """(part, rows) -> how often it ran, for a run whose elements were one batch.
+    """(part, rows) -> how often it ran, for a run whose samples were one batch.
 
     Parts are "block l", and by the policy's exits "score k" and "head k". Parts that ran on no row are absent.
     """

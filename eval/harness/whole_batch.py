@@ -1,4 +1,4 @@
-"""A decision for the whole batch, as caches take it: for ablations alone, since an image then depends on its batch-mates. E elements."""
+"""A decision for the whole batch, as caches take it: for ablations alone, since an image then depends on its batch-mates. E samples."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ee_diffusion.core.exits import ExitInputs
 
 @dataclass(frozen=True)
 class WholeBatch(Criterion):
-    """Another criterion on the score of the least safe element: all stop or none does."""
+    """Another criterion on the score of the least safe sample: all stop or none does."""
 
     criterion: Criterion
 
     def validate(self, num_steps: int, num_exits: int) -> None:
         self.criterion.validate(num_steps, num_exits)
 
-    def start(self, elements: Tensor, *, step: int, previous: State | None) -> State:
-        return self.criterion.start(elements, step=step, previous=previous)
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        return self.criterion.start(samples, step=step, previous=previous)
 
     def measure(self, observation: ExitInputs) -> Tensor | None:
         return self.criterion.measure(observation)

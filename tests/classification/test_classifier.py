@@ -255,8 +255,8 @@ class TestDrawnExits:
     def test_ids_that_are_given_decide(self, classifier):
         classifier.policy, batch = pondernet(0), batch_for("Bert", [0])
         with torch.no_grad(), classifier.recording() as traces:
-            for element in range(40):
-                classifier(**batch, sample_ids=torch.tensor([element]))
+            for sample in range(40):
+                classifier(**batch, sample_ids=torch.tensor([sample]))
         assert len({int(trace.depths[0, 0]) for trace in traces}) > 1
 
     @pytest.mark.parametrize("name", ["ViT", "Bert"])
@@ -269,5 +269,5 @@ class TestDrawnExits:
             classifier(**batch)
             for row in range(ROWS):
                 classifier(**{key: value[[row]] for key, value in batch.items()})
-        assert len(set(traces[0].elements.tolist())) == ROWS
+        assert len(set(traces[0].samples.tolist())) == ROWS
         assert torch.equal(torch.cat([trace.depths[0] for trace in traces[1:]]), traces[0].depths[0])

@@ -71,8 +71,8 @@ def test_ends_that_are_no_range_are_refused():
         value_for_budget(trace, lambda value: Policy(Threshold(1 - value)), budget=0.5, low=0.0, high=1.0)
 
 
-def test_a_step_without_elements_has_no_mean_depth():
-    with pytest.raises(ValueError, match=r"steps \[1\].*expected at least one element"):
+def test_a_step_without_samples_has_no_mean_depth():
+    with pytest.raises(ValueError, match=r"steps \[1\].*expected at least one sample"):
         static_depths(torch.tensor([[2, 5], [-1, -1]]), (0, 2), num_layers=6)
 
 

@@ -25,15 +25,15 @@ K, E, NAN = 4, 6, float("nan")
 
 
 def depths(criterion, scores: torch.Tensor, step: int = 0, num_steps: int = 1) -> list[int]:
-    """The exit (index, K: none) at which each element stops first; scores (K, E)."""
+    """The exit (index, K: none) at which each sample stops first; scores (K, E)."""
     state = criterion.start(torch.arange(scores.shape[1]), step=step, previous=None)
     first = [K] * scores.shape[1]
     for exit, score in enumerate(scores):
         where = ExitPoint(step, num_steps, 0.0, depth=exit + 1, exit=exit)
         stop, state = criterion.decide(score, where, state)
         assert stop.dtype == torch.bool
-        for element in stop.nonzero()[:, 0].tolist():
-            first[element] = min(first[element], exit)
+        for sample in stop.nonzero()[:, 0].tolist():
+            first[sample] = min(first[sample], exit)
     return first
 
 
@@ -57,10 +57,10 @@ def test_threshold_stops_above_and_not_at():
 def test_patience(needed, consecutive: bool):
     for scores in draws():
         expected = []
-        for element in range(E):
+        for sample in range(E):
             count, stopped = 0, K
             for exit in range(K):
-                crossed = float(scores[exit, element]) > 0.4
+                crossed = float(scores[exit, sample]) > 0.4
                 count = count + 1 if crossed else (0 if consecutive else count)
                 wanted = needed[exit] if isinstance(needed, tuple) else needed
                 if crossed and count >= wanted:
@@ -69,14 +69,14 @@ def test_patience(needed, consecutive: bool):
         assert depths(Patience(0.4, needed, consecutive=consecutive), scores) == expected
 
 
-def test_sampled_stops_where_the_cumulated_probability_passes_a_draw_of_the_elements_own():
+def test_sampled_stops_where_the_cumulated_probability_passes_a_draw_of_the_samples_own():
     for seed, scores in enumerate(draws()):
         expected = []
-        for element in range(E):
-            drawn = random.Random(f"{seed}/0/{element}").random()
+        for sample in range(E):
+            drawn = random.Random(f"{seed}/0/{sample}").random()
             left, stopped = 1.0, K
             for exit in range(K):
-                left *= 1 - float(scores[exit, element])
+                left *= 1 - float(scores[exit, sample])
                 if stopped == K and 1 - left > drawn:
                     stopped = exit
             expected.append(stopped)
@@ -84,7 +84,7 @@ def test_sampled_stops_where_the_cumulated_probability_passes_a_draw_of_the_elem
     assert depths(SampledExit(1), scores) != depths(SampledExit(2), scores)
     state = SampledExit(3).start(torch.tensor([4, 2]), step=1, previous=None)
     alone = SampledExit(3).start(torch.tensor([2]), step=1, previous=None)
-    assert float(state["drawn"][1]) == float(alone["drawn"][0]), "an element's draw is its own in every batch"
+    assert float(state["drawn"][1]) == float(alone["drawn"][0]), "a sample's draw is its own in every batch"
     assert float(alone["drawn"][0]) != float(SampledExit(3).start(torch.tensor([2]), step=0, previous=None)["drawn"][0])
     with pytest.raises(ValueError, match="score='luck'"):
         SampledExit(0, score="luck")
@@ -94,10 +94,10 @@ def test_cumulative():
     for scores in draws():
         for q in (0.2, 0.7, 0.95):
             expected = []
-            for element in range(E):
+            for sample in range(E):
                 survival, total, stopped = 1.0, 0.0, K
                 for exit in range(K):
-                    gate = float(scores[exit, element])
+                    gate = float(scores[exit, sample])
                     total += gate * survival  # p_i = lambda_i prod_{j<i} (1 - lambda_j)
                     survival *= 1 - gate
                     if total > q:
@@ -111,10 +111,10 @@ def test_gate():
         scores = scores / 2
         for threshold in (0.2, 0.5, 0.9):
             expected = []
-            for element in range(E):
+            for sample in range(E):
                 total, survival, stopped = 0.0, 1.0, K
                 for exit in range(K):
-                    gate = float(scores[exit, element])
+                    gate = float(scores[exit, sample])
                     probability = max(0.0, min(gate, 1 - total))
                     conditional = min(1.0, probability / max(survival, 1e-12))
                     total, survival = total + gate, survival * (1 - conditional)
@@ -142,7 +142,7 @@ def test_planned_stops_at_the_first_exit_deep_enough():
     assert depths(plan, nothing, step=1, num_steps=2) == [2, 2, 2, 2]
     assert plan.measure(None) is None
     state = plan.start(torch.tensor([3, 0]), step=0, previous=None)
-    assert state["plan"].tolist() == [4, 1], "an element's id is its column"
+    assert state["plan"].tolist() == [4, 1], "a sample's id is its column"
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_decisions_are_pure_and_forget_the_step_before(criterion):
     assert all(torch.equal(fresh[name], value) for name, value in before.items())
 
 
-def test_elements_do_not_see_one_another():
+def test_samples_do_not_see_one_another():
     for criterion in (Threshold(0.5), Patience(0.3, 2), QExit(0.8), GatedExit(0.4)):
         (scores,) = draws(1)
         whole = depths(criterion, scores)
         order = random.Random(0).sample(range(E), E)
-        assert depths(criterion, scores[:, order]) == [whole[element] for element in order]
-        assert [depths(criterion, scores[:, [element]])[0] for element in range(E)] == whole
+        assert depths(criterion, scores[:, order]) == [whole[sample] for sample in order]
+        assert [depths(criterion, scores[:, [sample]])[0] for sample in range(E)] == whole
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_wrong_lengths_are_refused(criterion):
 
 
 @pytest.mark.parametrize("ids", [[0, 2], [-1, 0]])
-def test_a_plan_knows_its_elements(ids):
+def test_a_plan_knows_its_samples(ids):
     with pytest.raises(ValueError, match="column"):
         DepthTable(((1, 2),)).start(torch.tensor(ids), step=0, previous=None)
 
@@ -297,7 +297,7 @@ def test_a_decaying_threshold_decays():
 
 
 def test_accumulated_is_a_slow_loop():
-    """By hand, element by element: what is spent decays, grows where an element stops, and never passes the budget."""
+    """By hand, sample by sample: what is spent decays, grows where a sample stops, and never passes the budget."""
     scores = torch.rand(12, 5, generator=torch.Generator().manual_seed(3)).clamp(min=0.2)
     scores[4, 1], scores[5, 2] = 0.0, torch.nan  # nothing known; not measured
     weights = tuple(0.1 + 0.05 * step for step in range(12))
@@ -307,14 +307,14 @@ def test_accumulated_is_a_slow_loop():
     for step in range(12):
         state = criterion.start(torch.arange(5), step=step, previous=previous)
         stop, previous = criterion.decide(scores[step], ExitPoint(step, 12, 0.0, 0, 0), state)
-        for element in range(5):
-            spent[element] *= 0.6 if step else 1.0
-            score = scores[step, element].item()
-            after = spent[element] + weights[step] * (1 - score)
+        for sample in range(5):
+            spent[sample] *= 0.6 if step else 1.0
+            score = scores[step, sample].item()
+            after = spent[sample] + weights[step] * (1 - score)
             may = score > 0 and after <= 0.25
-            assert bool(stop[element]) == may
-            spent[element] = after if may else spent[element]
-            assert previous["spent"][element].item() == pytest.approx(spent[element], rel=1e-5)
+            assert bool(stop[sample]) == may
+            spent[sample] = after if may else spent[sample]
+            assert previous["spent"][sample].item() == pytest.approx(spent[sample], rel=1e-5)
         stopped += int(stop.sum())
     assert 0 < stopped < 58
 

@@ -72,7 +72,7 @@ def test_every_field_of_every_kind_tells_what_is_none(kind: str, field: str):
         (lambda: Threshold(0.5, score=3), r"Threshold\.score=3, expected a text"),
         (lambda: PowerDecay(math.nan, 2, bottom=None), r"PowerDecay\.alpha=nan, expected a number"),
         (lambda: FixedLayers((0,), of="6"), r"FixedLayers\.of='6', expected a whole number or None"),
-        (lambda: Policy(guidance="both"), r"Policy\.guidance='both', expected 'together' or 'apart'"),
+        (lambda: Policy(cfg_exit="both"), r"Policy\.cfg_exit='both', expected 'joint' or 'separate'"),
         (lambda: Policy(schedule=None), r"Policy\.schedule=None, expected a Schedule"),
         (
             lambda: Policy(made_for=(("weights", 3),)),

@@ -62,8 +62,8 @@ def test_thresholds_are_those_of_the_exit_that_was_measured():
 
 @pytest.mark.parametrize("criterion", ["threshold", "threshold-per-exit", "patience-consecutive", "cumulative", "gate"])
 def test_everybody_leaves_one_exit_later(criterion: str):
-    everything = recorded("plain-output", "together")
-    rule, exits = criterion_named(criterion, "plain-output", "together"), [*everything.exits.tolist(), 6]
+    everything = recorded("plain-output", "joint")
+    rule, exits = criterion_named(criterion, "plain-output", "joint"), [*everything.exits.tolist(), 6]
     at_once, delayed = replay(everything, Policy(rule)), replay(everything, Policy(rule, delayed=True))
     following = dict(zip(exits, [*exits[1:], 6], strict=True))
     assert delayed.tolist() == [[following[depth] for depth in row] for row in at_once.tolist()]
@@ -157,7 +157,7 @@ def test_refused(make, said: str):
 
 def test_scores_made_of_answers_are_counted_and_what_they_carry_is_there_at_the_next_exit():
     """PABEE's: whether the class is that of the exit before. Live, it is what a run with all exits measured says."""
-    driver, layout = driver_named("plain-output"), LAYOUTS["together"]
+    driver, layout = driver_named("plain-output"), LAYOUTS["joint"]
     rule = Patience(0.5, 1, score="agreement")
     everything = run(driver, Policy(rule, record_all=True), layout).trace
     delayed = run(driver, Policy(rule, delayed=True), layout).trace

@@ -31,9 +31,9 @@ def test_law_1_off_is_the_base_model(driver: str, layout: str):
 
 @pytest.mark.parametrize("driver", DRIVERS)
 def test_an_images_score_is_its_least_safe_rows(driver: str):
-    apart = recorded(driver, "apart").scores.unflatten(2, (2, -1))  # (S, K, 2, E)
+    apart = recorded(driver, "separate").scores.unflatten(2, (2, -1))  # (S, K, 2, E)
     assert (apart[:, :, 0] - apart[:, :, 1]).abs().max() > 1e-3
-    torch.testing.assert_close(recorded(driver, "together").scores, apart.amin(2))
+    torch.testing.assert_close(recorded(driver, "joint").scores, apart.amin(2))
 
 
 def test_a_near_case_of_law_4_is_left_out_and_said(monkeypatch: pytest.MonkeyPatch):

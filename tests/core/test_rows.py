@@ -1,4 +1,4 @@
-"""Rows and elements: the least safe row of each element, rows picked from tensors."""
+"""Rows and samples: the least safe row of each sample, rows picked from tensors."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from ee_diffusion.core.rows import content_ids, least_of, rows_of
 
 
-def test_an_element_is_as_safe_as_its_least_safe_row():
-    found = least_of([0.5, 0.2, 0.9, 0.3], [2, 0, 2, 0], num_elements=4)
+def test_a_sample_is_as_safe_as_its_least_safe_row():
+    found = least_of([0.5, 0.2, 0.9, 0.3], [2, 0, 2, 0], num_samples=4)
     assert (found[0], found[2]) == (0.2, 0.5)
     assert math.isnan(found[1])
     assert math.isnan(found[3])
 
 
 def test_infinite_scores_are_scores():
-    assert least_of([math.inf, math.inf, -math.inf], [0, 1, 1], num_elements=2) == [math.inf, -math.inf]
+    assert least_of([math.inf, math.inf, -math.inf], [0, 1, 1], num_samples=2) == [math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("values", [[math.nan, 0.5], [0.5, math.nan], [0.5, math.nan, 0.4], [math.nan, math.nan]])
-def test_a_row_that_is_nan_makes_its_element_nan(values: list[float]):
-    found = least_of([*values, 0.7], [0] * len(values) + [1], num_elements=2)
+def test_a_row_that_is_nan_makes_its_sample_nan(values: list[float]):
+    found = least_of([*values, 0.7], [0] * len(values) + [1], num_samples=2)
     assert math.isnan(found[0])
     assert found[1] == 0.7
 

@@ -1,4 +1,4 @@
-"""Scores: values against formulas, answers computed once and only if asked for, the least safe row of each element."""
+"""Scores: values against formulas, answers computed once and only if asked for, the least safe row of each sample."""
 
 from __future__ import annotations
 

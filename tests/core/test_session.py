@@ -1,4 +1,4 @@
-"""Sessions: steps in order, rows and elements kept apart, NaN raises after the step and keeps the trace."""
+"""Sessions: steps in order, rows and samples kept apart, NaN raises after the step and keeps the trace."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_state_belongs_to_a_step():
 
 
 def test_what_a_step_spent_is_missing_at_the_next():
-    """Element 0 spends 0.4 of a budget of 0.5 at step 0 and cannot afford it again; element 1 has spent nothing."""
+    """Sample 0 spends 0.4 of a budget of 0.5 at step 0 and cannot afford it again; sample 1 has spent nothing."""
     session = session_of(Policy(ErrorBudget(0.5, (1.0, 1.0), 1.0), exits=(0,)), rows=(0, 1))
     for index, scores in enumerate(([0.6, 0.2], [0.6, 0.6])):
         step = session.step(index, 0.0)
@@ -177,17 +177,17 @@ def test_plans_measure_nothing_and_raise_nothing():
     assert session.trace().measured.sum() == 0
 
 
-def test_ids_of_elements_go_to_the_plan():
+def test_ids_of_samples_go_to_the_plan():
     plan = Policy(DepthTable(((0, 2, 4, 5),)))
-    session = session_of(plan, num_steps=1, elements=torch.tensor([3, 1, 0]))
+    session = session_of(plan, num_steps=1, samples=torch.tensor([3, 1, 0]))
     step = session.step(0, 0.0)
     for depth in (0, 2, 4):
         step.offer(depth, lambda exit: None)
     step.close()
     assert session.trace().depths.tolist() == [[5, 2, 0]]
-    assert session.trace().elements.tolist() == [3, 1, 0]
+    assert session.trace().samples.tolist() == [3, 1, 0]
     with pytest.raises(ValueError, match="column"):
-        session_of(plan, num_steps=1, elements=torch.tensor([3, 1, 9])).step(0, 0.0)
+        session_of(plan, num_steps=1, samples=torch.tensor([3, 1, 9])).step(0, 0.0)
 
 
 def test_as_many_rows_left_as_there_are_images():
@@ -240,7 +240,7 @@ def test_no_decision_is_asked_for_at_or_below_the_floor():
 
     step = session_of(Policy(Counting((0.9, 0.5, 0.2))), rows=(0, 1, 1), num_steps=1).step(0, 0.0)
     for depth in (0, 2, 4):
-        step.offer(depth, lambda exit: torch.tensor([0.5, 0.6, 0.1]))  # of elements: 0.5, 0.1
+        step.offer(depth, lambda exit: torch.tensor([0.5, 0.6, 0.1]))  # of samples: 0.5, 0.1
     step.close()
     assert (asked, step.depths.tolist()) == ([4], [4, 5])
 
@@ -266,7 +266,7 @@ def test_record_all_measures_everything_and_stops_nobody():
     assert (trace.depths.tolist(), trace.scores.sum()) == ([[5, 5, 5]], 9)
 
 
-def test_an_element_that_is_absent_takes_no_part():
+def test_a_sample_that_is_absent_takes_no_part():
     policy = Policy(Threshold(0.5), exits=(2,))
     session = session_of(policy, rows=(0, 1, 0, 2, 1))
     with pytest.raises(ValueError, match=r"absent is \(2,\), expected \(3,\)"):
@@ -334,15 +334,15 @@ def test_a_following_forward_leaves_where_the_first_left_and_adds_its_work():
 
 
 def test_rows_that_are_carried_along_count_as_executed():
-    session = session_of(Policy(schedule=FixedDepth(2)), frozen="a reason")
+    session = session_of(Policy(schedule=FixedDepth(2)), keeps_exited_rows="a reason")
     step = session.step(0, 1.0)
     step.executed(0)
     step.close()
-    mixed = session_of(Policy(DepthTable(((0, 5, 5),))), num_steps=1, frozen="a reason")
+    mixed = session_of(Policy(DepthTable(((0, 5, 5),))), num_steps=1, keeps_exited_rows="a reason")
     step = mixed.step(0, 1.0)
     step.offer(0, lambda exit: None)
     step.executed(0)
     step.close()
     assert mixed.trace().ran[0, :, 0].tolist() == [1, 1, 1]
-    assert mixed.trace().frozen == "a reason"
+    assert mixed.trace().keeps_exited_rows == "a reason"
     assert "carried along, not dropped: a reason" in mixed.trace().report().summary()

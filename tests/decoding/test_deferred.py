@@ -118,7 +118,7 @@ def test_upper_layers_run_once_for_each_position_and_only_when_needed():
     )
     ran = out.trace.ran.sum((0, 1)) + torch.tensor([0] * DEPTH + [int(out.recomputed.sum())] * (LAYERS - DEPTH))
     assert (ran + prompt).tolist() == counts
-    assert out.trace.frozen
+    assert out.trace.keeps_exited_rows
 
 
 def test_a_cache_whose_last_tokens_wait_can_be_used_again():

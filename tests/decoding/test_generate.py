@@ -134,12 +134,12 @@ def test_drawn_exits_belong_to_the_prompt():
     """Alone as in a batch, and one prompt's draws are not another's."""
     model, rule = model_named("llama"), Policy(SampledExit(3, "max_probability"), exits=EXITS)
     together = generate(model, rule, prompts()).trace
-    assert len(set(together.elements.tolist())) == len(LENGTHS)
+    assert len(set(together.samples.tolist())) == len(LENGTHS)
     for row in range(len(LENGTHS)):
         one = generate(model, rule, alone(row)).trace
-        assert one.elements.tolist() == [together.elements[row]]
+        assert one.samples.tolist() == [together.samples[row]]
         assert torch.equal(one.depths[:, 0], together.depths[:, row])
-    state = rule.criterion.start(together.elements, step=0, previous=None)
+    state = rule.criterion.start(together.samples, step=0, previous=None)
     assert len(state["drawn"].unique()) == len(LENGTHS)
 
 

@@ -141,7 +141,7 @@ def test_what_is_said_of_a_run_is_short_and_no_item_of_the_output():
     out = generate(model_named("llama"), policy_named("skipdecode", "llama"))
     assert (
         repr(out.trace)
-        == f"Trace({TOKENS - 1} steps, {len(prompts()['input_ids'])} elements, {LAYERS} blocks, exits [])"
+        == f"Trace({TOKENS - 1} steps, {len(prompts()['input_ids'])} samples, {LAYERS} blocks, exits [])"
     )
     assert out.propagated.shape == (TOKENS - 1, LAYERS)
     assert "propagated" not in dict(out.items()), "pipelines split items by sequence"

@@ -98,7 +98,7 @@ def run(
 def facts(trace: Trace | None) -> dict[str, Any]:
     if trace is None:
         return {}
-    return {name: getattr(trace, name) for name in ("elements", "rows", "depths", "scores", "ran")}
+    return {name: getattr(trace, name) for name in ("samples", "rows", "depths", "scores", "ran")}
 
 
 def together(name: str, share: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
@@ -166,12 +166,12 @@ def refused() -> dict[str, str]:
             (1,),
             rows=torch.arange(2),
             num_steps=1,
-            elements=torch.arange(2) + rank,
+            samples=torch.arange(2) + rank,
             joint_decision=JointDecision(),
         ),
         "ids twice": lambda: gather_traces(trace_of(2)),
         "nobody": lambda: repr(gather_traces(None)),
-        "one": lambda: repr(len(gather_traces(trace_of(2) if rank else None).elements)),
+        "one": lambda: repr(len(gather_traces(trace_of(2) if rank else None).samples)),
         "NaN of one rank": lambda: repr(JointDecision().least(nan).tolist()),
     }
     said = {}

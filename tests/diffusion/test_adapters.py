@@ -138,7 +138,7 @@ def test_half_precision(name: str):
         assert len(attachment.trace.depths.unique()) >= 2
     assert found.dtype == plain.dtype == torch.bfloat16
     assert found.isfinite().all()
-    assert "executed blocks per element and step" in attachment.summary(), "also after it was detached"
+    assert "executed blocks per sample and step" in attachment.summary(), "also after it was detached"
 
 
 # --- models that exits are not attached to

@@ -220,7 +220,7 @@ def test_the_second_row_of_an_image_that_is_nan_holds_the_image_back():
     inputs = images_of(EVERYBODY, 0, 2)
     inputs["pixels"][IMAGES + 2] = torch.nan
     with driver.ready():
-        session = driver.start(Policy(Threshold(0.0)), rows=LAYOUTS["together"].rows(IMAGES), num_steps=1)
+        session = driver.start(Policy(Threshold(0.0)), rows=LAYOUTS["joint"].rows(IMAGES), num_steps=1)
         with pytest.raises(ValueError, match="NaN"):
             driver.under(session.step(0, 900.0), inputs)
     assert session.trace().depths[0].tolist() == [0, 0, 7, 0, 0, 0, 0]

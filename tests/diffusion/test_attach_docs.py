@@ -59,7 +59,7 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
     recipe = next(block for block in python_blocks(PAGE.read_text(encoding="utf-8")) if "register_model(" in block)
     assert len(recipe.strip().splitlines()) < 20
     if frozen:
-        recipe = recipe.replace('    row_arguments=("temb",),', f"    frozen={frozen!r},")
+        recipe = recipe.replace('    row_arguments=("temb",),', f"    keeps_exited_rows={frozen!r},")
         assert frozen in recipe
     known = dict(MODEL_SPECS)
     monkeypatch.setattr("ee_diffusion.diffusion.model_specs.MODEL_SPECS", known)
@@ -70,8 +70,8 @@ def test_the_recipe_for_a_new_model(frozen: str, monkeypatch, capsys):
     }
     with torch.no_grad():
         exec(compile(recipe, str(PAGE), "exec"), names)
-    assert "executed blocks per element and step: 2.00 of 4 (50.0 %)" in capsys.readouterr().out
-    assert dataclasses.asdict(known["MyTransformer2DModel"])["frozen"] == frozen
+    assert "executed blocks per sample and step: 2.00 of 4 (50.0 %)" in capsys.readouterr().out
+    assert dataclasses.asdict(known["MyTransformer2DModel"])["keeps_exited_rows"] == frozen
     assert "forward" not in model.__dict__
 
 
@@ -96,7 +96,7 @@ def test_the_recipes_for_memory(tmp_path, monkeypatch, capsys):
     for recipe in python_blocks(PAGE.read_text(encoding="utf-8"))[:2]:
         recipe = recipe.replace("num_inference_steps=50", "num_inference_steps=8").replace("[20]", "[4]")
         exec(compile(recipe, str(PAGE), "exec"), names)
-    assert capsys.readouterr().out.count("executed blocks per element and step: 2.00 of 4 (50.0 %)") == 2
+    assert capsys.readouterr().out.count("executed blocks per sample and step: 2.00 of 4 (50.0 %)") == 2
     assert Policy.load("20-of-50.json").schedule.depths.count(4) == 4
     CachedOutputExits.from_pretrained("memory").check_fits(pipe.transformer)
     assert "forward" not in vars(pipe.transformer)

@@ -109,16 +109,16 @@ def test_a_step_that_is_none(step: Any, model, exits):
 
 START: dict[str, tuple[dict[str, Any], str]] = {
     "rows as a list": ({"rows": [0, 1]}, r"rows=\[0, 1\], expected a tensor"),
-    "rows with a gap": ({"rows": torch.tensor([0, 2])}, "rows must name every element"),
-    "rows below 0": ({"rows": torch.tensor([-1, 0])}, "rows must name every element"),
-    "rows as fractions": ({"rows": torch.tensor([0.0, 1.0])}, "rows must name every element"),
+    "rows with a gap": ({"rows": torch.tensor([0, 2])}, "rows must name every sample"),
+    "rows below 0": ({"rows": torch.tensor([-1, 0])}, "rows must name every sample"),
+    "rows as fractions": ({"rows": torch.tensor([0.0, 1.0])}, "rows must name every sample"),
     "no rows": ({"rows": torch.arange(0)}, "the batch is empty"),
     "a table of rows": ({"rows": torch.zeros(2, 2).long()}, r"expected \(R,\)"),
     "steps as a fraction": ({"num_steps": 1.5}, "num_steps=1.5, expected a whole number"),
     "no steps": ({"num_steps": 0}, "num_steps=0, expected a whole number"),
-    "ids of others": ({"elements": torch.arange(5)}, r"\(5,\) element ids, expected \(2,\)"),
-    "ids as a list": ({"elements": [0, 1]}, "expected a tensor of ids"),
-    "ids as fractions": ({"elements": torch.tensor([0.5, 1.0])}, "expected a tensor of ids"),
+    "ids of others": ({"samples": torch.arange(5)}, r"\(5,\) sample ids, expected \(2,\)"),
+    "ids as a list": ({"samples": [0, 1]}, "expected a tensor of ids"),
+    "ids as fractions": ({"samples": torch.tensor([0.5, 1.0])}, "expected a tensor of ids"),
 }
 
 
@@ -301,10 +301,10 @@ def test_an_image_of_the_null_class_is_no_branch_of_another():
     """Two images without guidance, the second of DiT's null class 1000: each is alone."""
     pipe = dit_pipeline()
     exits = AdapterExits.for_transformer(pipe.transformer, (1, 2), rank=2)
-    for labels, elements in (([5, 1000], 2), ([5, 7], 2)):
+    for labels, samples in (([5, 1000], 2), ([5, 7], 2)):
         with attach_exits(pipe, exits, Policy(Threshold(0.5))) as attachment:
             pipe(labels, guidance_scale=1.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
-            assert attachment.trace.depths.shape == (2, elements)
+            assert attachment.trace.depths.shape == (2, samples)
     with attach_exits(pipe, exits, Policy(Threshold(0.5))) as attachment:
         pipe([5], guidance_scale=4.0, num_inference_steps=2, generator=torch.Generator().manual_seed(0))
         assert attachment.trace.rows.tolist() == [[2], [2]]

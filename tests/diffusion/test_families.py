@@ -189,7 +189,9 @@ def after_layer(name: str, argument: str, place: int) -> int:
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_frozen_rows_give_the_same_answers_and_count_as_executed(name: str, monkeypatch):
-    monkeypatch.setitem(MODEL_SPECS, name, replace(MODEL_SPECS[name], frozen="nobody knows its row arguments"))
+    monkeypatch.setitem(
+        MODEL_SPECS, name, replace(MODEL_SPECS[name], keeps_exited_rows="nobody knows its row arguments")
+    )
     model, arguments = tiny(name), inputs_of(name, ROWS)
     num_layers = len(blocks_of(model))
     depths = mixed(num_layers)

@@ -65,7 +65,7 @@ def test_a_forgotten_row_argument_is_named(name: str, argument: str, rows):
     rows[name] = replace(rows[name], row_arguments=rest)
     with pytest.raises(ValueError, match=rf"the length of '{argument}.*follows the number of rows, and row_arguments"):
         check_model(tiny(name), inputs(name))
-    rows[name] = replace(rows[name], frozen="its row arguments are not known")
+    rows[name] = replace(rows[name], keeps_exited_rows="its row arguments are not known")
     check_model(tiny(name), inputs(name))
 
 

@@ -27,18 +27,18 @@ def run(pipe, policy, batch_size: int, **more):
     )
 
 
-@pytest.mark.parametrize("guidance", ["together", "apart"])
-def test_the_batch_size_makes_no_difference(guidance: str):
+@pytest.mark.parametrize("cfg_exit", ["joint", "separate"])
+def test_the_batch_size_makes_no_difference(cfg_exit: str):
     pipe = pipeline()
-    policy = Policy(Threshold(0.4), guidance=guidance)
+    policy = Policy(Threshold(0.4), cfg_exit=cfg_exit)
     whole = run(pipe, policy, 5)
     parts = run(pipe, policy, 2)
     assert len(parts.seconds) == 3
     torch.testing.assert_close(parts.images, whole.images, rtol=1e-3, atol=1e-4)
     assert len(whole.trace.depths.unique()) >= 3
-    if guidance == "together":
+    if cfg_exit == "joint":
         assert torch.equal(parts.trace.depths, whole.trace.depths)
-        assert parts.trace.elements.tolist() == [0, 1, 2, 3, 4]
+        assert parts.trace.samples.tolist() == [0, 1, 2, 3, 4]
     else:
         assert sorted(parts.trace.depths.flatten().tolist()) == sorted(whole.trace.depths.flatten().tolist())
     assert run(pipe, None, 3).trace is None
@@ -75,7 +75,7 @@ def test_controls_leave_the_warm_up_as_it_was():
 
 def test_ids_begin_where_they_are_told_to():
     trace = run(pipeline(), Policy(Threshold(0.4)), 2, first_id=10).trace
-    assert trace.elements.tolist() == [10, 11, 12, 13, 14]
+    assert trace.samples.tolist() == [10, 11, 12, 13, 14]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -86,7 +86,7 @@ def holds(one: DiffusionPipeline, arguments: Callable[..., dict[str, Any]], rows
         stock = images_of(one, arguments(images))
         assert torch.equal(under(one, Policy(), arguments(images))[0], stock), "off"
         found, trace = under(one, plan, arguments(images))
-        assert trace.elements.tolist() == list(range(len(images)))
+        assert trace.samples.tolist() == list(range(len(images)))
         assert trace.rows.tolist() == [[count] * len(images) for count in rows]
         assert trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
         assert trace.times.tolist() == one.scheduler.timesteps.double().tolist()
@@ -125,7 +125,7 @@ def test_perturbed_attention_guidance(name: str, guided: bool):
 
 
 def test_perturbed_attention_takes_the_rows_of_an_image_together():
-    one, policy = perturbing("sd3"), Policy(Threshold(0.5), guidance="apart")
+    one, policy = perturbing("sd3"), Policy(Threshold(0.5), cfg_exit="separate")
     assert under(one, policy, call("sd3", [0, 1], pag_scale=0.0))[1].depths.shape == (STEPS, 4)
     before = one.transformer.attn_processors
     with attach_exits(one, exits_for(one.transformer), policy), pytest.raises(ValueError, match="perturbed attention"):
@@ -143,29 +143,29 @@ def test_compiled_blocks_under_perturbed_attention_get_no_padding():
         assert attachment.padded == 0
 
 
-@pytest.mark.parametrize("guidance", ["together", "apart"])
-def test_truncated_guidance(guidance: str):
+@pytest.mark.parametrize("cfg_exit", ["joint", "separate"])
+def test_truncated_guidance(cfg_exit: str):
     """Lumina2 leaves the second call out at the last steps."""
     one = pipe("lumina2")
     arguments = functools.partial(call, "lumina2", cfg_trunc_ratio=0.5)
     stock = images_of(one, arguments([0, 1, 2]))
-    assert torch.equal(under(one, Policy(guidance=guidance), arguments([0, 1, 2]))[0], stock)
+    assert torch.equal(under(one, Policy(cfg_exit=cfg_exit), arguments([0, 1, 2]))[0], stock)
     depths = ((1, 4, 2), (4, 4, 3), (2, 4, 0), (4, 4, 2))
-    found, trace = under(one, Policy(DepthTable(depths), guidance=guidance), arguments([0, 1, 2]))
+    found, trace = under(one, Policy(DepthTable(depths), cfg_exit=cfg_exit), arguments([0, 1, 2]))
     torch.testing.assert_close(found[1], stock[1], rtol=1e-3, atol=1e-4)
     first = [list(row) for row in depths]
-    if guidance == "together":
+    if cfg_exit == "joint":
         assert (trace.depths.tolist(), trace.calls) == (first, (2, 2, 1, 1))
     else:
         absent = [-1] * 3
         assert trace.depths.tolist() == [first[0] * 2, first[1] * 2, first[2] + absent, first[3] + absent]
-        assert trace.report().num_elements == 6
+        assert trace.report().num_samples == 6
 
 
 @pytest.mark.parametrize("ending", [None, cutoff(1)])
 def test_rows_that_decide_apart_are_absent_when_they_are_gone(ending: Any):
     one = pipe("sd3")
-    found, trace = under(one, Policy(Threshold(1.0), guidance="apart"), call("sd3", [0, 1], ending))
+    found, trace = under(one, Policy(Threshold(1.0), cfg_exit="separate"), call("sd3", [0, 1], ending))
     torch.testing.assert_close(found, images_of(one, call("sd3", [0, 1], ending)), rtol=1e-3, atol=1e-4)
     gone = trace.depths == -1
     assert gone.tolist() == [[ending is not None and step > 1] * 2 + [False] * 2 for step in range(STEPS)]

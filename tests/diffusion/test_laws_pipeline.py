@@ -27,7 +27,7 @@ SOLVERS = {
     "dpm++": lambda: DPMSolverMultistepScheduler(algorithm_type="dpmsolver++"),
     "heun": lambda: HeunDiscreteScheduler(),
 }
-GUIDANCE = {"single": 1.0, "together": 2.0, "apart": 2.0}
+GUIDANCE = {"single": 1.0, "joint": 2.0, "separate": 2.0}
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Setting:
         return f"{self.solver}-{self.layout}"
 
     def policy(self, criterion, **more) -> Policy:
-        return Policy(criterion, guidance="apart" if self.layout == "apart" else "together", **more)
+        return Policy(criterion, cfg_exit="separate" if self.layout == "separate" else "joint", **more)
 
 
-SETTINGS = [Setting("ddim", "single"), Setting("dpm++", "together"), Setting("heun", "apart")]
+SETTINGS = [Setting("ddim", "single"), Setting("dpm++", "joint"), Setting("heun", "separate")]
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def generate(
 ) -> EarlyExitPipelineOutput:
     images = list(range(COUNT)) if images is None else images
     generators = [torch.Generator().manual_seed(100 + image) for image in images]
-    ids = None if setting.layout == "apart" else torch.tensor(images)
+    ids = None if setting.layout == "separate" else torch.tensor(images)
     pipe = pipe_for(setting.solver) if pipe is None else pipe
     return pipe(
         labels_of(images),
@@ -108,18 +108,18 @@ def test_the_batch_is_split_and_replay_is_the_live_run(setting: Setting, name: s
     assert (trace.depths == 7).any()
     assert max(len(depths.unique()) for depths in trace.depths) >= 2
     assert torch.equal(replay(trace, policy), trace.depths)
-    assert trace.elements.tolist() == list(range(COUNT * (2 if setting.layout == "apart" else 1)))
-    assert trace.rows.unique().tolist() == [2 if setting.layout == "together" else 1]
+    assert trace.samples.tolist() == list(range(COUNT * (2 if setting.layout == "separate" else 1)))
+    assert trace.rows.unique().tolist() == [2 if setting.layout == "joint" else 1]
 
 
 @every_case
 def test_batch_mates_do_not_matter(setting: Setting, name: str):
     policy, together = setting.policy(criteria(setting)[name]), live(setting, name)
-    if setting.layout == "apart" and name == "planned":
+    if setting.layout == "separate" and name == "planned":
         return  # a plan has a column per branch there, and the ids of branches cannot be given
     for image in (0, 2, COUNT - 1):
         alone = generate(setting, policy, [image])
-        columns = [image, image + COUNT] if setting.layout == "apart" else [image]
+        columns = [image, image + COUNT] if setting.layout == "separate" else [image]
         depths = together.trace.depths[:, columns]
         if not torch.equal(alone.trace.depths, depths):
             assert not isinstance(policy.criterion, DepthTable)
@@ -184,7 +184,7 @@ def test_generation_is_the_slow_reference(solver: str, layout: str, variant: str
     scores = generate(setting, setting.policy(Threshold(0.5), record_all=True), pipe=pipe).trace.scores
     threshold = float(scores.quantile(0.7))
     output = generate(setting, setting.policy(Threshold(threshold)), pipe=pipe)
-    images, depths = reference(pipe, GUIDANCE[layout], threshold, apart=layout == "apart")
+    images, depths = reference(pipe, GUIDANCE[layout], threshold, apart=layout == "separate")
     assert len(depths.unique()) >= 3
     assert torch.equal(output.trace.depths.long(), depths)
     torch.testing.assert_close(output.images, images, rtol=1e-3, atol=1e-4)
@@ -246,7 +246,7 @@ def test_law_1_off_is_the_base_model(solver: str, layout: str):
         output = generate(setting, policy)
         assert torch.equal(output.images, plain.images)
         assert (output.trace.depths == 7).all()
-    images, _ = reference(pipe, GUIDANCE[layout], 2.0, apart=layout == "apart")
+    images, _ = reference(pipe, GUIDANCE[layout], 2.0, apart=layout == "separate")
     torch.testing.assert_close(plain.images, images, rtol=1e-4, atol=1e-5)
 
 

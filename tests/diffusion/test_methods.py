@@ -42,7 +42,7 @@ def test_deediff_is_bolder_with_a_larger_threshold_and_takes_a_choice_of_exits()
 def test_deediff_as_released_needs_two_crossings_among_the_in_blocks():
     policy = deediff_released(0.5, depths=(1, 3, 4, 6), num_layers=7)
     assert policy.criterion == Patience(0.5, (2, 2, 1, 1), consecutive=False)
-    assert (policy.guidance, policy.exits) == ("apart", (1, 3, 4, 6))
+    assert (policy.cfg_exit, policy.exits) == ("separate", (1, 3, 4, 6))
     trace = run(driver_named("uvit-released"), policy, SINGLE).trace
     scores = recorded("uvit-released", "single").scores
     for step in range(2):
@@ -58,7 +58,7 @@ def test_deediff_as_released_needs_two_crossings_among_the_in_blocks():
 
 def test_deediff_as_released_for_text_has_no_patience():
     policy = deediff_released(0.5, depths=(1, 3, 4, 6), num_layers=7, patience=False)
-    assert policy == Policy(Threshold(0.5), exits=(1, 3, 4, 6), guidance="apart")
+    assert policy == Policy(Threshold(0.5), exits=(1, 3, 4, 6), cfg_exit="separate")
     trace = run(driver_named("uvit-released"), policy, SINGLE).trace
     scores = recorded("uvit-released", "single").scores
     for step in range(2):

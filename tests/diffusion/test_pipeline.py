@@ -81,7 +81,7 @@ def test_output_types(pipe):
     images, trace = call(pipe, exit_threshold=0.6, return_dict=False)
     assert torch.equal(images, tensor.images)
     assert torch.equal(trace.depths, tensor.trace.depths)
-    assert "executed blocks per element and step" in tensor.report.summary()
+    assert "executed blocks per sample and step" in tensor.report.summary()
 
 
 def test_labels_numbers_and_images_per_prompt(pipe):
@@ -104,7 +104,7 @@ def test_latents_generators_and_ids(pipe):
     plan = Policy(DepthTable(((0, 2, 5, 7, 3),) * 2))
     trace = call(pipe, exit_policy=plan, image_ids=torch.tensor([4, 0, 3])).trace
     assert trace.depths.tolist() == [[3, 0, 7]] * 2
-    assert trace.elements.tolist() == [4, 0, 3]
+    assert trace.samples.tolist() == [4, 0, 3]
 
 
 def test_custom_timesteps(pipe):
@@ -140,7 +140,7 @@ def test_unconditional():
     pipe = pipeline("unconditional")
     output = call(pipe, None, batch_size=2, num_images_per_prompt=2, exit_threshold=0.6, generator=generators(4))
     assert output.images.shape == (4, 3, 8, 8)
-    assert output.trace.elements.tolist() == [0, 1, 2, 3]
+    assert output.trace.samples.tolist() == [0, 1, 2, 3]
 
 
 def test_guidance_is_its_formula(pipe):
@@ -164,9 +164,9 @@ def test_guidance_is_its_formula(pipe):
 
 
 def test_apart_without_guidance_is_one_row_an_image(pipe):
-    apart = call(pipe, exit_policy=Policy(Threshold(0.4), guidance="apart"), image_ids=torch.tensor([3, 4, 5]))
+    apart = call(pipe, exit_policy=Policy(Threshold(0.4), cfg_exit="separate"), image_ids=torch.tensor([3, 4, 5]))
     together = call(pipe, exit_policy=Policy(Threshold(0.4)))
-    assert apart.trace.elements.tolist() == [3, 4, 5]
+    assert apart.trace.samples.tolist() == [3, 4, 5]
     assert torch.equal(apart.images, together.images)
 
 
@@ -283,10 +283,10 @@ STEP_PLAN = Policy(DepthTable(((0, 2, 5),) * 2))
         ("the plan has 1 steps", {"exit_policy": Policy(DepthTable(((0, 2, 5),)))}),
         ("column", {"exit_policy": Policy(DepthTable(((0, 2),) * 2))}),
         ("column", {"exit_policy": STEP_PLAN, "image_ids": torch.tensor([0, 1, 5])}),
-        ("element ids", {"exit_policy": STEP_PLAN, "image_ids": torch.tensor([0, 1])}),
+        ("sample ids", {"exit_policy": STEP_PLAN, "image_ids": torch.tensor([0, 1])}),
         (
             "image_ids name images",
-            {"guidance": 2.0, "image_ids": torch.arange(3), "exit_policy": Policy(Threshold(0.5), guidance="apart")},
+            {"guidance": 2.0, "image_ids": torch.arange(3), "exit_policy": Policy(Threshold(0.5), cfg_exit="separate")},
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_images_dealt_out_to_ranks(found):
     one, other = (rank["beside"] for rank in found)
     single = one["single"]
     for rank in (one, other):
-        assert rank["gathered"]["elements"].tolist() == [0, 1, 2, 3, 4]
+        assert rank["gathered"]["samples"].tolist() == [0, 1, 2, 3, 4]
         for name in ("rows", "depths", "ran"):
             assert torch.equal(rank["gathered"][name], single[name])
         torch.testing.assert_close(rank["gathered"]["scores"], single["scores"], rtol=1e-4, atol=1e-5, equal_nan=True)

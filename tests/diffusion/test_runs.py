@@ -67,7 +67,7 @@ def test_the_transformer_inside_a_modular_pipeline(by: str):
         generators = [torch.Generator().manual_seed(image) for image in IMAGES]
         found = made(**arguments | {"generator": generators}, output="latents")
         assert attachment.trace.depths.tolist() == [list(row) for row in plan.criterion.depths]
-        assert "3 elements x 3 steps" in exit_summary(made)
+        assert "3 samples x 3 steps" in exit_summary(made)
     assert "forward" not in model.__dict__
     with pytest.raises(ValueError, match="ModularPipeline has no transformer"):
         attach_exits(FluxCoreDenoiseStep().init_pipeline(), exits_for(model))
@@ -258,7 +258,7 @@ def test_where_a_run_begins_among_times_that_are_rounded_to_the_same_the_schedul
 
 def test_a_branch_that_ends_begins_late_or_comes_again():
     """Guidance in an interval: at the other steps the second call's images have no part."""
-    forwards, times = Forwards([900.0, 700.0, 500.0, 300.0], guidance="apart"), [900, 700, 500, 300]
+    forwards, times = Forwards([900.0, 700.0, 500.0, 300.0], cfg_exit="separate"), [900, 700, 500, 300]
     for _ in range(2):
         for time, calls in zip(times, (1, 2, 1, 2), strict=True):
             for _ in range(calls):
@@ -271,7 +271,7 @@ def test_a_branch_that_ends_begins_late_or_comes_again():
 
 
 def test_a_call_that_ends_between_two_calls_of_a_step_is_nobodys_business():
-    forwards = Forwards([900.0, 600.0], guidance="apart")
+    forwards = Forwards([900.0, 600.0], cfg_exit="separate")
     for time in (900.0, 900.0, 600.0):
         forwards(time)
     assert forwards.runs.trace.depths.tolist() == [[4, 4], [4, -1]]

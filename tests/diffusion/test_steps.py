@@ -114,11 +114,11 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("guidance", ["together", "apart"])
+@pytest.mark.parametrize("cfg_exit", ["joint", "separate"])
 @pytest.mark.parametrize("name", ["flux", "wan", "qwenimage", "lumina2", "hunyuanvideo", "sd3", "dit"])
 @pytest.mark.parametrize("call", [2, 4])
-def test_an_interruption_between_two_calls_is_of_no_consequence(name: str, guidance: str, call: int):
-    one, policy = pipe(name), Policy(Threshold(0.9), guidance=guidance)
+def test_an_interruption_between_two_calls_is_of_no_consequence(name: str, cfg_exit: str, call: int):
+    one, policy = pipe(name), Policy(Threshold(0.9), cfg_exit=cfg_exit)
     exits = exits_for(one.transformer)
     with attach_exits(one, exits, policy):
         expected = images_of(one, call_of(name, [0, 1], steps=4))
@@ -132,8 +132,8 @@ def test_an_interruption_between_two_calls_is_of_no_consequence(name: str, guida
             assert len(attachment.trace.times) == 4
 
 
-@pytest.mark.parametrize("guidance", ["together", "apart"])
-def test_a_call_that_loses_its_second_branch_returns_its_image(guidance: str):
+@pytest.mark.parametrize("cfg_exit", ["joint", "separate"])
+def test_a_call_that_loses_its_second_branch_returns_its_image(cfg_exit: str):
     """A callback ends guidance; Wan's pipeline asks at every step whether there is any."""
 
     def end(pipeline: DiffusionPipeline, step: int, time: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def test_a_call_that_loses_its_second_branch_returns_its_image(guidance: str):
             pipeline._guidance_scale = 0.0
         return tensors
 
-    one, policy, together = pipe("wan"), Policy(Threshold(1.0), guidance=guidance), guidance == "together"
+    one, policy, together = pipe("wan"), Policy(Threshold(1.0), cfg_exit=cfg_exit), cfg_exit == "joint"
     stock = images_of(one, call_of("wan", [0, 1], steps=4, callback_on_step_end=end))
     whole = images_of(one, call_of("wan", [0, 1], steps=4))
     with attach_exits(one, exits_for(one.transformer), policy) as attachment:

@@ -55,8 +55,8 @@ def test_off_fixed_depth_and_detached(name: str):
     with attach_exits(one, exits_for(one.transformer, rank=0), Policy(schedule=FixedDepth(2))) as attachment:
         cut = images_of(one, arguments())
         report = attachment.report
-        assert "executed blocks per element and step: 2.00" in exit_summary(one)
-    assert (report.num_steps, report.num_elements, report.mean_executed) == (STEPS, len(IMAGES), 2)
+        assert "executed blocks per sample and step: 2.00" in exit_summary(one)
+    assert (report.num_steps, report.num_samples, report.mean_executed) == (STEPS, len(IMAGES), 2)
     assert report.followed_calls == STEPS * (STOCK[name].calls - 1)
     with passing(one.transformer, 2):
         assert torch.equal(cut, images_of(one, arguments()))
@@ -79,7 +79,7 @@ def test_an_image_in_a_batch_is_the_image_alone_and_work_is_counted(name: str):
     together, trace = under(name, policy, call_of(name, IMAGES))
     for hook in hooks:
         hook.remove()
-    assert trace.elements.tolist() == IMAGES
+    assert trace.samples.tolist() == IMAGES
     assert trace.rows.tolist() == [[STOCK[name].rows] * len(IMAGES)] * STEPS
     assert trace.calls == (STOCK[name].calls,) * STEPS
     assert trace.times.tolist() == pipe(name).scheduler.timesteps.double().tolist()
@@ -103,7 +103,7 @@ def test_without_guidance_a_row_is_an_image(name: str):
 
 @pytest.mark.parametrize("name", ["sd3", "flux"])
 def test_branches_apart(name: str):
-    _, trace = under(name, Policy(Threshold(0.5), guidance="apart", record_all=True), call_of(name, IMAGES))
+    _, trace = under(name, Policy(Threshold(0.5), cfg_exit="separate", record_all=True), call_of(name, IMAGES))
     assert trace.scores.shape[2] == 2 * len(IMAGES)
     assert trace.scores.isfinite().all()
     first, second = trace.scores.unflatten(2, (2, -1)).unbind(2)

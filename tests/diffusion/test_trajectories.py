@@ -59,7 +59,7 @@ def test_the_exited_model_visits_other_states_and_they_are_its_own():
     full = walk(pipe, SEEDS, LABELS, **CALL)
     assert torch.equal(states.varying["hidden_states"][:, 0], full.varying["hidden_states"][:, 0])
     assert not torch.equal(states.varying["hidden_states"][:, 1], full.varying["hidden_states"][:, 1])
-    apart = Policy(Threshold(0.4), guidance="apart")
+    apart = Policy(Threshold(0.4), cfg_exit="separate")
     assert_same(walk(pipe, SEEDS, LABELS, exited=Exited(apart, pipe.exits), **CALL), visited(pipe, exit_policy=apart))
 
 

@@ -102,7 +102,7 @@ def test_generation_on_two_processes_is_that_on_one(model, tmp_path):
     assert (one["images"].int() - two["images"].int()).abs().max() <= 1  # bytes; batches differ, float32 sums with them
     traces = [Trace.load(tmp_path / name / "trace.safetensors") for name in ("one", "two")]
     assert torch.equal(traces[0].depths, traces[1].depths)
-    assert traces[0].elements.tolist() == traces[1].elements.tolist() == [0, 1, 2, 3, 4]
+    assert traces[0].samples.tolist() == traces[1].samples.tolist() == [0, 1, 2, 3, 4]
     assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
 
 
@@ -110,7 +110,7 @@ def test_generation_on_two_processes_is_that_on_one(model, tmp_path):
 def test_a_process_without_an_image_reports_nothing(model, tmp_path):
     generate_with(model, tmp_path, "--count", "1", "--exit_policy", str(model / "policies/blocks-50.json"), processes=2)
     assert json.loads((tmp_path / "report.json").read_text())["count"] == 1
-    assert Trace.load(tmp_path / "trace.safetensors").elements.tolist() == [0]
+    assert Trace.load(tmp_path / "trace.safetensors").samples.tolist() == [0]
 
 
 def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
@@ -258,7 +258,7 @@ def test_training_step(model, tmp_path, monkeypatch, precision):
 
 def test_thresholds_reach_the_depth_asked_for(model):
     pipeline = EarlyExitPipeline.from_pretrained(model)
-    with speed.attach(pipeline.transformer, pipeline.exits) as attachment:
+    with speed.attach_exits(pipeline.transformer, pipeline.exits) as attachment:
         recorded = speed.Forward(pipeline, 200, 0).under(attachment, Policy(speed.Threshold(1.0), record_all=True))
         for fraction in (0.75, 0.4):
             found = speed.thresholds_for(recorded.scores[0], recorded.exits.tolist(), 5, fraction)
@@ -269,7 +269,7 @@ def test_thresholds_reach_the_depth_asked_for(model):
 
 
 def test_demo(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "checkpoint", lambda: model)
+    monkeypatch.setattr(demo, "checkpoint_path", lambda: model)
     call(monkeypatch, demo, "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--num_inference_steps", 3)
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["policy"] for row in rows] == ["full", "blocks-50", "memory"]

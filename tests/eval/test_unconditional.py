@@ -119,7 +119,7 @@ def test_it_is_traded_off(model: Path, tmp_path: Path):
     run(tradeoff, *words, "--batch_size", 2, "--budgets", 0.7)
     rows = {row["name"]: row for row in json.loads((tmp_path / "tradeoff.json").read_text())["rows"]}
     assert rows["full"]["psnr"]["mean"] == 100
-    assert rows["deediff 0.7"]["report"]["num_elements"] == 4
+    assert rows["deediff 0.7"]["report"]["num_samples"] == 4
     assert {"static 0.7", "fewer steps 0.7"} <= rows.keys()
 
 

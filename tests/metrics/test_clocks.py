@@ -129,11 +129,11 @@ def test_part_times_measure_the_counts_asked_for_and_no_other(clock: Clock):
 
 
 def trace_of(ran: torch.Tensor, measured: torch.Tensor, answered: torch.Tensor) -> Trace:
-    steps, elements, layers = ran.shape
-    zeros = torch.zeros(steps, elements)
+    steps, samples, layers = ran.shape
+    zeros = torch.zeros(steps, samples)
     return Trace(
-        elements=torch.arange(elements),
-        rows=torch.ones(steps, elements, dtype=torch.long),
+        samples=torch.arange(samples),
+        rows=torch.ones(steps, samples, dtype=torch.long),
         times=torch.arange(steps),
         exits=torch.tensor([1]),
         planned=torch.ones(steps, layers, dtype=torch.bool),
@@ -168,7 +168,7 @@ def test_ideal_time_of_a_trace_equals_a_slow_loop(clock: Clock):
     expected = 0.5
     for step in range(4):
         for layer in range(5):
-            rows = sum(int(ran[step, element, layer]) for element in range(3))
+            rows = sum(int(ran[step, sample, layer]) for sample in range(3))
             expected += cost(f"block {layer}", rows) if rows else 0.0
         for kind, counts in (("score 0", measured), ("head 0", answered)):
             rows = int(counts[step, 0])

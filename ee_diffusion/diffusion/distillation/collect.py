@@ -210,5 +210,5 @@ class _Recorder:
     def _start(self, num_rows: int) -> Session:
         policy = self.exited.policy
         images = torch.arange(self.num_images).repeat(num_rows // self.num_images)  # (R,)
-        rows = torch.arange(num_rows) if policy.guidance == "apart" else images
+        rows = torch.arange(num_rows) if policy.cfg_exit == "separate" else images
         return self._attachment.start(policy, rows=rows, num_steps=len(self.pipeline.scheduler.timesteps))

@@ -71,7 +71,7 @@ class BlockRunner:
         are called with, to be computed again in the backward pass."""
         self.lane, self.family, self.layers = lane, family, layers
         given = any(arguments.get(name) is not None for name in family.residuals)
-        self.whole = bool(family.frozen) or given  # the parent holds R rows between blocks, not r
+        self.whole = bool(family.keeps_exited_rows) or given  # the parent holds R rows between blocks, not r
         self.num_text = arguments[TEXT].shape[1] if family.concatenated else 0
         self._rows_for, self._checkpoint = rows_for, checkpoint
         self.padded = 0  # rows x blocks that ran for no image
@@ -95,7 +95,9 @@ class BlockRunner:
         step.executed(layer)
         if self._checkpoint is not None:
             original = checkpointed(self._checkpoint, original)
-        if self.family.frozen or len(step.rows) == self.lane.num_rows:  # all rows run: what the parent gave is theirs
+        if (
+            self.family.keeps_exited_rows or len(step.rows) == self.lane.num_rows
+        ):  # all rows run: what the parent gave is theirs
             return original(*args, **kwargs)
         new = {names[0]: self._padded(running_hidden)} | ({} if text is None else {TEXT: self._padded(running_text)})
         output = original(*self._arguments(layer, names, args, new), **self._keywords(layer, kwargs, new))

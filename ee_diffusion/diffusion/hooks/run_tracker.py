@@ -2,7 +2,7 @@
 changes; it ends with the pipeline's call. It has B images throughout; how many rows each has is a fact of every forward, since guidance
 may end under way. A second forward at a timestep, before the solver has moved on, is the second call of guidance.
 
-Here: from forwards to step sessions. Not here: how a forward runs under one (transformer_hook.py). B images, R rows, S steps, E elements.
+Here: from forwards to step sessions. Not here: how a forward runs under one (transformer_hook.py). B images, R rows, S steps, E samples.
 """
 
 from __future__ import annotations
@@ -126,13 +126,13 @@ class RunTracker:
 
     def _begin(self, arguments: Mapping[str, Any], *, time: float, shape: torch.Size, device: torch.device) -> None:
         self._end()
-        num_rows, apart = shape[0], self.policy.guidance == "apart"
+        num_rows, apart = shape[0], self.policy.cfg_exit == "separate"
         images = self._images_of(arguments, num_rows)
         self.perturbed = perturbs_attention(self._transformer)
         if apart and self.perturbed:
             raise ValueError(
-                "guidance='apart' under perturbed attention guidance, whose attention takes the rows of an image together: expected "
-                "guidance='together'"
+                "cfg_exit='separate' under perturbed attention guidance, whose attention takes the rows of an image together: expected "
+                "cfg_exit='joint'"
             )
         times = self._times_from(time, torch.as_tensor(arguments["timestep"]).dtype)
         self._begins(len(times))
@@ -164,7 +164,7 @@ class RunTracker:
                 f"{num_rows} rows in another call of step {self._index}, expected {len(self._rows)} as before"
             )
         self._seen.append(self._branch)
-        if self.policy.guidance == "together":
+        if self.policy.cfg_exit == "joint":
             return self._sessions[0].follow()
         if len(self._sessions) < len(self._seen):
             self._sessions.append(self._new_session())
@@ -186,12 +186,12 @@ class RunTracker:
             )
         sources = sources_of_rows(condition, self._condition, num_rows=num_rows, num_images=self._images)
         rows = torch.arange(self._images).repeat(num_rows // self._images)  # (R,)
-        if self.policy.guidance == "apart":
+        if self.policy.cfg_exit == "separate":
             known = [source for source in sources if source is not None]
             if len(known) < num_rows:
                 raise ValueError(
                     f"{len(self._rows)} rows become {num_rows} at step {self._index + 1}, some of which were not asked before: "
-                    "guidance='apart' decides for each row, expected guidance='together'"
+                    "cfg_exit='separate' decides for each row, expected cfg_exit='joint'"
                 )
             rows = self._rows[torch.tensor(known)]
         for session in self._sessions:

@@ -122,7 +122,7 @@ class TransformerHook:
         *,
         rows: Tensor,
         num_steps: int,
-        elements: Tensor | None = None,
+        samples: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Session:
         """Begin a generation: `policy.start` with this transformer's layers and exits; `device`: where it runs, default where its
@@ -138,9 +138,9 @@ class TransformerHook:
             self.heads.depths,
             rows=rows,
             num_steps=num_steps,
-            elements=elements,
+            samples=samples,
             device=next(self.transformer.parameters()).device if device is None else device,
-            frozen=self.family.frozen,
+            keeps_exited_rows=self.family.keeps_exited_rows,
             joint_decision=self.joint_decision,
         )
 
@@ -219,7 +219,7 @@ class TransformerHook:
     def summary(self) -> str:
         """What is attached to what, and the last run's report, for a person."""
         lists = " + ".join(str(len(getattr(self.transformer, name))) for name in self.family.lists)
-        stopped = f"carried along ({self.family.frozen})" if self.family.frozen else "dropped"
+        stopped = f"carried along ({self.family.keeps_exited_rows})" if self.family.keeps_exited_rows else "dropped"
         lines = [
             f"exits after {', '.join(map(str, self.heads.depths))} of {lists} blocks of {type(self.transformer).__name__}, "
             f"answers in space {self.heads.space!r}; rows that stop are {stopped}",

@@ -50,9 +50,7 @@ def denoise(
     with _exits_on(pipeline, policy) as attachment:
         rows = _rows(policy, len(latents), guided=is_guided(guidance_scale), image_ids=image_ids)
         session = (
-            None
-            if attachment is None
-            else attachment.start(policy, rows=rows, num_steps=len(times), elements=image_ids)
+            None if attachment is None else attachment.start(policy, rows=rows, num_steps=len(times), samples=image_ids)
         )
         with pipeline.progress_bar(total=len(times)) as progress:
             for index, time in enumerate(times):
@@ -89,10 +87,10 @@ def _step(attachment: TransformerHook | None, session: Session | None, index: in
 
 
 def _rows(policy: Policy, count: int, *, guided: bool, image_ids: Tensor | None) -> Tensor:
-    """The element of every row (R,)."""
-    apart = guided and policy.guidance == "apart"
+    """The sample of every row (R,)."""
+    apart = guided and policy.cfg_exit == "separate"
     if apart and image_ids is not None:
         raise ValueError(
-            "image_ids name images; under a policy with guidance='apart' the branches of an image are separate elements"
+            "image_ids name images; under a policy with cfg_exit='separate' the branches of an image are separate samples"
         )
     return torch.arange(2 * count) if apart else torch.arange(count).repeat(2 if guided else 1)

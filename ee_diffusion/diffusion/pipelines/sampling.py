@@ -1,7 +1,7 @@
 """Many images from seeds, batch by batch: the same seed gives the same image whatever batch it is in. Samplers by short names, and the
 control policies of a run.
 
-n images, S steps, E elements, C, H, W image.
+n images, S steps, E samples, C, H, W image.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def generate(
         raise ValueError(
             f"{len(seeds)} seeds, {labels} labels, batch_size={batch_size}: expected at least 1 and one label a seed"
         )
-    apart = call.get("exit_policy") is not None and call["exit_policy"].guidance == "apart"
+    apart = call.get("exit_policy") is not None and call["exit_policy"].cfg_exit == "separate"
     parts = []
     for start in range(0, len(seeds), batch_size):
         chosen = seeds[start : start + batch_size]
