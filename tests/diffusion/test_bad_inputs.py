@@ -58,7 +58,7 @@ ATTACH: dict[str, tuple[dict[str, Any], str]] = {
     "a module without exits": ({"heads": LINEAR}, "heads=Linear.*, expected exits"),
     "a number as policy": ({"policy": 0.3}, "policy=0.3, expected a Policy"),
     "the class as policy": ({"policy": Policy}, "expected a Policy"),
-    "a vote by name": ({"joint_decision": "all"}, "joint_decision='all', expected Vote"),
+    "a vote by name": ({"joint_decision": "all"}, "joint_decision='all', expected JointDecision"),
     "no branches": ({"policy": POLICY, "num_steps": 3}, "needs rows_per_sample="),
     "no steps": ({"policy": POLICY, "rows_per_sample": 1}, "needs rows_per_sample="),
     "branches alone": ({"rows_per_sample": 2}, "without a policy"),

@@ -69,7 +69,7 @@ def attach_exits(
             f"heads={heads!r}, expected exits such as AdapterExits.for_transformer(transformer, depths, rank=...)"
         )
     if not isinstance(joint_decision, JointDecision | None):
-        raise ValueError(f"joint_decision={joint_decision!r}, expected Vote(group)")
+        raise ValueError(f"joint_decision={joint_decision!r}, expected JointDecision(group)")
     pipeline = target if isinstance(target, DiffusionPipeline) else None
     _require_free(transformer)
     _check_arguments(transformer, policy, rows_per_sample, num_steps, bare=pipeline is None)

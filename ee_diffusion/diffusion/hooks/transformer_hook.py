@@ -125,8 +125,8 @@ class TransformerHook:
         samples: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Session:
-        """Begin a generation: `policy.start` with this transformer's layers and exits; `device`: where it runs, default where its
-        weights are. Raises ValueError as `policy.start` does, for a score of classes or tokens, which a denoiser has not, and for a cache
+        """Begin a generation: `session.begin` with this transformer's layers and exits; `device`: where it runs, default where its
+        weights are. Raises ValueError as `session.begin` does, for a score of classes or tokens, which a denoiser has not, and for a cache
         of diffusers that was enabled since the exits were attached."""
         require_no_cache(self.transformer)
         score = getattr(policy.criterion, "score", None)
