@@ -285,6 +285,6 @@ def test_labels_from_a_file_and_a_dry_run(folders, tmp_path, monkeypatch, capsys
 
 @pytest.mark.slow
 def test_the_lines_of_the_documentation_run(capsys):
-    (block,) = python_blocks((ROOT / "docs" / "fit.md").read_text())
-    exec(compile(block, "docs/fit.md", "exec"), {})
+    (block,) = python_blocks((ROOT / "docs" / "training.md").read_text())
+    exec(compile(block, "docs/training.md", "exec"), {})
     assert "tensor([" in capsys.readouterr().out
