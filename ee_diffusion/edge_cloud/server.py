@@ -211,9 +211,10 @@ class CloudServer:
         left = context.time_remaining()
         done.wait(timeout=60.0 if left is None else min(left, 60.0))
         with self._counting:
-            gave_way = self._waiting[owner].pop(done, None) is None
-            if not self._waiting[owner]:
-                del self._waiting[owner]
+            waiting = self._waiting.get(owner, {})  # gone where all of them gave way
+            gave_way = waiting.pop(done, None) is None
+            if not waiting:
+                self._waiting.pop(owner, None)
         if gave_way and answer.cancel():
             raise Refused("limit", f"{self.owner_calls} calls of this client are under way: this one waited longest")
         try:

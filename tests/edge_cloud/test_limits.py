@@ -204,6 +204,22 @@ def test_a_question_that_waits_gives_way_to_its_clients_next_call(monkeypatch: p
         assert not there._waiting
 
 
+def test_several_questions_give_way_at_once(monkeypatch: pytest.MonkeyPatch):
+    """None of them trips over another one's end."""
+    monkeypatch.setattr(server_module, "SPARED", 0.0)
+    with serving(manager(limits=BIG), owner_calls=3) as there, line(there) as greedy:
+        session = greedy.open(timeout=5)
+        question = server_module.wire.NextRequest(session=session, position=5)
+        waiting = [greedy._calls["Next"].future(question, timeout=60) for _ in range(3)]
+        while len(there._waiting.get("127.0.0.1", ())) < 3:
+            time.sleep(0.01)
+        with there._counting:
+            assert all(there._give_way("127.0.0.1") for _ in range(3))
+        said = [call.exception(timeout=20).code().name for call in waiting]
+        assert said == ["RESOURCE_EXHAUSTED"] * 3
+        assert not there._waiting
+
+
 @pytest.mark.parametrize("tokens", [None, Tokens({"secret": Entry("a")})])
 def test_a_server_that_is_open_to_others_says_what_it_lacks(tokens: Tokens | None):
     """Nothing listens: the address (of documentation) is not this machine's."""
