@@ -160,8 +160,9 @@ def _described(path: Path, dtype: str) -> Part:
     if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
         raise ValueError(f"{path / _ABOUT} is of another format, expected {_FORMAT!r}: split the model again")
     try:
-        for name, digest in values.pop("files").items():
-            if _file_digest(path / name) != digest:
+        files = values.pop("files")
+        for name in (_CONFIG, _WEIGHTS):
+            if not (path / name).is_file() or _file_digest(path / name) != files[name]:
                 raise ValueError(f"{path / name} is not the file that {_ABOUT} was written for: split the model again")
         tuples = {name: tuple(values.pop(name)) for name in ("exits", "end_tokens")}
         return Part(**values, **tuples, dtype=dtype)

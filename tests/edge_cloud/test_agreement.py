@@ -51,6 +51,15 @@ def last_number(model: PreTrainedModel) -> None:
     weight[-1, -1] = torch.nextafter(weight[-1, -1], torch.tensor(9.0, dtype=weight.dtype))
 
 
+def last_sign(model: PreTrainedModel) -> None:
+    """The very last bit."""
+    model.model.layers[5].mlp.down_proj.weight.data[-1, -1] *= -1
+
+
+def without_last_layer(model: PreTrainedModel) -> None:
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:-1], 5
+
+
 OTHERS: dict[str, tuple[dict, Callable[[PreTrainedModel], object], str]] = {
     "lower exits": ({"exits": (1, 3)}, lambda model: None, "exits"),
     "another first exit": ({"exits": (1, 4)}, lambda model: None, "exits"),
@@ -59,6 +68,7 @@ OTHERS: dict[str, tuple[dict, Callable[[PreTrainedModel], object], str]] = {
     "RoPE": ({}, lambda model: model.config.rope_parameters.update(rope_theta=5e5), "weights and configuration"),
     "eps": ({}, lambda model: setattr(model.config, "rms_norm_eps", 1e-5), "weights and configuration"),
     "activation": ({}, lambda model: setattr(model.config, "hidden_act", "gelu"), "weights and configuration"),
+    "depth": ({}, without_last_layer, "layers of the model"),
     "dtype": ({"dtype": torch.float32}, lambda model: None, "dtype of the states"),
 }
 
@@ -87,7 +97,7 @@ def test_parts_split_elsewhere_from_the_same_model_agree(cloud, tmp_path: Path):
     assert tuple(out.sequences[0].tolist()) == whole(0)
 
 
-@pytest.mark.parametrize("change", [one[1] for name, one in OTHERS.items() if one[2].startswith("weights")])
+@pytest.mark.parametrize("change", [last_sign, *(one[1] for one in OTHERS.values() if one[2].startswith("weights"))])
 def test_a_digest_reads_everything(change: Callable[[PreTrainedModel], object]):
     assert digest_of(changed(change)) != digest_of(model_named("llama"))
 
@@ -194,6 +204,8 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path):
         ({"exits": [1, 4]}, "holds 4 layers, expected"),
         ({"exits": 4}, "no description of a part"),
         ({"more": 1}, "no description of a part"),
+        ({"files": {}}, "no description of a part"),
+        ({"files": 3}, "no description of a part"),
         ({"format": "ee_diffusion.cloud.part.1"}, "split the model again"),
     ):
         values = json.loads((tmp_path / "b" / "cloud" / "part.json").read_text())
@@ -203,6 +215,9 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path):
         about.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"device='cuda:99' cannot be used here|device='nowhere'"):
         load_part(tmp_path / "b", "cloud", dtype=torch.float64, device="cuda:99")
+    (about.parent / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file"):
+        load_part(tmp_path / "b", "cloud", dtype=torch.float64)
 
 
 def test_a_loaded_part_says_its_dtype_and_ends(tmp_path: Path):
