@@ -93,7 +93,7 @@ def list_checkpoints(directory: Path) -> list[Path]:
 
 
 def save_checkpoint(directory: Path, step: int, state: dict, *, run: dict, keep: int | None) -> Path:
-    """Write `checkpoint-{step}` (tensors in state.pt, the run's identity and the digest of state.pt in run.json), then prune to `keep`.
+    """Write `checkpoint-{step}`, then prune to `keep`: state.pt holds tensors, run.json the run's identity and the digests of both files.
 
     Raises:
         OSError: it cannot be written (a full disk); older checkpoints stay.
@@ -102,7 +102,8 @@ def save_checkpoint(directory: Path, step: int, state: dict, *, run: dict, keep:
     def fill(partial: Path) -> None:
         with (partial / STATE_FILE).open("wb") as file:
             torch.save(state, file)
-        write_json(partial / RUN_FILE, {"step": step, "digest": _digest(partial / STATE_FILE)} | run)
+        record = {"step": step, "digest": _digest(partial / STATE_FILE)} | run
+        write_json(partial / RUN_FILE, record | {"record": _record_digest(record)})
 
     path = directory / f"{PREFIX}{step}"
     write_folder(path, fill)
@@ -150,8 +151,10 @@ def load_checkpoint(path: Path, identity: dict) -> tuple[dict, dict]:
     """
     try:
         run = read_json(path / RUN_FILE, "record of a checkpoint of this trainer")
+        if run.pop("record") != _record_digest(run):
+            raise ValueError("it is not as it was written")
         theirs = dict(run["identity"])
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise Damaged(f"{path / RUN_FILE} is damaged: {error!r}") from error
     ours = json.loads(json.dumps(identity, default=str))
     differ = [name for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
@@ -187,6 +190,12 @@ def resume(directory: Path, resume_from: str | None, identity: dict) -> tuple[Pa
         except Damaged as damage:
             passed.append(str(damage))
     raise Damaged("; ".join(passed))
+
+
+def _record_digest(record: dict) -> str:
+    """SHA-256 (hexadecimal) of what a record says, as JSON has it."""
+    said = json.loads(json.dumps(record, default=str))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:

@@ -189,6 +189,24 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path: Path):
             run(tmp_path, resume_from_checkpoint="checkpoint-7")
 
 
+def test_no_letter_of_a_record_can_change_unnoticed(tmp_path: Path):
+    """Its step says which samples and draws come next, its identity whose it is."""
+    run(tmp_path)
+    path = tmp_path / "checkpoint-7"
+    record = path / checkpoints.RUN_FILE
+    whole, identity = record.read_text(), tiny_identity(tmp_path)
+    known = checkpoints.load_checkpoint(path, identity)[1]
+    for place in range(0, len(whole), 7):
+        record.write_text(whole[:place] + chr(ord(whole[place]) ^ 1) + whole[place + 1 :])
+        try:
+            assert checkpoints.load_checkpoint(path, identity)[1] == known  # a space between two values
+        except checkpoints.Damaged:
+            continue
+    record.write_text(whole.replace('"step": 7', '"step": 6'))
+    with pytest.raises(checkpoints.Damaged, match=r"run\.json"):
+        checkpoints.load_checkpoint(path, identity)
+
+
 def test_the_checkpoint_before_a_damaged_one_takes_its_place(tmp_path: Path, capsys: pytest.CaptureFixture):
     run(tmp_path / "whole", checkpointing_steps=3)
     run(tmp_path / "hurt", checkpointing_steps=3)
