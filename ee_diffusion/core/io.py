@@ -9,7 +9,7 @@ import errno
 import json
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,14 +33,12 @@ def write_whole(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> N
         raise ValueError(f"path={path!r}, expected the name of a file")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(descriptor)
-    beside = Path(name)
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # the system takes the umask off
     try:
         with disk_errors(path):
             fill(beside)
         flush(beside)
-        os.chmod(beside, 0o666 & ~_umask())
         os.replace(beside, path)
         flush(path.parent)
     finally:
@@ -130,9 +128,3 @@ def _number_of(error: Exception) -> int | None:
         return error.__context__.errno or errno.EIO
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found.group(1)) if found else None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -45,12 +45,15 @@ def test_what_is_no_file_is_refused(name: str, path: object):
         WRITERS[name](path)
 
 
-def test_the_rights_are_those_of_any_new_file(tmp_path: Path):
-    before = os.umask(0o027)
+def test_the_rights_are_those_of_any_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And are not asked by changing them, which other threads' new files would notice."""
+    change = os.umask
+    before = change(0o027)
+    monkeypatch.setattr(os, "umask", lambda mask: pytest.fail("the whole process's rights were changed"))
     try:
         write_text(tmp_path / "file", "")
     finally:
-        os.umask(before)
+        change(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
 
 
