@@ -123,7 +123,7 @@ def conformal_thresholds(
             f"labels {tuple(labels.shape)} and miss_rate={miss_rate}, expected ({len(answers)},) and (0, 1)"
         )
     _check_indices("labels", labels, probabilities.shape[1])
-    scores = 1 - probabilities.gather(1, labels[:, None])[:, 0]  # (n,)
+    scores = 1 - probabilities.gather(1, labels.long()[:, None])[:, 0]  # (n,)
     found = torch.ones(num_answers, dtype=probabilities.dtype)
     for answer in range(num_answers):
         own = scores[answers == answer].sort().values  # (m,)
@@ -142,7 +142,7 @@ def conformal_sets(probabilities: Tensor, answers: Tensor, *, thresholds: Tensor
     if thresholds.ndim != 1 or not bool(((thresholds >= 0) & (thresholds <= 1)).all()):
         raise ValueError(f"thresholds {thresholds.tolist()}, expected (A,) numbers in [0, 1]")
     _check_answers(probabilities, answers, len(thresholds))
-    return 1 - probabilities <= thresholds[answers][:, None]
+    return 1 - probabilities <= thresholds[answers.long()][:, None]  # uint8 would be a mask
 
 
 def _bets(losses: Tensor, delta: float) -> Tensor:

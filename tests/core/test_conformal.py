@@ -102,6 +102,19 @@ def test_thresholds_that_are_none_are_refused(thresholds: list):
         conformal_sets(probabilities, answers * 0, thresholds=torch.tensor(thresholds))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_and_answers_are_numbers_in_every_integer_dtype(dtype: torch.dtype):
+    """torch takes uint8 for a mask: two answers of two samples picked one threshold for both."""
+    probabilities, labels, answers = draw(40, 0)
+    thresholds = conformal_thresholds(probabilities, labels, answers, num_answers=2, miss_rate=0.2)
+    found = conformal_thresholds(probabilities, labels.to(dtype), answers.to(dtype), num_answers=2, miss_rate=0.2)
+    assert torch.equal(found, thresholds)
+    two = probabilities[:2], torch.tensor([0, 1])
+    thresholds = torch.tensor([0.4, 0.9])
+    sets = conformal_sets(two[0], two[1].to(dtype), thresholds=thresholds)
+    assert torch.equal(sets, conformal_sets(*two, thresholds=thresholds))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_probabilities_of_every_precision_are_probabilities(dtype: torch.dtype):
     logits = 3 * torch.randn(50, 1000, generator=torch.Generator().manual_seed(0))
