@@ -272,7 +272,7 @@ def last_steps(schedule: Schedule, *, num_steps: int, num_layers: int) -> list[i
 def _ends(schedule: Schedule, num_steps: int, num_layers: int) -> Iterable[int]:
     """Steps, the last one first, among them the last of every stretch of steps that run the same layers."""
     if isinstance(schedule, PiecewiseDepth):
-        ends = {num_steps, *(min(max(ceil(edge), 1), num_steps) for edge in schedule.edges if edge < num_steps)}
+        ends = {num_steps, *(ceil(max(edge, 1)) for edge in schedule.edges if edge < num_steps)}
         return sorted((end - 1 for end in ends), reverse=True)
     if isinstance(schedule, LinearDecay | PowerDecay):
         return [end - 1 for end, _ in reversed(_stretches(schedule, num_steps, num_layers))]

@@ -172,6 +172,7 @@ def test_last_steps_and_plans_are_those_of_the_slow_way(steps: int):
     schedules += [
         PiecewiseDepth((1.5, 3.0, 9.25), (6, 5, 2, 4)),
         PiecewiseDepth((-3.0, 2.0), (6, 5, 2)),
+        PiecewiseDepth((-math.inf, 2.0, math.inf), (0, 6, 2, 5)),
         PiecewiseDepth((), (3,)),
     ]
     schedules += [
