@@ -68,22 +68,23 @@ class Thread(threading.Thread):
         return found
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_threads_get_what_each_gets_alone(way: str):
-    """One stops in mid-answer; plain calls of another thread are right meanwhile, and one with exits is right after it."""
-    model, run = model_named(NAME), WAYS[way]
-    expected = [run(model, inputs=alone(row)).sequences for row in (0, 1)]
+@pytest.mark.parametrize("way, other", list(zip(WAYS, [*WAYS][1:] + [*WAYS][:1], strict=True)))
+def test_two_threads_get_what_each_gets_alone(way: str, other: str):
+    """One stops in mid-answer; plain calls of another thread are right meanwhile, and one with exits of another kind is right after it."""
+    model, runs = model_named(NAME), (WAYS[way], WAYS[other])
+    expected = [run(model, inputs=alone(row)).sequences for row, run in enumerate(runs)]
     stock = plain(model, alone(2)).sequences
     streamer = Pausing()
-    first = Thread(lambda: run(model, inputs=alone(0), exit_streamer=streamer))
+    first = Thread(lambda: runs[0](model, inputs=alone(0), exit_streamer=streamer))
     first.start()
     assert streamer.reached.wait(timeout=20)
-    second = Thread(lambda: run(model, inputs=alone(1)))
+    second = Thread(lambda: runs[1](model, inputs=alone(1)))
     try:
         assert torch.equal(Thread.result(started(lambda: plain(model, alone(2)))).sequences, stock)
         assert torch.equal(plain(model, alone(2)).sequences, stock)
         second.start()
         second.join(timeout=0.2)
+        assert second.is_alive()  # it waits
     finally:
         streamer.go_on.set()
     assert torch.equal(first.result().sequences, expected[0])
