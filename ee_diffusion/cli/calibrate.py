@@ -111,10 +111,10 @@ def maker(pipeline: EarlyExitPipeline, options: argparse.Namespace) -> Callable[
     if options.kind == "accumulated_error_budget":
         return partial(accumulated_error_budget, weights=weights, decay=options.decay)
     labels = balanced_labels(options.search_count, num_classes)
-    course = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
+    trajectory = record(pipeline, pipeline.exits, seeds("fit", options.search_count), labels, **call)
     if options.fit_cache is not None:
-        pipeline.exits = fit_prediction(pipeline.exits, course, weights)
-    found = search(gap_prices(pipeline.exits, course, weights), steps)
+        pipeline.exits = fit_prediction(pipeline.exits, trajectory, weights)
+    found = search(gap_prices(pipeline.exits, trajectory, weights), steps)
     layers = len(transformer.transformer_blocks)
 
     def schedule(value: float) -> Policy:

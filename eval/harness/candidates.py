@@ -68,11 +68,11 @@ def fitted_memory(
     folder: Path,
     weights: tuple[float, ...] | None = None,
 ) -> CachedOutputExits:
-    """Exits that predict the noise linearly, along the full model's own courses of the fitting seeds; kept in `folder`. weights: what an
-    error of each step does in the end, for answers that are weighed together (`courses.fit_prediction`).
+    """Exits that predict the noise linearly, along the full model's own trajectories of the fitting seeds; kept in `folder`. weights: what
+    an error of each step does in the end, for joint least squares (`trajectories.fit_prediction`).
 
-    Courses are run in float32 whatever the run's dtype: half precision's rounding, taken for chance, draws the weights towards the mean,
-    and what each step then misses points the same way.
+    Trajectories are run in float32 whatever the run's dtype: half precision's rounding, taken for chance, draws the weights towards the
+    mean, and what each step then misses points the same way.
 
     Raises:
         ValueError: `folder` holds exits that were fitted under other settings; what was drawn beside it is theirs.
@@ -192,8 +192,8 @@ def schedules_of(
     steps, count = sampling.num_inference_steps, options.search_count
     labels = balanced_labels(count, classes_of(pipeline, sampling.guidance_scale))
     call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale}
-    course = record(in_float32(pipeline, sampling), memory, seeds("fit", count), labels, **call)
-    found = search(gap_prices(memory, course, weights), steps, last_full=sampling.dtype != "float32")
+    trajectory = record(in_float32(pipeline, sampling), memory, seeds("fit", count), labels, **call)
+    found = search(gap_prices(memory, trajectory, weights), steps, last_full=sampling.dtype != "float32")
     schedules = (nearest(found, steps * (1 - share)).full for share in shares)
     return {str(len(full)): list(full) for full in schedules}
 

@@ -55,7 +55,7 @@ class FrontierOptions:
     decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
     power: float = flag("How far `budgeted` trusts the measured gains, 0 to 1.", 0.5)
     search_power: float = flag("How far the search trusts the measured gains, 0 to 1.", 1.0)
-    search_count: int = flag("Images whose courses are searched (fitting seeds).", 16)
+    search_count: int = flag("Images whose trajectories are searched (fitting seeds).", 16)
     gain_images: int = flag("Images on which gains are measured (fitting seeds).", 8)
     gain_every: int = flag("Gains are measured at every so many steps.", 4)
     periods: list[int] = field(default_factory=lambda: [2, 3], metadata={"help": "Periods of the fixed cache."})

@@ -10,14 +10,14 @@ import torch
 from ee_diffusion.core.history import OutputHistory
 
 
-def filled(times: list[list[float]], length: int, course) -> OutputHistory:
-    """A memory of len(times) rows; row r was told `course(r, t)` at each of its times, in that order."""
+def filled(times: list[list[float]], length: int, trajectory) -> OutputHistory:
+    """A memory of len(times) rows; row r was told `trajectory(r, t)` at each of its times, in that order."""
     memory = OutputHistory.empty(torch.zeros(len(times), 2, 3, dtype=torch.float64), length=length)
     for place in range(max(map(len, times))):
         rows = torch.tensor([row for row in range(len(times)) if place < len(times[row])])
         time = torch.tensor([times[row][place] for row in rows.tolist()], dtype=torch.float64)
         memory = memory.append(
-            rows, torch.stack([course(row, t) for row, t in zip(rows.tolist(), time, strict=True)]), time
+            rows, torch.stack([trajectory(row, t) for row, t in zip(rows.tolist(), time, strict=True)]), time
         )
     return memory
 
@@ -58,12 +58,12 @@ def test_rows_that_remember_nothing_recall_zeros_and_promise_nothing():
 def test_the_expected_error_is_exact_where_the_next_derivative_is_constant(length: int):
     """A polynomial of degree `length` is missed by recall by its leading coefficient times the remainder."""
 
-    def course(row: int, time: torch.Tensor) -> torch.Tensor:
+    def trajectory(row: int, time: torch.Tensor) -> torch.Tensor:
         return (1 + row) * time**length * torch.ones(2, 3, dtype=torch.float64) + time
 
-    memory = filled([[9.0, 7.5, 7.0, 5.0], [9.0, 8.0, 6.0, 5.5]], length, course)
+    memory = filled([[9.0, 7.5, 7.0, 5.0], [9.0, 8.0, 6.0, 5.5]], length, trajectory)
     now = torch.tensor([3.0, 4.5], dtype=torch.float64)
-    true = torch.stack([course(row, t) for row, t in enumerate(now)])
+    true = torch.stack([trajectory(row, t) for row, t in enumerate(now)])
     missed = (memory.extrapolate(now) - true).flatten(1).square().mean(1).sqrt()
     torch.testing.assert_close(memory.expected_error(now), missed)
 

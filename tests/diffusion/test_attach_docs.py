@@ -98,5 +98,5 @@ def test_the_recipes_for_memory(tmp_path, monkeypatch, capsys):
         exec(compile(recipe, str(PAGE), "exec"), names)
     assert capsys.readouterr().out.count("executed blocks per sample and step: 2.00 of 4 (50.0 %)") == 2
     assert Policy.load("20-of-50.json").schedule.depths.count(4) == 4
-    CachedOutputExits.from_pretrained("memory").check_fits(pipe.transformer)
+    CachedOutputExits.from_pretrained("cache").check_fits(pipe.transformer)
     assert "forward" not in vars(pipe.transformer)

@@ -1,4 +1,4 @@
-"""Courses, walks and gains ask the model what the pipeline asks it: at every guidance scale, in every dtype, under every solver's noise."""
+"""All runs that are recorded call the model as the pipeline does: at every guidance scale, in every dtype, under every solver's noise."""
 
 from __future__ import annotations
 
@@ -112,14 +112,16 @@ def test_a_solvers_noise_is_that_of_each_images_seed(name: str):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_a_course_holds_the_clean_images_the_solver_goes_by(scale: float):
+def test_a_trajectory_holds_the_clean_images_the_solver_goes_by(scale: float):
     pipe, exits = made()
     outputs: list[Tensor] = []
     hook = pipe.transformer.register_forward_hook(lambda module, args, output: outputs.append(output.sample))
-    course = record(pipe, exits, SEEDS, LABELS, **call(scale))
+    trajectory = record(pipe, exits, SEEDS, LABELS, **call(scale))
     hook.remove()
-    assert course.guidance_scale == scale
-    for time, sample, output, clean in zip(course.times, course.samples, outputs, course.clean, strict=True):
+    assert trajectory.guidance_scale == scale
+    for time, sample, output, clean in zip(
+        trajectory.times, trajectory.samples, outputs, trajectory.clean, strict=True
+    ):
         alpha = pipe.scheduler.alphas_cumprod[int(time)].double()
         rows = torch.cat([sample] * (len(output) // len(sample))).double()
         said = (rows - (1 - alpha).sqrt() * output.double()) / alpha.sqrt()
@@ -178,7 +180,7 @@ def test_runs_that_cannot_be_are_refused_before_the_model_is_asked():
             way(LABELS, **call(2.0))
 
 
-def test_a_course_of_a_solver_that_asks_twice_is_refused_before_the_model_is_asked():
+def test_a_trajectory_of_a_solver_that_asks_twice_is_refused_before_the_model_is_asked():
     pipe, exits = made()
     pipe.scheduler = sampler("heun", like=pipe.scheduler)
     pipe.transformer.register_forward_pre_hook(lambda *_: pytest.fail("the model was asked"))

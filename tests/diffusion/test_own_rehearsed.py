@@ -66,14 +66,14 @@ def test_a_call_says_its_guidance_as_pipelines_of_diffusers_do():
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_a_rehearsal_finds_the_course_that_a_walk_records(scale: float):
+def test_a_rehearsal_finds_the_trajectory_that_a_walk_records(scale: float):
     pipe = made("class")
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
     walked = record(pipe, exits, SEEDS, LABELS, num_inference_steps=STEPS, guidance_scale=scale)
-    course = record_call(pipe, exits, call_of(pipe, "class", scale)).course
-    torch.testing.assert_close(course.times, walked.times)
-    torch.testing.assert_close(course.samples, walked.samples, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(course.clean, walked.clean, rtol=1e-3, atol=1e-4)
+    trajectory = record_call(pipe, exits, call_of(pipe, "class", scale)).trajectory
+    torch.testing.assert_close(trajectory.times, walked.times)
+    torch.testing.assert_close(trajectory.samples, walked.samples, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(trajectory.clean, walked.clean, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "scale"), GUIDED)

@@ -1,4 +1,4 @@
-"""Rehearsals of a stock pipeline's own call: the same course, gains and schedules as our own pipelines' walks find, and what is refused."""
+"""Recording a stock pipeline's own call: the same trajectory, gains and schedules as our own pipelines have, and what is refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tiny_pipelines import pipe as pipe_named
 
 from ee_diffusion import attach_exits, fit_schedules
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.fingerprint import _settings
+from ee_diffusion.diffusion.fingerprint import settings_of
 from ee_diffusion.diffusion.methods import periodic_cache, static_cache_schedule
 from ee_diffusion.diffusion.step_cache.error_propagation import error_weights, recorded_error_amplification
 from ee_diffusion.diffusion.step_cache.recording import record_call
@@ -55,23 +55,23 @@ def exits_of(pipe: DiTPipeline, **more) -> CachedOutputExits:
 
 
 @pytest.mark.parametrize("kind", [None, DPMSolverMultistepScheduler])
-def test_a_course_is_what_the_transformer_was_asked_and_said(pipe: DiTPipeline, kind: type | None):
+def test_a_trajectory_is_what_the_transformer_was_asked_and_said(pipe: DiTPipeline, kind: type | None):
     if kind is not None:
         pipe.scheduler = kind.from_config(pipe.scheduler.config)
     exits, seen = exits_of(pipe), []
     pipe.transformer.register_forward_hook(
         lambda module, args, kwargs, output: seen.append((args[0], kwargs["timestep"], output[0])), with_kwargs=True
     )
-    course = record_call(pipe, exits, call_of(pipe)).course
-    assert len(course.times) == len(seen) == STEPS
+    trajectory = record_call(pipe, exits, call_of(pipe)).trajectory
+    assert len(trajectory.times) == len(seen) == STEPS
     for step, (asked, times, said) in enumerate(seen):
-        torch.testing.assert_close(course.samples[step], asked)
+        torch.testing.assert_close(trajectory.samples[step], asked)
         conditional, unconditional = said.chunk(2)
         guided = unconditional + 2.0 * (conditional - unconditional)
         clean = exits.clean_of(asked[:2], guided, times[:2]).float()
-        torch.testing.assert_close(course.clean[step][:2], clean, rtol=1e-3, atol=1e-4)
-        assert float(course.times[step]) == float(times[0])
-    assert course.scheduler == type(pipe.scheduler).__name__
+        torch.testing.assert_close(trajectory.clean[step][:2], clean, rtol=1e-3, atol=1e-4)
+        assert float(trajectory.times[step]) == float(times[0])
+    assert trajectory.scheduler == type(pipe.scheduler).__name__
 
 
 def test_a_scaled_sample_is_seen_as_the_model_sees_it():
@@ -82,15 +82,15 @@ def test_a_scaled_sample_is_seen_as_the_model_sees_it():
     stock.transformer.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
     stock.transformer.register_forward_hook(lambda module, args, output: said.append(output[0]))
     exits = exits_of(stock)
-    course = record_call(
+    trajectory = record_call(
         stock, exits, lambda: images_of(stock, arguments_of("pixart-sigma", [0, 1], steps=STEPS))
-    ).course
-    torch.testing.assert_close(course.samples, torch.stack(asked)[:, :2])
+    ).trajectory
+    torch.testing.assert_close(trajectory.samples, torch.stack(asked)[:, :2])
     for step, output in enumerate(said):
         unconditional, conditional = output[:, :LATENT_CHANNELS].chunk(2)
         guided = unconditional + 3.0 * (conditional - unconditional)
-        clean = exits.clean_of(course.samples[step], guided, course.times[step].expand(2)).float()
-        torch.testing.assert_close(course.clean[step], clean, rtol=1e-3, atol=1e-3)
+        clean = exits.clean_of(trajectory.samples[step], guided, trajectory.times[step].expand(2)).float()
+        torch.testing.assert_close(trajectory.clean[step], clean, rtol=1e-3, atol=1e-3)
 
 
 def test_exits_of_another_noise_schedule_are_refused(pipe: DiTPipeline):
@@ -166,7 +166,9 @@ def test_a_gain_is_the_final_distance_over_the_first(pipe: DiTPipeline):
         with attach_exits(pipe, exits, static_cache_schedule(rest, num_steps=STEPS, num_layers=4)) as attachment:
             erred = record_call(pipe, exits, call)
             assert attachment.report.mean_executed == pytest.approx(4 * (STEPS - 1) / STEPS)
-        wrong = (erred.course.clean[skipped] - full.course.clean[skipped]).flatten(1).square().mean(1).sqrt().mean()
+        wrong = (
+            (erred.trajectory.clean[skipped] - full.trajectory.clean[skipped]).flatten(1).square().mean(1).sqrt().mean()
+        )
         apart = (erred.final - full.final).flatten(1).square().mean(1).sqrt().mean()
         assert gains[skipped] == pytest.approx(float(apart / wrong) / sensitivity[skipped], rel=1e-4)
     assert gains[8] == pytest.approx(1.0, rel=0.05)  # the last step's error is the final one
@@ -181,14 +183,14 @@ def test_schedules_are_those_of_the_search(pipe: DiTPipeline):
         recorded_error_amplification(pipe, unfitted, call_of(pipe), full, every=2),
         power=0.5,
     )
-    fitted = fit_prediction(unfitted, full.course)
-    found = search(gap_prices(fitted, full.course, weights), STEPS)
+    fitted = fit_prediction(unfitted, full.trajectory)
+    found = search(gap_prices(fitted, full.trajectory, weights), STEPS)
     assert policies == {
         count: static_cache_schedule(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()
     }
     torch.testing.assert_close(exits.prediction.moments, fitted.prediction.moments)
     _, others = fit_schedules(pipe, call_of(pipe), every=2, last_full=True)
-    found = search(gap_prices(fitted, full.course, weights), STEPS, last_full=True)
+    found = search(gap_prices(fitted, full.trajectory, weights), STEPS, last_full=True)
     assert others == {
         count: static_cache_schedule(one.full, num_steps=STEPS, num_layers=4) for count, one in found.items()
     }
@@ -406,8 +408,8 @@ def test_settings_of_earlier_exits_keep_their_fingerprint():
     added = ("out_channels", "joint", "fitted_embedded_guidance", "fitted_shape", "model_weights")
     known = {name: value for name, value in exits.config.items() if name not in added}
     assert len(known) == len(exits.config) - len(added)
-    assert _settings(exits.config) == _settings(known)
-    assert _settings(CachedOutputExits(num_train_timesteps=10, sample_size=8, out_channels=6).config) != _settings(
+    assert settings_of(exits.config) == settings_of(known)
+    assert settings_of(CachedOutputExits(num_train_timesteps=10, sample_size=8, out_channels=6).config) != settings_of(
         known
     )
-    assert _settings({"trained_betas": None}) != _settings({}), "of schedulers nothing is left out"
+    assert settings_of({"trained_betas": None}) != settings_of({}), "of schedulers nothing is left out"

@@ -265,7 +265,7 @@ def test_an_uncertainty_is_of_one_model_too():
     assert setup_of(pipe.exits) == RunSetup(weights=weights_of(pipe.transformer))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        pipe([0], exit_policy=POLICY, output_type="pt", num_inference_steps=4, guidance_scale=3.0)  # no course
+        pipe([0], exit_policy=POLICY, output_type="pt", num_inference_steps=4, guidance_scale=3.0)  # no trajectory
     pipe.transformer.class_embed.weight.data += 0.1
     with pytest.warns(UserWarning, match=r"weighed for weights \S+; this run has weights \S+: fit them to it"):
         pipe([0], exit_policy=POLICY, output_type="pt", **call)

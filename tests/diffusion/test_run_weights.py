@@ -43,7 +43,7 @@ def exits(pipe: EarlyExitPipeline) -> CachedOutputExits:
 
 
 @pytest.fixture(scope="module")
-def course(pipe: EarlyExitPipeline, exits: CachedOutputExits) -> Trajectory:
+def trajectory(pipe: EarlyExitPipeline, exits: CachedOutputExits) -> Trajectory:
     return record(pipe, exits, seeds("fit", 2), [0, 1], **CALL)
 
 
@@ -200,12 +200,12 @@ NO_PLAN = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: CachedOutputExits, course: Trajectory):
-    made = fit_prediction(exits, course, (1.0,) * STEPS)
+def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: CachedOutputExits, trajectory: Trajectory):
+    made = fit_prediction(exits, trajectory, (1.0,) * STEPS)
     along = made.along(schedule, num_steps=STEPS, num_layers=LAYERS)
     ran = [
         all(schedule.layers(step, float(time), num_steps=STEPS, num_layers=LAYERS))
-        for step, time in enumerate(course.times)
+        for step, time in enumerate(trajectory.times)
     ]
     wanted = made.prediction.joint_weights([step for step, full in enumerate(ran) if full], 2)
     assert torch.equal(along._run.places, wanted.places)
@@ -214,8 +214,8 @@ def test_exits_go_along_with_static_schedules(schedule: Schedule, exits: CachedO
     assert along.prediction is made.prediction
 
 
-def test_without_a_plan_they_stay_as_they_are(exits: CachedOutputExits, course: Trajectory):
-    made, alone = fit_prediction(exits, course, (1.0,) * STEPS), fit_prediction(exits, course)
+def test_without_a_plan_they_stay_as_they_are(exits: CachedOutputExits, trajectory: Trajectory):
+    made, alone = fit_prediction(exits, trajectory, (1.0,) * STEPS), fit_prediction(exits, trajectory)
     for schedule in NO_PLAN.values():
         assert made.along(schedule, num_steps=STEPS, num_layers=LAYERS) is made
     shorter = DepthPerStep((LAYERS, LAYERS, 0, 0, LAYERS, 0, 0))
@@ -225,12 +225,12 @@ def test_without_a_plan_they_stay_as_they_are(exits: CachedOutputExits, course: 
     assert made.along(FullDepth(), num_steps=STEPS, num_layers=LAYERS)._run.weights.isnan().all()
 
 
-def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline, course: Trajectory):
+def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline, trajectory: Trajectory):
     weights = tuple(0.1 * (step + 1) for step in range(STEPS))
     for cached_type in ("sample", "epsilon"):
         own = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type)
-        made = fit_prediction(own, course, weights)
-        signal = pipe.scheduler.alphas_cumprod.double()[course.times.long()] ** 0.5
+        made = fit_prediction(own, trajectory, weights)
+        signal = pipe.scheduler.alphas_cumprod.double()[trajectory.times.long()] ** 0.5
         moved = torch.ones(STEPS, dtype=torch.float64) if cached_type == "sample" else (1 - signal**2) ** 0.5 / signal
         torch.testing.assert_close(
             made.prediction.error_weights.double(), torch.tensor(weights) * moved, rtol=1e-3, atol=1e-6
@@ -241,7 +241,7 @@ def test_a_miss_is_worth_what_it_does_to_the_clean_image(pipe: EarlyExitPipeline
 
 
 @pytest.mark.parametrize("full", [(0, 1, 3, 5), None], ids=["searched", "period"])
-def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyExitPipeline, course: Trajectory):
+def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyExitPipeline, trajectory: Trajectory):
     """Nearer to the full model, image by image in any batch, and not where the policy decides by itself."""
     layers = len(pipe.transformer.transformer_blocks)
     policy = (
@@ -250,7 +250,7 @@ def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyE
         else static_cache_schedule(full, num_steps=STEPS, num_layers=layers)
     )
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon")
-    apart, together = fit_prediction(exits, course), fit_prediction(exits, course, (1.0,) * STEPS)
+    apart, together = fit_prediction(exits, trajectory), fit_prediction(exits, trajectory, (1.0,) * STEPS)
 
     def drawn(heads: CachedOutputExits, chosen: Policy | None, images: tuple[int, ...] = (0, 1)) -> torch.Tensor:
         pipe.exits = heads
@@ -266,9 +266,11 @@ def test_a_run_under_a_schedule_answers_by_them(full: tuple | None, pipe: EarlyE
     assert torch.equal(drawn(together, deciding), drawn(apart, deciding))
 
 
-def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipeline, course: Trajectory):
+def test_three_remembered_values_are_weighed_together_too(pipe: EarlyExitPipeline, trajectory: Trajectory):
     longer = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type="epsilon", length=3)
-    made = fit_prediction(longer, course, (1.0,) * STEPS).along(SCHEDULES["depths"], num_steps=STEPS, num_layers=LAYERS)
+    made = fit_prediction(longer, trajectory, (1.0,) * STEPS).along(
+        SCHEDULES["depths"], num_steps=STEPS, num_layers=LAYERS
+    )
     assert made._run.places[5].tolist() == [4, 1, 0]
 
 
@@ -284,7 +286,7 @@ def test_a_plan_is_of_its_run_alone():
             [0, 1], generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np"
         ).images
 
-    made = fit_prediction(own, record_call(pipe, own, lambda: drawn(STEPS)).course, (1.0,) * STEPS)
+    made = fit_prediction(own, record_call(pipe, own, lambda: drawn(STEPS)).trajectory, (1.0,) * STEPS)
     alone = []
     for steps in (STEPS, 6):
         with attach_exits(pipe, made, period):
@@ -295,8 +297,8 @@ def test_a_plan_is_of_its_run_alone():
         np.testing.assert_array_equal(images, wanted)
 
 
-def test_files_half_precision_and_fingerprints(exits: CachedOutputExits, course: Trajectory, tmp_path: Path):
-    made = fit_prediction(exits, course, (1.0,) * STEPS)
+def test_files_half_precision_and_fingerprints(exits: CachedOutputExits, trajectory: Trajectory, tmp_path: Path):
+    made = fit_prediction(exits, trajectory, (1.0,) * STEPS)
     made.save_pretrained(tmp_path)
     wanted = made.prediction.joint_weights(FULL, 2).weights
     for kind in (None, torch.bfloat16):
@@ -306,12 +308,12 @@ def test_files_half_precision_and_fingerprints(exits: CachedOutputExits, course:
     moved = copy.deepcopy(made).to(torch.bfloat16)
     assert moved.prediction.error_weights.dtype == torch.float32
     assert torch.equal(moved.prediction.joint_weights(FULL, 2).weights.nan_to_num(), wanted.nan_to_num())
-    assert fingerprint(made) != fingerprint(fit_prediction(exits, course))
-    assert "prediction.error_weights" not in fit_prediction(made, course).state_dict(), "fitted again, without"
-    assert fit_prediction(made, course).config.joint is None
+    assert fingerprint(made) != fingerprint(fit_prediction(exits, trajectory))
+    assert "prediction.error_weights" not in fit_prediction(made, trajectory).state_dict(), "fitted again, without"
+    assert fit_prediction(made, trajectory).config.joint is None
 
 
-def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Trajectory):
+def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, trajectory: Trajectory):
     prediction, _ = fitted()
     for full in ([], [1, 2], [0, 3, 2], [0, 0], [0, STEPS]):
         with pytest.raises(ValueError, match="expected ascending places, the first of them 0"):
@@ -321,34 +323,34 @@ def test_refused(pipe: EarlyExitPipeline, exits: CachedOutputExits, course: Traj
     for unknown in (
         LinearPrediction(STEPS),
         LinearPrediction(STEPS, joint=True),
-        fit_prediction(exits, course).prediction,
+        fit_prediction(exits, trajectory).prediction,
     ):
         with pytest.raises(ValueError, match=r"without \(all of\) its tables"):
             unknown.joint_weights(FULL, 2)
     for wrong in ((-1.0,) * STEPS, (float("nan"),) * STEPS, (float("inf"),) * STEPS, (1e300,) * STEPS):
         with pytest.raises(ValueError, match=f"expected {STEPS} finite numbers, none below 0"):
-            fit_prediction(exits, course, wrong)
+            fit_prediction(exits, trajectory, wrong)
     for wrong in ((1.0,) * (STEPS - 1), (None,) * STEPS, ("1",) * STEPS, torch.ones(STEPS)):
         with pytest.raises(ValueError, match=f"expected {STEPS} numbers, none below 0"):
-            fit_prediction(exits, course, wrong)
+            fit_prediction(exits, trajectory, wrong)
     for full, length in (([0, 1.5], 2), (FULL, 2.0), (FULL, True)):
         with pytest.raises(ValueError, match="expected whole numbers"):
             prediction.joint_weights(full, length)
     with pytest.raises(ValueError, match="all zero at a step"):
-        LinearPrediction(STEPS).fit(course.times, torch.zeros_like(course.clean))
+        LinearPrediction(STEPS).fit(trajectory.times, torch.zeros_like(trajectory.clean))
     with pytest.raises(ValueError, match="the schedule has 7 depths, this run has 8 steps"):
-        fit_prediction(exits, course, (1.0,) * STEPS).along(
+        fit_prediction(exits, trajectory, (1.0,) * STEPS).along(
             DepthPerStep((LAYERS,) * 7), num_steps=STEPS, num_layers=LAYERS
         )
     with pytest.raises(ValueError, match="joint=False, expected both or neither"):
-        LinearPrediction(STEPS).fit(course.times, course.clean, torch.ones(STEPS))
+        LinearPrediction(STEPS).fit(trajectory.times, trajectory.clean, torch.ones(STEPS))
     with pytest.raises(ValueError, match="joint=True, expected both or neither"):
-        LinearPrediction(STEPS, joint=True).fit(course.times, course.clean)
+        LinearPrediction(STEPS, joint=True).fit(trajectory.times, trajectory.clean)
     with pytest.raises(ValueError, match="joint=True with fitted_steps=0"):
         CachedOutputExits(joint=True)
-    with pytest.raises(ValueError, match="know no course"):
+    with pytest.raises(ValueError, match="know no trajectory"):
         CachedOutputExits.from_config(exits.config, fitted_steps=STEPS, joint=True).check_fits(pipe.transformer)
-    broken = fit_prediction(exits, course, (1.0,) * STEPS)
+    broken = fit_prediction(exits, trajectory, (1.0,) * STEPS)
     broken.prediction.error_weights[3] = torch.nan
-    with pytest.raises(ValueError, match="know no course"):
+    with pytest.raises(ValueError, match="know no trajectory"):
         broken.check_fits(pipe.transformer)

@@ -1,4 +1,4 @@
-"""The searched schedule: prices against a slow loop in float64, the search against all subsets, courses against the pipeline's own runs."""
+"""The best static schedule: prices against a slow loop in float64, the search against all subsets, trajectories against the pipeline."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pipe() -> EarlyExitPipeline:
 
 
 @pytest.fixture(scope="module")
-def course(pipe: EarlyExitPipeline) -> Trajectory:
+def trajectory(pipe: EarlyExitPipeline) -> Trajectory:
     return record(pipe, pipe.exits, seeds("fit", 2), [0, 1], **CALL)
 
 
@@ -48,12 +48,16 @@ def test_a_full_run_ends_in_the_images_of_the_pipeline(name: str):
 
 
 @pytest.mark.parametrize("cached_type", ["sample", "epsilon"])
-def test_prices_are_those_of_a_slow_loop(cached_type: str, pipe: EarlyExitPipeline, course: Trajectory):
+def test_prices_are_those_of_a_slow_loop(cached_type: str, pipe: EarlyExitPipeline, trajectory: Trajectory):
     weights = tuple(np.random.default_rng(0).uniform(0.5, 2.0, STEPS))
-    course = replace(course, clip=1.0)
+    trajectory = replace(trajectory, clip=1.0)
     exits = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, cached_type=cached_type)
-    prices = gap_prices(exits, course, weights)
-    clean, times, asked = course.clean.double().numpy(), course.times.numpy(), course.samples.double().numpy()
+    prices = gap_prices(exits, trajectory, weights)
+    clean, times, asked = (
+        trajectory.clean.double().numpy(),
+        trajectory.times.numpy(),
+        trajectory.samples.double().numpy(),
+    )
     alphas = pipe.scheduler.alphas_cumprod.double().numpy()[times.astype(int)]
     signal, noise = np.sqrt(alphas), np.sqrt(1 - alphas)
     scaled = signal[:, None, None, None, None]
@@ -118,8 +122,8 @@ def test_a_long_run_has_no_schedule_with_gaps_that_were_not_priced():
     assert min(search(prices, size)) == 2 + math.ceil((size - 1) / LONGEST) - 1
 
 
-def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, course: Trajectory):
-    best = search(gap_prices(pipe.exits, course, (1.0,) * STEPS), STEPS)[4]
+def test_searched_runs_the_steps_it_names(pipe: EarlyExitPipeline, trajectory: Trajectory):
+    best = search(gap_prices(pipe.exits, trajectory, (1.0,) * STEPS), STEPS)[4]
     layers = len(pipe.transformer.transformer_blocks)
     drawn = generate(
         pipe,
@@ -147,17 +151,17 @@ def test_schedules_that_make_no_sense_are_refused(full: tuple[int, ...]):
         static_cache_schedule(full, num_steps=STEPS, num_layers=3)
 
 
-def test_unfit_input_is_refused(pipe: EarlyExitPipeline, course: Trajectory):
+def test_unfit_input_is_refused(pipe: EarlyExitPipeline, trajectory: Trajectory):
     with pytest.raises(ValueError, match="weights"):
-        gap_prices(pipe.exits, course, (1.0,) * (STEPS - 1))
+        gap_prices(pipe.exits, trajectory, (1.0,) * (STEPS - 1))
     short = CachedOutputExits.for_pipeline(pipe.transformer, pipe.scheduler, length=1)
     with pytest.raises(ValueError, match="2 predictions"):
-        gap_prices(short, course, (1.0,) * STEPS)
+        gap_prices(short, trajectory, (1.0,) * STEPS)
     with pytest.raises(ValueError, match="at least 3"):
         search({}, 2)
     with pytest.raises(ValueError, match=r"weights .*nan.*, expected finite numbers"):
-        gap_prices(pipe.exits, course, (1.0, math.nan, *(1.0,) * (STEPS - 2)))
-    prices = gap_prices(pipe.exits, course, (1.0,) * STEPS)
+        gap_prices(pipe.exits, trajectory, (1.0, math.nan, *(1.0,) * (STEPS - 2)))
+    prices = gap_prices(pipe.exits, trajectory, (1.0,) * STEPS)
     for wrong in (STEPS - 1, STEPS + 1):
         with pytest.raises(ValueError, match=f"prices of {STEPS} steps, num_steps={wrong}, expected as many"):
             search(prices, wrong)

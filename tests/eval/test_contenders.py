@@ -76,7 +76,7 @@ def test_an_oracles_seconds_are_without_its_shadows(monkeypatch: pytest.MonkeyPa
 
 
 def noted_seeds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The seeds of the courses that are recorded from now on."""
+    """The seeds of the trajectories that are recorded from now on."""
     seen: list[int] = []
 
     def noting(pipe, exits, seeds, labels, **call):
@@ -151,7 +151,7 @@ def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path:
         gains.append(candidates.gains_of(pipe, memory, sampling, OPTIONS))
         found.append(candidates.schedules_of(pipe, memory, sampling, OPTIONS, (1.0,) * STEPS, [0.5]))
         assert str(pipe.transformer.dtype) == f"torch.{dtype}"
-        course = record(
+        trajectory = record(
             load(replace(sampling, dtype="float32")),
             memory,
             SEEDS["fit"][:2],
@@ -159,7 +159,7 @@ def test_gains_and_schedules_are_found_in_float32_whatever_is_drawn_in(tmp_path:
             num_inference_steps=STEPS,
             guidance_scale=2.0,
         )
-        prices = gap_prices(memory, course, (1.0,) * STEPS)
+        prices = gap_prices(memory, trajectory, (1.0,) * STEPS)
         best = search(prices, STEPS, last_full=dtype == "bfloat16")
         assert found[-1] == {"3": list(best[3].full)}
     assert gains[0] == gains[1]

@@ -110,7 +110,7 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         if fitted_steps < 0:
             raise ValueError(f"fitted_steps={fitted_steps}, expected at least 0")
         if joint and not fitted_steps:
-            raise ValueError("joint=True with fitted_steps=0, expected a course")
+            raise ValueError("joint=True with fitted_steps=0, expected a trajectory")
         self.error_estimator = small_mlp(FEATURES, hidden_dim)
         self.prediction = LinearPrediction(fitted_steps, joint=bool(joint)) if fitted_steps else None
         self._run: RunWeights | None = None  # of the schedule that runs
@@ -168,7 +168,7 @@ class CachedOutputExits(Parametrised, ModelMixin, ConfigMixin):
         if outputs != self.num_outputs:
             raise ValueError(f"heads of another model: it puts out {outputs} channels, they {self.num_outputs}")
         if self.prediction is not None and not self.prediction.is_fitted:
-            raise ValueError("these exits know no course; make them with courses.fit_prediction")
+            raise ValueError("these exits know no trajectory; make them with trajectories.fit_prediction")
         if bool(self.alphas_cumprod.isnan().any()):
             raise ValueError("these exits know no noise schedule; make them with CachedOutputExits.for_pipeline")
 

@@ -48,7 +48,7 @@ def error_amplification(
 
     Raises:
         ValueError: every below 1, a run too short to remember two steps and be put to the test, exits that know another noise schedule;
-            as `courses.check_run`.
+            as `check_run`.
     """
     check_numbers(guidance_scale, every=every, batch_size=batch_size)
     check_run(pipeline, class_labels, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
@@ -105,7 +105,7 @@ def recorded_error_amplification(
     Raises:
         ValueError: every below 1, a run too short; a call that does not begin as `full` did; as `record_call` and `attach_exits`.
     """
-    num_steps, first = len(full.course.times), exits.config.length + 1
+    num_steps, first = len(full.trajectory.times), exits.config.length + 1
     check_every(every)
     if num_steps <= first:
         raise ValueError(f"a run of {num_steps} steps, expected more than {first}")
@@ -115,13 +115,13 @@ def recorded_error_amplification(
         others = [step for step in range(num_steps) if step != index]
         with attach_exits(pipeline, exits, static_cache_schedule(others, num_steps=num_steps, num_layers=layers)):
             erred = record_call(pipeline, exits, call)
-        before, now = (one.course.samples[: index + 1].float() for one in (full, erred))
+        before, now = (one.trajectory.samples[: index + 1].float() for one in (full, erred))
         if bool(((now - before).square().mean() > SAME**2 * before.square().mean()).item()):
             raise ValueError(
                 "the call drew other noise than the time before, expected one that makes its generators anew, and that begins with "
                 "torch.manual_seed where its pipeline gives the solver none (DiTPipeline)"
             )
-        wrong = rms(erred.course.clean[index] - full.course.clean[index])
+        wrong = rms(erred.trajectory.clean[index] - full.trajectory.clean[index])
         found[index] = gain_of(rms(erred.final - full.final), local_gains[index] * wrong)
     return between(found, num_steps)
 

@@ -64,7 +64,7 @@ def fit_schedules(
     transformer = unwrapped(transformer)
     exits = CachedOutputExits.for_pipeline(transformer, pipeline.scheduler, cached_type=cached_type)
     full = record_call(pipeline, exits, call)
-    num_steps, layers = len(full.course.times), len(blocks_of(transformer))
+    num_steps, layers = len(full.trajectory.times), len(blocks_of(transformer))
     local_gains = local_error_gain_along(exits, full.solver)
     if not all(map(math.isfinite, local_gains)):
         raise ValueError(
@@ -73,8 +73,8 @@ def fit_schedules(
         )
     amplification = recorded_error_amplification(pipeline, exits, call, full, every=every)
     weights = error_weights(local_gains, amplification, power=power)
-    exits = fit_prediction(exits, full.course, weights)
-    found = search(gap_prices(exits, full.course, weights), num_steps, last_full=last_full)
+    exits = fit_prediction(exits, full.trajectory, weights)
+    found = search(gap_prices(exits, full.trajectory, weights), num_steps, last_full=last_full)
     return exits, {
         count: static_cache_schedule(one.full, num_steps=num_steps, num_layers=layers) for count, one in found.items()
     }

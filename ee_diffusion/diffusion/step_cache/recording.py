@@ -38,9 +38,9 @@ Change = Callable[[int, Tensor, Tensor, Callable[[], Tensor]], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RecordedCall:
-    """One call: its course, `final` (B, ...), the sample it ended with, and `solver`, the scheduler as it was before the first step."""
+    """One call: its trajectory, `final` (B, ...), the sample it ended with, and `solver`, the scheduler as it was before the first step."""
 
-    course: Trajectory
+    trajectory: Trajectory
     final: Tensor
     solver: SchedulerMixin
 
@@ -97,7 +97,7 @@ def record_call(pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Cal
         watched.restore()
         listener.remove()
     _check_times(ready, times)
-    course = Trajectory(
+    trajectory = Trajectory(
         torch.tensor(times, dtype=torch.float64),
         torch.stack(clean),
         torch.stack(samples),
@@ -107,7 +107,7 @@ def record_call(pipeline: DiffusionPipeline, exits: CachedOutputExits, call: Cal
         embedded_guidance=embedded[0],
         weights=weights_of(unwrapped(pipeline.transformer)),
     )
-    return RecordedCall(course, last[0].float(), ready[0])
+    return RecordedCall(trajectory, last[0].float(), ready[0])
 
 
 def record(
@@ -137,7 +137,7 @@ def record(
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         own(class_labels, generator=generators, output_type="pt", **size, **call)
 
-    return replace(record_call(own, exits, run).course, guidance_scale=float(guidance_scale))
+    return replace(record_call(own, exits, run).trajectory, guidance_scale=float(guidance_scale))
 
 
 def plain(pipeline: EarlyExitPipeline) -> EarlyExitPipeline:

@@ -1,6 +1,6 @@
-"""Which steps run in full: the static schedule that is best by what the full model's own courses say, found exactly by dynamic programming.
+"""Which steps to compute: the best static schedule by the full model's own trajectories, found exactly by dynamic programming.
 
-Here: the price of a schedule and the search. Not here: courses (trajectories.py), policies (methods.py). B images, S steps.
+Here: the price of a schedule and the search. Not here: trajectories (trajectories.py), policies (methods.py). B images, S steps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Found:
     price: float
 
 
-def gap_prices(exits: CachedOutputExits, course: Trajectory, weights: Sequence[float]) -> Prices:
+def gap_prices(exits: CachedOutputExits, trajectory: Trajectory, weights: Sequence[float]) -> Prices:
     """(a, b, c) -> what it costs to answer the steps between full steps b and c from memory of a and b:
 
         mean over images and values of (sum_t w_t (recalled_t - said_t))^2.
@@ -38,37 +38,37 @@ def gap_prices(exits: CachedOutputExits, course: Trajectory, weights: Sequence[f
         ValueError: weights for another number of steps or that are not finite; exits that cache another number of predictions than
             two.
     """
-    num_steps = len(course.times)
+    num_steps = len(trajectory.times)
     if len(weights) != num_steps or exits.config.length != 2:
         raise ValueError(
             f"{len(weights)} weights, {num_steps} steps, length={exits.config.length}: expected as many, and 2 predictions"
         )
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights {tuple(weights)}, expected finite numbers")
-    values = values_of(exits, course)  # (S, B, ...)
+    values = values_of(exits, trajectory)  # (S, B, ...)
     prices: Prices = {}
     for b in range(1, num_steps):
         for a in range(max(0, b - LONGEST), b):
             total: Tensor | float = 0.0
             prices[a, b, b + 1] = 0.0
             for t in range(b + 1, min(num_steps, b + LONGEST)):
-                total = total + weights[t] * _missed(exits, course, values, (a, b, t))
+                total = total + weights[t] * _missed(exits, trajectory, values, (a, b, t))
                 prices[a, b, t + 1] = float(total.square().mean())
     return prices
 
 
 @torch.no_grad()
-def _missed(exits: CachedOutputExits, course: Trajectory, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
+def _missed(exits: CachedOutputExits, trajectory: Trajectory, values: Tensor, moment: tuple[int, int, int]) -> Tensor:
     """The extrapolated clean image minus the model's, as the solver sees them (B, ...); values (S, B, ...) as the exits cache them."""
     a, b, t = moment
-    known = course.times.to(values.device)
+    known = trajectory.times.to(values.device)
     times, time = known[[b, a]][None], known[t][None]
     memory = OutputHistory(
         values[[b, a]][None], times, torch.full((1,), torch.nan, dtype=torch.float64, device=values.device)
     )
     extrapolated = weighted(memory.values, exits.weights_of(memory, time))[0]  # (B, ...)
-    extrapolated = exits.clean_from(course.samples[t], extrapolated, time.expand(len(extrapolated)))
-    return course.clipped(extrapolated) - course.clipped(course.clean[t])
+    extrapolated = exits.clean_from(trajectory.samples[t], extrapolated, time.expand(len(extrapolated)))
+    return trajectory.clipped(extrapolated) - trajectory.clipped(trajectory.clean[t])
 
 
 def price_of(full: Sequence[int], prices: Prices, num_steps: int) -> float:

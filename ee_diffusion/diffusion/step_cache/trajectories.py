@@ -1,4 +1,4 @@
-"""Courses: what the full model says of the clean image at every step of a run.
+"""Trajectories: what the full model says of the clean image at every step of a run.
 
 Here: what is kept of a run, what it must be, fitting the prediction to it. Not here: recording (recording.py), which steps then run
 (schedule_search.py). B images, S steps.
@@ -56,7 +56,7 @@ def check_run(
 
 
 def check_distinct_times(scheduler: SchedulerMixin, num_inference_steps: int) -> None:
-    """Raises ValueError for a solver that asks more than once at a time: a course has one answer for every step."""
+    """Raises ValueError for a solver that asks more than once at a time: a trajectory has one answer for every step."""
     walked = copy.deepcopy(scheduler)
     walked.set_timesteps(num_inference_steps)
     check_distinct(type(scheduler).__name__, walked.timesteps.tolist(), run=f"{num_inference_steps} steps")
@@ -66,45 +66,50 @@ def check_distinct(name: str, times: Sequence[float], *, run: str = "a run") -> 
     """Raises ValueError for times of a scheduler of that class that come more than once."""
     if len(set(times)) < len(times):
         raise ValueError(
-            f"{name} asks the model {len(times)} times in {run}, at times that repeat; courses and searched schedules need a solver with "
-            "one question per step, such as DDIMScheduler or DPMSolverMultistepScheduler"
+            f"{name} asks the model {len(times)} times in {run}, at times that repeat; trajectories and schedules need a solver with "
+            "one call per step, such as DDIMScheduler or DPMSolverMultistepScheduler"
         )
 
 
-def values_of(exits: CachedOutputExits, course: Trajectory) -> Tensor:
-    """What exits would remember of a course, (S, B, ...): its clean images as the exits cache them."""
-    times = course.times.to(course.clean.device)[:, None].expand(course.clean.shape[:2])  # (S, B)
-    said = zip(course.samples, course.clean, times, strict=True)
+def values_of(exits: CachedOutputExits, trajectory: Trajectory) -> Tensor:
+    """What exits would cache of a trajectory, (S, B, ...)."""
+    times = trajectory.times.to(trajectory.clean.device)[:, None].expand(trajectory.clean.shape[:2])  # (S, B)
+    said = zip(trajectory.samples, trajectory.clean, times, strict=True)
     return torch.stack([exits.value_of(*one).float() for one in said])
 
 
 def fit_prediction(
-    exits: CachedOutputExits, course: Trajectory, weights: Sequence[float] | None = None
+    exits: CachedOutputExits, trajectory: Trajectory, weights: Sequence[float] | None = None
 ) -> CachedOutputExits:
-    """The same exits, but answering by the best linear prediction along a course instead of the line (or of another course).
+    """The same exits, but answering by the best linear prediction along a trajectory instead of the line (or of another trajectory).
 
     weights: w_t (S,), what an error of the clean image at step t does in the end (`error_propagation.error_weights`). With them the
     cached outputs of a static schedule are weighed together (`LinearPrediction.joint_weights`), without each by itself.
 
     Raises:
-        ValueError: a course that is not finite or that has a time twice, weights of another number or that
+        ValueError: a trajectory that is not finite or that has a time twice, weights of another number or that
             are negative or not finite.
     """
     scaled = None
     if weights is not None:
         numbers = isinstance(weights, Sequence) and all(isinstance(one, int | float) for one in weights)
-        if not numbers or len(weights) != len(course.times):
-            raise ValueError(f"weights={weights!r}, expected {len(course.times)} numbers, none below 0")
-        scaled = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(course.times)
-    whose = {"fitted_scheduler": course.scheduler, "fitted_guidance": course.guidance_scale}
-    whose |= {"fitted_embedded_guidance": course.embedded_guidance, "fitted_shape": list(course.samples.shape[2:])}
-    whose |= {"joint": None if weights is None else True, "model_weights": course.weights}
+        if not numbers or len(weights) != len(trajectory.times):
+            raise ValueError(f"weights={weights!r}, expected {len(trajectory.times)} numbers, none below 0")
+        scaled = torch.tensor(weights, dtype=torch.float64) * exits.clean_per_value(trajectory.times)
+    whose = {"fitted_scheduler": trajectory.scheduler, "fitted_guidance": trajectory.guidance_scale}
+    whose |= {
+        "fitted_embedded_guidance": trajectory.embedded_guidance,
+        "fitted_shape": list(trajectory.samples.shape[2:]),
+    }
+    whose |= {"joint": None if weights is None else True, "model_weights": trajectory.weights}
     made = (
-        type(exits).from_config(exits.config, fitted_steps=len(course.times), **whose).to(exits.alphas_cumprod.device)
+        type(exits)
+        .from_config(exits.config, fitted_steps=len(trajectory.times), **whose)
+        .to(exits.alphas_cumprod.device)
     )
     rest = {name: value for name, value in exits.state_dict().items() if not name.startswith("prediction.")}
     made.load_state_dict(rest, strict=False)  # all but the prediction
-    made.prediction.fit(course.times, values_of(exits, course), scaled)
+    made.prediction.fit(trajectory.times, values_of(exits, trajectory), scaled)
     return made.eval()
 
 
