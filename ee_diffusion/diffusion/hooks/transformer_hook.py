@@ -1,7 +1,8 @@
 """TransformerHook: exits on one transformer. Its blocks run on the rows that are still going; no forward is copied.
 
 Here: the driver of step sessions. Not here: the user's interface (attach.py), facts about classes (model_specs.py), rows on their way
-(block_runner.py), which forwards of a stock pipeline make a run (run_tracker.py), decisions (core). R rows of the batch, L layers.
+(block_runner.py), the heads of a session (session_heads.py), which forwards of a stock pipeline make a run (run_tracker.py), decisions
+(core). R rows of the batch, L layers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from diffusers.models.cache_utils import CacheMixin
@@ -37,8 +37,9 @@ from ee_diffusion.diffusion.hooks.gradient_checkpointing import blocks_called_di
 from ee_diffusion.diffusion.hooks.in_use import OneCall
 from ee_diffusion.diffusion.hooks.other_work import Counted
 from ee_diffusion.diffusion.hooks.run_tracker import RunTracker
+from ee_diffusion.diffusion.hooks.session_heads import SessionHeads
 from ee_diffusion.diffusion.model_specs import ModelSpec, blocks_of
-from ee_diffusion.diffusion.protocols import CachingHeads, DenoiserHeads, PackableHeads, PlanningHeads
+from ee_diffusion.diffusion.protocols import DenoiserHeads
 from ee_diffusion.diffusion.step_cache.run_setup import Watch
 from ee_diffusion.diffusion.step_times import times_of
 
@@ -54,7 +55,6 @@ OF_OTHER_MODELS = frozenset(
         "pruned_probability",
     ]
 )
-COMPUTED_IN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class _Now(threading.local):
@@ -93,9 +93,7 @@ class TransformerHook:
         self.counted: Counted | None = None  # with a policy: what the call does beside
         self.watch: Watch | None = None
         self.one_call: OneCall | None = None  # with a policy on a pipeline
-        self._remembering = isinstance(heads, CachingHeads)  # asked once: a protocol's check is slow
-        self._packed: WeakKeyDictionary[Session, tuple[bool, DenoiserHeads]] = WeakKeyDictionary()
-        self._packable = isinstance(heads, PackableHeads)
+        self._session_heads = SessionHeads(heads, self.blocks)
         self._now = _Now()
         self._uses = 0  # contexts of `use` that are open: a compiled forward guards on this, but not on what a thread keeps for itself
         self.thread = threading.get_ident()  # which attached them
@@ -251,24 +249,24 @@ class TransformerHook:
         )
 
     def _forward(self, original, *args, **kwargs):
-        """The transformer's forward: open a passage, let the parent run, put the answers back."""
+        """The transformer's forward: open a block runner, let the parent run, put the outputs of the exits back."""
         if torch.compiler.is_compiling() and (self._uses or self._runs is not None):
             refuse_compiling_after_attaching()
         now = self._now
         if now.step is None and (self._runs is None or not self._interceptions or now.passage is not None):
             with self._alone_if(self.compiler is not None and not torch.compiler.is_compiling()):
-                return original(*args, **kwargs)  # not asked for, detached, or called again by a hook that wraps us
+                return original(*args, **kwargs)  # no exits wanted, detached, or called again by a hook that wraps us
         arguments = self._signature.bind(self.transformer, *args, **kwargs).arguments
-        asked = [name for name in self.family.plain_if if arguments.get(name) is not None]
+        reasons = [name for name in self.family.plain_if if arguments.get(name) is not None]
         if now.step is not None:
-            if asked:
-                raise ValueError(f"a forward with {asked[0]} runs without exits: call it outside of use(step)")
+            if reasons:
+                raise ValueError(f"a forward with {reasons[0]} runs without exits: call it outside of use(step)")
             return self._run(now.step, original, arguments, args, kwargs)
         if self.one_call is not None:
             self.one_call.enter()
         runs = self._latest = self.runs
-        if asked:
-            with self._plain(asked[0]):
+        if reasons:
+            with self._plain(reasons[0]):
                 return original(*args, **kwargs)
         sample = arguments["hidden_states"]
         step = runs.step(
@@ -288,48 +286,19 @@ class TransformerHook:
         sample = arguments["hidden_states"]
         self._check(step, sample)
         timestep = times_of(self.family, arguments["timestep"], sample)  # (R,)
-        if (
-            self._remembering and self._runs is not None
-        ):  # the scheduler's own: the model's is rounded in half precision
+        if self._session_heads.caching and self._runs is not None:
+            # the scheduler's own: the model's is rounded in half precision
             timestep = torch.full_like(timestep, step.time, dtype=torch.float32)
-        heads = self._heads_of(step.session, sample)
-        context = self._context(heads, step, sample, timestep)
+        heads = self._session_heads.of(step.session, sample)
+        context = self._session_heads.context(heads, step, sample, timestep)
         if step.measures and self.family.image_tokens is not None:
             context["image_tokens"] = self.family.image_tokens(self.transformer, arguments)  # (R, N)
         output = self._through(step, original, (heads, arguments, context), args, kwargs)
-        if self._remembering and not step.finished:
-            said = output[0] if isinstance(output, tuple) else output.sample
-            facts = {"sample": sample, "timestep": timestep, "output": said}
-            histories = step.session.histories
-            histories[step.call] = self.heads.append(histories.get(step.call), step.rows, **facts)
+        if self._session_heads.caching and not step.finished:
+            model_output = output[0] if isinstance(output, tuple) else output.sample
+            self._session_heads.append(step, sample, timestep, model_output)
         step.close()
         return output
-
-    def _heads_of(self, session: Session, sample: Tensor) -> DenoiserHeads:
-        """The heads, looked at (and packed, where no gradient asks for their parameters, and told what is planned) once for each run."""
-        packable = self._packable and not torch.is_grad_enabled()
-        if (known := self._packed.get(session)) is not None and known[0] == packable:
-            return known[1]
-        weight = next(self.heads.parameters(), None) if isinstance(self.heads, nn.Module) else None
-        if weight is not None and weight.device != sample.device:
-            raise ValueError(
-                f"the heads are on {weight.device}, the transformer runs on {sample.device}: move the heads"
-            )
-        if weight is not None and not self._remembering:  # what is remembered has a dtype of its own
-            self._check_dtype(weight.dtype, sample.device.type)
-        heads = self.heads.packed() if packable else self.heads
-        if session.policy.criterion is None and isinstance(heads, PlanningHeads):
-            heads = heads.along(session.policy.schedule, num_steps=session.num_steps, num_layers=session.num_layers)
-        self._packed[session] = (packable, heads)
-        return heads
-
-    def _check_dtype(self, dtype: torch.dtype, device: str) -> None:
-        """Heads look at what blocks put out: one dtype, unless autocast sees to that or the weights are stored in one of another kind."""
-        found = next((weight.dtype for weight in self.blocks[0].parameters() if weight.dtype in COMPUTED_IN), dtype)
-        if dtype != found and not torch.is_autocast_enabled(device):
-            raise ValueError(
-                f"the heads are in {dtype}, the transformer's blocks in {found}: give both one dtype, heads.to({found})"
-            )
 
     def _through(self, step: StepSession, original, given: tuple, args: tuple, kwargs: dict[str, Any]):
         """The forward with its exits: as one graph where that is compiled, else through a passage. given: heads, arguments, context."""
@@ -368,12 +337,6 @@ class TransformerHook:
     def _alone_if(self, needed: bool) -> AbstractContextManager[Any]:
         """Where it is needed, other threads' forwards of this kind wait."""
         return self._alone if needed else nullcontext()
-
-    def _context(self, heads: DenoiserHeads, step: StepSession, sample: Tensor, timestep: Tensor) -> dict[str, Tensor]:
-        """What the heads look at in this forward, tensors with leading R; nothing is made that no exit will ask for."""
-        if self._remembering and step.may_exit:
-            return heads.extrapolate(step.session.histories.get(step.call), sample, timestep)
-        return heads.context(timestep) if step.measures else {"timestep": timestep}
 
     def _check(self, step: StepSession, sample: Tensor) -> None:
         expected = len(step.session.rows)
