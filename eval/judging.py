@@ -128,7 +128,7 @@ def curve(judge: Judge, rule: Rule, points: int) -> list[dict]:
     return [{"value": value, **judge.row(rule(value), score)} for value in values.unique().tolist()]
 
 
-def accumulated_error_budget(judge: Judge, rule: Rule, budgets: list[float]) -> list[dict]:
+def budgeted(judge: Judge, rule: Rule, budgets: list[float]) -> list[dict]:
     """Budgeted batches: for each fraction of the layers the safest threshold that meets it on the calibration texts, judged on the others.
     A budget that no threshold meets is left out."""
     score, found = score_of(rule), []
