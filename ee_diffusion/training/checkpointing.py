@@ -5,6 +5,7 @@ Here: files on disk. Not here: what goes into a checkpoint and when (loop.py).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -43,12 +44,13 @@ def write_folder(final: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)  # a disk that is full is to be full of whole things
         raise
     _flush(partial)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists() or final.is_symlink():
+        _remove(replaced)
         os.replace(final, replaced)
     os.replace(partial, final)
     flush(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with contextlib.suppress(OSError):  # what is new is in place: `clean` comes back for the rest
+        _remove(replaced)
 
 
 def write_entries(directory: Path, fill: Callable[[Path], None]) -> None:
@@ -118,7 +120,7 @@ def prune(directory: Path, keep: int | None, *, spare: Path | None) -> None:
     for old in others[:surplus]:
         doomed = _sibling(old, _PARTIAL)  # renamed first: a half-deleted checkpoint must not look like one
         os.replace(old, doomed)
-        shutil.rmtree(doomed)
+        _remove(doomed)
 
 
 def find_checkpoint(directory: Path, resume_from: str | None) -> Path | None:
@@ -214,7 +216,8 @@ def _move_into(source: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """A folder, a file, or a link and not what it points to; nothing, if nothing is there."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _flush(folder: Path) -> None:

@@ -55,3 +55,21 @@ def test_killed_while_it_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
     state, _ = load_checkpoint(find_checkpoint(tmp_path, "latest"), IDENTITY["identity"])
     assert int(state["value"]) == 2
+
+
+def test_a_checkpoint_that_is_a_link_goes_and_what_it_points_to_stays(tmp_path: Path):
+    """Disks are full: old checkpoints were moved elsewhere, with links in their places."""
+    folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    save(folder, 1, keep=None)
+    shutil.move(folder / "checkpoint-1", elsewhere)
+    (folder / "checkpoint-1").symlink_to(elsewhere)
+    save(folder, 2, keep=1)
+    assert names(folder) == ["checkpoint-2"]
+    (folder / "checkpoint-3").symlink_to(elsewhere)
+    save(folder, 3, keep=None)
+    assert not (folder / "checkpoint-3").is_symlink()
+    (folder / ".checkpoint-4.replaced").symlink_to(elsewhere)
+    (folder / "checkpoint-4").mkdir()
+    assert clean(folder) == [".checkpoint-4.replaced"]
+    assert sorted(path.name for path in folder.glob(".*")) == []
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["run.json", "state.pt"]
