@@ -29,6 +29,7 @@ __all__ = [
     "Patience",
     "QExit",
     "SampledExit",
+    "ScoreCriterion",
     "Threshold",
 ]
 
@@ -64,8 +65,8 @@ class Criterion(ABC):
         """
 
     @abstractmethod
-    def measure(self, observation: ExitInputs) -> Tensor | None:
-        """Scores of the rows still running (R,), or None if this criterion looks at nothing."""
+    def measure(self, inputs: ExitInputs) -> Tensor | None:
+        """Scores of the rows still running (R,), or None if this criterion measures nothing."""
 
     @abstractmethod
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
@@ -73,15 +74,38 @@ class Criterion(ABC):
 
     @abstractmethod
     def floor(self, where: ExitPoint) -> float | None:
-        """A number for which holds: no sample with a score at or below it (or without one) stops here, and if all are so, `decide` leaves
-        the state as it was. A session then need not ask. None: there is no such number."""
+        """A score at or below which (or without which) no sample stops here; if all samples are below it, `decide` leaves the state
+        unchanged, so a session need not call it. None: there is no such number."""
+
+
+class ScoreCriterion(Criterion):
+    """A rule on the score named by its field `score`. Defaults: it fits any number of steps and exits, keeps no state, and
+    needs every score."""
+
+    score: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        score_named(self.score)
+
+    def validate(self, num_steps: int, num_exits: int) -> None:
+        """Any number of steps and exits fits."""
+
+    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
+        return {}
+
+    def measure(self, inputs: ExitInputs) -> Tensor:
+        return score_named(self.score).measure(inputs)
+
+    def floor(self, where: ExitPoint) -> float | None:
+        return None
 
 
 Thresholds = float | tuple[float, ...] | tuple[tuple[float, ...], ...]
 
 
 def threshold_at(thresholds: Thresholds, step: int, exit: int) -> float:
-    """The number that holds at a step and an exit."""
+    """The threshold at a step and an exit."""
     if not isinstance(thresholds, tuple):
         return thresholds
     row = thresholds[step] if isinstance(thresholds[0], tuple) else thresholds
@@ -115,7 +139,7 @@ def check_lengths(thresholds: Thresholds, num_steps: int, num_exits: int) -> Non
 
 
 @dataclass(frozen=True)
-class Threshold(Criterion):
+class Threshold(ScoreCriterion):
     """Stop at the first exit whose score is above the threshold: `score > threshold` (DeeDiff: `1 - mean u > 1 - theta`).
 
     `threshold`: one number, one per exit (K,), or one per step and exit (S, K).
@@ -131,12 +155,6 @@ class Threshold(Criterion):
     def validate(self, num_steps: int, num_exits: int) -> None:
         check_lengths(self.threshold, num_steps, num_exits)
 
-    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
-        return {}
-
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
-
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         return score > threshold_at(self.threshold, where.step, where.exit), state
 
@@ -145,7 +163,7 @@ class Threshold(Criterion):
 
 
 @dataclass(frozen=True)
-class Patience(Criterion):
+class Patience(ScoreCriterion):
     """Stop at a crossing (score above threshold) once there were `patience` of them, this one included.
 
     `patience`: one number or one per exit (K,). `consecutive`: a miss starts the count anew (PABEE); otherwise crossings add up
@@ -172,9 +190,6 @@ class Patience(Criterion):
     def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         return {"crossings": torch.zeros_like(samples)}  # (E,)
 
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
-
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         crossed = score > threshold_at(self.threshold, where.step, where.exit)  # (E,)
         crossings = state["crossings"] + crossed
@@ -188,7 +203,7 @@ class Patience(Criterion):
 
 
 @dataclass(frozen=True)
-class QExit(Criterion):
+class QExit(ScoreCriterion):
     """Q-exit (PALBERT, arXiv 2204.03276): `p_i = lambda_i prod_{j<i}(1 - lambda_j)`; stop at the first i with `sum_{j<=i} p_j > q`."""
 
     q: float
@@ -198,27 +213,17 @@ class QExit(Criterion):
         super().__post_init__()
         if not 0.0 <= self.q <= 1.0:
             raise ValueError(f"q={self.q}, expected a quantile in [0, 1]")
-        score_named(self.score)
-
-    def validate(self, num_steps: int, num_exits: int) -> None:
-        """Any number of steps and exits fits one q."""
 
     def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         return {"survival": torch.ones(len(samples), device=samples.device)}  # (E,)
-
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
 
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         survival = state["survival"] * (1 - score)  # (E,): sum_{j<=i} p_j = 1 - prod_{j<=i} (1 - lambda_j)
         return 1 - survival > self.q, {"survival": survival}
 
-    def floor(self, where: ExitPoint) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class SampledExit(Criterion):
+class SampledExit(ScoreCriterion):
     """Sampling exit (PonderNet, arXiv 2107.05407): the exit drawn from `p_i` is the first i with `sum_{j<=i} p_j > u`, u ~ U[0, 1).
 
     u depends on `seed`, the sample's id and the step alone, so that batches and order do not matter.
@@ -227,13 +232,6 @@ class SampledExit(Criterion):
     seed: int
     score: str = "confidence"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        score_named(self.score)
-
-    def validate(self, num_steps: int, num_exits: int) -> None:
-        """Any number of steps and exits fits."""
-
     def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         drawn = [Random(f"{self.seed}/{step}/{sample}").random() for sample in samples.tolist()]
         return {
@@ -241,19 +239,13 @@ class SampledExit(Criterion):
             "survival": torch.ones(len(samples), device=samples.device),  # (E,)
         }
 
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
-
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         survival = state["survival"] * (1 - score)  # (E,)
         return 1 - survival > state["drawn"], state | {"survival": survival}
 
-    def floor(self, where: ExitPoint) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class GatedExit(Criterion):
+class GatedExit(ScoreCriterion):
     """Learned gates (JEI-DNN, arXiv 2310.09163): `P_l = max(0, min(g_l, 1 - sum_{j<l} g_j))`, `a_l = P_l / prod_{j<l}(1 - a_j)`;
     stop when `a_l >= threshold` (0.5 in the paper)."""
 
@@ -264,24 +256,15 @@ class GatedExit(Criterion):
         super().__post_init__()
         check_range(self.threshold, self.score)
 
-    def validate(self, num_steps: int, num_exits: int) -> None:
-        """Any number of steps and exits fits one threshold."""
-
     def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         zeros = torch.zeros(len(samples), device=samples.device)
         return {"sum": zeros, "survival": zeros + 1}  # (E,), (E,)
-
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
 
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         probability = torch.minimum(score, 1 - state["sum"]).clamp(min=0)  # (E,)
         conditional = (probability / state["survival"].clamp(min=1e-12)).clamp(max=1)
         state = {"sum": state["sum"] + score, "survival": state["survival"] * (1 - conditional)}
         return conditional >= self.threshold, state
-
-    def floor(self, where: ExitPoint) -> None:
-        return None
 
 
 @dataclass(frozen=True)
@@ -314,7 +297,7 @@ class DepthTable(Criterion):
         row = torch.tensor(self.depths[0 if self.every_step else step], device=samples.device)
         return {"plan": row[samples]}  # (E,)
 
-    def measure(self, observation: ExitInputs) -> None:
+    def measure(self, inputs: ExitInputs) -> None:
         return None
 
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
@@ -325,7 +308,7 @@ class DepthTable(Criterion):
 
 
 @dataclass(frozen=True)
-class DecayingThreshold(Criterion):
+class DecayingThreshold(ScoreCriterion):
     """A threshold that falls with the step (CALM, arXiv 2207.07061, sec. 3.4):
 
     `score > 0.9 * threshold + 0.1 * threshold * exp(-rate * t / T)`, T = `horizon` in steps (of a decode: tokens), rate 4 in the paper.
@@ -344,15 +327,6 @@ class DecayingThreshold(Criterion):
                 f"horizon={self.horizon}, rate={self.rate}, expected a step or more and a finite rate >= 0"
             )
 
-    def validate(self, num_steps: int, num_exits: int) -> None:
-        """Any number of steps and exits fits one threshold."""
-
-    def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
-        return {}
-
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
-
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         return score > self.floor(where), state
 
@@ -361,7 +335,7 @@ class DecayingThreshold(Criterion):
 
 
 @dataclass(frozen=True)
-class ErrorBudget(Criterion):
+class ErrorBudget(ScoreCriterion):
     """Errors that add up over the steps of a run are kept within a budget (ours).
 
     `a_t = decay * a_{t-1} + w_t (1 - score)` where a sample stops, `a_t = decay * a_{t-1}` where it runs to the end; it stops as long as
@@ -376,7 +350,6 @@ class ErrorBudget(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        score_named(self.score)
         if not (self.budget > 0 and math.isfinite(self.budget) and 0 <= self.decay <= 1):
             raise ValueError(
                 f"budget={self.budget}, decay={self.decay}, expected a positive number and a factor in [0, 1]"
@@ -392,9 +365,6 @@ class ErrorBudget(Criterion):
         if previous is None:
             return {"spent": torch.zeros(len(samples), device=samples.device)}  # (E,)
         return {"spent": self.decay * previous["spent"]}
-
-    def measure(self, observation: ExitInputs) -> Tensor:
-        return score_named(self.score).measure(observation)
 
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         after = state["spent"] + self.weights[where.step] * (1 - score)  # (E,)

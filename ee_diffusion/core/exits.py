@@ -69,8 +69,8 @@ class ExitInputs:
 class JudgingHeads(ExitHeads, Protocol):
     """Heads whose learned certainty looks at the answer, or at what earlier exits of the same step carried."""
 
-    def judge(self, observation: ExitInputs) -> Tensor:
-        """(R,) in [0, 1]; larger is safer. May read `observation.answer` and write `observation.carried`."""
+    def judge(self, inputs: ExitInputs) -> Tensor:
+        """(R,) in [0, 1]; larger is safer. May read `inputs.answer` and write `inputs.carried`."""
         ...
 
 

@@ -19,66 +19,66 @@ from ee_diffusion.core.registry import add_row
 
 @dataclass(frozen=True)
 class Score:
-    """`measure(observation) -> (R,)` with values in [low, high]: a threshold outside that range is refused."""
+    """`measure(inputs) -> (R,)` with values in [low, high]: a threshold outside that range is refused."""
 
     measure: Callable[[ExitInputs], Tensor]
     low: float
     high: float
 
 
-def confidence(observation: ExitInputs) -> Tensor:
+def confidence(inputs: ExitInputs) -> Tensor:
     """The learned certainty of the exit (DeeDiff: 1 - mean u; gates: the gate; PonderNet: lambda). (R,) in [0, 1]."""
-    return observation.heads.confidence(observation.exit, observation.hidden, observation.context)
+    return inputs.heads.confidence(inputs.exit, inputs.hidden, inputs.context)
 
 
-def max_probability(observation: ExitInputs) -> Tensor:
+def max_probability(inputs: ExitInputs) -> Tensor:
     """Largest softmax probability of the answer's logits (R, C) -> (R,) in [0, 1]."""
-    return observation.answer.softmax(-1).amax(-1)
+    return inputs.answer.softmax(-1).amax(-1)
 
 
-def margin(observation: ExitInputs) -> Tensor:
+def margin(inputs: ExitInputs) -> Tensor:
     """Difference of the two largest softmax probabilities (R, C) -> (R,) in [0, 1]."""
-    top = observation.answer.softmax(-1).topk(2, dim=-1).values  # (R, 2)
+    top = inputs.answer.softmax(-1).topk(2, dim=-1).values  # (R, 2)
     return top[:, 0] - top[:, 1]
 
 
-def negative_entropy(observation: ExitInputs) -> Tensor:
+def negative_entropy(inputs: ExitInputs) -> Tensor:
     """`1 - H(p) / log C` of the answer's logits (R, C) -> (R,) in [0, 1] (FastBERT's normalised entropy, turned round)."""
-    logits = observation.answer.log_softmax(-1)
+    logits = inputs.answer.log_softmax(-1)
     entropy = -(logits.exp() * logits).sum(-1)
     return 1 - entropy / math.log(logits.shape[-1])
 
 
-def saturation(observation: ExitInputs) -> Tensor:
+def saturation(inputs: ExitInputs) -> Tensor:
     """Cosine of the last token's hidden state before and after the last executed layer, `context["previous"]` (R, N, D)
     (CALM, arXiv 2207.07061, sec. 3.5). (R,) in [-1, 1]; needs no head.
 
     Raises:
         ValueError: the driver keeps no previous states.
     """
-    if "previous" not in observation.context:
+    if "previous" not in inputs.context:
         raise ValueError("score 'saturation' needs the states before the last layer, which only decoding keeps")
-    return torch.cosine_similarity(observation.hidden[:, -1], observation.context["previous"][:, -1], dim=-1)
+    return torch.cosine_similarity(inputs.hidden[:, -1], inputs.context["previous"][:, -1], dim=-1)
 
 
-def learned_confidence(observation: ExitInputs) -> Tensor:
-    """What heads of the `JudgingHeads` kind make of the whole observation: its answer, what earlier exits carried. (R,) in [0, 1]."""
-    return cast(JudgingHeads, observation.heads).judge(observation)
+def learned_confidence(inputs: ExitInputs) -> Tensor:
+    """What heads of the `JudgingHeads` kind make of the whole inputs: its answer, what earlier exits carried. (R,) in [0, 1]."""
+    return cast(JudgingHeads, inputs.heads).judge(inputs)
 
 
-def agreement(observation: ExitInputs) -> Tensor:
+def agreement(inputs: ExitInputs) -> Tensor:
     """1 where the class answered here is the one answered at the exit before, else 0; at the first exit 0. (R, C) -> (R,) (PABEE)."""
-    said = observation.answer.argmax(-1)  # (R,)
-    observation.carried["said"] = said
-    before = observation.context.get("said")
+    said = inputs.answer.argmax(-1)  # (R,)
+    inputs.carried["said"] = said
+    before = inputs.context.get("said")
     return torch.zeros(len(said), device=said.device) if before is None else (said == before).float()
 
 
-def closeness(observation: ExitInputs) -> Tensor:
+def closeness(inputs: ExitInputs) -> Tensor:
     """`exp(-|y_i - y_{i-1}|)` of regression answers (R, 1); at the first exit 0. (R,) in [0, 1] (PABEE for regression)."""
-    value = observation.answer[:, 0].float()  # (R,)
-    observation.carried["value"] = value
-    before = observation.context.get("value")
+    value = inputs.answer[:, 0].float()  # (R,)
+    inputs.carried["value"] = value
+    before = inputs.context.get("value")
     return torch.zeros_like(value) if before is None else (-(value - before).abs()).exp()
 
 
@@ -89,15 +89,15 @@ def pruned_probability(size: int) -> Callable[[ExitInputs], Tensor]:
     Deviation: rows that leave answer with all classes.
     """
 
-    def measure(observation: ExitInputs) -> Tensor:
-        if "vocabulary" not in observation.context:
-            best = observation.answer.topk(min(size, observation.answer.shape[-1]), dim=-1)  # (R, k)
-            observation.carried["vocabulary"] = best.indices
+    def measure(inputs: ExitInputs) -> Tensor:
+        if "vocabulary" not in inputs.context:
+            best = inputs.answer.topk(min(size, inputs.answer.shape[-1]), dim=-1)  # (R, k)
+            inputs.carried["vocabulary"] = best.indices
             return best.values.softmax(-1).amax(-1)
-        if not isinstance(observation.heads, PrunableHeads):
-            raise ValueError(f"{type(observation.heads).__name__} cannot answer for a part of the classes")
-        classes = observation.context["vocabulary"]
-        return observation.heads.answer_among(observation.exit, observation.hidden, classes).softmax(-1).amax(-1)
+        if not isinstance(inputs.heads, PrunableHeads):
+            raise ValueError(f"{type(inputs.heads).__name__} cannot answer for a part of the classes")
+        classes = inputs.context["vocabulary"]
+        return inputs.heads.answer_among(inputs.exit, inputs.hidden, classes).softmax(-1).amax(-1)
 
     return measure
 
@@ -116,7 +116,7 @@ SCORES: dict[str, Score] = {
 
 
 def register_score(name: str, measure: Callable[[ExitInputs], Tensor], *, low: float, high: float) -> None:
-    """Make `measure(observation) -> (R,)` known under a name that criteria (and saved policies) can use.
+    """Make `measure(inputs) -> (R,)` known under a name that criteria (and saved policies) can use.
 
     Raises:
         ValueError: the name is taken.

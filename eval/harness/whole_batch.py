@@ -22,8 +22,8 @@ class WholeBatch(Criterion):
     def start(self, samples: Tensor, *, step: int, previous: State | None) -> State:
         return self.criterion.start(samples, step=step, previous=previous)
 
-    def measure(self, observation: ExitInputs) -> Tensor | None:
-        return self.criterion.measure(observation)
+    def measure(self, inputs: ExitInputs) -> Tensor | None:
+        return self.criterion.measure(inputs)
 
     def decide(self, score: Tensor, where: ExitPoint, state: State) -> tuple[Tensor, State]:
         stop, state = self.criterion.decide(score.amin().expand(len(score)), where, state)

@@ -126,9 +126,9 @@ def test_what_an_exit_carries_is_there_at_all_later_ones():
     heads, state = heads_for(), torch.zeros(ROWS, 1, WIDTH)
     masks = [torch.ones(ROWS, 1), None, torch.zeros(ROWS, 1)]
     found = []
-    for observation in exit_inputs_of(heads, [state] * 3, masks):
-        found.append(dict(observation.context))
-        observation.carried[f"from {observation.exit}"] = state
+    for inputs in exit_inputs_of(heads, [state] * 3, masks):
+        found.append(dict(inputs.context))
+        inputs.carried[f"from {inputs.exit}"] = state
     assert [one.keys() for one in found] == [
         {"attention_mask"},
         {"from 0"},

@@ -266,9 +266,9 @@ def test_training_sees_what_inference_sees():
     with torch.no_grad(), recorded_states(model) as states:
         model(**batch_for("Bert"))
         for exit, depth in enumerate(exits.depths):
-            observation = ExitInputs(heads, exit, states[depth], context)
-            torch.testing.assert_close(heads.judge(observation), everything.scores[0, exit])
-            context |= observation.carried
+            inputs = ExitInputs(heads, exit, states[depth], context)
+            torch.testing.assert_close(heads.judge(inputs), everything.scores[0, exit])
+            context |= inputs.carried
 
 
 def test_labels_leave_no_kind_of_problem_behind():

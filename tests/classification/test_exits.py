@@ -53,10 +53,10 @@ def test_halting_looks_at_this_state_and_the_one_before():
         for linear in linears[:-1]:
             x = (x @ linear.weight.T + linear.bias).tanh()
         expected = (x @ linears[-1].weight.T + linears[-1].bias)[:, 0].sigmoid()
-        observation = ExitInputs(heads, exit, states[depth], context)
-        torch.testing.assert_close(heads.judge(observation), expected)
-        assert not observation.answered, "lambda costs no answer"
-        context, before = observation.carried, z
+        inputs = ExitInputs(heads, exit, states[depth], context)
+        torch.testing.assert_close(heads.judge(inputs), expected)
+        assert not inputs.answered, "lambda costs no answer"
+        context, before = inputs.carried, z
 
 
 @pytest.mark.parametrize("judge", ["linear_halting", "correctness", "statistics"])
@@ -117,10 +117,10 @@ def test_exits_of_the_mean_look_at_all_tokens_but_padding(masked: bool):
     shared = ClassifierHeads(model, exits_for(model, head="shared", judge="halting", pooling="mean"))
     own = model.classifier((model.bert.pooler.dense(mean)).tanh())
     torch.testing.assert_close(shared.answer(0, hidden, context), own)
-    observation = ExitInputs(shared, 0, hidden, context)
+    inputs = ExitInputs(shared, 0, hidden, context)
     pooled = model.bert.pooler.dense(mean).tanh()
     expected = shared.exits.judges[0](torch.cat([pooled, torch.zeros_like(pooled)], 1))[:, 0]
-    torch.testing.assert_close(shared.judge_logits(observation), expected)
+    torch.testing.assert_close(shared.judge_logits(inputs), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

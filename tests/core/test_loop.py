@@ -177,14 +177,14 @@ class Carrying(nn.Module):
     def answer(self, exit, hidden, context):
         return hidden[:, 0]
 
-    def judge(self, observation):
-        own = observation.hidden[:, 0, 0].round()  # (R,) the row's number, which the blocks keep
-        before = observation.context.get("own")
-        assert (before is None) == (observation.exit == 0)
+    def judge(self, inputs):
+        own = inputs.hidden[:, 0, 0].round()  # (R,) the row's number, which the blocks keep
+        before = inputs.context.get("own")
+        assert (before is None) == (inputs.exit == 0)
         assert before is None or torch.equal(before, own), "somebody else's memory"
-        observation.carried["own"] = own
+        inputs.carried["own"] = own
         self.seen.append(own.tolist())
-        return (own == observation.exit).float()
+        return (own == inputs.exit).float()
 
 
 def test_what_is_carried_follows_the_rows_that_go_on():

@@ -24,15 +24,15 @@ class CountingHeads(ToyHeads):
 
 
 @pytest.fixture
-def observation() -> ExitInputs:
+def inputs() -> ExitInputs:
     heads = CountingHeads((1, 2), "output", 6, 4)
     return ExitInputs(heads, 1, torch.randn(5, 3, 6), {"timestep": torch.zeros(5)})
 
 
 @pytest.mark.parametrize("name", ["max_probability", "margin", "negative_entropy"])
-def test_scores_of_logits(name: str, observation: ExitInputs):
-    logits = observation.heads.answer(1, observation.hidden, observation.context).double().detach()
-    found = score_named(name).measure(observation).detach()
+def test_scores_of_logits(name: str, inputs: ExitInputs):
+    logits = inputs.heads.answer(1, inputs.hidden, inputs.context).double().detach()
+    found = score_named(name).measure(inputs).detach()
     for row, values in enumerate(logits.tolist()):
         exps = [math.exp(value) for value in values]
         p = sorted((value / sum(exps) for value in exps), reverse=True)
@@ -50,22 +50,22 @@ def test_certain_and_undecided_logits():
         torch.testing.assert_close(found, torch.tensor([low, 1.0]))
 
 
-def test_the_answer_is_computed_once_and_only_if_asked_for(observation: ExitInputs):
-    score_named("confidence").measure(observation)
-    assert (observation.answered, observation.heads.calls) == (False, 0)
-    score_named("margin").measure(observation)
-    score_named("max_probability").measure(observation)
-    assert (observation.answered, observation.heads.calls) == (True, 1)
+def test_the_answer_is_computed_once_and_only_if_asked_for(inputs: ExitInputs):
+    score_named("confidence").measure(inputs)
+    assert (inputs.answered, inputs.heads.calls) == (False, 0)
+    score_named("margin").measure(inputs)
+    score_named("max_probability").measure(inputs)
+    assert (inputs.answered, inputs.heads.calls) == (True, 1)
 
 
 def test_names(monkeypatch):
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
     with pytest.raises(ValueError, match=r"score='sureness', expected one of \['agreement', 'closeness', 'confidence'"):
         score_named("sureness")
-    register_score("sureness", lambda observation: observation.hidden.sum((1, 2)), low=-1.0, high=2.0)
+    register_score("sureness", lambda inputs: inputs.hidden.sum((1, 2)), low=-1.0, high=2.0)
     assert score_named("sureness").high == 2.0
     with pytest.raises(ValueError, match="in the table of scores already"):
-        register_score("sureness", lambda observation: observation.hidden, low=0, high=1)
+        register_score("sureness", lambda inputs: inputs.hidden, low=0, high=1)
 
 
 def test_saturation_is_the_cosine_of_consecutive_states():
@@ -90,8 +90,8 @@ class SayingHeads(ToyHeads):
     def answer(self, exit, hidden, context):
         return self.said
 
-    def judge(self, observation):
-        return observation.answer[:, 0].sigmoid()
+    def judge(self, inputs):
+        return inputs.answer[:, 0].sigmoid()
 
 
 def saying(said: torch.Tensor, context: dict | None = None) -> ExitInputs:
@@ -116,6 +116,6 @@ def test_closeness_falls_with_the_distance_to_the_value_before():
 
 
 def test_judged_is_the_heads_own_word_on_the_whole_observation():
-    observation = saying(torch.tensor([[0.3, 1.0]]))
-    assert score_named("learned_confidence").measure(observation).tolist() == pytest.approx([1 / (1 + math.exp(-0.3))])
-    assert observation.answered, "what a judge asks for is counted"
+    inputs = saying(torch.tensor([[0.3, 1.0]]))
+    assert score_named("learned_confidence").measure(inputs).tolist() == pytest.approx([1 / (1 + math.exp(-0.3))])
+    assert inputs.answered, "what a judge asks for is counted"
