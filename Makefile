@@ -13,7 +13,7 @@ PIP_ENVIRONMENT := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_INPUT=1
 PYTEST_ARGS ?=
 CODE := ee_diffusion pipelines train eval tests
 
-.PHONY: help install demo test test-all test-floor test-wheel families lint docs format proto wheel clean
+.PHONY: help install demo test test-all test-floor test-wheel families imports lint docs format proto wheel clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -28,6 +28,9 @@ test: $(VENV)/.stamp-test lint docs  ## lint, types, the documentation and all q
 
 families: $(VENV)/.stamp-test  ## every transformer class that exits attach to, and whether it holds in the five checks
 	$(BIN)/python -m pytest tests/diffusion/test_families.py -q $(PYTEST_ARGS)
+
+imports: $(VENV)/.stamp-test  ## files and lines of every room of the package, and which rooms it imports
+	@PYTHONPATH=. $(BIN)/python tests/import_graph.py
 
 test-all: $(VENV)/.stamp-test lint  ## lint, types and every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
