@@ -1,7 +1,7 @@
-"""diffusers' own caches as contenders: FirstBlockCache, TaylorSeer, MagCache. They decide for whole batches.
+"""Baselines: diffusers' own caches (FirstBlockCache, TaylorSeer, MagCache), and cache-dit's DBCache. They decide for whole batches.
 
-Each works on a copy of the transformer, so that the hooks of one disturb nobody. What is not set here is as diffusers has it by default.
-tests/eval/test_peers_readings.py holds them against slow readings of what was published. Not here: who takes part (contenders.py).
+Each works on a copy of the transformer, so that hooks do not meet. What is not set here is as the library has it by default.
+tests/eval/test_baselines_readings.py holds them against slow readings of what was published. Not here: candidates (candidates.py).
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import contextlib
 import copy
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+from diffusers import DiTPipeline
 from diffusers.hooks import (
     FirstBlockCacheConfig,
     HookRegistry,
@@ -32,7 +33,14 @@ from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, gen
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 
+try:
+    import cache_dit
+except ModuleNotFoundError:  # the extra `peers`: `db_cache` raises
+    cache_dit = None
+
 CONTEXT = "both branches"  # guidance comes in one batch: one state
+
+WARM_UP = 3  # compute steps before DBCache takes anything from the cache
 
 # The caches know blocks by a list that third parties add to (as for external models in diffusers' own documents of FirstBlockCache).
 TransformerBlockRegistry.register(
@@ -41,12 +49,12 @@ TransformerBlockRegistry.register(
 
 
 # What TaylorSeer predicts: the last module of a forward, behind which nothing but the order of pixels changes. Not every class's last
-# child is that (PixArt's is an embedder), and what predicts an earlier one would predict from blocks that said nothing.
+# child is that (PixArt's is an embedder), and what predicts an earlier one would predict from blocks that did not run.
 LAST_MODULES = {"UViTTransformer2DModel": "conv_out", "DiTTransformer2DModel": "proj_out_2"}
 
 
-class Peer:
-    """A pipeline whose transformer has one of diffusers' caches on it. Its state is forgotten before every batch.
+class CachedPipeline:
+    """A pipeline whose transformer has one of diffusers' caches on it. Its state is reset before every batch.
 
     Raises:
         ValueError: a transformer of one block: diffusers' caches want a first and a last one (MagCache would lose count of its steps).
@@ -79,25 +87,27 @@ class Peer:
         return joined(parts)
 
 
-def first_block_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
+def first_block_cache(
+    pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float
+) -> CachedPipeline:
     """FirstBlockCache: all blocks run where the first one's residual has changed by more than `value`, relative, over the whole batch.
 
     Set: `threshold`, the only number it has.
     """
-    made = Peer(pipeline)
+    made = CachedPipeline(pipeline)
     apply_first_block_cache(made.pipeline.transformer, FirstBlockCacheConfig(threshold=value))
     return made
 
 
 def taylorseer(
     pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float, order: int = 1
-) -> Peer:
+) -> CachedPipeline:
     """TaylorSeer on the model's output, every `value`-th step in full: in between no block runs. Full are three steps at the beginning,
     the fifth, and from there every `value`-th.
 
     order: of the expansion, 1 (diffusers' default) or more.
     """
-    made = Peer(pipeline)
+    made = CachedPipeline(pipeline)
     apply_taylorseer(made.pipeline.transformer, int(value), order=order)
     return made
 
@@ -129,14 +139,14 @@ def apply_taylorseer(transformer: nn.Module, interval: int, *, order: int) -> No
     apply_taylorseer_cache(transformer, config)
 
 
-def mag_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> Peer:
+def mag_cache(pipeline: EarlyExitPipeline, value: float, *, num_steps: int, guidance_scale: float) -> CachedPipeline:
     """MagCache with accumulated error `value`; its ratios are measured first, by its own calibration on eight fitting seeds.
 
     Set: `threshold`, `mag_ratios`, and `num_inference_steps`, the number of times that the model is called: Heun's method calls it twice
     a step. By default it runs the first fifth of the steps in full and then skips at most three in a row. Unlike in the authors' code
     both branches of guidance have one count and one mean ratio, for they come in one batch.
     """
-    made = Peer(pipeline)
+    made = CachedPipeline(pipeline)
     ratios = ratios_of(pipeline, num_steps=num_steps, guidance_scale=guidance_scale)
     config = MagCacheConfig(threshold=value, mag_ratios=ratios, num_inference_steps=len(ratios))
     apply_mag_cache(made.pipeline.transformer, config)
@@ -148,20 +158,50 @@ def ratios_of(pipeline: EarlyExitPipeline, *, num_steps: int, guidance_scale: fl
     beside that of the call before."""
     scheduler = copy.deepcopy(pipeline.scheduler)
     scheduler.set_timesteps(num_steps)
-    measured = Peer(pipeline)
+    measured = CachedPipeline(pipeline)
     config = MagCacheConfig(calibrate=True, num_inference_steps=len(scheduler.timesteps))
     apply_mag_cache(measured.pipeline.transformer, config)
     call = {"batch_size": 8, "num_inference_steps": num_steps, "guidance_scale": guidance_scale}
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # it prints its ratios and keeps them nowhere
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # it prints its ratios and keeps them nowhere
         measured.generate(seeds("fit", 8), balanced_labels(8, classes_of(pipeline, guidance_scale)), **call)
-    lines = [line for line in said.getvalue().splitlines() if line.startswith("[") and "MagCache" not in line]
+    lines = [line for line in printed.getvalue().splitlines() if line.startswith("[") and "MagCache" not in line]
     return ast.literal_eval(lines[-1])
 
 
-PEERS = {
+BASELINES = {
     "first_block": first_block_cache,
     "taylor": taylorseer,
     "taylor_second_order": functools.partial(taylorseer, order=2),
     "mag": mag_cache,
 }
+
+
+@contextlib.contextmanager
+def db_cache(pipe: DiTPipeline, threshold: float, *, num_steps: int, taylor_order: int = 0) -> Iterator[DiTPipeline]:
+    """A copy of the pipeline for one call with DBCache (F1B0: the first block decides for the whole batch, the rest is cached), its state
+    fresh. A copy, for cache-dit leaves modules behind in the transformer that it worked on.
+
+    threshold: relative change of the first block's residual above which all blocks run. taylor_order: of TaylorSeer, which predicts what is
+    cached; 0: it is taken as it is.
+
+    Raises:
+        ValueError: cache-dit is not installed.
+    """
+    if cache_dit is None:
+        raise ValueError("cache-dit is not installed, expected the extra `peers`: pip install -e '.[peers]'")
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        residual_diff_threshold=threshold,
+        max_warmup_steps=WARM_UP,
+        num_inference_steps=num_steps,
+    )
+    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=taylor_order) if taylor_order else None
+    cached = DiTPipeline(copy.deepcopy(pipe.transformer), pipe.vae, copy.deepcopy(pipe.scheduler))
+    cached.set_progress_bar_config(disable=True)
+    cache_dit.enable_cache(cached, cache_config=config, calibrator_config=calibrator)
+    try:
+        yield cached
+    finally:
+        cache_dit.disable_cache(cached)

@@ -1,25 +1,16 @@
-"""Who takes part in the frontier, and how each draws.
+"""Candidates: one registry, flag -> maker, of all that is compared with the full model. Used by the frontier and end to end.
 
-Here: candidates. Not here: their numbers (frontier_options.py), turns and times (turns.py), what is kept (keeping.py), the hooks of
-peers (peers.py). S steps.
+Here: names, policies, controls. Not here: exits and what is measured for them (step_caches.py), drawing (drawing.py), flags (options.py).
 """
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
-from torch import nn
-
+from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
-from ee_diffusion.diffusion.exits.cached import CachedOutputExits
-from ee_diffusion.diffusion.exits.oracle import OracleExits
-from ee_diffusion.diffusion.fingerprint import fingerprint
-from ee_diffusion.diffusion.guidance import cfg_labels
 from ee_diffusion.diffusion.methods import (
     accumulated_error_budget,
     deediff,
@@ -27,230 +18,168 @@ from ee_diffusion.diffusion.methods import (
     periodic_cache,
     static_cache_schedule,
 )
-from ee_diffusion.diffusion.pipelines.sampling import Generated, classes_of, controls_of, generate
-from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
-from ee_diffusion.diffusion.step_cache.error_propagation import error_amplification
-from ee_diffusion.diffusion.step_cache.recording import record
-from ee_diffusion.diffusion.step_cache.schedule_search import gap_prices, nearest, search
-from ee_diffusion.diffusion.step_cache.trajectories import fit_prediction
-from ee_diffusion.metrics.splits import balanced_labels, seeds
-from ee_diffusion.metrics.tables import write_json
-from eval.harness.baselines import PEERS, Peer
-from eval.harness.frontier_options import FrontierOptions
-from eval.harness.interleave import Candidate, Draw, Labels
-from eval.harness.options import SamplingOptions
-from eval.harness.pipeline import in_float32
+from ee_diffusion.diffusion.pipelines.sampling import controls_of
+from eval.harness.interleave import Candidate
+from eval.harness.options import CandidateOptions
+from eval.harness.whole_batch import WholeBatch
 
-OURS = ("remembered", "budgeted", "searched", "searched noise", "searched fitted", "searched together")
-FITTED = ("fitted", "together")  # folders beside a report: answers weighed each by itself, and all of a run together
-DECIDE = ("remembered", "budgeted")  # those that look at the image, and so have controls made of their trace
-WARM_UP = 2  # full steps before the first answer from memory: a line needs two points
+WARMUP_STEPS = 2  # compute steps before the first cached one: a line needs two points
+STEP_CACHE = ("error_threshold", "error_budget")  # kinds that look at the image, and cache whole steps
+EXITS = ("deediff_share", "released")  # kinds that look at the image, and leave at a depth
+OURS = ("error_threshold", "error_budget", "searched", "searched_epsilon", "searched_fitted", "searched_joint")
+FITTED = {
+    "fitted": "searched_fitted",
+    "joint": "searched_joint",
+}  # exits fitted beside a report -> the flag that asks for them
 
 
-def load_memory(pipeline: EarlyExitPipeline, folder: str | None) -> CachedOutputExits:
-    """Exits that remember, from a folder or unfitted."""
-    if folder is None:
-        return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler)
-    exits = CachedOutputExits.from_pretrained(folder).to(pipeline.transformer.device)
-    exits.check_fits(pipeline.transformer)
-    return exits
+@dataclass(frozen=True)
+class Setup:
+    """What makers need to know of the run: its steps and blocks, and what is found when a maker asks.
 
-
-def noise_memory(pipeline: EarlyExitPipeline) -> CachedOutputExits:
-    """Exits that remember the noise, unfitted: a schedule asks for no uncertainty."""
-    return CachedOutputExits.for_pipeline(pipeline.transformer, pipeline.scheduler, cached_type="epsilon")
-
-
-def fitted_memory(
-    pipeline: EarlyExitPipeline,
-    sampling: SamplingOptions,
-    options: FrontierOptions,
-    folder: Path,
-    weights: tuple[float, ...] | None = None,
-) -> CachedOutputExits:
-    """Exits that predict the noise linearly, along the full model's own trajectories of the fitting seeds; kept in `folder`. weights: what
-    an error of each step does in the end, for joint least squares (`trajectories.fit_prediction`).
-
-    Trajectories are run in float32 whatever the run's dtype: half precision's rounding, taken for chance, draws the weights towards the
-    mean, and what each step then misses points the same way.
-
-    Raises:
-        ValueError: `folder` holds exits that were fitted under other settings; what was drawn beside it is theirs.
+    local_gains: what an error of each step does in that step (S,). weights: power -> error weights (S,). schedules: name of exits, shares
+    of cached steps -> compute steps of each. rule: name of exits -> a policy for each threshold. thresholds: name of exits, shares of the
+    blocks -> the policy that executes each.
     """
-    wanted = {name: getattr(sampling, name) for name in ("model", "sampler", "num_inference_steps", "guidance_scale")}
-    whole = in_float32(pipeline, sampling)
-    wanted |= {"dtype": "float32", "search_count": options.search_count}
-    wanted |= {"weights": fingerprint(whole.transformer)}
-    wanted |= {} if weights is None else {"influence": [float(f"{weight:.6g}") for weight in weights]}
-    settings = folder / "settings.json"  # written last
-    if settings.is_file():
-        known = json.loads(settings.read_text())
-        if "weights" not in known:  # written before it was noted
-            warnings.warn(
-                f"{folder} does not say for which weights its exits were fitted: taken for {known}", stacklevel=2
-            )
-        if wanted | known != wanted or known.keys() | {"weights"} != wanted.keys():
-            raise ValueError(f"{folder} holds exits fitted under {known}, expected {wanted}, or another --output_dir")
-        return load_memory(pipeline, str(folder))
-    labels = balanced_labels(options.search_count, classes_of(pipeline, sampling.guidance_scale))
-    call = {"num_inference_steps": sampling.num_inference_steps, "guidance_scale": sampling.guidance_scale}
-    exits = noise_memory(whole)
-    made = fit_prediction(exits, record(whole, exits, seeds("fit", options.search_count), labels, **call), weights)
-    made.save_pretrained(folder)
-    write_json(settings, wanted)
-    return load_memory(pipeline, str(folder))
+
+    steps: int
+    layers: int
+    local_gains: tuple[float, ...]
+    weights: Callable[[float], tuple[float, ...]]
+    schedules: Callable[[str, Sequence[float]], list[list[int]]]
+    rule: Callable[[str], Callable[[float], Policy]]
+    thresholds: Callable[[str, Sequence[float]], dict[float, Policy]]
 
 
-def fitted_beside(pipeline: EarlyExitPipeline, folder: Path) -> dict[str, CachedOutputExits]:
-    """What was fitted for a report, from the folders beside it: those of FITTED that are there and finished."""
-    there = [name for name in FITTED if (folder / name / "settings.json").is_file()]
-    return {name: load_memory(pipeline, str(folder / name)) for name in there}
+Maker = Callable[[Setup, CandidateOptions], Iterator[Candidate]]
 
 
-def check_fitted(candidates: Iterable[Candidate], fitted: Mapping[str, CachedOutputExits], folder: Path) -> None:
-    """Raises ValueError for candidates that drew with fitted exits which are not beside their report."""
-    asked = {name for name in FITTED for one in candidates if base_of(one.kind).endswith(name)}
-    if missing := sorted(asked - fitted.keys()):
-        raise ValueError(f"{folder} has no folder {missing[0]}, expected what its {missing[0]} rows were drawn with")
+def _error_thresholds(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for error in options.error_thresholds:
+        policy = per_step_error_threshold(error, local_gains=setup.local_gains)
+        yield Candidate(f"error threshold {error}", "error_threshold", error, policy, setup.steps, "cache")
 
 
-def exits_by_kind(
-    pipeline: EarlyExitPipeline,
-    memory: CachedOutputExits,
-    fitted: Mapping[str, CachedOutputExits] | None = None,
-) -> dict[str, nn.Module | None]:
-    """Kind of candidate -> the exits it draws with; the oracle's are those it is asked about. Controls go by the kind they were made of.
-    fitted: by the names of FITTED."""
-    found = dict.fromkeys(("remembered", "budgeted", "searched", "periodic_cache", "oracle"), memory)
-    found |= {"deediff": pipeline.exits, "searched noise": noise_memory(pipeline)}
-    return found | {f"{kind} {name}": (fitted or {}).get(name) for kind in ("searched", "periodic") for name in FITTED}
-
-
-def base_of(kind: str) -> str:
-    """The kind of candidate that a kind of control was made of; of others their own."""
-    return kind.split(" of ")[-1]
-
-
-def drawer(
-    pipeline: EarlyExitPipeline,
-    sampling: SamplingOptions,
-    memory: CachedOutputExits,
-    fitted: Mapping[str, CachedOutputExits] | None = None,
-) -> Draw:
-    """Draws with the exits that a candidate's kind needs. An oracle's time is without what its shadow of the full model took."""
-    peers, oracle = dict[str, Peer](), OracleExits(memory, pipeline.transformer)
-    kinds = exits_by_kind(pipeline, memory, fitted) | {"oracle": oracle}
-
-    def draw(candidate: Candidate, chosen: list[int], labels: Labels, first: int) -> Generated:
-        call = {"num_inference_steps": candidate.steps, "guidance_scale": sampling.guidance_scale}
-        call |= {"batch_size": sampling.batch_size, "first_id": first}
-        if candidate.kind in PEERS:
-            if candidate.name not in peers:
-                peers[candidate.name] = PEERS[candidate.kind](
-                    pipeline, candidate.budget, num_steps=candidate.steps, guidance_scale=sampling.guidance_scale
-                )
-            return peers[candidate.name].generate(chosen, labels, **call)
-        pipeline.exits = kinds.get(base_of(candidate.kind))
-        if candidate.kind != "oracle":
-            return generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
-        rows = {"guidance_scale": sampling.guidance_scale, "device": pipeline.transformer.device}
-        oracle.labels = cfg_labels(labels, pipeline.transformer.config.null_class, **rows)
-        oracle.seconds = 0.0
-        drawn = generate(pipeline, chosen, labels, exit_policy=candidate.policy, **call)
-        return replace(drawn, seconds=(sum(drawn.seconds) - oracle.seconds,))
-
-    return draw
-
-
-def gains_of(
-    pipeline: EarlyExitPipeline, memory: CachedOutputExits, sampling: SamplingOptions, options: FrontierOptions
-) -> tuple[float, ...]:
-    """What becomes of an error of each step (S,), measured on fitting seeds, in float32."""
-    labels = balanced_labels(options.gain_images, classes_of(pipeline, sampling.guidance_scale))
-    return error_amplification(
-        in_float32(pipeline, sampling),
-        memory,
-        labels,
-        batch_size=1 if labels else options.gain_images,
-        num_inference_steps=sampling.num_inference_steps,
-        guidance_scale=sampling.guidance_scale,
-        every=options.gain_every,
-        generator=torch.Generator().manual_seed(seeds("fit", 1)[0]),
-    )
-
-
-def schedules_of(
-    pipeline: EarlyExitPipeline,
-    memory: CachedOutputExits,
-    sampling: SamplingOptions,
-    options: FrontierOptions,
-    weights: tuple[float, ...],
-    shares: list[float],
-) -> dict[str, list[int]]:
-    """Number of full steps (as text) -> the searched schedule, one for each share of steps from memory; priced in float32. In half
-    precision the last step is a full one (`search`)."""
-    steps, count = sampling.num_inference_steps, options.search_count
-    labels = balanced_labels(count, classes_of(pipeline, sampling.guidance_scale))
-    call = {"num_inference_steps": steps, "guidance_scale": sampling.guidance_scale}
-    trajectory = record(in_float32(pipeline, sampling), memory, seeds("fit", count), labels, **call)
-    found = search(gap_prices(memory, trajectory, weights), steps, last_full=sampling.dtype != "float32")
-    schedules = (nearest(found, steps * (1 - share)).full for share in shares)
-    return {str(len(full)): list(full) for full in schedules}
-
-
-def searched_candidates(
-    schedules: dict[str, list[int]], kind: str, *, num_steps: int, num_layers: int
-) -> list[Candidate]:
-    """Candidates of `schedules_of`."""
-    return [
-        Candidate(
-            f"{kind} {count} full",
-            kind,
-            int(count),
-            static_cache_schedule(full, num_steps=num_steps, num_layers=num_layers),
-            num_steps,
-        )
-        for count, full in schedules.items()
-    ]
-
-
-def candidates_of(
-    options: FrontierOptions,
-    sensitivity: tuple[float, ...],
-    weights: tuple[float, ...],
-) -> list[Candidate]:
-    """The full model and everything that needs neither a trace nor a search."""
-    steps, found = len(sensitivity), []
-    for budget in options.budgets:
-        policy = accumulated_error_budget(budget, weights=weights, decay=options.decay)
-        found.append(Candidate(f"budgeted {budget}", "budgeted", budget, policy, steps))
-    for error in options.errors:
-        policy = per_step_error_threshold(error, local_gains=sensitivity)
-        found.append(Candidate(f"remembered {error}", "remembered", error, policy, steps))
+def _oracles(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
     for error in options.oracles:
-        policy = per_step_error_threshold(error, local_gains=sensitivity)
-        found.append(Candidate(f"oracle {error}", "oracle", error, policy, steps))
-    for period in options.periods:
-        policy = periodic_cache(period, warmup_steps=WARM_UP)
-        found.append(Candidate(f"periodic cache {period}", "periodic_cache", None, policy, steps))
-        for name, shares in zip(FITTED, (options.fitted_shares, options.together_shares), strict=True):
-            if shares:  # what the search adds to the fit
-                found.append(Candidate(f"periodic {name} {period}", f"periodic {name}", None, policy, steps))
-    for fewer in dict.fromkeys(max(1, round(steps * fraction)) for fraction in options.fractions):
-        found.append(Candidate(f"{fewer} steps", "fewer_steps", None, None, fewer))
-    for threshold in options.thresholds:
-        found.append(Candidate(f"deediff {threshold}", "deediff", None, deediff(threshold), steps))
-    for kind in PEERS:
-        values = getattr(options, kind)
-        found += [Candidate(f"{kind.replace('_', ' ')} {value}", kind, value, None, steps) for value in values]
-    return [Candidate("full", "full", None, None, steps), *found]
+        policy = per_step_error_threshold(error, local_gains=setup.local_gains)
+        yield Candidate(f"oracle {error}", "oracle", error, policy, setup.steps, "oracle")
 
 
-def controls(candidate: Candidate, trace: Trace, *, seed: int) -> list[Candidate]:
-    """What knowing the image must beat: the same numbers of full steps, dealt out without looking at it."""
-    return [
-        Candidate(
-            f"{kind} of {candidate.name}", f"{kind} of {candidate.kind}", candidate.budget, policy, candidate.steps
+def _error_budgets(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for budget in options.error_budgets:
+        policy = accumulated_error_budget(budget, weights=setup.weights(options.power), decay=options.decay)
+        yield Candidate(f"error budget {budget}", "error_budget", budget, policy, setup.steps, "cache")
+        for name, _, _ in (one.partition("=") for one in options.other_caches):
+            yield Candidate(
+                f"error budget {budget}, {name}", f"error_budget, {name}", budget, policy, setup.steps, name
+            )
+
+
+def _whole_batch(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for budget in options.whole_batch:
+        own = accumulated_error_budget(budget, weights=setup.weights(options.power), decay=options.decay)
+        policy = Policy(WholeBatch(own.criterion), exits=(0,))
+        yield Candidate(f"whole batch {budget}", "whole_batch", budget, policy, setup.steps, "cache")
+
+
+def _cache_intervals(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for interval in options.cache_intervals:
+        policy = periodic_cache(interval, warmup_steps=WARMUP_STEPS)
+        yield Candidate(f"periodic cache {interval}", "periodic_cache", interval, policy, setup.steps, "cache")
+        for name in (name for name, flag in FITTED.items() if getattr(options, flag)):  # what search adds to the fit
+            yield Candidate(f"periodic {name} {interval}", f"periodic_{name}", interval, policy, setup.steps, name)
+
+
+def _searched(setup: Setup, options: CandidateOptions, *, kind: str, exits: str) -> Iterator[Candidate]:
+    shares = getattr(options, kind)
+    counts = {len(steps): steps for steps in (setup.schedules(exits, shares) if shares else [])}
+    for count, steps in counts.items():
+        policy = static_cache_schedule(steps, num_steps=setup.steps, num_layers=setup.layers)
+        yield Candidate(f"{kind.replace('_', ' ')} {count} computed", kind, count, policy, setup.steps, exits)
+
+
+def _fewer_steps(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for steps in dict.fromkeys(max(1, round(setup.steps * fraction)) for fraction in options.fewer_steps):
+        yield Candidate(f"{steps} steps", "fewer_steps", None, None, steps)
+
+
+def _deediff(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for threshold in options.deediff:
+        yield Candidate(f"deediff {threshold}", "deediff", threshold, deediff(threshold), setup.steps, "model")
+
+
+def _deediff_shares(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    for share, policy in (setup.thresholds("model", options.deediff_shares) if options.deediff_shares else {}).items():
+        yield Candidate(f"deediff at {share} of the blocks", "deediff_share", share, policy, setup.steps, "model")
+
+
+def _released(setup: Setup, options: CandidateOptions) -> Iterator[Candidate]:
+    """DeeDiff as its authors coded it: at the threshold they name, and at the shares of the blocks."""
+    if options.released is None:
+        return
+    value = options.released_threshold
+    policy = setup.rule("released")(value)
+    yield Candidate(f"released {value}", "released_threshold", value, policy, setup.steps, "released")
+    for share, policy in setup.thresholds("released", options.deediff_shares).items():
+        yield Candidate(f"released at {share} of the blocks", "released", share, policy, setup.steps, "released")
+
+
+def _baseline(setup: Setup, options: CandidateOptions, *, kind: str) -> Iterator[Candidate]:
+    for value in getattr(options, kind):
+        yield Candidate(f"{kind.replace('_', ' ')} {value}", kind, value, None, setup.steps)
+
+
+MAKERS: dict[str, Maker] = {
+    "error_budgets": _error_budgets,
+    "whole_batch": _whole_batch,
+    "error_thresholds": _error_thresholds,
+    "oracles": _oracles,
+    "cache_intervals": _cache_intervals,
+    "searched": partial(_searched, kind="searched", exits="cache"),
+    "searched_epsilon": partial(_searched, kind="searched_epsilon", exits="epsilon"),
+    "searched_fitted": partial(_searched, kind="searched_fitted", exits="fitted"),
+    "searched_joint": partial(_searched, kind="searched_joint", exits="joint"),
+    "fewer_steps": _fewer_steps,
+    "deediff": _deediff,
+    "deediff_shares": _deediff_shares,
+    "released": _released,
+    **{kind: partial(_baseline, kind=kind) for kind in ("first_block", "taylor", "taylor_second_order", "mag")},
+    **{kind: partial(_baseline, kind=kind) for kind in ("db_cache", "db_cache_taylor")},
+}
+
+
+def check_kinds(options: CandidateOptions, known: Collection[str]) -> None:
+    """Raises ValueError where no kind is asked for, or one that is not `known`."""
+    asked = [name for name in MAKERS if getattr(options, name)]
+    if not asked or set(asked) - set(known):
+        raise ValueError(f"candidates {asked}, expected some of {', '.join(known)}; eval/configs/ has examples")
+
+
+def candidates_of(setup: Setup, options: CandidateOptions) -> list[Candidate]:
+    """The full model and everything that is made without a trace."""
+    full = Candidate("full", "full", None, None, setup.steps)
+    return [full, *(one for make in MAKERS.values() for one in make(setup, options))]
+
+
+def controls(candidate: Candidate, trace: Trace, *, seed: int, time: float | None = None) -> list[Candidate]:
+    """What knowing the image must beat: static and random exits made of its trace; with `time`, its measured share of the full model's,
+    also fewer steps in the same time. Exits of branches that decide apart have no random control: their trace has no line for an image."""
+    cached = candidate.exits == "cache"
+    made = controls_of(trace, seed=seed, warm_up=WARMUP_STEPS if cached else 0)
+    if candidate.policy.cfg_exit == "separate":
+        made = {"static": made["static"]}
+    found = [
+        replace(
+            candidate,
+            name=f"{kind.replace('_', ' ')} of {candidate.name}",
+            kind=f"{kind} of {candidate.kind}",
+            policy=replace(policy, exits=(0,)) if cached else policy,
         )
-        for kind, policy in controls_of(trace, seed=seed, warm_up=WARM_UP).items()
+        for kind, policy in made.items()
     ]
+    if time is None:
+        return found
+    steps = max(1, round(candidate.steps * time))
+    name = f"fewer steps of {candidate.name}"
+    return [*found, Candidate(name, f"fewer_steps of {candidate.kind}", candidate.value, None, steps)]

@@ -1,33 +1,42 @@
-"""Candidates, and how they take turns so that the machine's drift is shared: what each draws, and how long it takes beside the full model.
+"""One interleaved clock: candidates take turns batch by batch, so that drift of the machine is shared.
 
-Here: turns and times. Not here: who takes part (contenders.py), what is kept of what was drawn (keeping.py).
+Here: turns and times. Not here: which candidates there are (candidates.py), images on disk (result_cache.py).
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 
 from tqdm.auto import tqdm
 
 from ee_diffusion.core.policy import Policy
-from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.pipelines.sampling import Generated, joined
 from ee_diffusion.metrics.splits import balanced_labels, seeds
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to draw the images: a policy at a number of steps, with exits (None: not needed)."""
+    """One way to draw the images: a policy at a number of steps. value: its point of the kind's curve. exits: the name of those it draws
+    with (harness/step_caches.py); None: not needed."""
 
     name: str
     kind: str
-    budget: float | None
+    value: float | None
     policy: Policy | None
     steps: int
-    exits: DenoisingExits | None = None
+    exits: str | None = None
+
+    def to_dict(self) -> dict:
+        """As JSON holds it."""
+        return asdict(self) | {"policy": self.policy and self.policy.to_dict()}
+
+    @classmethod
+    def from_dict(cls, known: dict) -> Candidate:
+        """Back from JSON."""
+        return cls(**known | {"policy": known["policy"] and Policy.from_dict(known["policy"])})
 
 
 Labels = list[int] | None  # None: of an unconditional model

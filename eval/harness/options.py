@@ -6,11 +6,12 @@ Nothing here loads torch: `--help`, `--dry-run` and refused options come at once
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import sys
 from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from pkgutil import resolve_name
@@ -102,6 +103,74 @@ class ReferenceOptions:
         )
 
 
+SHARE = (lambda x: 0 < x < 1, "between 0 and 1")
+PART = (lambda x: 0 < x <= 1, "above 0, at most 1")
+POSITIVE = (lambda x: 0 < x < math.inf, "positive and finite")
+COUNT = (lambda x: x >= 1, "at least 1")
+TRUST = (lambda x: 0 <= x <= 1, "from 0 to 1")
+
+
+@dataclass(frozen=True)
+class CandidateOptions:
+    """Who is compared with the full model: of each kind (harness/candidates.py) the points of its curve, none by default.
+
+    Raises:
+        ValueError: numbers out of range, or twice in a list.
+    """
+
+    step_cache: str | None = flag("Folder of a fitted step cache (train.fit_step_cache); none: unfitted.")
+    error_thresholds: list[float] = numbers("Step cache, per step and image: errors allowed (rms, data in [-1, 1]).")
+    error_budgets: list[float] = numbers("Step cache, per image: budgets of accumulated error.")
+    whole_batch: list[float] = numbers("The same budgets, decided for the whole batch by its worst image.")
+    other_caches: list[str] = numbers("NAME=FOLDER of other fitted step caches: the same budgets with each.")
+    oracles: list[float] = numbers("Errors allowed per step where the true error is known.")
+    cache_intervals: list[int] = numbers("Periodic cache: every so many steps are computed.")
+    searched: list[float] = numbers("Searched schedules: shares of the steps that are cached.")
+    searched_epsilon: list[float] = numbers("The same where the noise is extrapolated.")
+    searched_fitted: list[float] = numbers("The same with least squares at each step.")
+    searched_joint: list[float] = numbers("The same with joint least squares.")
+    fewer_steps: list[float] = numbers("The full model at fractions of the steps.")
+    deediff: list[float] = numbers("DeeDiff's thresholds on u.")
+    deediff_shares: list[float] = numbers("DeeDiff at thresholds for shares of the blocks, found by replay.")
+    released: str | None = flag("Folder of exits of variant 'released' for the same transformer; none: go without.")
+    released_threshold: float = flag("Certainty above which DeeDiff's authors' code exits on CIFAR-10.", 0.92)
+    first_block: list[float] = numbers("Thresholds of diffusers' FirstBlockCache.")
+    taylor: list[int] = numbers("Intervals of diffusers' TaylorSeer.")
+    taylor_second_order: list[int] = numbers("The same where it expands to the second order.")
+    mag: list[float] = numbers("Thresholds of diffusers' MagCache.")
+    db_cache: list[float] = numbers("Thresholds of cache-dit's DBCache (stock DiT pipelines).")
+    db_cache_taylor: list[float] = numbers("The same with TaylorSeer.")
+    decay: float = flag("How much of the accumulated error a step leaves.", 0.7)
+    power: float = flag("How far budgets trust the measured error amplification, 0 to 1.", 0.5)
+    search_power: float = flag("How far the search trusts it, 0 to 1.", 1.0)
+    search_count: int = flag("Images whose trajectories are searched and fitted (fitting seeds).", 16)
+    amplification_images: int = flag("Images on which error amplification is measured (fitting seeds).", 8)
+    amplification_every: int = flag("It is measured at every so many steps.", 4)
+    calibration_count: int = flag("Calibration images of --deediff_shares and --released.", 64)
+    controls: bool = flag("Static and random controls made of the traces of policies that decide.", True)
+
+    def __post_init__(self):
+        check_numbers(self, SHARE, "searched", "searched_epsilon", "searched_fitted", "searched_joint")
+        check_numbers(self, PART, "fewer_steps", "deediff", "deediff_shares", "released_threshold")
+        check_numbers(self, POSITIVE, "error_thresholds", "error_budgets", "whole_batch", "oracles", "first_block")
+        check_numbers(self, POSITIVE, "mag", "db_cache", "db_cache_taylor")
+        check_numbers(self, COUNT, "cache_intervals", "taylor", "taylor_second_order", "search_count")
+        check_numbers(self, COUNT, "amplification_images", "amplification_every", "calibration_count")
+        check_numbers(self, TRUST, "decay", "power", "search_power")
+        if not all(name and folder for name, _, folder in (one.partition("=") for one in self.other_caches)):
+            raise ValueError(f"other_caches={self.other_caches}, expected NAME=FOLDER of each")
+
+
+def check_numbers(options: object, within: tuple[Callable[[float], bool], str], *names: str) -> None:
+    """Raises ValueError for fields that hold a number, or a list with one, out of range, or twice the same in a list."""
+    fits, expected = within
+    for name in names:
+        value = getattr(options, name)
+        values = value if isinstance(value, list) else [value]
+        if not all(fits(one) for one in values) or len(set(values)) < len(values):
+            raise ValueError(f"{name}={value}, expected numbers {expected}, each once")
+
+
 class Explaining(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Help with the whole docstring, its lines as they are, and every default."""
 
@@ -138,7 +207,8 @@ def _read_config(path: Path, known: set[str]) -> dict[str, Any]:
 
 def launch(about: str, work: str, *kinds: type, **defaults: object) -> None:
     """Parse the flags of one script and call its work, "module:function", with one object of each kind."""
-    resolve_name(work)(*parse(*kinds, description=about, **defaults))
+    options = parse(*kinds, description=about, **defaults)
+    resolve_name(work)(*options)
 
 
 def launch_one_of(about: str, **commands: tuple[str, tuple[type, ...], dict[str, object]]) -> None:
@@ -152,7 +222,8 @@ def launch_one_of(about: str, **commands: tuple[str, tuple[type, ...], dict[str,
         print(f"{about}\nCommands: {', '.join(commands)}. Each has its own --help.")
         raise SystemExit(0 if first in ("-h", "--help") else 2)
     work, kinds, defaults = commands[first]
-    resolve_name(work)(*parse(*kinds, description=about, words=sys.argv[2:], **defaults))
+    options = parse(*kinds, description=about, words=sys.argv[2:], **defaults)
+    resolve_name(work)(*options)
 
 
 def merged(*options: Any) -> dict[str, Any]:

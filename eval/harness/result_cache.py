@@ -1,6 +1,6 @@
 """What was drawn or is dear to make, kept in files by what it depends on: a run that was stopped goes on where it was.
 
-Here: files and their names. Not here: drawing (contenders.py), times, which are never kept (turns.py).
+Here: files and their names. Not here: drawing (candidates.py), times, which are never kept (interleave.py).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import diffusers
@@ -46,8 +45,7 @@ def kept(draw: Draw, folder: Path, settings: dict, made_with: Callable[[Candidat
     """
 
     def again(candidate: Candidate, chosen: list[int], labels: list[int], first: int) -> Generated:
-        own = asdict(candidate) | {"policy": candidate.policy and candidate.policy.to_dict()}
-        name = name_of([settings, made_with(candidate), own, chosen, labels, first])
+        name = name_of([settings, made_with(candidate), candidate.to_dict(), chosen, labels, first])
         path, trace = folder / f"{name}.safetensors", folder / f"{name}.trace.safetensors"
         if path.exists():
             return Generated(load_file(path)["images"], Trace.load(trace) if trace.exists() else None, ())

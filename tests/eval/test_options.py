@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -68,3 +69,27 @@ def test_flags_load_no_torch():
     code = "import sys; import eval.harness.options; print({'torch', 'diffusers', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+CONFIGS = sorted(path for path in (ROOT / "eval" / "configs").glob("*.yaml") if path.name != "results.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_names_its_script_and_holds_its_flags(path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    launch = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ").split()
+    assert launch[:2] == ["python", "-m"]
+    words = [*launch[3:], "--config", path, "--output_dir", "out", "--dry-run"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(launch[2]).main()
+    assert stopped.value.code == 0
+    assert json.loads(capsys.readouterr().out)["output_dir"] == "out"
+    if not path.stem.startswith("gpu-"):
+        assert (ROOT / "results" / f"{path.stem}.json").is_file()
+
+
+def test_a_report_of_a_frontier_has_its_config():
+    missing = [
+        path.stem for path in (ROOT / "results").glob("frontier*.json") if path.stem not in {c.stem for c in CONFIGS}
+    ]
+    assert not missing

@@ -23,9 +23,11 @@ from ee_diffusion.metrics.features import InceptionFeatures, ResNetFeatures, ext
 from ee_diffusion.metrics.perceptual import LPIPS
 from ee_diffusion.metrics.reference_models import CifarResNet
 from ee_diffusion.metrics.references import read_statistics, reference
-from eval import ablation, finalists, frontier, journey, metrics, tradeoff
+from eval import end_to_end, finalists, frontier, metrics
 from eval.harness import real_images
-from eval.harness.real_images import ReferenceOptions, judge_of
+from eval.harness.options import ReferenceOptions
+from eval.harness.real_images import judge_of
+from eval.work import frontier as work
 
 COUNT, SIDE = 70, (32, 32)  # more images than resnet20 has features
 
@@ -213,9 +215,9 @@ def call(monkeypatch, script, *words: object) -> None:
     script.main()
 
 
-@pytest.mark.parametrize("script", [metrics, tradeoff, frontier, ablation, journey, finalists])
+@pytest.mark.parametrize("script", [metrics, frontier, end_to_end, finalists])
 def test_every_script_takes_the_same_flags(script, monkeypatch, capsys):
-    needed = {journey: ["--model", "a", "--exits", "b", "--output_dir", "c"]}
+    needed = {end_to_end: ["--model", "a", "--exits", "b", "--output_dir", "c"]}
     needed[finalists] = ["--report", "a", "--names", "b", "--output_dir", "c"]
     asked = ["--reference_files", "a", "b", "--reference_column", "c", "--reference_count", 7, "--cache_dir", "d"]
     with pytest.raises(SystemExit):
@@ -273,9 +275,9 @@ def test_a_grey_model_is_traded_off(place, monkeypatch):
     exits = DenoisingExits.for_transformer(transformer, (1, 2))
     EarlyExitPipeline(transformer, DDIMScheduler(), exits).save_pretrained(place / "model")
     words = ["--model", place / "model", "--output_dir", place / "out", "--count", 2, "--calibration_count", 2]
-    words += ["--num_inference_steps", 2, "--budgets", 0.7, "--batch_size", 2, "--guidance_scale", 1]
-    call(monkeypatch, tradeoff, *words, "--data", place / "data")
-    assert "No fd: images have 1 channels" in (place / "out" / "tradeoff.md").read_text()
+    words += ["--num_inference_steps", 2, "--deediff_shares", 0.7, "--batch_size", 2, "--guidance_scale", 1]
+    call(monkeypatch, frontier, *words, "--data", place / "data")
+    assert "No fd: images have 1 channels" in (place / "out" / "report.md").read_text()
 
 
 def test_a_model_of_28_pixels_goes_the_whole_way(place, monkeypatch):
@@ -285,11 +287,11 @@ def test_a_model_of_28_pixels_goes_the_whole_way(place, monkeypatch):
     exits = DenoisingExits.for_transformer(transformer, (1, 2))
     EarlyExitPipeline(transformer, DDIMScheduler(), exits).save_pretrained(place / "model")
     words = ["--model", place / "model", "--output_dir", place / "out", "--count", 2, "--calibration_count", 2]
-    words += ["--data", place / "data", "--num_inference_steps", 2, "--budgets", 0.7, "--batch_size", 2]
-    call(monkeypatch, tradeoff, *words)
-    told = (place / "out" / "tradeoff.md").read_text()
+    words += ["--data", place / "data", "--num_inference_steps", 2, "--deediff_shares", 0.7, "--batch_size", 2]
+    call(monkeypatch, frontier, *words)
+    told = (place / "out" / "report.md").read_text()
     assert "No lpips: images are 28x28, at least 31x31 are needed." in told
     assert "No fd: images are 28x28" in told
-    monkeypatch.setattr(tradeoff, "policies_of", None)  # nothing is drawn
+    monkeypatch.setattr(work, "Measured", None)  # nothing is drawn
     with pytest.raises(ValueError, match="no FD against others: images are 28x28"):
-        call(monkeypatch, tradeoff, *words, "--reference_dir", "others")
+        call(monkeypatch, frontier, *words, "--reference_dir", "others")

@@ -15,6 +15,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import load_file
 from tree import ROOT
 
+from ee_diffusion.core.criteria import Threshold
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.trace import Trace
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
@@ -22,19 +23,9 @@ from ee_diffusion.diffusion.exits.deediff import DenoisingExits
 from ee_diffusion.diffusion.models.uvit import UViTTransformer2DModel
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.splits import balanced_labels, seeds
-from eval import (
-    demo,
-    frontier,
-    generate,
-    guarantee,
-    hot_path,
-    metrics,
-    speed,
-    tradeoff,
-    training_step,
-    uncertainty,
-    write_results,
-)
+from eval import demo, frontier, generate, guarantee, latency, metrics, uncertainty
+from eval.work import latency as latency_work
+from eval.work import profile
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +47,7 @@ def model(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("model")
     EarlyExitPipeline(transformer, DDIMScheduler(), exits).save_pretrained(folder)
     (folder / "policies").mkdir()
-    tradeoff.Policy(tradeoff.Threshold(0.5)).save(folder / "policies" / "blocks-50.json")
+    Policy(Threshold(0.5)).save(folder / "policies" / "blocks-50.json")
     return folder
 
 
@@ -113,157 +104,140 @@ def test_a_process_without_an_image_reports_nothing(model, tmp_path):
     assert Trace.load(tmp_path / "trace.safetensors").samples.tolist() == [0]
 
 
-def test_tradeoff_and_results(model, tmp_path, monkeypatch, capsys):
+def reported(folder: Path) -> tuple[dict[str, dict], dict[str, dict]]:
+    """The rows of a frontier by name, and the reports of their traces."""
+    rows = json.loads((folder / "report.json").read_text())["tables"]["candidates"]
+    kept = json.loads((folder / "candidates.json").read_text())["candidates"]
+    return {row["name"]: row for row in rows}, {row["name"]: row["report"] for row in kept}
+
+
+def test_shares_of_the_blocks_beside_their_controls(model, tmp_path, monkeypatch, capsys):
     words = ["--model", model, "--output_dir", tmp_path, "--count", 6, "--calibration_count", 4, "--batch_size", 3]
-    call(monkeypatch, tradeoff, *words, "--num_inference_steps", 5, "--budgets", 0.7, 0.5)
-    report = json.loads((tmp_path / "tradeoff.json").read_text())
-    kinds = [row["kind"] for row in report["rows"]]
-    assert sorted(set(kinds)) == ["deediff", "fewer_steps", "full", "random_overall", "random_per_step", "static"]
-    assert len(kinds) == 1 + 2 * 5
-    by_name = {row["name"]: row for row in report["rows"]}
-    assert by_name["full"]["time"] == 1
-    assert by_name["full"]["psnr"]["mean"] == 100
-    for budget in (0.7, 0.5):
-        mean = by_name[f"deediff {budget}"]["report"]["mean_executed"]
-        assert by_name[f"random_overall {budget}"]["report"]["mean_executed"] == pytest.approx(mean)
-        own, random = (
-            by_name[f"{kind} {budget}"]["report"]["executed_per_step"] for kind in ("deediff", "random_per_step")
-        )
-        assert random == pytest.approx(own)
-        static = by_name[f"static {budget}"]["report"]
-        assert static["mean_executed"] == pytest.approx(mean, abs=0.2)
+    call(monkeypatch, frontier, *words, "--num_inference_steps", 5, "--deediff_shares", 0.7, 0.5)
+    rows, reports = reported(tmp_path)
+    assert len(rows) == 1 + 2 * 5
+    assert rows["full"]["time"] == 1
+    assert rows["full"]["psnr"] == 100
+    for share in (0.7, 0.5):
+        name = f"deediff at {share} of the blocks"
+        own = reports[name]
+        assert reports[f"random overall of {name}"]["mean_executed"] == pytest.approx(own["mean_executed"])
+        random = reports[f"random per step of {name}"]["executed_per_step"]
+        assert random == pytest.approx(own["executed_per_step"])
+        static = reports[f"static of {name}"]
+        assert static["mean_executed"] == pytest.approx(own["mean_executed"], abs=0.2)
         assert set(static["spread_per_step"]) == {0}
-    assert (tmp_path / "tradeoff.png").stat().st_size > 1000
-    call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
-    text = (tmp_path / "RESULTS.md").read_text()
-    assert "random_per_step 0.5" in text
+        assert rows[f"fewer steps of {name}"]["steps"] == max(1, round(5 * rows[name]["time"]))
+    assert (tmp_path / "frontier.png").stat().st_size > 1000
+    text = (tmp_path / "report.md").read_text()
+    assert "random per step of deediff at 0.5" in text
     assert str(tmp_path) not in text
 
 
-def test_frontier_and_results(model, tmp_path, monkeypatch, capsys):
+def test_every_kind_on_the_frontier(model, tmp_path, monkeypatch, capsys):
     words = ["--model", model, "--output_dir", tmp_path, "--count", 6, "--batch_size", 3, "--num_inference_steps", 8]
     words += [
-        "--errors",
-        0.02,
-        "--budgets",
-        0.05,
-        "--gain_images",
-        2,
-        "--periods",
-        2,
-        "--fractions",
-        0.5,
-        "--thresholds",
-        0.5,
-        "--shares",
-        0.5,
-        "--noise_shares",
-        0.4,
-        "--fitted_shares",
-        0.4,
-        "--search_count",
-        2,
-        "--oracles",
-        0.02,
-        "--first_block",
-        0.3,
-        "--taylor",
-        2,
-        "--mag",
-        0.5,
+        "--error_thresholds",
+        "0.02",
+        "--error_budgets",
+        "0.05",
+        "--amplification_images",
+        "2",
+        "--cache_intervals",
+        "2",
     ]
+    words += [
+        "--fewer_steps",
+        "0.5",
+        "--deediff",
+        "0.5",
+        "--searched",
+        "0.5",
+        "--searched_epsilon",
+        "0.4",
+        "--searched_fitted",
+        "0.4",
+    ]
+    words += ["--search_count", "2", "--oracles", "0.02", "--first_block", "0.3", "--taylor", "2", "--mag", "0.5"]
     call(monkeypatch, frontier, *words)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "frontier.json").read_text())["rows"]}
-    ours = rows["remembered 0.02"]["report"]
+    rows, reports = reported(tmp_path)
+    ours = reports["error threshold 0.02"]
     assert 0 < ours["mean_executed"] < 5
     assert ours["executed_per_step"][:2] == [5, 5]
-    assert rows["random_per_step of remembered 0.02"]["report"]["executed_per_step"] == pytest.approx(
-        ours["executed_per_step"]
-    )
-    assert rows["random_overall of remembered 0.02"]["report"]["mean_executed"] == pytest.approx(ours["mean_executed"])
-    assert rows["static of remembered 0.02"]["report"]["mean_executed"] == pytest.approx(
-        ours["mean_executed"], abs=5 / 8
-    )
-    assert rows["periodic cache 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
+    of_ours = {
+        kind: reports[f"{kind} of error threshold 0.02"] for kind in ("random per step", "random overall", "static")
+    }
+    assert of_ours["random per step"]["executed_per_step"] == pytest.approx(ours["executed_per_step"])
+    assert of_ours["random overall"]["mean_executed"] == pytest.approx(ours["mean_executed"])
+    assert of_ours["static"]["mean_executed"] == pytest.approx(ours["mean_executed"], abs=5 / 8)
+    assert reports["periodic cache 2"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
     assert rows["4 steps"]["steps"] == 4
-    assert {"deediff 0.5", "budgeted 0.05", "static of budgeted 0.05", "first block 0.3", "mag 0.5"} <= set(rows)
-    assert sorted(rows["searched 4 full"]["report"]["executed_per_step"]) == [0, 0, 0, 0, 5, 5, 5, 5]
-    assert sorted(rows["searched noise 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
-    assert sorted(rows["searched fitted 5 full"]["report"]["executed_per_step"]) == [0, 0, 0, 5, 5, 5, 5, 5]
+    assert {"deediff 0.5", "error budget 0.05", "static of error budget 0.05", "first block 0.3", "mag 0.5"} <= set(
+        rows
+    )
+    for name, computed in {"searched 4": 4, "searched epsilon 5": 5, "searched fitted 5": 5}.items():
+        assert sorted(reports[f"{name} computed"]["executed_per_step"]) == [0] * (8 - computed) + [5] * computed
     fitted = CachedOutputExits.from_pretrained(tmp_path / "fitted")
     assert (fitted.config.fitted_steps, fitted.config.cached_type) == (8, "epsilon")
-    assert rows["periodic fitted 2"]["report"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
-    assert rows["periodic fitted 2"]["psnr"]["mean"] != rows["periodic cache 2"]["psnr"]["mean"]
-    assert rows["oracle 0.02"]["report"]["executed_per_step"][:2] == [5, 5]
-    assert rows["taylor 2"]["psnr"]["mean"] < 100
-    assert "remembered 0.02" in capsys.readouterr().out
+    assert reports["periodic fitted 2"]["executed_per_step"] == [5, 5, 0, 5, 0, 5, 0, 5]
+    assert rows["periodic fitted 2"]["psnr"] != rows["periodic cache 2"]["psnr"]
+    assert reports["oracle 0.02"]["executed_per_step"][:2] == [5, 5]
+    assert rows["taylor 2"]["psnr"] < 100
+    assert "error threshold 0.02" in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds exits fitted under"):
         call(monkeypatch, frontier, *words, "--search_count", 3)
-    call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
-    assert "periodic cache 2" in (tmp_path / "RESULTS.md").read_text()
 
 
-def test_speed(model, tmp_path, monkeypatch, capsys):
-    words = [
-        "--model",
-        model,
-        "--output_dir",
-        tmp_path,
-        "--batch_sizes",
-        1,
-        3,
-        "--repeats",
-        1,
-        "--steps",
-        2,
-    ]
-    call(monkeypatch, speed, *words, "--mean_depths", 0.6)
-    report = json.loads((tmp_path / "speed.json").read_text())
-    assert [row["batch"] for row in report["overhead"]] == [1, 3]
-    assert all(row["off"] > 0 and row["never"] > 0 and row["delayed"] > 0 for row in report["overhead"])
-    assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in report["realised"])
-    assert all(row["alone_ms"] > 0 for row in report["realised"])
-    calls = {row["policy"]: row for row in report["pipeline"]}
+def test_latency_of_a_forward(model, tmp_path, monkeypatch, capsys):
+    words = ["--model", model, "--output_dir", tmp_path, "--batch_sizes", 1, 3, "--repeats", 1, "--steps", 2]
+    call(monkeypatch, latency, "forward", *words, "--mean_depths", 0.6)
+    tables = json.loads((tmp_path / "report.json").read_text())["tables"]
+    assert [row["batch"] for row in tables["overhead"]] == [1, 3]
+    assert all(row["off"] > 0 and row["never"] > 0 and row["delayed"] > 0 for row in tables["overhead"])
+    realised = tables["realised over ideal"]
+    assert all(0 < row["mean_depth"] < 1 and row["realised_over_ideal"] > 0 for row in realised)
+    assert all(row["alone_ms"] > 0 for row in realised)
+    calls = {row["policy"]: row for row in tables["whole call, one image"]}
     assert list(calls) == ["off", "never", "0.6 of the blocks"]
     assert (calls["off"]["time_over_off"], calls["off"]["executed"], calls["never"]["executed"]) == (1.0, 1.0, 1.0)
     assert 0 < calls["0.6 of the blocks"]["executed"] < 1
 
 
-def test_hot_path(model, tmp_path, monkeypatch, capsys):
+def test_profile(model, tmp_path, monkeypatch, capsys):
     words = ["--num_inference_steps", 2, "--batch_size", 2, "--device", "cpu", "--thresholds", 0, 1]
-    call(monkeypatch, hot_path, "--model", model, "--output_dir", tmp_path, *words)
-    rows = json.loads((tmp_path / "hot-path.json").read_text())["rows"]
+    call(monkeypatch, latency, "profile", "--model", model, "--output_dir", tmp_path, *words)
+    (rows,) = json.loads((tmp_path / "report.json").read_text())["tables"].values()
     assert [row["name"] for row in rows] == ["no exits", "deediff 0", "deediff 1"]
     kinds = ("operations", "model", "exits", "torch", "diffusers", "other")
     for row in rows:
-        assert sum(row[kind] for kind in kinds) == pytest.approx(1)
+        assert sum(row[kind] for kind in kinds) == pytest.approx(1, abs=1e-4)
         assert 0 < row["largest_share"] < row["exits"] < 1
         assert row["model"] > 0
     assert all("/" in row["largest"] for row in rows)
-    assert hot_path.kind_of("~") == "operations"
-    assert hot_path.kind_of("/somewhere/ee_diffusion/core/active_batch.py") == "exits"
+    assert profile.kind_of("~") == "operations"
+    assert profile.kind_of("/somewhere/ee_diffusion/core/active_batch.py") == "exits"
     assert "largest_share" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_training_step(model, tmp_path, monkeypatch, precision):
     words = ["--model", model, "--output_dir", tmp_path, "--train_batch_size", 2, "--repeats", 1]
-    call(monkeypatch, training_step, *words, "--mixed_precision", precision)
-    report = json.loads((tmp_path / "training-step.json").read_text())
-    assert [row["batch"] for row in report["rows"]] == [2]
-    assert report["rows"][0]["joint_over_backbone"] > 0
+    call(monkeypatch, latency, "training", *words, "--mixed_precision", precision)
+    (rows,) = json.loads((tmp_path / "report.json").read_text())["tables"].values()
+    assert [row["batch"] for row in rows] == [2]
+    assert rows[0]["joint_over_backbone"] > 0
     with pytest.raises(ValueError, match="expected 'no' or 'bf16'"):
-        call(monkeypatch, training_step, *words, "--mixed_precision", "fp8")
+        call(monkeypatch, latency, "training", *words, "--mixed_precision", "fp8")
 
 
 def test_thresholds_reach_the_depth_asked_for(model):
     pipeline = EarlyExitPipeline.from_pretrained(model)
-    with speed.attach_exits(pipeline.transformer, pipeline.exits) as attachment:
-        recorded = speed.Forward(pipeline, 200, 0).under(attachment, Policy(speed.Threshold(1.0), record_all=True))
+    with latency_work.attach_exits(pipeline.transformer, pipeline.exits) as attachment:
+        recorded = latency_work.Forward(pipeline, 200, 0).under(attachment, Policy(Threshold(1.0), record_all=True))
         for fraction in (0.75, 0.4):
-            found = speed.thresholds_for(recorded.scores[0], recorded.exits.tolist(), 5, fraction)
-            policy = Policy(speed.Threshold(found))
-            trace = speed.Forward(pipeline, 200, 0).under(attachment, policy)
+            found = latency_work.thresholds_for(recorded.scores[0], recorded.exits.tolist(), 5, fraction)
+            policy = Policy(Threshold(found))
+            trace = latency_work.Forward(pipeline, 200, 0).under(attachment, policy)
             assert trace.report().fraction_executed == pytest.approx(fraction, abs=0.05)
             assert len(trace.depths.unique()) > 2
 
@@ -286,7 +260,7 @@ def test_demo(model, tmp_path, monkeypatch, capsys):
     assert "wall-clock ratio" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("script", [frontier, generate, guarantee, metrics, speed, tradeoff, uncertainty])
+@pytest.mark.parametrize("script", [frontier, generate, guarantee, metrics, uncertainty])
 def test_dry_run_prints_the_options(script, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, script, "--dry-run", "--seed", 7)

@@ -26,7 +26,7 @@ from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline
 from ee_diffusion.metrics.splits import balanced_labels, shuffled_labels
 from ee_diffusion.training.datasets import ImageSource
-from eval import ablation, clock, frontier, generate, guarantee, hot_path, tradeoff, uncertainty
+from eval import frontier, generate, guarantee, latency, uncertainty
 from train import export, fit_exits, fit_step_cache
 from train.train_uvit import ValidationConfig
 from train.work.fit_exits import conditions_of
@@ -114,13 +114,18 @@ def test_images_are_drawn_and_kept(model: Path, kind: str, tmp_path: Path):
     assert Trace.load(tmp_path / "trace.safetensors").rows.tolist() == [[1] * 4] * STEPS
 
 
-def test_it_is_traded_off(model: Path, tmp_path: Path):
+def reported(folder: Path) -> dict[str, dict]:
+    return {row["name"]: row for row in json.loads((folder / "report.json").read_text())["tables"]["candidates"]}
+
+
+def test_shares_of_the_blocks_beside_their_controls(model: Path, tmp_path: Path):
     words = ["--model", model, "--output_dir", tmp_path, *CALL, "--count", 4, "--calibration_count", 4]
-    run(tradeoff, *words, "--batch_size", 2, "--budgets", 0.7)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "tradeoff.json").read_text())["rows"]}
-    assert rows["full"]["psnr"]["mean"] == 100
-    assert rows["deediff 0.7"]["report"]["num_samples"] == 4
-    assert {"static 0.7", "fewer steps 0.7"} <= rows.keys()
+    run(frontier, *words, "--batch_size", 2, "--deediff_shares", 0.7)
+    rows, name = reported(tmp_path), "deediff at 0.7 of the blocks"
+    assert rows["full"]["psnr"] == 100
+    kept = json.loads((tmp_path / "candidates.json").read_text())["candidates"]
+    assert [one["report"]["num_samples"] for one in kept if one["name"] == name] == [4]
+    assert {f"static of {name}", f"fewer steps of {name}"} <= rows.keys()
 
 
 GOALS = {
@@ -154,14 +159,15 @@ def test_it_is_put_on_the_frontier_and_clocked_again(model: Path, kind: str, tmp
     if kind == "one":
         pytest.skip("takes seconds, and is as the one with classes")
     words = ["--model", model, "--output_dir", tmp_path / "out", *CALL, "--count", 2, "--batch_size", 1]
-    words += ["--search_count", 2, "--gain_images", 2, "--periods", 2, "--shares", 0.5, "--together_shares", 0.5]
-    words += ["--errors", 0.05, "--oracles", 0.05, "--budgets", 0.05]
-    run(frontier, *words, "--fractions", 0.5, "--mag", 0.06)
-    report = json.loads((tmp_path / "out" / "frontier.json").read_text())
-    kinds = {row["kind"] for row in report["rows"]}
-    assert {"full", "oracle", "remembered", "searched", "searched together", "budgeted", "mag"} <= kinds
-    assert all(torch.tensor(row["psnr"]["mean"]).isfinite() for row in report["rows"])
-    run(clock, "--report", tmp_path / "out" / "frontier.json", "--images", 1)
+    words += ["--search_count", 2, "--amplification_images", 2, "--cache_intervals", 2, "--searched", 0.5]
+    words += ["--searched_joint", 0.5, "--error_thresholds", 0.05, "--oracles", 0.05, "--error_budgets", 0.05]
+    words += ["--fewer_steps", 0.5, "--mag", 0.06]
+    run(frontier, *words)
+    rows = reported(tmp_path / "out")
+    kinds = {"full", "oracle", "error_threshold", "searched", "searched_joint", "error_budget", "mag"}
+    assert kinds <= {row["kind"] for row in rows.values()}
+    assert all(torch.tensor(row["psnr"]).isfinite() for row in rows.values())
+    run(frontier, *words, "--clock_images", 1)
 
 
 def test_what_else_is_fitted_and_measured(model: Path, tmp_path: Path):
@@ -169,8 +175,7 @@ def test_what_else_is_fitted_and_measured(model: Path, tmp_path: Path):
     run(fit_step_cache, *words, "--output_dir", tmp_path / "memory", "--count", 2, "--linear_prediction")
     memory = tmp_path / "memory" / "exits"
     sampling = ["--model", model, *CALL, "--batch_size", 2]
-    run(ablation, *sampling, "--output_dir", tmp_path / "ablation", "--count", 2)
-    run(hot_path, *sampling, "--output_dir", tmp_path / "hot")
+    run(latency, "profile", *sampling, "--output_dir", tmp_path / "hot")
     words = [
         "--memory",
         memory,
@@ -193,9 +198,9 @@ def test_guidance_is_refused_before_work(model: Path, kind: str, tmp_path: Path,
     if kind == "one":
         pytest.skip("has a null class")
     monkeypatch.setattr(UViTTransformer2DModel, "forward", lambda *_, **__: pytest.fail("the model was asked"))
-    for script in (export, generate, tradeoff, frontier, ablation, fit_step_cache):
+    for script, *words in ((export,), (generate,), (frontier, "--fewer_steps", 0.5), (fit_step_cache,)):
         with pytest.raises(ValueError, match=r"null_class=None, expected .* or guidance_scale=1"):
-            run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4)
+            run(script, "--model", model, "--output_dir", tmp_path / "out", "--guidance_scale", 4, *words)
 
 
 def test_uncertainty_is_looked_at_and_training_draws(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,57 +1,69 @@
-"""The clock of one forward: overhead of exits that are attached but off, or on but never taken; and realised over ideal time.
+"""Overhead of exits, realised over ideal time, the whole call, and what exits cost in training. Flags: eval/latency.py.
 
-python -m eval.speed --output_dir runs/speed
-
-Overhead: the plain model, the model with exits attached but off, and on with a threshold that no score can pass (every uncertainty module
-and every sync runs), decided at once and late, take turns; ratios of pairwise medians. Realised over ideal: rows of one batch leave at
-different exits, by their own learned scores, at thresholds set on these very rows so that the mean depth is the one asked for. Ideal =
-fixed part (embedding, tail) + for every executed block its own median time at its number of rows + uncertainty modules and heads at
-theirs. A
-part's time is taken where it runs, inside a whole forward of the plain model on that number of rows, in turns with the runs
-(`ideal_ms`); and, beside it, alone in a loop, where its weights never leave the caches (`alone_ms`), which no model does.
-Starting a run, deciding, syncs and the dropping of rows are
-in the measured time only. Inputs are noise: time does not depend on content.
-On Linux, MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=8589934592 before the command keep freed memory in the process: without
-them some forwards, of any candidate, pay for thousands of new pages, and others do not.
-The same for what a user calls: the pipeline, one image under guidance (two rows), its start and its scheduler included.
-Writes speed.json, part by part as they are measured, and at the end speed.md.
+A *part* is a block, a head, a score, the embedding or the tail (forwards.py). K exits, R rows.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
 
-from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.criteria import Threshold
-from ee_diffusion.core.io import write_text
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.core.replay import value_for_budget
+from ee_diffusion.diffusion.distillation.deediff_objective import DiffusionObjective
 from ee_diffusion.diffusion.hooks.attach import attach_exits
+from ee_diffusion.diffusion.pipelines.sampling import sampler
 from ee_diffusion.diffusion.pipelines.uvit import EarlyExitPipeline, EarlyExitPipelineOutput
-from ee_diffusion.metrics.tables import environment, markdown_table, write_json
+from ee_diffusion.metrics.tables import markdown_table, write_report
 from ee_diffusion.metrics.timing import interleaved
-from eval.forwards import Forward, Ideal
-from eval.harness.options import SamplingOptions, command, flag, parse, results_folder
+from eval.harness.options import SamplingOptions, command, merged, results_folder
 from eval.harness.pipeline import load
+from eval.latency import ForwardOptions, TrainingOptions
+from eval.work.forwards import Forward, Ideal
+
+NOTE = (
+    "`ideal_ms`: parts timed in their places, within a whole forward; `alone_ms`: each in a loop of its own; "
+    "`time_over_off`: over the call without exits."
+)
 
 
-@dataclass(frozen=True)
-class SpeedOptions:
-    """How long to look."""
+def run(sampling: SamplingOptions, options: ForwardOptions) -> None:
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
+    facts = {"title": "The clock of one forward", "command": command(), "settings": merged(sampling, options)}
+    found: dict[str, list[dict]] = {"overhead": [], "realised over ideal": [], "whole call, one image": []}
 
-    batch_sizes: list[int] = field(default_factory=lambda: [1, 8, 64], metadata={"help": "Rows per forward."})
-    mean_depths: list[float] = field(default_factory=lambda: [0.75, 0.4], metadata={"help": "Fractions of the blocks."})
-    repeats: int = flag("Counted runs of each candidate.", 9)
-    steps: int = flag("Forwards of a run, under one session: what a generation does once is shared among them.", 10)
+    def keep(part: str, *rows: dict) -> None:
+        """What is measured is written at once: a run that is stopped loses no more than the part it was at."""
+        found[part].extend(rows)
+        write_report(folder / "report.json", **facts, tables=found, note=NOTE)
+        print(markdown_table(list(rows)), flush=True)
+
+    for rows in options.batch_sizes:
+        keep("overhead", overhead(pipeline, rows, options, sampling.seed))
+        for fraction in options.mean_depths:
+            keep("realised over ideal", realised(pipeline, rows, fraction, options, seed=sampling.seed))
+    keep("whole call, one image", *whole_call(pipeline, options, sampling))
 
 
-def overhead(pipeline: EarlyExitPipeline, rows: int, options: SpeedOptions, seed: int) -> dict:
+def run_training(sampling: SamplingOptions, options: TrainingOptions) -> None:
+    folder = results_folder(sampling.output_dir)
+    text = write_report(
+        folder / "report.json",
+        title="What exits cost in training",
+        command=command(),
+        settings=merged(sampling, options),
+        tables={"a step of AdamW": [training_cost(load(sampling), options, sampling.seed)]},
+    )
+    print(text)
+
+
+def overhead(pipeline: EarlyExitPipeline, rows: int, options: ForwardOptions, seed: int) -> dict:
     """Median of pairwise ratios to the plain model: attached but off, on but never exiting; a run of `options.steps` forwards each."""
     forward, steps = Forward(pipeline, rows, seed), options.steps
 
@@ -92,7 +104,7 @@ def thresholds_for(scores: Tensor, depths: list[int], num_layers: int, fraction:
     return min(tries, key=lambda one: abs(one[0] - fraction))[1]
 
 
-def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: SpeedOptions, *, seed: int) -> dict:
+def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: ForwardOptions, *, seed: int) -> dict:
     """Ideal over measured time at a mean depth, over several batches whose rows leave at different exits."""
     steps, plain, taken, best, alone, traces = options.steps, [], [], [], [], []
     forwards = [Forward(pipeline, rows, seed + 2 + batch) for batch in range(max(1, 16 // rows))]
@@ -130,7 +142,7 @@ def realised(pipeline: EarlyExitPipeline, rows: int, fraction: float, options: S
     }
 
 
-def whole_call(pipeline: EarlyExitPipeline, options: SpeedOptions, sampling: SamplingOptions) -> list[dict]:
+def whole_call(pipeline: EarlyExitPipeline, options: ForwardOptions, sampling: SamplingOptions) -> list[dict]:
     """The call of the pipeline for one image: off, on but never exiting, and at the mean depths that were asked for."""
 
     def drawn(policy: Policy | None) -> EarlyExitPipelineOutput:
@@ -159,27 +171,38 @@ def whole_call(pipeline: EarlyExitPipeline, options: SpeedOptions, sampling: Sam
     ]
 
 
-def main() -> None:
-    sampling, options = parse(SamplingOptions, SpeedOptions, description=__doc__)
-    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
-    facts = {"command": command(), "settings": asdict(sampling) | asdict(options), "environment": environment()}
-    found: dict[str, list[dict]] = {"overhead": [], "realised": []}
+def training_step(
+    pipeline: EarlyExitPipeline, mode: str, batch: dict[str, Tensor], *, mixed_precision: str
+) -> Callable[[], object]:
+    """One optimizer step of a copy of the model, with or without exits."""
+    transformer = copy.deepcopy(pipeline.transformer).float().train()
+    exits = None if mode == "backbone" else copy.deepcopy(pipeline.exits).float().train()
+    class_drop = 0.1 if transformer.config.null_class is not None else 0.0
+    noise = sampler("ddpm", like=pipeline.scheduler)
+    objective = DiffusionObjective(transformer, exits, noise, mode=mode, class_drop=class_drop)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=True)
+    device, half = transformer.device.type, mixed_precision == "bf16"
 
-    def keep(part: str, *rows: dict) -> None:
-        """What is measured is written at once: a run that is stopped loses no more than the part it was at."""
-        found.setdefault(part, []).extend(rows)
-        write_json(folder / "speed.json", facts | found)
-        print(markdown_table(list(rows)), flush=True)
+    def run() -> object:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            loss = objective(batch)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
 
-    for rows in options.batch_sizes:
-        keep("overhead", overhead(pipeline, rows, options, sampling.seed))
-        for fraction in options.mean_depths:
-            keep("realised", realised(pipeline, rows, fraction, options, seed=sampling.seed))
-    keep("pipeline", *whole_call(pipeline, options, sampling))
-    text = "\n".join(markdown_table(part) for part in found.values())
-    write_text(folder / "speed.md", text)
-    print(text)
+    return run
 
 
-if __name__ == "__main__":
-    run_script(main)
+def training_cost(pipeline: EarlyExitPipeline, options: TrainingOptions, seed: int) -> dict:
+    """Median of pairwise ratios of a step with exits to one without."""
+    forward, rows = Forward(pipeline, options.train_batch_size, seed), options.train_batch_size
+    uniform = torch.linspace(0, 0.999, rows, device=forward.sample.device)
+    images = forward.sample.float()
+    batch = {"images": images, "noise": images.flip(0), "uniform": uniform, "label_drop": uniform.flip(0)}
+    batch |= {} if forward.labels is None else {"class_labels": forward.labels}
+    precision = {"mixed_precision": options.mixed_precision}
+    steps = {mode: training_step(pipeline, mode, batch, **precision) for mode in ("backbone", "joint")}
+    timings = interleaved(steps, repeats=options.repeats, warmup=1)
+    found = {"batch": rows, "backbone_ms": 1e3 * timings["backbone"].median, "joint_ms": 1e3 * timings["joint"].median}
+    return found | {"joint_over_backbone": timings["joint"].ratio(timings["backbone"])}

@@ -1,4 +1,4 @@
-"""Caches of other libraries as contenders: they skip blocks when told to, and leave nothing behind."""
+"""Caches of other libraries as baselines: they skip blocks when told to, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffusers.hooks import MagCacheConfig
 from factories import pipeline
 from stock import dit_pipeline
 
-from eval.harness import baselines, baselines_dit
+from eval.harness import baselines
 
 STEPS = 8
 
@@ -25,12 +25,12 @@ def counted(transformer, name: str) -> list[int]:
 def test_diffusers_caches_skip_blocks_and_forget_between_batches(kind: str, bold: float):
     pipe = pipeline()
     call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 2}
-    peer = baselines.PEERS[kind](pipe, bold, num_steps=STEPS, guidance_scale=2.0)
-    seen = counted(peer.pipeline.transformer, "attn")
-    first = peer.generate([1, 2], [0, 1], **call).images
+    cached = baselines.BASELINES[kind](pipe, bold, num_steps=STEPS, guidance_scale=2.0)
+    seen = counted(cached.pipeline.transformer, "attn")
+    first = cached.generate([1, 2], [0, 1], **call).images
     once, layers = len(seen), len(pipe.transformer.transformer_blocks)
     assert 3 * layers <= once < 0.8 * STEPS * layers if kind != "first_block" else once < STEPS * layers
-    assert torch.equal(peer.generate([1, 2], [0, 1], **call).images, first)
+    assert torch.equal(cached.generate([1, 2], [0, 1], **call).images, first)
     assert len(seen) == 2 * once
     plain = counted(pipe.transformer, "attn")
     baselines.generate(pipe, [1, 2], [0, 1], **call)
@@ -49,8 +49,8 @@ def config_of(transformer, kind: type) -> object:
 
 
 def test_mag_cache_has_the_threshold_asked_for_and_all_else_as_diffusers_has_it():
-    peer = baselines.PEERS["mag"](pipeline(), 0.125, num_steps=STEPS, guidance_scale=2.0)
-    config = config_of(peer.pipeline.transformer, MagCacheConfig)
+    cached = baselines.BASELINES["mag"](pipeline(), 0.125, num_steps=STEPS, guidance_scale=2.0)
+    config = config_of(cached.pipeline.transformer, MagCacheConfig)
     default = MagCacheConfig(calibrate=True)
     assert (config.threshold, config.num_inference_steps, len(config.mag_ratios)) == (0.125, STEPS, STEPS)
     assert (
@@ -58,29 +58,29 @@ def test_mag_cache_has_the_threshold_asked_for_and_all_else_as_diffusers_has_it(
     )
 
 
-def full_steps_of(peer: baselines.Peer) -> list[bool]:
+def full_steps_of(cached: baselines.CachedPipeline) -> list[bool]:
     """Of each step of a run: whether attention ran, counted inside the blocks."""
-    seen = counted(peer.pipeline.transformer, "attn")
+    seen = counted(cached.pipeline.transformer, "attn")
     ran: list[int] = []
-    peer.pipeline.transformer.register_forward_hook(lambda *_: ran.append(len(seen)))
-    peer.generate([1, 2], [0, 1], num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
+    cached.pipeline.transformer.register_forward_hook(lambda *_: ran.append(len(seen)))
+    cached.generate([1, 2], [0, 1], num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
     return [after > before for before, after in zip([0, *ran], ran, strict=False)]
 
 
 def test_a_bold_mag_cache_skips_three_steps_in_a_row_after_a_fifth_of_them():
-    peer = baselines.PEERS["mag"](pipeline(), 1e3, num_steps=STEPS, guidance_scale=2.0)
-    assert full_steps_of(peer) == [True, True, False, False, False, True, False, False]
+    cached = baselines.BASELINES["mag"](pipeline(), 1e3, num_steps=STEPS, guidance_scale=2.0)
+    assert full_steps_of(cached) == [True, True, False, False, False, True, False, False]
 
 
 def test_taylor_has_the_interval_asked_for_and_diffusers_warm_up_and_order():
-    peer = baselines.PEERS["taylor"](pipeline(), 4, num_steps=STEPS, guidance_scale=2.0)
-    assert full_steps_of(peer) == [True, True, True, False, True, False, False, False]
+    cached = baselines.BASELINES["taylor"](pipeline(), 4, num_steps=STEPS, guidance_scale=2.0)
+    assert full_steps_of(cached) == [True, True, True, False, True, False, False, False]
 
 
 def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("cache_dit")
     pipe = dit_pipeline()
-    seen, copied, deepcopy = counted(pipe.transformer, "attn1"), [], baselines_dit.copy.deepcopy
+    seen, copied, deepcopy = counted(pipe.transformer, "attn1"), [], baselines.copy.deepcopy
 
     def copying(module, *memo):
         made = deepcopy(module, *memo)
@@ -95,10 +95,10 @@ def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest
 
     plain = draw(pipe)
     layers, names = len(pipe.transformer.transformer_blocks), list(pipe.transformer.state_dict())
-    monkeypatch.setattr(baselines_dit.copy, "deepcopy", copying)
+    monkeypatch.setattr(baselines.copy, "deepcopy", copying)
     for order in (0, 1, 2):
         seen.clear()
-        with baselines_dit.db_cache(pipe, 1e3, num_steps=STEPS, taylor_order=order) as cached:
+        with baselines.db_cache(pipe, 1e3, num_steps=STEPS, taylor_order=order) as cached:
             draw(cached)
         assert 0 < len(copied[-1]) < STEPS * layers
     assert list(pipe.transformer.state_dict()) == names
@@ -109,9 +109,9 @@ def test_db_cache_skips_blocks_and_leaves_the_pipeline_alone(monkeypatch: pytest
 
 
 def test_without_cache_dit_it_says_so(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(baselines_dit, "cache_dit", None)
+    monkeypatch.setattr(baselines, "cache_dit", None)
     with (
         pytest.raises(ValueError, match="expected the extra `peers`"),
-        baselines_dit.db_cache(None, 0.1, num_steps=4),
+        baselines.db_cache(None, 0.1, num_steps=4),
     ):
         pass

@@ -1,4 +1,4 @@
-"""The journey of a stock DiT and the shape of DiT-XL/2, both at tiny size: they run, and their reports hold what they promise."""
+"""A stock DiT end to end, and latency at the shape of DiT-XL/2, both at tiny size: they run, and their reports hold what they promise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from tiny_families import exits_for
 
 from ee_diffusion.diffusion.pipelines.stock import EarlyExitDiTPipeline
 from ee_diffusion.metrics.splits import SEEDS
-from eval import journey, journey_draw, shape
+from eval import end_to_end, latency
+from eval.end_to_end import EndToEndOptions
+from eval.work import end_to_end as work
 
 
 @pytest.fixture(scope="module")
@@ -35,80 +37,87 @@ def flags(folders: dict[str, Path]) -> str:
 
 
 @pytest.mark.slow
-def test_the_journey(folders, tmp_path, monkeypatch):
+def test_end_to_end(folders, tmp_path, monkeypatch):
     words = "--num_inference_steps 5 --count 6 --calibration_count 4 --batch_size 3 --num_classes 3 --judged_size 16"
-    call(
-        monkeypatch,
-        journey,
-        flags(folders),
-        words,
-        "--errors 0.5 --budget 0.6 --shares 0.2 0.4 --fewer 4 --output_dir",
-        tmp_path,
-    )
-    report = json.loads((tmp_path / "journey.json").read_text())
-    rows = {row["name"]: row for row in report["rows"]}
-    kinds = [row["kind"] for row in report["rows"]]
-    ours = {"full", "deediff", "static", "random_per_step", "random_overall", "fewer_steps"}
-    assert ours | {"remembered", "periodic_cache"} <= set(kinds)
-    for name, full in {"searched fitted 4 full": 4, "searched fitted 3 full": 3, "periodic fitted 2": 3}.items():
-        assert rows[name]["report"]["mean_executed"] == pytest.approx(4 * full / 5)
+    words += " --error_thresholds 0.5 --searched_fitted 0.2 0.4 --searched_joint 0.2 --fewer_steps 0.8"
+    call(monkeypatch, end_to_end, flags(folders), words, "--output_dir", tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text())
+    rows = {row["name"]: row for row in report["tables"]["candidates"]}
+    kinds = {row["kind"] for row in rows.values()}
+    assert {"full", "deediff_share", "error_threshold", "periodic_cache", "fewer_steps", "searched_joint"} <= kinds
+    for name, computed in {
+        "searched fitted 4 computed": 4,
+        "searched fitted 3 computed": 3,
+        "periodic fitted 2": 3,
+    }.items():
+        assert rows[name]["executed"] == pytest.approx(4 * computed / 5)
     assert rows["periodic fitted 2"]["psnr"] != rows["periodic cache 2"]["psnr"]
     assert rows["4 steps"]["steps"] == 4
-    of_memory = [row for row in report["rows"] if row["budget"] == 0.5]
-    assert len(of_memory) == 5, "remembered, its static and random controls, fewer steps"
-    assert rows["full"]["psnr"]["mean"] == 100
-    own, overall = rows["deediff 0.6"]["report"], rows["random_overall 0.6"]["report"]
-    assert overall["mean_executed"] == pytest.approx(own["mean_executed"])
-    assert rows["random_per_step 0.6"]["report"]["executed_per_step"] == pytest.approx(own["executed_per_step"])
-    assert report["calibration"]["replayed"] <= 0.6
-    assert report["reloaded"] == {"images": 3, "largest_difference": 0.0, "same_depths": True}
+    for one in ("deediff at 0.6 of the blocks", "error threshold 0.5"):
+        assert {f"{kind} of {one}" for kind in ("static", "random per step", "random overall", "fewer steps")} <= set(
+            rows
+        )
+        for kind in ("random per step", "random overall"):
+            assert rows[f"{kind} of {one}"]["executed"] == pytest.approx(rows[one]["executed"])
+    assert rows["full"]["psnr"] == 100
+    assert report["tables"]["calibration"][0]["replayed"] <= 0.6
+    assert report["tables"]["loaded in a new process"] == [
+        {"images": 3, "largest_difference": 0.0, "same_depths": True}
+    ]
     assert EarlyExitDiTPipeline.from_pretrained(tmp_path / "pipeline").exits.depths == (0, 1, 2, 3)
-    assert "random_overall" in (tmp_path / "journey.md").read_text()
+    assert "random overall" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"shares": [0.0]}, {"shares": [1.0]}, {"fewer": [0]}, {"fewer": [5]}, {"fit_count": 0}]
+    "words, told",
+    [
+        ("--searched_fitted 0", "searched_fitted="),
+        ("--searched_joint 1", "searched_joint="),
+        ("--fewer_steps 0", "fewer_steps="),
+        ("--fit_count 0", "fit_count="),
+        ("--mag 0.1", r"candidates .*'mag'.*, expected some of deediff_shares"),
+    ],
 )
-def test_bad_settings(wrong: dict):
-    good = {"model": "a", "exits": "b", "output_dir": "c", "num_inference_steps": 5}
-    journey.JourneyOptions(**good, shares=[0.5], fewer=[1, 4])
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))}="):
-        journey.JourneyOptions(**good, **wrong)
+def test_bad_settings(words: str, told: str, monkeypatch):
+    monkeypatch.setattr(work, "DiTPipeline", None)  # no work
+    with pytest.raises(ValueError, match=told):
+        call(monkeypatch, end_to_end, "--model a --exits b --output_dir c", words)
 
 
-def test_memory_is_fitted_on_fitting_seeds_at_the_journeys_own_guidance(monkeypatch):
+def test_the_step_cache_is_fitted_on_fitting_seeds_at_the_same_guidance(monkeypatch):
     seen = {}
-    options = journey.JourneyOptions(
+    options = EndToEndOptions(
         model="a", exits="b", output_dir="c", num_inference_steps=5, fit_count=3, guidance_scale=2.5
     )
 
     def pipe(labels, *, generator, **call):
         seen.update(call, seeds=[one.initial_seed() for one in generator], labels=labels)
 
-    monkeypatch.setattr(journey_draw, "fit_schedules", lambda pipe, call: call())
-    journey_draw.fitted_memory(pipe, options)
+    monkeypatch.setattr(work, "fit_schedules", lambda pipe, call: call())
+    work.fitted_cache(pipe, options)
     assert len(seen["seeds"]) == len(seen["labels"]) == 3
     assert all(seed in SEEDS["fit"] for seed in seen["seeds"])
     assert (seen["num_inference_steps"], seen["guidance_scale"]) == (5, 2.5)
 
 
 @pytest.mark.slow
-def test_the_shape(tmp_path, monkeypatch):
+def test_synthetic_latency(tmp_path, monkeypatch):
     small = (
         "--num_layers 4 --num_attention_heads 2 --attention_head_dim 8 --sample_size 8 --batch_sizes 1 2 --repeats 2"
     )
     call(
         monkeypatch,
-        shape,
+        latency,
+        "synthetic",
         small,
         "--dtype float32 --compile_backend eager --device cpu --fractions 0.25 0.75 --output_dir",
         tmp_path,
     )
-    report = json.loads((tmp_path / "shape.json").read_text())
-    assert [(row["mode"], row["batch"]) for row in report["rows"]] == [
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(row["mode"], row["batch"]) for row in report["tables"]["forward"]] == [
         (mode, rows) for mode in ("eager", "compiled") for rows in (1, 2)
     ]
-    for row in report["rows"]:
+    for row in report["tables"]["forward"]:
         assert min(row[f"{kind} at {part}"] for kind in ("time", "realised") for part in (0.25, 0.75)) > 0
         assert row["off"] > 0
 
@@ -120,18 +129,18 @@ def test_the_shape(tmp_path, monkeypatch):
         ("--model m", "exits=None, expected"),
         ("--model m --exits e", "output_dir=None, expected"),
         ("--model m --exits e --output_dir o --count 0", "count=0, expected"),
-        ("--model m --exits e --output_dir o --budget 1.5", "budget=1.5, expected"),
+        ("--model m --exits e --output_dir o --deediff_shares 1.5", "deediff_shares=.1.5., expected"),
     ],
 )
-def test_bad_settings_of_the_journey_end_in_words(words, told, monkeypatch):
+def test_missing_folders_and_numbers_out_of_range(words, told, monkeypatch):
     with pytest.raises(ValueError, match=told):
-        call(monkeypatch, journey, words)
+        call(monkeypatch, end_to_end, words)
 
 
 def test_exits_of_another_kind_end_in_words(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "CachedOutputExits"}')
     with pytest.raises(ValueError, match="holds CachedOutputExits, expected one of"):
-        journey.load_exits(tmp_path)
+        work.load_exits(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,17 +149,17 @@ def test_exits_of_another_kind_end_in_words(tmp_path):
         ("", "output_dir=None, expected"),
         ("--output_dir o --dtype int3", "dtype='int3', expected"),
         ("--output_dir o --modes fast", "expected eager, compiled"),
-        ("--output_dir o --fractions 1.5", "parts of the depth"),
-        ("--output_dir o --repeats 0", "numbers of at least 1"),
+        ("--output_dir o --fractions 1.5", "fractions="),
+        ("--output_dir o --repeats 0", "repeats="),
     ],
 )
-def test_bad_settings_of_the_shape_end_in_words(words, told, monkeypatch):
+def test_bad_settings_of_synthetic_latency(words, told, monkeypatch):
     with pytest.raises(ValueError, match=told):
-        call(monkeypatch, shape, words)
+        call(monkeypatch, latency, "synthetic", words)
 
 
 def test_dry_runs(monkeypatch, capsys):
-    for script, words in ((journey, "--model m --exits e --output_dir o"), (shape, "--output_dir o")):
+    for script, words in ((end_to_end, "--model m --exits e --output_dir o"), (latency, "synthetic --output_dir o")):
         with pytest.raises(SystemExit) as stopped:
             call(monkeypatch, script, words, "--dry-run --seed 7")
         assert stopped.value.code == 0

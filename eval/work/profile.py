@@ -1,38 +1,37 @@
-"""Where the time of a sampling run goes, by cProfile: torch's operations, this package's Python, everything else.
-
-python -m eval.hot_path --batch_size 1 --num_inference_steps 20 --output_dir runs/hot-path
-
-One image under guidance without exits, with exits that are never taken, and with exits that are. Shares are of the profiled time, in which
-the profiler makes every Python call dearer than it is: the package's shares are upper bounds. `largest`: its function with the most time of
-its own, blocks of the model aside. Writes hot-path.json.
-"""
+"""Where the time of a sampling run goes: torch's operations, this package's Python, everything else. Flags: eval/latency.py."""
 
 from __future__ import annotations
 
 import cProfile
 import pstats
 from collections import Counter
-from dataclasses import asdict, dataclass, field
 
 import torch
 
-from ee_diffusion.cli.errors import run_script
 from ee_diffusion.core.policy import Policy
 from ee_diffusion.diffusion.methods import deediff
 from ee_diffusion.diffusion.pipelines.sampling import classes_of
 from ee_diffusion.metrics.splits import balanced_labels
-from ee_diffusion.metrics.tables import environment, markdown_table, write_json
-from eval.harness.options import SamplingOptions, command, parse, results_folder
+from ee_diffusion.metrics.tables import write_report
+from eval.harness.options import SamplingOptions, command, merged, results_folder
 from eval.harness.pipeline import load
+from eval.latency import ProfileOptions
 
 MODEL = "diffusion/models/uvit.py"  # the model's own code: it runs without exits, too
 
 
-@dataclass(frozen=True)
-class HotPathOptions:
-    """Which exits are taken."""
-
-    thresholds: list[float] = field(default_factory=lambda: [0.0, 0.2], metadata={"help": "DeeDiff's, on u."})
+def run(sampling: SamplingOptions, options: ProfileOptions) -> None:
+    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
+    policies = {"no exits": None} | {f"deediff {value:g}": deediff(value) for value in options.thresholds}
+    rows = [{"name": name} | profiled(pipeline, sampling, policy) for name, policy in policies.items()]
+    text = write_report(
+        folder / "report.json",
+        title="Where the time of a run goes",
+        command=command(),
+        settings=merged(sampling, options),
+        tables={"shares of the profiled time": rows},
+    )
+    print(text)
 
 
 def kind_of(file: str) -> str:
@@ -78,18 +77,3 @@ def profiled(pipeline, sampling: SamplingOptions, policy: Policy | None) -> dict
     profile = cProfile.Profile()
     profile.runcall(call)
     return shares(profile)
-
-
-def main() -> None:
-    sampling, options = parse(SamplingOptions, HotPathOptions, description=__doc__)
-    folder, pipeline = results_folder(sampling.output_dir), load(sampling)
-    policies = {"no exits": None} | {f"deediff {value:g}": deediff(value) for value in options.thresholds}
-    rows = [{"name": name} | profiled(pipeline, sampling, policy) for name, policy in policies.items()]
-    settings = asdict(sampling) | asdict(options)
-    report = {"command": command(), "settings": settings, "environment": environment(), "rows": rows}
-    write_json(folder / "hot-path.json", report)
-    print(markdown_table(rows))
-
-
-if __name__ == "__main__":
-    run_script(main)

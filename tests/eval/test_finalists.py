@@ -1,4 +1,4 @@
-"""The ablation, and the FD of a frontier's finalists, at tiny size."""
+"""FD of a frontier's finalists, at tiny size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ee_diffusion.metrics.distribution import Statistics, frechet_distance
 from ee_diffusion.metrics.files import to_bytes
 from ee_diffusion.metrics.references import Reference
 from ee_diffusion.metrics.splits import balanced_labels, seeds
-from eval import ablation, finalists, frontier, write_results
-from eval.harness import candidates
+from eval import finalists, frontier
+from eval.harness import drawing
+from eval.work import finalists as work
 
 STEPS = 8
 
@@ -42,19 +43,6 @@ def call(monkeypatch: pytest.MonkeyPatch, script, *words: object) -> None:
     script.main()
 
 
-def test_every_line_of_the_ablation(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2]
-    words += ["--num_inference_steps", STEPS]
-    words += ["--budget", 0.05, "--error", 0.05, "--threshold", 0.5]
-    call(monkeypatch, ablation, *words)
-    rows = {row["name"]: row for row in json.loads((tmp_path / "ablation.json").read_text())["rows"]}
-    assert rows["full"]["psnr"]["mean"] == 100
-    assert len(rows) == 6
-    whole = rows["both, whole batch"]["report"]
-    assert set(whole["spread_per_step"]) == {0}  # within each batch all images do the same, and so here between two
-    assert whole["mean_executed"] >= rows["both, per image"]["report"]["mean_executed"]
-
-
 class Corners(torch.nn.Module):
     """A feature network at hand: (B, 3, 16, 16) in [0, 1] -> (B, 12)."""
 
@@ -65,19 +53,39 @@ class Corners(torch.nn.Module):
 
 
 def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    words = ["--model", folder / "model", "--output_dir", tmp_path, "--count", 4, "--batch_size", 2, "--periods", 2]
-    words += ["--num_inference_steps", STEPS, "--shares", 0.5, "--fitted_shares", 0.5, "--search_count", 2]
-    call(monkeypatch, frontier, *words, "--gain_images", 2, "--fractions", 0.5, "--errors", 0.05)
+    words = [
+        "--model",
+        folder / "model",
+        "--output_dir",
+        tmp_path,
+        "--count",
+        4,
+        "--batch_size",
+        2,
+        "--cache_intervals",
+        2,
+    ]
+    words += ["--num_inference_steps", STEPS, "--searched", 0.5, "--searched_fitted", 0.5, "--search_count", 2]
+    call(monkeypatch, frontier, *words, "--amplification_images", 2, "--fewer_steps", 0.5, "--error_thresholds", 0.05)
     real = Statistics.of(torch.rand(50, 12, generator=torch.Generator().manual_seed(0)))
-    monkeypatch.setattr(finalists, "resnet20_features", lambda _: Corners())
-    monkeypatch.setattr(finalists, "known_reference", lambda *_, **__: Reference(real, torch.empty(0, 12), "", "given"))
-    monkeypatch.setattr(finalists, "unfit", lambda *_, **__: None)  # 16x16 pixels fit this network
-    monkeypatch.setattr(finalists, "PART", 7)
-    asked = ["--report", tmp_path / "frontier.json", "--count", 18, "--resamples", 20, "--output_dir", tmp_path / "out"]
-    names = ["searched fitted 4 full", "4 steps"]
+    monkeypatch.setattr(work, "resnet20_features", lambda _: Corners())
+    monkeypatch.setattr(work, "known_reference", lambda *_, **__: Reference(real, torch.empty(0, 12), "", "given"))
+    monkeypatch.setattr(work, "unfit", lambda *_, **__: None)  # 16x16 pixels fit this network
+    monkeypatch.setattr(work, "PART", 7)
+    asked = [
+        "--report",
+        tmp_path / "candidates.json",
+        "--count",
+        18,
+        "--resamples",
+        20,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    names = ["searched fitted 4 computed", "4 steps"]
     call(monkeypatch, finalists, *asked, "--names", *names)
-    report = json.loads((tmp_path / "out" / "finalists.json").read_text())
-    rows = {row["name"]: row for row in report["rows"]}
+    rows_before = json.loads((tmp_path / "out" / "report.json").read_text())["tables"]["candidates"]
+    rows = {row["name"]: row for row in rows_before}
     assert list(rows) == ["full", *names]
     pipe = EarlyExitPipeline.from_pretrained(folder / "model")
     pipe.set_progress_bar_config(disable=True)
@@ -94,15 +102,15 @@ def test_finalists_are_judged_on_seeds_of_their_own(folder: Path, tmp_path: Path
     last = [frechet_distance(one[12:], real).value for one in features]
     assert rows["4 steps"]["block_3"] == pytest.approx(last[1] - last[0], rel=0.05)
     assert 0 < abs(rows[names[0]]["difference"]) < abs(rows["4 steps"]["difference"])
-    monkeypatch.setattr(candidates, "generate", None)  # nothing is left to draw
+    monkeypatch.setattr(drawing, "generate", None)  # nothing is left to draw
     call(monkeypatch, finalists, *asked, "--names", *names)
-    assert json.loads((tmp_path / "out" / "finalists.json").read_text())["rows"] == report["rows"]
-    call(monkeypatch, write_results, "--reports", tmp_path / "out", "--output", tmp_path / "RESULTS.md")
-    assert "searched fitted 4 full" in (tmp_path / "RESULTS.md").read_text()
-    assert "FD: against CIFAR-10 train." in (tmp_path / "RESULTS.md").read_text()
-    with pytest.raises(ValueError, match=r"no rows \['5 steps'\], expected some of"):
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["tables"]["candidates"] == rows_before
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "searched fitted 4 computed" in text
+    assert "FD: against CIFAR-10 train." in text
+    with pytest.raises(ValueError, match=r"no candidates \['5 steps'\], expected some of"):
         call(monkeypatch, finalists, *asked, "--names", "5 steps")
-    with pytest.raises(ValueError, match="deal exits out to the report's own images"):
-        call(monkeypatch, finalists, *asked, "--names", "random_overall of remembered 0.05")
+    with pytest.raises(ValueError, match="deal exits out to the frontier's own images"):
+        call(monkeypatch, finalists, *asked, "--names", "random overall of error threshold 0.05")
     with pytest.raises(ValueError, match=r"names=\[\]"):
         call(monkeypatch, finalists, *asked)

@@ -1,4 +1,4 @@
-"""A forward of a pipeline's transformer on noise, and its ideal time, from those of its parts. Not here: what is compared (speed.py)."""
+"""A forward of a pipeline's transformer on noise, and its ideal time, from those of its parts. Not here: what is compared (latency.py)."""
 
 from __future__ import annotations
 

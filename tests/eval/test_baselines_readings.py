@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from ee_diffusion.diffusion.hooks.forward_to_depth import passing
 from ee_diffusion.diffusion.model_specs import blocks_of, model_spec_of
 from eval.harness import baselines
-from eval.harness.candidates import candidates_of
-from eval.harness.frontier_options import FrontierOptions
+from eval.harness.candidates import Setup, candidates_of
+from eval.harness.options import CandidateOptions
 
 STEPS = 12
 RATIOS = [1.0, 0.9, 1.05, 0.98, 1.03, 0.97, 1.01, 0.99, 1.2, 0.98, 1.01, 0.97]  # of S calls
@@ -143,12 +143,12 @@ class TaylorReading:
         return slopes[0]
 
 
-def draw_uvit(cached: Callable[[Any], baselines.Peer]) -> tuple[nn.Module, list[Call]]:
+def draw_uvit(cached: Callable[[Any], baselines.CachedPipeline]) -> tuple[nn.Module, list[Call]]:
     """A guided run of two images with a cache on our U-ViT: the model itself, and the cached one's calls."""
     pipe = pipeline()
-    peer = cached(pipe)
-    with noted(peer.pipeline.transformer) as calls:
-        peer.generate([1, 2], [0, 1], num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
+    own = cached(pipe)
+    with noted(own.pipeline.transformer) as calls:
+        own.generate([1, 2], [0, 1], num_inference_steps=STEPS, guidance_scale=2.0, batch_size=2)
     return pipe.transformer, calls
 
 
@@ -213,11 +213,11 @@ def test_taylorseer_of_second_order_is_a_candidate_of_its_own():
     run = {"num_steps": STEPS, "guidance_scale": 2.0}
     (candidate,) = [
         one
-        for one in candidates_of(FrontierOptions(taylor_second_order=[4]), (1.0,) * STEPS, (1.0,) * STEPS)
+        for one in candidates_of(Setup(STEPS, 5, (), *4 * (None,)), CandidateOptions(taylor_second_order=[4]))
         if one.kind == "taylor_second_order"
     ]
-    assert (candidate.name, candidate.budget) == ("taylor second order 4", 4)
-    model, calls = draw_uvit(lambda pipe: baselines.PEERS[candidate.kind](pipe, candidate.budget, **run))
+    assert (candidate.name, candidate.value) == ("taylor second order 4", 4)
+    model, calls = draw_uvit(lambda pipe: baselines.BASELINES[candidate.kind](pipe, candidate.value, **run))
     check(model, calls, TaylorReading(4, 2))
 
 
@@ -227,7 +227,7 @@ def test_mag_cache_measures_a_ratio_for_every_call_of_the_model(sampler, calls_o
     pipe = pipeline()
     if sampler is not None:
         pipe.scheduler = sampler.from_config(pipe.scheduler.config)
-    plain = baselines.Peer(pipe)
+    plain = baselines.CachedPipeline(pipe)
     with noted(plain.pipeline.transformer) as calls:
         labels = baselines.balanced_labels(8, baselines.classes_of(pipe, 2.0))
         call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 8}
@@ -242,10 +242,10 @@ def test_mag_cache_measures_a_ratio_for_every_call_of_the_model(sampler, calls_o
 
 @pytest.mark.parametrize("kind, value", [("first_block", 0.3), ("taylor", 4), ("taylor_second_order", 3), ("mag", 0.2)])
 def test_batches_of_one_call_know_nothing_of_each_other(kind: str, value: float):
-    peer = baselines.PEERS[kind](pipeline(), value, num_steps=STEPS, guidance_scale=2.0)
+    own = baselines.BASELINES[kind](pipeline(), value, num_steps=STEPS, guidance_scale=2.0)
     call = {"num_inference_steps": STEPS, "guidance_scale": 2.0, "batch_size": 2}
-    alone = [peer.generate(*batch, **call).images for batch in (([1, 2], [0, 1]), ([3], [2]))]
-    together = peer.generate([1, 2, 3], [0, 1, 2], **call)
+    alone = [own.generate(*batch, **call).images for batch in (([1, 2], [0, 1]), ([3], [2]))]
+    together = own.generate([1, 2, 3], [0, 1, 2], **call)
     assert torch.equal(together.images, torch.cat(alone))
     assert len(together.seconds) == 2
 
@@ -261,4 +261,4 @@ def test_a_single_block_is_refused():
     pipe = pipeline()
     pipe.transformer, pipe.exits = uvit(num_layers=1), None
     with pytest.raises(ValueError, match="a transformer of 1 block, expected at least 2"):
-        baselines.Peer(pipe)
+        baselines.CachedPipeline(pipe)
