@@ -1,6 +1,6 @@
 """Names of a causal language model: exits, policies and parts made for one model are refused by another.
 
-Here: what is read of a model, and that it is read once. Not here: who compares (heads.py, generate.py, cloud/split.py).
+Here: what is read of a model, and that it is read once. Not here: who compares (heads.py, generate.py, edge_cloud/split.py).
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def uniform_skipping(count: int, *, num_layers: int) -> Policy:
 def calm(threshold: float, *, exits: tuple[int, ...], score: str, horizon: int | None) -> Policy:
     """CALM (arXiv 2207.07061): exit at the first of `exits` whose score is above the threshold.
 
-    score: "max_probability", "margin" (top-2 difference), "saturation" (cosine of consecutive states), "certainty" (a learned
+    score: "max_probability", "margin" (top-2 difference), "saturation" (cosine of consecutive states), "confidence" (a learned
     classifier: `LearnedExits`) or "pruned_probability" (softmax over the best tokens of the first check, arXiv 2410.18952).
     horizon: T of the position-decayed threshold `0.9 lambda + 0.1 lambda exp(-4 t / T)`; None: a constant threshold. Missing keys and
     values are computed from the state a token left with (sec. 3.3). Deviations: decoder-only models; exits at a sparse set of depths,
