@@ -48,7 +48,10 @@ def skip(taught: bool) -> tuple[nn.Module, Source]:
     model = copy.deepcopy(model_named("llama"))
     teacher = copy.deepcopy(model_named("llama")) if taught else None
     policy = skipdecode(warm_up=1, least=2, most=5, horizon=5)
-    return SkipObjective(model, policy, num_steps=max(LENGTHS), teacher=teacher), PromptSource(*texts(), pad=0)
+    ids, prompts = texts()
+    first = torch.tensor([ids[0][: prompts[0]]])
+    ids[0][-1] = int(model(first).logits[0, -1].argmax())  # right, and a text of one token: no mean of means
+    return SkipObjective(model, policy, num_steps=max(LENGTHS), teacher=teacher), PromptSource(ids, prompts, pad=0)
 
 
 def exits() -> tuple[nn.Module, Source]:
