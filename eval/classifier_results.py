@@ -1,4 +1,4 @@
-"""Reports of classifiers with exits as sections of RESULTS.md: tables over seeds, one classifier, seconds. Not here: writing them."""
+"""Reports of classifiers with exits as sections of a page: tables over seeds, one classifier, seconds. Not here: writing them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def classifiers(report: dict) -> str:
 
 
 def shown(row: dict) -> bool:
-    """Whether RESULTS.md shows a row: constant depths, plain confidence, and the rule after which the exits are named."""
+    """Whether the page shows a row: constant depths, plain confidence, and the rule after which the exits are named."""
     return row["rule"] in ("none", "constant", "confidence") or row["exits"].startswith(row["rule"])
 
 

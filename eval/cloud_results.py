@@ -1,4 +1,4 @@
-"""Sections of RESULTS.md for the reports of edge and cloud. Used by write_results.py."""
+"""Sections of a page for the reports of edge and cloud. Used by write_results.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reports of diffusion models with exits as sections of RESULTS.md. Used by write_results.py."""
+"""Reports of diffusion models with exits as sections of a page. Used by write_results.py."""
 
 from __future__ import annotations
 

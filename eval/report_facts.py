@@ -1,4 +1,4 @@
-"""What every section of RESULTS.md ends with: settings and environment of a report. Not here: sections, writing them."""
+"""What every section of the page ends with: settings and environment of a report. Not here: sections, writing them."""
 
 from __future__ import annotations
 

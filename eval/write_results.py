@@ -1,9 +1,9 @@
-"""Write RESULTS.md from the reports in results/: every figure with its command, device, dtype, samples and controls.
+"""One Markdown page from reports of the scripts that do not yet write the common report: classifiers, decoding, edge and cloud, retrieval,
+certificates, image quality, the demo.
 
-python -m eval.write_results
+python -m eval.write_results --reports runs/reports --output runs/reports.md
 
-Reports: results/train-*.json (train/train_uvit.py), and metrics*, tradeoff*, frontier*, finalists*, ablation*, dit-journey*, speed*,
-hot-path*, uncertainty*, decode*, classif* and demo*.json (eval/), exit-heads* (train/train_lm_exits.py).
+Not here: docs/results.md and the reports in results/, which are of the common format (eval/report.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from eval.report_facts import told
 
 HEAD = """# Results
 
-Written by `python -m eval.write_results` from the reports in `results/`; each section names its script and settings.
+Written by `python -m eval.write_results`; each section names its script and settings.
 Times are wall clock on the device named. PSNR, SSIM and LPIPS are to the full model's images at equal seeds.
 FD is the Frechet distance on resnet20's 64 pooled features, FID the one on Inception features; both depend on the number of
 samples, which stands beside them.
@@ -106,13 +106,17 @@ SECTIONS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reports", default="results", help="Folder of reports.")
-    parser.add_argument("--output", default="RESULTS.md", help="The file to write.")
+    parser.add_argument("--reports", required=True, help="Folder of reports.")
+    parser.add_argument("--output", required=True, help="The file to write.")
     options = parser.parse_args()
     parts, contents = [], []
     for start, (title, command, section) in SECTIONS.items():
         for path in sorted(Path(options.reports).glob(f"{start}*.json")):
             report = json.loads(path.read_text(encoding="utf-8"))
+            if "format" in report:
+                raise ValueError(
+                    f"{path} is of format {report['format']!r}, expected a script's own: eval.report reads it"
+                )
             said = f"`{report['command']}`" if "command" in report else f"`{command}`, with the settings below"
             contents.append(f"- [{title}: {path.stem}](#{path.stem})")
             parts.append(f'<a id="{path.stem}"></a>\n## {title}: {path.stem}\n\n{said}\n\n{section(report)}')

@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import pipeline
 from safetensors.torch import load_file, save_file
+from tree import ROOT
 
 from ee_diffusion.diffusion.exits.cached import CachedOutputExits
 from eval import guarantee, write_results
@@ -49,6 +50,8 @@ def test_guarantee_and_results(words: list, tmp_path: Path, monkeypatch, capsys)
     assert [row["risk"] for row in again] == [0.4] * 3 + [0.6] * 3
     call(monkeypatch, write_results, "--reports", tmp_path, "--output", tmp_path / "RESULTS.md")
     assert "conformal risk control" in (tmp_path / "RESULTS.md").read_text()
+    with pytest.raises(ValueError, match=r"train-1-backbone-adamw\.json is of format 'ee_diffusion\.report\.1'"):
+        call(monkeypatch, write_results, "--reports", ROOT / "results", "--output", tmp_path / "RESULTS.md")
     with pytest.raises(ValueError, match=r"missing .'delta'.*expected all"):
         call(monkeypatch, guarantee, *words[:-2], "--risks", 0.4)
 
